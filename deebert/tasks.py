@@ -1,0 +1,151 @@
+"""What a task is: its columns, labels, metrics and splits, and how predictions are scored.
+
+Knows nothing of torch modules, tokens or where files lie; `sources` reads the rows, a YAML file in
+`conf/task/` gives the values.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deebert.errors import UserError, unknown
+
+
+def _accuracy(predictions: Tensor, labels: Tensor) -> float:
+    return (predictions == labels).double().mean().item()
+
+
+def _torchmetric(name: str, **options: Any) -> Callable[[Tensor, Tensor], float]:
+    def metric(predictions: Tensor, labels: Tensor) -> float:
+        from torchmetrics import functional  # 2 s to import: only when something is scored
+
+        value = getattr(functional, name)(predictions, labels, **options).item()
+        # A constant prediction has no correlation with anything: no skill, as scikit-learn's MCC.
+        return 0.0 if math.isnan(value) else value
+
+    return metric
+
+
+def _correlation(name: str) -> Callable[[Tensor, Tensor], float]:
+    metric = _torchmetric(name)
+
+    def guarded(predictions: Tensor, labels: Tensor) -> float:
+        if len(predictions) < 2 or predictions.min() == predictions.max():
+            return 0.0  # torchmetrics would warn and answer NaN
+        return metric(predictions.double(), labels.double())
+
+    return guarded
+
+
+# GLUE's F1 is the binary one: class 1 is the positive class (MRPC "equivalent", QQP "duplicate").
+METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
+    "accuracy": _accuracy,
+    "f1": _torchmetric("f1_score", task="binary"),
+    "matthews": _torchmetric("matthews_corrcoef", task="binary"),
+    "pearson": _correlation("pearson_corrcoef"),
+    "spearman": _correlation("spearman_corrcoef"),
+}
+BINARY = ("f1", "matthews")
+REGRESSION = ("pearson", "spearman")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task, or a regression task where `labels` is None.
+
+    Attributes:
+        name: also the sub-folder looked for under `data.root`.
+        columns: one or two text columns.
+        label: the label column.
+        labels: label names in the order of their ids; None for regression.
+        metrics: names from `METRICS`; the first is the headline, printed as "score".
+        train: name of the training split, None where there is none.
+        validation, test: names of the splits to score; MNLI has two of each.
+        hub: (dataset, configuration) on the Hugging Face hub, or None.
+        root: folder with the files, None for the hub (`data.root` overrides it).
+        tsv: how GLUE's classic TSV files name things: `folder`, `header` (a list of column names
+            where the file has none) and a new name per column.
+        group: an optional integer column to break results down by (the demo's difficulty grade).
+        checkpoint_task: the task whose checkpoints score this one (AX has no training data).
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    labels: tuple[str, ...] | None
+    metrics: tuple[str, ...]
+    label: str = "label"
+    train: str | None = "train"
+    validation: tuple[str, ...] = ("validation",)
+    test: tuple[str, ...] = ("test",)
+    hub: tuple[str, str] | None = None
+    root: str | None = None
+    tsv: Mapping[str, Any] | None = None
+    group: str | None = None
+    checkpoint_task: str | None = None
+
+    @property
+    def is_regression(self) -> bool:
+        return self.labels is None
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of a ramp: number of classes, 1 for regression."""
+        return 1 if self.labels is None else len(self.labels)
+
+    @classmethod
+    def from_config(cls, values: Mapping[str, Any]) -> "Task":
+        """Build a task from the plain values of its YAML file.
+
+        Raises:
+            UserError: a key is missing or unknown, or a metric does not fit the labels.
+        """
+        name = values.get("name", "?")
+        known = {field.name for field in fields(cls)}
+        if extra := sorted(set(values) - known):
+            raise unknown(f"task {name}: key", extra[0], sorted(known), f"task.{extra[0]}")
+        for key in ("name", "columns", "labels", "metrics"):
+            if key not in values:
+                raise UserError(f"task {name}: the key {key!r} is missing from its YAML file")
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        task = cls(**given)
+        if not 1 <= len(task.columns) <= 2:
+            raise UserError(
+                f"task {name}: columns={list(task.columns)} must name one or two text columns"
+            )
+        if task.labels is not None and len(task.labels) < 2:
+            raise UserError(f"task {name}: labels={list(task.labels)} must name two or more classes")
+        fitting = [
+            metric
+            for metric in METRICS
+            if (metric in REGRESSION) == task.is_regression
+            and (metric not in BINARY or task.num_labels == 2)
+        ]
+        if not task.metrics:
+            raise UserError(f"task {name}: metrics is empty; choose from: {', '.join(fitting)}")
+        for metric in task.metrics:
+            if metric not in fitting:
+                raise UserError(
+                    f"task {name}: metric {metric!r} does not fit {task.num_labels} label(s); "
+                    f"choose one of: {', '.join(fitting)} (task.metrics=[...])"
+                )
+        return task
+
+    def predict(self, logits: Tensor) -> Tensor:
+        """logits (..., C) -> predictions (...): class ids, or the value itself for regression."""
+        return logits.squeeze(-1) if self.is_regression else logits.argmax(-1)
+
+    def scores(self, predictions: Tensor, labels: Tensor) -> dict[str, float]:
+        """All metrics of the task, headline first. predictions, labels: (N,)."""
+        return {name: METRICS[name](predictions, labels) for name in self.metrics}
+
+    def score(self, predictions: Tensor, labels: Tensor) -> float:
+        """The headline metric."""
+        return METRICS[self.metrics[0]](predictions, labels)
+
+    def target_dtype(self) -> torch.dtype:
+        """The dtype in which labels reach the loss."""
+        return torch.float32 if self.is_regression else torch.long
