@@ -117,7 +117,9 @@ class Task:
                 f"task {name}: columns={list(task.columns)} must name one or two text columns"
             )
         if task.labels is not None and len(task.labels) < 2:
-            raise UserError(f"task {name}: labels={list(task.labels)} must name two or more classes")
+            raise UserError(
+                f"task {name}: labels={list(task.labels)} must name two or more classes"
+            )
         fitting = [
             metric
             for metric in METRICS

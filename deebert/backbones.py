@@ -1,0 +1,202 @@
+"""The one file that knows Hugging Face architectures: where a backbone comes from, its layers, and
+how the layers are run one after the other.
+
+Knows nothing of ramps, tasks or exits. Shapes: B batch, S tokens, H hidden.
+"""
+
+import hashlib
+import importlib.util
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_lowercase, digits, punctuation
+from typing import Any
+
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    BertTokenizer,
+    PreTrainedTokenizerBase,
+)
+from transformers.masking_utils import create_bidirectional_mask
+
+from deebert.errors import UserError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How to find the parts of one Hugging Face model type."""
+
+    layers: str  # path of its ModuleList of layers
+    token_types: bool  # do its embeddings take token_type_ids
+    pooler: bool  # does the pretrained model bring a pooler
+
+
+ARCHITECTURES = {
+    "bert": Architecture("encoder.layer", token_types=True, pooler=True),
+    "roberta": Architecture("encoder.layer", token_types=False, pooler=True),
+    "distilbert": Architecture("transformer.layer", token_types=False, pooler=False),
+}
+
+
+class Backbone(nn.Module):
+    """A pretrained encoder, run layer by layer.
+
+    `embed` and then each of `layers` with the mask equals the library's own forward pass exactly.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.architecture = architecture(encoder.config.model_type)
+        self.encoder = encoder
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        layers = self.encoder.get_submodule(self.architecture.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def embed(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, S) ids and mask -> (B, S, H) states before layer 1, and the mask the layers take."""
+        types = {"token_type_ids": token_type_ids} if self.architecture.token_types else {}
+        hidden_BSH = self.encoder.embeddings(input_ids=input_ids, **types)
+        mask = create_bidirectional_mask(
+            config=self.encoder.config, inputs_embeds=hidden_BSH, attention_mask=attention_mask
+        )
+        return hidden_BSH, mask
+
+
+def architecture(model_type: str) -> Architecture:
+    """Look up a model type.
+
+    Raises:
+        UserError: the type is not in the table.
+    """
+    if model_type not in ARCHITECTURES:
+        raise UserError(
+            f"backbone of type {model_type!r} is not supported; supported: "
+            f"{', '.join(ARCHITECTURES)} (backbone=..., or backbone.path=a model of these types)"
+        )
+    return ARCHITECTURES[model_type]
+
+
+def from_config(config: Mapping[str, Any]) -> Backbone:
+    """A backbone with random weights from the plain values of its configuration.
+
+    Its own pooler, where it has one, is left out: each ramp has a pooler of its own.
+    """
+    with_pooler = {"add_pooling_layer": False} if architecture(config["model_type"]).pooler else {}
+    return Backbone(AutoModel.from_config(AutoConfig.for_model(**config), **with_pooler))
+
+
+def pretrained(spec: Mapping[str, Any]) -> tuple[Backbone, nn.Linear | None]:
+    """The backbone that `conf/backbone/` names, with its pretrained weights.
+
+    Returns:
+        The backbone without a pooler, and the pretrained pooler's linear layer (H -> H) to start
+        the ramps from, or None where there is none (DistilBERT, random weights).
+
+    Raises:
+        UserError: it cannot be loaded, or its weights are not the ones promised.
+    """
+    if "config" in spec:
+        return from_config(random_config(spec)), None
+    path = _locate(spec)
+    config = _load(AutoConfig.from_pretrained, path, spec)
+    architecture(config.model_type)  # refuse before anything is downloaded
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its table of unused heads frightens, to no purpose
+    try:
+        encoder = _load(AutoModel.from_pretrained, path, spec)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    pooler = None
+    if ARCHITECTURES[config.model_type].pooler:
+        pooler = encoder.pooler.dense
+        encoder.pooler = None
+    return Backbone(encoder), pooler
+
+
+def tokenizer(spec: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer of the backbone that `conf/backbone/` names."""
+    if "config" in spec:
+        return _character_tokenizer()
+    return _load(AutoTokenizer.from_pretrained, _locate(spec), spec)
+
+
+def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """A tokenizer as plain text by file name, to be kept in a checkpoint."""
+    # The last call's truncation and padding would be saved too, and change the text.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_text("utf-8") for path in sorted(Path(folder).iterdir())}
+
+
+def tokenizer_from_files(files: Mapping[str, str]) -> PreTrainedTokenizerBase:
+    """The tokenizer that `tokenizer_files` wrote down."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in files.items():
+            # A checkpoint is somebody's file: its names may not lead out of the folder.
+            (Path(folder) / Path(name).name).write_text(text, "utf-8")
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def random_config(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The full configuration of a randomly initialised backbone (`backbone=tiny`)."""
+    architecture(spec["config"]["model_type"])
+    tokens = _character_tokenizer()
+    return {"vocab_size": len(tokens), "pad_token_id": tokens.pad_token_id, **spec["config"]}
+
+
+def _character_tokenizer() -> PreTrainedTokenizerBase:
+    characters = [*ascii_lowercase, *digits, *punctuation]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*special, *characters, *(f"##{character}" for character in characters)]
+    return BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
+
+
+def _locate(spec: Mapping[str, Any]) -> str:
+    """The packaged copy where it is installed (checked against its sha256), else path or hub id."""
+    package = spec.get("package")
+    if not package:
+        return str(spec["path"])
+    name, _, inside = str(package).partition("/")
+    found = importlib.util.find_spec(name)  # finds a top-level package without importing it
+    if found is None or not found.submodule_search_locations:
+        return str(spec["path"])
+    folder = Path(found.submodule_search_locations[0]) / inside
+    with open(folder / "model.safetensors", "rb") as weights:
+        digest = hashlib.file_digest(weights, "sha256").hexdigest()
+    if digest != spec["sha256"]:
+        raise UserError(
+            f"backbone {spec['name']}: {folder / 'model.safetensors'} has sha256 {digest}, not "
+            f"{spec['sha256']}: the package was changed; reinstall it or use another backbone="
+        )
+    return str(folder)
+
+
+def _load(loader: Any, path: str, spec: Mapping[str, Any]) -> Any:
+    try:
+        return loader(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"backbone {spec['name']}: cannot load {path!r} ({reason}). Without a network use "
+            "backbone=minilm (from the package installer) or backbone.path=a local folder"
+        ) from error
+
+
+def longest_input(config: Mapping[str, Any]) -> int:
+    """Tokens that a backbone takes at most; RoBERTa numbers positions from padding id + 1."""
+    positions = int(config["max_position_embeddings"])
+    return positions - (config["pad_token_id"] + 1 if config["model_type"] == "roberta" else 0)

@@ -1,0 +1,193 @@
+"""EarlyExitEvaluation: at each validation and test, score against expected saving from one pass.
+
+Turns the logits of every ramp into a record, the record into a curve, and the curve into csv,
+results.json, the picture and W&B. Knows nothing of how the logits came about.
+"""
+
+import csv
+import logging
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
+
+from deebert import curves, objectives, report
+from deebert.records import Record
+from deebert.tasks import Task
+
+log = logging.getLogger(__name__)
+
+
+class EarlyExitEvaluation(Callback):
+    """Score and expected saving for each threshold, score of every ramp, exit histogram.
+
+    Logs `val/score` (full depth, headline metric), `val/<metric>`, `val/loss`,
+    `val/ramp_<layer>/score` and `val/threshold_<t>/{score,expected_saving}`; a second validation
+    split is logged under its own name, a test under `test/`. Files go to the run folder
+    (`trainer.default_root_dir`); `results` holds what results.json holds.
+
+    Args:
+        thresholds: entropies >= 0; None for the paper's list (`curves.default_thresholds`).
+    """
+
+    def __init__(self, thresholds: list[float] | float | None) -> None:
+        self.thresholds = (
+            None if thresholds is None else curves.check_thresholds(thresholds, "thresholds")
+        )
+        self.results: dict[str, Any] = {}
+        self.records: list[Record] = []
+        self._batches: dict[int, list[dict[str, Tensor]]] = defaultdict(list)
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._batches[dataloader_idx].append({name: value.cpu() for name, value in outputs.items()})
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._evaluate(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._evaluate(trainer, pl_module, "test")
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "validate":  # during fit the picture waits for the end
+            self._save(trainer)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._save(trainer)
+
+    def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, prefix: str) -> None:
+        batches, self._batches = self._batches, defaultdict(list)
+        if trainer.sanity_checking:
+            return
+        config = pl_module.hparams["config"]
+        task = Task.from_config(config["task"])
+        thresholds = self.thresholds or curves.default_thresholds(task.num_labels)
+        names = trainer.datamodule.eval_splits  # type: ignore[attr-defined]
+        self.records = [
+            Record.from_batches(name, _gathered(trainer, batches[i]))
+            for i, name in enumerate(names)
+        ]
+        evaluations = [curves.evaluation(record, task, thresholds) for record in self.records]
+        self.results = report.header(config) | evaluations[0]
+        if evaluations[1:]:
+            self.results["other_splits"] = evaluations[1:]
+        if trainer.state.fn == "fit":
+            self.results["epoch"] = trainer.current_epoch + 1
+        for i, (record, evaluation) in enumerate(zip(self.records, evaluations, strict=True)):
+            scalars = _scalars(record, evaluation)
+            name = prefix if i == 0 else record.split.replace("validation", prefix)
+            pl_module.log_dict(
+                {f"{name}/{key}": value for key, value in scalars.items()}, sync_dist=True
+            )
+            if trainer.is_global_zero:
+                self._log_wandb(trainer, name, evaluation)
+        if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
+            report.save_json(self.results, folder)
+            _append_csv(folder / "csv" / "curve.csv", self.results, trainer.current_epoch)
+            full = evaluations[0]["exits"][-1]["scores"]
+            log.info(
+                "epoch %d: %s",
+                trainer.current_epoch,
+                ", ".join(f"{k} {v:.4f}" for k, v in full.items()),
+            )
+
+    def _log_wandb(self, trainer: L.Trainer, prefix: str, evaluation: dict[str, Any]) -> None:
+        """The curve as a table, as a line chart and as exit shares."""
+        for logger in trainer.loggers:
+            if not isinstance(logger, WandbLogger):
+                continue
+            import wandb
+
+            layers = [f"exit_{layer + 1}" for layer in range(evaluation["num_layers"])]
+            columns = ["threshold", "score", "cost_ratio", "expected_saving", "speed_up"]
+            table = wandb.Table(
+                columns=[*columns, *layers],
+                data=[
+                    [*(point[column] for column in columns), *point["exit_counts"]]
+                    for point in evaluation["curve"]
+                ],
+            )
+            histogram = wandb.Table(
+                columns=["layer", "score"],
+                data=[[str(ramp["layer"]), ramp["score"]] for ramp in evaluation["exits"]],
+            )
+            logger.experiment.log(
+                {
+                    f"{prefix}/curve": table,
+                    f"{prefix}/score_vs_saving": wandb.plot.line(
+                        table, "expected_saving", "score", title="Score against expected saving"
+                    ),
+                    f"{prefix}/score_by_ramp": wandb.plot.bar(
+                        histogram, "layer", "score", title="Score of every ramp"
+                    ),
+                    "trainer/global_step": trainer.global_step,
+                }
+            )
+
+    def _save(self, trainer: L.Trainer) -> None:
+        if not (trainer.is_global_zero and self.results):
+            return
+        folder = Path(trainer.default_root_dir)
+        report.save(self.results, folder)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("curve", [str(folder / "curve.png")])
+
+
+def _gathered(trainer: L.Trainer, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The batches of every process, on every process."""
+    if trainer.world_size == 1:
+        return batches
+    parts: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(parts, batches)
+    return [batch for part in parts for batch in part]
+
+
+def _scalars(record: Record, evaluation: dict[str, Any]) -> dict[str, float]:
+    scalars: dict[str, float] = {}
+    if record.labels_N is not None:
+        full = evaluation["exits"][-1]
+        scalars |= {"score": full["score"], **full["scores"]}
+        scalars["loss"] = objectives.final(record.logits_NLC, record.labels_N).item()
+        for ramp in evaluation["exits"]:
+            scalars[f"ramp_{ramp['layer']}/score"] = ramp["score"]
+    for point in evaluation["curve"]:
+        key = f"threshold_{point['threshold']:g}"
+        scalars[f"{key}/expected_saving"] = point["expected_saving"]
+        if point["score"] is not None:
+            scalars[f"{key}/score"] = point["score"]
+    return scalars
+
+
+def _append_csv(file: Path, results: dict[str, Any], epoch: int) -> None:
+    """One line per epoch, split and threshold."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not file.exists()
+    with file.open("a", newline="") as stream:
+        writer = csv.writer(stream)
+        if fresh:
+            layers = (f"exit_{layer + 1}" for layer in range(results["num_layers"]))
+            names = ("threshold", "score", "cost_ratio", "expected_saving", "speed_up")
+            writer.writerow(["epoch", "split", *names, *layers])
+        for part in report.splits(results):
+            for p in part["curve"]:
+                values = (p["threshold"], p["score"], p["cost_ratio"], p["expected_saving"])
+                writer.writerow([epoch, part["split"], *values, p["speed_up"], *p["exit_counts"]])

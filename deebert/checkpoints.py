@@ -1,0 +1,82 @@
+"""Checkpoints: found by file or run folder, read without trusting them, rebuilt without a hub.
+
+A checkpoint is Lightning's, with the run's configuration, the backbone's shape and the tokenizer as
+plain values beside the weights; it loads with `weights_only=True`. Knows nothing of training.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from deebert import backbones
+from deebert.errors import UserError
+from deebert.model import EarlyExitModel
+from deebert.tasks import Task
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint says of itself, and its weights."""
+
+    path: Path
+    config: dict[str, Any]  # of the run that wrote it
+    architecture: dict[str, Any]
+    tokenizer_files: dict[str, str]
+    weights: dict[str, torch.Tensor]
+
+    def model(self) -> EarlyExitModel:
+        """The trained model, in eval mode."""
+        task = Task.from_config(self.config["task"])
+        model = EarlyExitModel(self.architecture, task.num_labels)
+        model.load_state_dict(
+            {name.removeprefix("model."): value for name, value in self.weights.items()}
+        )
+        return model.eval()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer it was trained with."""
+        return backbones.tokenizer_from_files(self.tokenizer_files)
+
+
+def find(path: str, flag: str, name: str) -> Path:
+    """A checkpoint file, or `checkpoints/<name>` of a run folder.
+
+    Raises:
+        UserError: neither is there.
+    """
+    given = Path(path)
+    if not given.exists():
+        raise UserError(f"{flag}={path}: no such file or folder; give a run folder or a .ckpt file")
+    if given.is_file():
+        return given
+    for file in (given / "checkpoints" / name, given / name):
+        if file.is_file():
+            return file
+    raise UserError(f"{flag}={path}: the folder holds no checkpoints/{name}; give a run folder")
+
+
+def read(path: Path, flag: str) -> Checkpoint:
+    """Read a checkpoint written by `train.py`. Nothing in it is executed.
+
+    Raises:
+        UserError: it is no checkpoint, or not one of this program's.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        hparams = content["hyper_parameters"]
+        checkpoint = Checkpoint(
+            path,
+            hparams["config"],
+            hparams["architecture"],
+            hparams["tokenizer"],
+            content["state_dict"],
+        )
+    except Exception as error:  # unpickling somebody's file fails in many ways
+        raise UserError(
+            f"{flag}={path}: not a checkpoint of this program ({type(error).__name__}); give the "
+            "run folder or checkpoints/best.ckpt of a `python train.py` run"
+        ) from error
+    return checkpoint

@@ -1,0 +1,123 @@
+"""Stage 2's shortcut: the frozen backbone's states, computed once for all epochs.
+
+With the backbone frozen and in eval mode, a ramp's input never changes, so each hidden state that a
+ramp reads is computed once and the ramps train on the cache. The states lie in a memory-mapped file
+(4 bytes x rows x layers x width; MNLI under BERT-base: 13 GB), so they need not fit in memory.
+
+Knows nothing of tasks or losses.
+"""
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from deebert.data import LengthBatches, TextDataModule
+from deebert.model import EarlyExitModel
+from deebert.module import INPUTS
+
+
+class StateDataset(Dataset[dict[str, Tensor]]):
+    """Frozen states and the facts of their rows; indexed by a list of rows."""
+
+    def __init__(self, states_NLH: Tensor, facts: dict[str, Tensor]) -> None:
+        self.states_NLH = states_NLH
+        self.facts = facts
+
+    def __len__(self) -> int:
+        return len(self.states_NLH)
+
+    def __getitem__(self, rows: list[int]) -> dict[str, Tensor]:
+        index = torch.tensor(rows)
+        return {
+            "states": self.states_NLH[index],
+            **{name: values[index] for name, values in self.facts.items()},
+        }
+
+
+class FrozenStates(L.LightningDataModule):
+    """Takes token batches from a `TextDataModule`, gives batches of states in their place.
+
+    Args:
+        data: where the tokens come from; its batch sizes and seed are used here too.
+        model: its backbone is run in eval mode without gradients.
+        folder: where the memory-mapped files lie while the run lasts.
+    """
+
+    def __init__(self, data: TextDataModule, model: EarlyExitModel, folder: Path) -> None:
+        super().__init__()
+        self.data = data
+        self.model = model
+        self.folder = folder
+        self.eval_splits = data.eval_splits
+        self._cache: dict[str, StateDataset] = {}
+
+    def prepare_data(self) -> None:
+        self.data.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        """Run the backbone over every split; each process does so for itself."""
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        num_layers = len(self.model.ramps)
+        if self.data.task.train is not None and self.data.task.train not in self._cache:
+            # The final classifier is frozen: training needs no state of the last layer.
+            self._compute(self.data.task.train, num_layers - 1, device)
+        for split in self.eval_splits:
+            if split not in self._cache:
+                self._compute(split, num_layers, device)
+
+    @torch.inference_mode()
+    def _compute(self, split: str, num_layers: int, device: torch.device) -> None:
+        self.model.to(device).eval()
+        loader = self.data.loader(split)
+        size = (len(self.data.tokens(split)), num_layers, self.model.ramps[0].pooler.in_features)
+        states_NLH = _mapped(self.folder, size)
+        facts: dict[str, Tensor] = {}
+        position = 0
+        for batch in loader:
+            inputs = {name: batch[name].to(device) for name in INPUTS if name in batch}
+            states_BLH = self.model.states(**inputs, num_layers=num_layers)
+            end = position + len(states_BLH)
+            states_NLH[position:end] = states_BLH.float().cpu()
+            for name in set(batch) - set(INPUTS):
+                values = batch[name]
+                facts.setdefault(name, values.new_empty(size[0]))[position:end] = values
+            position = end
+        assert position == size[0]
+        self._cache[split] = StateDataset(states_NLH, facts)
+
+    def train_dataloader(self) -> DataLoader:
+        assert self.data.task.train is not None
+        return self._loader(self.data.task.train, self.data.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        size = self.data.eval_batch_size
+        return [self._loader(split, size, shuffle=False) for split in self.eval_splits]
+
+    def _loader(self, split: str, batch_size: int, *, shuffle: bool) -> DataLoader:
+        dataset = self._cache[split]
+        sampler = LengthBatches(
+            [0] * len(dataset),  # states have no length: plain shuffled batches
+            batch_size,
+            shuffle=shuffle,
+            seed=self.data.seed,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1,
+        )
+        return DataLoader(dataset, sampler=sampler, batch_size=None)
+
+
+def _mapped(folder: Path, size: tuple[int, ...]) -> Tensor:
+    """A float32 tensor in a file that nothing but this process sees, gone when the process is."""
+    handle, name = tempfile.mkstemp(dir=folder, prefix="states-")
+    os.close(handle)
+    numel = torch.Size(size).numel()
+    tensor = torch.from_file(name, shared=True, size=numel, dtype=torch.float32)
+    with contextlib.suppress(PermissionError):  # Windows keeps mapped files: it stays in the folder
+        os.unlink(name)
+    return tensor.view(size)

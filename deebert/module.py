@@ -1,0 +1,140 @@
+"""The LightningModule: which parameters each stage trains, on which loss, with which optimizer.
+
+Stage 1 fine-tunes the backbone and the final classifier; stage 2 freezes both and trains the other
+ramps (paper, section 3.2). Knows nothing of exits, thresholds or files.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+from transformers import get_linear_schedule_with_warmup
+
+from deebert.errors import unknown
+from deebert.model import EarlyExitModel
+from deebert.objectives import OBJECTIVES
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+class EarlyExitModule(L.LightningModule):
+    """Trains an `EarlyExitModel` in one of the two stages.
+
+    Args:
+        model: what to train.
+        config: the run's configuration as plain values; `stage`, `seed` and `stages` are read here,
+            the rest makes the checkpoint self-describing.
+        tokenizer: the tokenizer's files as text, for the checkpoint.
+
+    Raises:
+        UserError: the objective is unknown.
+    """
+
+    def __init__(
+        self, model: EarlyExitModel, config: Mapping[str, Any], tokenizer: Mapping[str, str]
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(
+            {"config": dict(config), "architecture": model.config, "tokenizer": dict(tokenizer)},
+            logger=False,
+        )
+        self.model = model
+        self.stage = config["stage"]
+        self.seed = config["seed"]
+        self.recipe = config["stages"][str(self.stage)]
+        name = self.recipe["objective"]
+        if name not in OBJECTIVES:
+            raise unknown("objective", name, OBJECTIVES, f"stages.{self.stage}.objective")
+        self.objective = OBJECTIVES[name]
+        self._freeze()
+
+    @property
+    def is_cached(self) -> bool:
+        """Does this stage train on frozen states that are computed once?"""
+        return self.stage == 2 and self.recipe["cache"]
+
+    def _freeze(self) -> None:
+        """Say which parameters get gradients.
+
+        Stage 2 without the cache is the original to the letter: gradients flow into the backbone
+        and count in the clipped norm, but no optimizer moves it.
+        """
+        model = self.model
+        model.requires_grad_(False)
+        if self.stage == 1:
+            model.backbone.requires_grad_(True)
+            model.ramps[-1].requires_grad_(True)
+            return
+        model.ramps[:-1].requires_grad_(True)
+        if not self.is_cached:
+            model.backbone.requires_grad_(True)
+            model.backbone.layers[-1].requires_grad_(False)  # no trained ramp is above it
+
+    def _set_modes(self) -> None:
+        """Dropout is on in what is trained, and in stage 2's backbone only without the cache.
+
+        Lightning leaves modules as it finds them, and from_pretrained leaves them in eval mode
+        (Lightning #20105), so this is said outright.
+        """
+        self.train()
+        if self.is_cached:
+            self.model.backbone.eval()
+        if self.stage == 2:
+            self.model.ramps[-1].eval()
+
+    def on_train_epoch_start(self) -> None:
+        self._set_modes()
+        # Dropout depends on (seed, epoch, process) only: a resumed run repeats the unbroken one.
+        torch.manual_seed((self.seed * 100_003 + self.current_epoch) * 1009 + self.global_rank)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits of every ramp for a batch of tokens or of frozen states: -> (B, L, C)."""
+        if "states" in batch:
+            return self.model.ramp_logits(batch["states"])
+        return self.model(**{name: batch[name] for name in INPUTS if name in batch})
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self.objective(self(batch), batch["labels"])
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        return loss
+
+    def validation_step(
+        self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
+        """What a record is made of: logits (B, L, C), labels, index, length, group."""
+        facts = ("labels", "index", "length", "group")
+        return {"logits": self(batch), **{name: batch[name] for name in facts if name in batch}}
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, linear warm-up and decay; biases and LayerNorms are not decayed."""
+        trained = self.model.ramps if self.stage == 2 else self.model
+        groups: dict[float, list[Tensor]] = {self.recipe["weight_decay"]: [], 0.0: []}
+        for name, parameter in trained.named_parameters():
+            if parameter.requires_grad:
+                plain = name.endswith("bias") or "LayerNorm" in name or "layer_norm" in name
+                groups[0.0 if plain else self.recipe["weight_decay"]].append(parameter)
+        optimizer = AdamW(
+            [{"params": params, "weight_decay": decay} for decay, params in groups.items()],
+            lr=self.recipe["lr"],
+            fused=True,
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = get_linear_schedule_with_warmup(
+            optimizer, int(self.recipe["warmup"] * steps), steps
+        )
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Clip the norm over everything that has a gradient, as the original does."""
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        self.zero_grad()  # also what gets gradients without being optimized

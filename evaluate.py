@@ -1,0 +1,25 @@
+"""Score a checkpoint: python evaluate.py ckpt=RUN prints score and saving for each threshold.
+
+Only Hydra is imported here, so that --help, typos and completion answer at once.
+"""
+
+import hydra
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
+def main(cfg: DictConfig) -> float | None:
+    from deebert import run
+    from deebert.errors import UserError
+
+    try:
+        return run.evaluate(cfg)
+    except (
+        UserError
+    ) as error:  # Hydra prints its own kind of error as one line, without a traceback
+        raise CompactHydraException(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()

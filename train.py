@@ -1,0 +1,25 @@
+"""Train one stage: python train.py task=mrpc stage=1, then python train.py stage=2 ckpt=RUN.
+
+Only Hydra is imported here, so that --help, typos and completion answer at once.
+"""
+
+import hydra
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> float | None:
+    from deebert import run
+    from deebert.errors import UserError
+
+    try:
+        return run.train(cfg)
+    except (
+        UserError
+    ) as error:  # Hydra prints its own kind of error as one line, without a traceback
+        raise CompactHydraException(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()
