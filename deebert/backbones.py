@@ -20,6 +20,7 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     BertTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.masking_utils import create_bidirectional_mask
@@ -49,7 +50,7 @@ class Backbone(nn.Module):
     `embed` and then each of `layers` with the mask equals the library's own forward pass exactly.
     """
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: PreTrainedModel) -> None:
         super().__init__()
         self.architecture = architecture(encoder.config.model_type)
         self.encoder = encoder
@@ -60,12 +61,28 @@ class Backbone(nn.Module):
         assert isinstance(layers, nn.ModuleList)
         return layers
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The Hugging Face configuration as plain values: what rebuilds this shape."""
+        return self.encoder.config.to_dict()
+
+    @property
+    def hidden_size(self) -> int:
+        return self.encoder.config.hidden_size
+
+    @property
+    def classifier_dropout(self) -> float:
+        """Dropout before a classifier, as the library's own classification heads have it."""
+        config = self.encoder.config
+        return getattr(config, "seq_classif_dropout", None) or config.hidden_dropout_prob
+
     def embed(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Any]:
         """(B, S) ids and mask -> (B, S, H) states before layer 1, and the mask the layers take."""
         types = {"token_type_ids": token_type_ids} if self.architecture.token_types else {}
-        hidden_BSH = self.encoder.embeddings(input_ids=input_ids, **types)
+        embeddings = self.encoder.get_submodule("embeddings")
+        hidden_BSH = embeddings(input_ids=input_ids, **types)
         mask = create_bidirectional_mask(
             config=self.encoder.config, inputs_embeds=hidden_BSH, attention_mask=attention_mask
         )

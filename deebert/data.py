@@ -180,7 +180,7 @@ class TextDataModule(L.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def _collate(self, rows: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _collate(self, rows: Any) -> dict[str, Tensor]:
         names = ("input_ids", "attention_mask", "token_type_ids")
         batch = dict(
             self.tokenizer.pad(

@@ -47,10 +47,15 @@ class FrozenStates(L.LightningDataModule):
         data: where the tokens come from; its batch sizes and seed are used here too.
         model: its backbone is run in eval mode without gradients.
         folder: where the memory-mapped files lie while the run lasts.
+        standardize: let each ramp that is to be trained know how its states vary
+            (`Ramp.standardize`).
     """
 
-    def __init__(self, data: TextDataModule, model: EarlyExitModel, folder: Path) -> None:
+    def __init__(
+        self, data: TextDataModule, model: EarlyExitModel, folder: Path, *, standardize: bool
+    ) -> None:
         super().__init__()
+        self.standardize = standardize
         self.data = data
         self.model = model
         self.folder = folder
@@ -63,25 +68,30 @@ class FrozenStates(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Run the backbone over every split; each process does so for itself."""
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        num_layers = len(self.model.ramps)
-        if self.data.task.train is not None and self.data.task.train not in self._cache:
-            # The final classifier is frozen: training needs no state of the last layer.
-            self._compute(self.data.task.train, num_layers - 1, device)
-        for split in self.eval_splits:
+        train = [self.data.task.train] if self.data.task.train else []
+        for split in (*train, *self.eval_splits):
             if split not in self._cache:
-                self._compute(split, num_layers, device)
+                self._cache[split] = self._compute(split, device)
+                if self.standardize and split == self.data.task.train:
+                    states = self._cache[split].states_NLH.unbind(1)
+                    for ramp, states_NH in zip(self.model.ramps[:-1], states[:-1], strict=True):
+                        ramp.standardize(states_NH)
 
-    @torch.inference_mode()
-    def _compute(self, split: str, num_layers: int, device: torch.device) -> None:
+    @torch.no_grad()
+    def _compute(self, split: str, device: torch.device) -> StateDataset:
         self.model.to(device).eval()
         loader = self.data.loader(split)
-        size = (len(self.data.tokens(split)), num_layers, self.model.ramps[0].pooler.in_features)
+        size: tuple[int, ...] = (
+            len(self.data.tokens(split)),
+            len(self.model.ramps),
+            self.model.hidden_size,
+        )
         states_NLH = _mapped(self.folder, size)
         facts: dict[str, Tensor] = {}
         position = 0
         for batch in loader:
             inputs = {name: batch[name].to(device) for name in INPUTS if name in batch}
-            states_BLH = self.model.states(**inputs, num_layers=num_layers)
+            states_BLH = self.model.states(**inputs)
             end = position + len(states_BLH)
             states_NLH[position:end] = states_BLH.float().cpu()
             for name in set(batch) - set(INPUTS):
@@ -89,7 +99,7 @@ class FrozenStates(L.LightningDataModule):
                 facts.setdefault(name, values.new_empty(size[0]))[position:end] = values
             position = end
         assert position == size[0]
-        self._cache[split] = StateDataset(states_NLH, facts)
+        return StateDataset(states_NLH, facts)
 
     def train_dataloader(self) -> DataLoader:
         assert self.data.task.train is not None

@@ -15,7 +15,14 @@ from deebert import backbones
 
 
 class Ramp(nn.Module):
-    """Pooler (linear and tanh on the first token), dropout, linear: (B, H) -> (B, C)."""
+    """Pooler (linear and tanh on the first token), dropout, linear: (B, H) -> (B, C).
+
+    `shift` and `scale` are applied to the input first. They are 0 and 1, the paper's ramp, unless
+    `standardize` sets them.
+    """
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
         super().__init__()
@@ -25,9 +32,25 @@ class Ramp(nn.Module):
         for linear in (self.pooler, self.classifier):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
+        self.register_buffer("shift", torch.zeros(hidden_size))
+        self.register_buffer("scale", torch.ones(()))
+
+    @torch.no_grad()
+    def standardize(self, states_NH: Tensor) -> None:
+        """Make the states that this ramp will read vary around 0 with a variance of 1.
+
+        In early layers the first token of different inputs is almost the same vector (MiniLM, layer
+        1: entries of about 1 that vary by 0.001): what tells inputs apart is there, but too faint
+        for the optimizer. One scale for all features, so that none that is mere rounding noise is
+        blown up. shift and scale could be folded into the pooler: it stays the paper's ramp.
+        """
+        self.shift.copy_(states_NH.mean(0))
+        self.scale.copy_(1 / states_NH.var(0).mean().sqrt())
 
     def forward(self, first_BH: Tensor) -> Tensor:
-        return self.classifier(self.dropout(torch.tanh(self.pooler(first_BH))))
+        return self.classifier(
+            self.dropout(torch.tanh(self.pooler((first_BH - self.shift) * self.scale)))
+        )
 
 
 class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
@@ -44,12 +67,9 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
     def __init__(self, config: Mapping[str, Any], num_labels: int) -> None:
         super().__init__()
         self.backbone = backbones.from_config(config)
-        values = self.backbone.encoder.config
-        dropout = getattr(
-            values, "hidden_dropout_prob", getattr(values, "seq_classif_dropout", 0.1)
-        )
         self.ramps = nn.ModuleList(
-            Ramp(values.hidden_size, num_labels, dropout) for _ in self.backbone.layers
+            Ramp(self.backbone.hidden_size, num_labels, self.backbone.classifier_dropout)
+            for _ in self.backbone.layers
         )
 
     @classmethod
@@ -60,33 +80,29 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
         does not touch it (original: init_highway_pooler).
         """
         backbone, pooler = backbones.pretrained(spec)
-        model = cls(backbone.encoder.config.to_dict(), num_labels)
+        model = cls(backbone.config, num_labels)
         model.backbone = backbone
         if pooler is not None:
             for ramp in model.ramps:
+                assert isinstance(ramp, Ramp)
                 ramp.pooler.load_state_dict(pooler.state_dict())
         return model
 
     @property
     def config(self) -> dict[str, Any]:
         """The backbone's configuration as plain values: what rebuilds this model's shape."""
-        return self.backbone.encoder.config.to_dict()
+        return self.backbone.config
 
     def states(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
         token_type_ids: Tensor | None = None,
-        num_layers: int | None = None,
     ) -> Tensor:
-        """The first token's state after each layer: (B, S) ids and mask -> (B, L, H).
-
-        Args:
-            num_layers: run only this many layers (None: all).
-        """
+        """The first token's state after each layer: (B, S) ids and mask -> (B, L, H)."""
         hidden_BSH, mask = self.backbone.embed(input_ids, attention_mask, token_type_ids)
         states = []
-        for layer in self.backbone.layers[:num_layers]:
+        for layer in self.backbone.layers:
             hidden_BSH = layer(hidden_BSH, mask)
             states.append(hidden_BSH[:, 0])
         return torch.stack(states, dim=1)

@@ -85,8 +85,10 @@ class EarlyExitModule(L.LightningModule):
         if self.stage == 2:
             self.model.ramps[-1].eval()
 
-    def on_train_epoch_start(self) -> None:
+    def on_fit_start(self) -> None:
         self._set_modes()
+
+    def on_train_epoch_start(self) -> None:
         # Dropout depends on (seed, epoch, process) only: a resumed run repeats the unbroken one.
         torch.manual_seed((self.seed * 100_003 + self.current_epoch) * 1009 + self.global_rank)
 

@@ -84,13 +84,17 @@ def train(cfg: DictConfig) -> float | None:
     module = EarlyExitModule(model, remembered, tokenizer_files)
     trainer = _trainer(cfg, config, job, f"stage{config['stage']}")
     _refuse_unsafe_sweep(trainer, job)
-    source = FrozenStates(data, model, job.folder) if module.is_cached else data
+    source: L.LightningDataModule = data
+    if module.is_cached:
+        source = FrozenStates(data, model, job.folder, standardize=module.recipe["standardize"])
     resume = str(origin.path) if origin and config["resume"] else None
     try:
         with warnings.catch_warnings():
             _quieten()
             trainer.fit(module, datamodule=source, ckpt_path=resume)
-            if not trainer.fast_dev_run and getattr(trainer.checkpoint_callback, "monitor", None):
+            if not config["trainer"].get("fast_dev_run") and getattr(
+                trainer.checkpoint_callback, "monitor", None
+            ):
                 trainer.validate(module, datamodule=source, ckpt_path="best", verbose=False)
     finally:
         _finish_wandb()
@@ -237,6 +241,11 @@ def _check(config: dict[str, Any]) -> None:
     lr = config["stages"][stage]["lr"]
     if not isinstance(lr, int | float) or not 0 < lr < 1:
         raise UserError(f"stages.{stage}.lr={lr} must be a number between 0 and 1, such as 2e-5")
+    recipe = config["stages"][stage]
+    if recipe.get("standardize") and not recipe["cache"]:
+        raise UserError(
+            "stages.2.standardize=true needs the frozen states: leave stages.2.cache=true"
+        )
     if config["thresholds"] is not None:
         curves.check_thresholds(config["thresholds"], "thresholds")
 
@@ -310,7 +319,9 @@ def _refuse_unsafe_sweep(trainer: L.Trainer, job: Job) -> None:
 
 def _quieten() -> None:
     """Advice that does not apply here."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for message in (
+        "Found .* module\\(s\\) in eval mode.*",  # module.py sets the modes deliberately
         ".*does not have many workers.*",  # a fetched batch takes a millisecond
         ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning #21326
         ".*number of training batches .* is smaller than the logging interval.*",

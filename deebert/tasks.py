@@ -110,7 +110,9 @@ class Task:
         for key in ("name", "columns", "labels", "metrics"):
             if key not in values:
                 raise UserError(f"task {name}: the key {key!r} is missing from its YAML file")
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        given: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
         task = cls(**given)
         if not 1 <= len(task.columns) <= 2:
             raise UserError(
