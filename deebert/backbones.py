@@ -68,7 +68,7 @@ class Backbone(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        return self.encoder.config.hidden_size
+        return int(self.encoder.config.hidden_size)
 
     @property
     def classifier_dropout(self) -> float:

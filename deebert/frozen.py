@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from deebert.data import LengthBatches, TextDataModule
-from deebert.model import EarlyExitModel
+from deebert.model import EarlyExitModel, Ramp
 from deebert.module import INPUTS
 
 
@@ -75,17 +75,15 @@ class FrozenStates(L.LightningDataModule):
                 if self.standardize and split == self.data.task.train:
                     states = self._cache[split].states_NLH.unbind(1)
                     for ramp, states_NH in zip(self.model.ramps[:-1], states[:-1], strict=True):
+                        assert isinstance(ramp, Ramp)
                         ramp.standardize(states_NH)
 
     @torch.no_grad()
     def _compute(self, split: str, device: torch.device) -> StateDataset:
         self.model.to(device).eval()
         loader = self.data.loader(split)
-        size: tuple[int, ...] = (
-            len(self.data.tokens(split)),
-            len(self.model.ramps),
-            self.model.hidden_size,
-        )
+        width = self.model.backbone.hidden_size
+        size = (len(self.data.tokens(split)), len(self.model.ramps), width)
         states_NLH = _mapped(self.folder, size)
         facts: dict[str, Tensor] = {}
         position = 0
