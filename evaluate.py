@@ -4,7 +4,6 @@ Only Hydra is imported here, so that --help, typos and completion answer at once
 """
 
 import hydra
-from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
 
@@ -15,10 +14,8 @@ def main(cfg: DictConfig) -> float | None:
 
     try:
         return run.evaluate(cfg)
-    except (
-        UserError
-    ) as error:  # Hydra prints its own kind of error as one line, without a traceback
-        raise CompactHydraException(str(error)) from None
+    except UserError as error:
+        run.refuse(error)
 
 
 if __name__ == "__main__":

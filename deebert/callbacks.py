@@ -101,7 +101,8 @@ class EarlyExitEvaluation(Callback):
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             report.save_json(self.results, folder)
-            _append_csv(folder / "csv" / "curve.csv", self.results, trainer.current_epoch)
+            if trainer.state.fn != "validate":  # the best epoch once more, at the end of training
+                _append_csv(folder / "csv" / "curve.csv", self.results, trainer.current_epoch)
             full = evaluations[0]["exits"][-1]["scores"]
             log.info(
                 "epoch %d: %s",

@@ -141,9 +141,10 @@ class TextDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Tokenize in one process; the others then find the cache."""
-        for split in (*((self.task.train,) if self.task.train else ()), *self.eval_splits):
-            if split not in self._tokens:
-                self.tokens(split)
+        fitting = self.trainer is None or self.trainer.state.fn == "fit"
+        train = (self.task.train,) if self.task.train and fitting else ()
+        for split in (*train, *self.eval_splits):
+            self.tokens(split)
 
     def train_dataloader(self) -> DataLoader:
         if self.task.train is None:

@@ -88,9 +88,11 @@ class EarlyExitModule(L.LightningModule):
     def on_fit_start(self) -> None:
         self._set_modes()
 
-    def on_train_epoch_start(self) -> None:
-        # Dropout depends on (seed, epoch, process) only: a resumed run repeats the unbroken one.
-        torch.manual_seed((self.seed * 100_003 + self.current_epoch) * 1009 + self.global_rank)
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Dropout depends on (seed, epoch, process) only, so a resumed run repeats the unbroken one.
+        # Not at the epoch's start: a loader that begins to iterate draws from the generator too.
+        if batch_idx == 0:
+            torch.manual_seed((self.seed * 100_003 + self.current_epoch) * 1009 + self.global_rank)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits of every ramp for a batch of tokens or of frozen states: -> (B, L, C)."""
@@ -112,23 +114,26 @@ class EarlyExitModule(L.LightningModule):
 
     test_step = validation_step
 
-    def configure_optimizers(self) -> Any:
-        """AdamW, linear warm-up and decay; biases and LayerNorms are not decayed."""
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer moves; biases and LayerNorms are not decayed."""
         trained = self.model.ramps if self.stage == 2 else self.model
-        groups: dict[float, list[Tensor]] = {self.recipe["weight_decay"]: [], 0.0: []}
+        decay: list[Tensor] = []
+        no_decay: list[Tensor] = []
         for name, parameter in trained.named_parameters():
             if parameter.requires_grad:
-                plain = name.endswith("bias") or "LayerNorm" in name or "layer_norm" in name
-                groups[0.0 if plain else self.recipe["weight_decay"]].append(parameter)
-        optimizer = AdamW(
-            [{"params": params, "weight_decay": decay} for decay, params in groups.items()],
-            lr=self.recipe["lr"],
-            fused=True,
-        )
+                spared = name.endswith("bias") or "LayerNorm" in name or "layer_norm" in name
+                (no_decay if spared else decay).append(parameter)
+        return [
+            {"params": decay, "weight_decay": self.recipe["weight_decay"]},
+            {"params": no_decay, "weight_decay": 0.0},
+        ]
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with linear warm-up and linear decay to 0."""
+        optimizer = AdamW(self.parameter_groups(), lr=self.recipe["lr"], fused=True)
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = get_linear_schedule_with_warmup(
-            optimizer, int(self.recipe["warmup"] * steps), steps
-        )
+        warmup = int(self.recipe["warmup"] * steps)
+        schedule = get_linear_schedule_with_warmup(optimizer, warmup, steps)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def configure_gradient_clipping(

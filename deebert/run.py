@@ -8,13 +8,16 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -92,10 +95,13 @@ def train(cfg: DictConfig) -> float | None:
         with warnings.catch_warnings():
             _quieten()
             trainer.fit(module, datamodule=source, ckpt_path=resume)
-            if not config["trainer"].get("fast_dev_run") and getattr(
-                trainer.checkpoint_callback, "monitor", None
-            ):
-                trainer.validate(module, datamodule=source, ckpt_path="best", verbose=False)
+            best = trainer.checkpoint_callback
+            if isinstance(best, ModelCheckpoint) and best.monitor and best.best_model_path:
+                trainer.validate(
+                    module, datamodule=source, ckpt_path=best.best_model_path, verbose=False
+                )
+    except MisconfigurationException as error:  # a wrong trainer.* or callbacks.* value
+        raise UserError(_first_line(error)) from error
     finally:
         _finish_wandb()
     return _result(trainer, job)
@@ -130,6 +136,17 @@ def evaluate(cfg: DictConfig) -> float | None:
     finally:
         _finish_wandb()
     return _result(trainer, job)
+
+
+def refuse(error: UserError) -> NoReturn:
+    """Say what the user got wrong, in one line, and end this job.
+
+    In a multirun the other jobs go on; Hydra prints the line and exits with 1 at the end.
+    """
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise CompactHydraException(str(error)) from None
+    print(f"Error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _with_checkpoint(cfg: DictConfig, job: Job) -> tuple[DictConfig, Checkpoint | None]:
@@ -186,7 +203,7 @@ def _inherit(
             for said in (s for s in job.explicit if s == key or s.startswith(f"{key}.")):
                 ours, saved = OmegaConf.select(cfg, said), OmegaConf.select(theirs, said)
                 if key in taken:
-                    OmegaConf.update(theirs, said, ours)
+                    OmegaConf.update(theirs, said, ours, merge=False)
                 elif ours != saved and not _scores_other_task(cfg, origin, said):
                     name = f"{said}={_named(ours)}"
                     raise UserError(
@@ -194,7 +211,7 @@ def _inherit(
                         f"{said}={_named(saved)}; leave {said}= out, or give another checkpoint"
                     )
                 else:
-                    OmegaConf.update(theirs, said, ours)
+                    OmegaConf.update(theirs, said, ours, merge=False)
             cfg[key] = theirs[key]
 
 
@@ -211,7 +228,7 @@ def _named(value: Any) -> Any:
 def _plain(cfg: DictConfig) -> dict[str, Any]:
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
-    if config["task"] is None:
+    if config.get("task") is None:
         raise UserError(
             "task= is missing: python train.py task=mrpc stage=1; choose one of: "
             f"{', '.join(_choices('task'))}"
@@ -283,7 +300,7 @@ def _trainer(
     name = f"{config['task']['name']}-{config['backbone']['name']}-{kind}-seed{config['seed']}"
     made = [instantiate(values) for values in cfg.get("callbacks", {}).values() if values]
     for callback in made:
-        if isinstance(callback, L.pytorch.callbacks.ModelCheckpoint) and callback.dirpath is None:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(job.folder / "checkpoints")
     loggers = []
     for values in cfg.logger.values():
@@ -295,14 +312,21 @@ def _trainer(
             loggers.append(instantiate(values, **extra))
             loggers[-1].log_hyperparams(config)
     if not loggers:  # LearningRateMonitor would fail
-        made = [c for c in made if not isinstance(c, L.pytorch.callbacks.LearningRateMonitor)]
-    return instantiate(
-        cfg.trainer,
-        callbacks=[*made, *callbacks],
-        logger=loggers,
-        default_root_dir=str(job.folder),
-        enable_progress_bar=sys.stderr.isatty(),
-    )
+        made = [c for c in made if not isinstance(c, LearningRateMonitor)]
+    try:
+        return instantiate(
+            cfg.trainer,
+            callbacks=[*made, *callbacks],
+            logger=loggers,
+            default_root_dir=str(job.folder),
+            enable_progress_bar=sys.stderr.isatty(),
+        )
+    except InstantiationException as error:
+        raise UserError(f"trainer: {_first_line(error.__cause__ or error)} (trainer.*)") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _refuse_unsafe_sweep(trainer: L.Trainer, job: Job) -> None:
@@ -321,6 +345,7 @@ def _quieten() -> None:
     """Advice that does not apply here."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for message in (
+        "The dirpath has changed from .*",  # a resumed run writes into a folder of its own
         "Found .* module\\(s\\) in eval mode.*",  # module.py sets the modes deliberately
         ".*does not have many workers.*",  # a fetched batch takes a millisecond
         ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning #21326

@@ -4,12 +4,14 @@ Gives every split the same columns: `text_a`, `text_b` (pairs only), `label` (ab
 carries none), `group` (where the task has one) and `index`. Knows nothing of tokens or models.
 """
 
+import csv
 import logging
 import math
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd
 
 from deebert import demo
 from deebert.errors import UserError
@@ -17,11 +19,7 @@ from deebert.tasks import Task
 
 log = logging.getLogger(__name__)
 
-# File endings in the order in which they are tried, and the `datasets` builder that reads each.
-BUILDERS = {"parquet": "parquet", "jsonl": "json", "json": "json", "tsv": "csv", "csv": "csv"}
-# GLUE's classic files quote nothing: a lone " is part of a sentence. "NA" and "null" are words.
-TSV = {"sep": "\t", "quoting": 3, "keep_default_na": False, "dtype": str}
-CSV = {"keep_default_na": False, "dtype": str}
+ENDINGS = ("parquet", "jsonl", "json", "tsv", "csv")  # in the order in which they are tried
 
 
 def load(task: Task, split: str, root: str | None) -> datasets.Dataset:
@@ -72,7 +70,7 @@ def find_files(task: Task, split: str, root: str) -> list[Path]:
     classic = (task.tsv or {}).get("folder", task.name)
     names = [split, split.replace("validation", "dev")]
     for place in (folder / task.name, folder / classic, folder):
-        for ending in BUILDERS:
+        for ending in ENDINGS:
             for name in names:
                 # The hub's own files are called train-00000-of-00001.parquet.
                 for pattern in (f"{name}.{ending}", f"{name}-*-of-*.{ending}"):
@@ -83,19 +81,19 @@ def find_files(task: Task, split: str, root: str) -> list[Path]:
 
 def _read(task: Task, files: list[Path]) -> datasets.Dataset:
     ending = files[0].suffix[1:]
-    options: dict[str, Any] = {"tsv": TSV, "csv": CSV}.get(ending, {})
-    header = (task.tsv or {}).get("header") if ending == "tsv" else None
-    if header:
-        options = {**options, "names": list(header), "header": None}
     try:
-        data = datasets.load_dataset(
-            BUILDERS[ending], data_files=[str(path) for path in files], split="train", **options
-        )
+        if ending in ("tsv", "csv"):
+            data = datasets.Dataset.from_pandas(_read_text(task, files[0]), preserve_index=False)
+        else:
+            data = datasets.load_dataset(
+                "parquet" if ending == "parquet" else "json",
+                data_files=[str(path) for path in files],
+                split="train",
+            )
     except Exception as error:  # datasets wraps pyarrow's and pandas' errors in its own
         cause = error.__cause__ or error
-        raise UserError(
-            f"{files[0]}: cannot be read as {ending} ({str(cause).strip().splitlines()[0]})"
-        ) from error
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise UserError(f"{files[0]}: cannot be read as {ending} ({reason})") from error
     if ending == "tsv" and task.tsv:
         renamed = {
             theirs: ours for ours, theirs in task.tsv.items() if ours not in ("folder", "header")
@@ -106,6 +104,17 @@ def _read(task: Task, files: list[Path]) -> datasets.Dataset:
             clash = [renamed[theirs] for theirs in ours if renamed[theirs] in data.column_names]
             data = data.remove_columns(clash).rename_columns({t: renamed[t] for t in ours})
     return data
+
+
+def _read_text(task: Task, file: Path) -> pd.DataFrame:
+    """TSV or CSV, every cell as it stands: "NA" and "null" are words, "007" is no number."""
+    cells: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_filter": False}
+    if file.suffix == ".csv":
+        return pd.read_csv(file, **cells)
+    if header := (task.tsv or {}).get("header"):
+        cells |= {"names": list(header), "header": None}
+    # GLUE's classic files quote nothing: a lone " is part of a sentence.
+    return pd.read_csv(file, sep="\t", quoting=csv.QUOTE_NONE, **cells)
 
 
 def _from_hub(task: Task, split: str) -> datasets.Dataset:
@@ -127,7 +136,7 @@ def _no_split(task: Task, split: str, root: str) -> UserError:
     there = f"there: {', '.join(places)}" if places else f"{task.name}/ is empty or not there"
     return UserError(
         f"data.root={root}: no file for split {split!r} of task {task.name} ({there}; looked for "
-        f"{task.name}/{split} and {split} with .{', .'.join(BUILDERS)})"
+        f"{task.name}/{split} and {split} with .{', .'.join(ENDINGS)})"
     )
 
 

@@ -1,0 +1,68 @@
+"""Every configuration composes, and every choice is used by somebody."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+CONF = Path(__file__).parent.parent / "conf"
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def composed(*overrides: str, name: str = "train") -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, list(overrides))
+
+
+@pytest.mark.parametrize("task", choices("task"))
+@pytest.mark.parametrize("stage", [1, 2])
+def test_every_task_and_stage(task: str, stage: int) -> None:
+    cfg = OmegaConf.to_container(composed(f"task={task}", f"stage={stage}"), resolve=True)
+    assert cfg["trainer"]["max_epochs"] == cfg["stages"][str(stage)]["epochs"] == 3
+    assert cfg["task"]["name"] == task
+
+
+@pytest.mark.parametrize("backbone", choices("backbone"))
+def test_every_backbone(backbone: str) -> None:
+    cfg = composed("task=sst2", f"backbone={backbone}")
+    assert cfg.backbone.name == backbone
+    assert ("path" in cfg.backbone) != ("config" in cfg.backbone)
+
+
+def test_the_choices_that_the_project_promises() -> None:
+    assert choices("task") == sorted(
+        ["sst2", "mrpc", "qnli", "rte", "qqp", "mnli", "cola", "stsb", "wnli", "ax", "demo"]
+    )
+    promised = "bert-base bert-large roberta-base roberta-large distilbert minilm tiny"
+    assert choices("backbone") == sorted(promised.split())
+    assert choices("experiment") == ["deebert_paper", "demo"]
+
+
+@pytest.mark.parametrize(("backbone", "epochs"), [("bert-base", 3), ("bert-large", 3), ("roberta-base", 10), ("roberta-large", 10)])  # fmt: skip
+def test_the_paper_s_values(backbone: str, epochs: int) -> None:
+    cfg = composed("experiment=deebert_paper", "task=mrpc", f"backbone={backbone}")
+    for stage in ("1", "2"):
+        recipe = OmegaConf.to_container(cfg.stages[stage], resolve=True)
+        expected = {"epochs": epochs, "batch_size": 8, "lr": 2e-5, "weight_decay": 0.0, "warmup": 0.0}  # fmt: skip
+        assert {key: recipe[key] for key in expected} == expected
+    assert cfg.stages["2"].cache is False
+    assert cfg.stages["2"].standardize is False
+    assert (cfg.seed, cfg.data.max_length, cfg.trainer.gradient_clip_val) == (42, 128, 1.0)
+    assert cfg.callbacks.best.monitor is None, "no selection: the last weights are kept"
+
+
+def test_an_experiment_overrides_the_defaults() -> None:
+    cfg = composed("experiment=demo")
+    assert (cfg.task.name, cfg.backbone.name) == ("demo", "minilm")
+    assert cfg.stages["1"].lr == 8e-5
+    assert cfg.stages["1"].objective == "final"
+    assert composed("experiment=demo", "stages.1.lr=7").stages["1"].lr == 7
+
+
+def test_recipes_are_reached_from_the_command_line() -> None:
+    assert composed("stage=2", "stages.2.lr=5").stages["2"].lr == 5
+    assert composed(name="evaluate").ckpt is None
