@@ -158,7 +158,7 @@ def main() -> None:
         "Packaged MiniLM (6 layers, 384 wide), float32, "
         f"{machine['threads']} threads of {machine['cpus']} CPU cores, "
         f"torch {machine['versions']['torch']}. Validation splits; the thresholds behind the "
-        "columns on the right were read off the same rows (calibration on other rows is not part of this "
+        "columns on the right were read off the same rows (no calibration in this "
         "table). ± is the standard deviation over seeds. Subsets: "
         + ", ".join(f"{task}: `{said}`" for task, (_, said) in CELLS.items())
         + f"; all: `{STAGE1}`.",

@@ -1,0 +1,84 @@
+"""The README's commands: every one composes, and those that need no hub are run."""
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, mrpc_rows
+from hydra import compose, initialize_config_dir
+
+from deebert import demo
+
+TEXT = (ROOT / "README.md").read_text()
+COMMANDS = sorted(
+    {
+        line.split("  #")[0].strip()
+        for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S)
+        for line in block.splitlines()
+        if line.startswith("python ")
+    }
+    | set(re.findall(r"`(python (?:train|evaluate)\.py [^`]*)`", TEXT))
+)
+
+
+def test_commands_are_found() -> None:
+    assert len(COMMANDS) >= 8
+    assert any("stage=2 ckpt=" in command for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "--" not in c])
+def test_every_command_composes(command: str) -> None:
+    _, script, *overrides = shlex.split(command)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose(Path(script).stem, [o for o in overrides if o != "-m" and "," not in o])
+    assert "trainer" in cfg
+
+
+@pytest.mark.parametrize("said", re.findall(r"\| `([a-z][\w.]*=[^`|]*)`", TEXT))
+def test_every_change_of_the_table_is_a_setting(said: str) -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        compose("train", ["task=mrpc", *shlex.split(said)])
+
+
+def test_a_task_of_one_s_own(
+    run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    yaml = re.search(r"```yaml\n(name: reviews.*?)```", TEXT, re.S).group(1)
+    assert len(yaml.splitlines()) <= 8
+    (tmp_path / "my" / "task").mkdir(parents=True)
+    (tmp_path / "my" / "task" / "reviews.yaml").write_text(yaml)
+    (tmp_path / "my" / "reviews").mkdir()
+    for split in ("train", "validation"):
+        rows = demo.rows(split)[:40]
+        lines = [f'{r["product"]},"{r["review"]}",{("bad", "good")[r["label"]]}' for r in rows]
+        (tmp_path / "my" / "reviews" / f"{split}.csv").write_text(
+            "\n".join(["title,text,verdict", *lines]) + "\n"
+        )
+    monkeypatch.chdir(tmp_path)
+    [command] = [c for c in COMMANDS if "task=reviews" in c]
+    assert command in TEXT
+    said = [o.replace("backbone=minilm", "backbone=tiny") for o in shlex.split(command)[2:]]
+    run("train.py", *said, "logger=csv", "stages.1.epochs=1", f"hydra.run.dir={tmp_path / 'out'}")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (results["task"], results["metric"], results["num_rows"]) == ("reviews", "accuracy", 40)
+    assert set(results["exits"][0]["scores"]) == {"accuracy", "f1"}
+
+
+def test_the_offline_command(run: Callable[..., str], glue: Path, tmp_path: Path) -> None:
+    [command] = [c for c in COMMANDS if "data.root=DIR" in c]
+    said = [o.replace("DIR", str(glue)).replace("minilm", "tiny") for o in shlex.split(command)[2:]]
+    run(
+        "train.py",
+        *said,
+        "logger=csv",
+        "data.max_length=64",
+        "stages.1.epochs=1",
+        f"hydra.run.dir={tmp_path}",
+    )
+    assert (
+        len(mrpc_rows("validation", 40))
+        == json.loads((tmp_path / "results.json").read_text())["num_rows"]
+    )
