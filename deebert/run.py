@@ -75,9 +75,8 @@ def train(cfg: DictConfig) -> float | None:
         tokenizer = backbones.tokenizer(config["backbone"])
         tokenizer_files = backbones.tokenizer_files(tokenizer)
         model = EarlyExitModel.from_backbone(config["backbone"], task.num_labels)
-    data = _data(
-        task, tokenizer, config, model, config["stages"][str(config["stage"])]["batch_size"]
-    )
+    recipe = config["stages"][str(config["stage"])]
+    data = _data(task, tokenizer, config, model, recipe["batch_size"])
     data.prepare_data()  # a mistake in the data shows before anything is logged
     data.train_dataloader()
     remembered = {
@@ -89,7 +88,7 @@ def train(cfg: DictConfig) -> float | None:
     _refuse_unsafe_sweep(trainer, job)
     source: L.LightningDataModule = data
     if module.is_cached:
-        source = FrozenStates(data, model, job.folder, standardize=module.recipe["standardize"])
+        source = FrozenStates(data, model, job.folder, standardize=recipe["standardize"])
     resume = str(origin.path) if origin and config["resume"] else None
     try:
         with warnings.catch_warnings():
@@ -117,7 +116,8 @@ def evaluate(cfg: DictConfig) -> float | None:
     if config["threshold"] is not None:
         thresholds = curves.check_thresholds(config["threshold"], "threshold")
     task = Task.from_config(config["task"])
-    data = _data(task, origin.tokenizer(), config, origin.model(), 1)
+    model = origin.model()
+    data = _data(task, origin.tokenizer(), config, model, 1)
     if config["split"]:
         data.eval_splits = (config["split"],)
     elif not data.eval_splits:
@@ -125,7 +125,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     for split in data.eval_splits:
         data.tokens(split)
     remembered = origin.config | {"task": config["task"], "data": config["data"]}
-    module = EarlyExitModule(origin.model(), remembered, origin.tokenizer_files)
+    module = EarlyExitModule(model, remembered, origin.tokenizer_files)
     callback = EarlyExitEvaluation(thresholds)
     trainer = _trainer(cfg, config, job, "evaluate", callback)
     _refuse_unsafe_sweep(trainer, job)
