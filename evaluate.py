@@ -9,13 +9,13 @@ from omegaconf import DictConfig
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> float | None:
-    from deebert import run
+    from deebert import job, run
     from deebert.errors import UserError
 
     try:
         return run.evaluate(cfg)
     except UserError as error:
-        run.refuse(error)
+        job.refuse(error)
 
 
 if __name__ == "__main__":
