@@ -167,7 +167,7 @@ def main() -> None:
         f"{machine['threads']} threads of {machine['cpus']} CPU cores, "
         f"torch {machine['versions']['torch']}. Validation splits; the thresholds behind the "
         "columns on the right were read off the same rows (no calibration in this "
-        "table). Seconds: the whole stage-2 command, median over seeds; ± is the standard deviation "
+        "table). Seconds: the whole stage-2 command, median over seeds; ± is the deviation "
         "over seeds. Subsets: "
         + ", ".join(f"{task}: `{said}`" for task, (_, said) in CELLS.items())
         + f"; all: `{STAGE1}`.",
