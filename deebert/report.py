@@ -104,6 +104,8 @@ def tables(results: Mapping[str, Any]) -> Iterable[tuple[str, list[str], list[li
                 for ramp in part["exits"]
             ],
         )
+        if results["objective"] == "final":
+            continue  # exits at untrained ramps mean nothing
         groups = list(part["curve"][0].get("mean_exit_layer", {}))
         yield (
             f"Score against saving: {where}",
@@ -128,8 +130,8 @@ def tables(results: Mapping[str, Any]) -> Iterable[tuple[str, list[str], list[li
 def notes(results: Mapping[str, Any]) -> list[str]:
     """What a reader of the tables must know."""
     found = []
-    if results["stage"] == 1:
-        found.append("Stage 1 trains the last ramp only; the others speak after stage 2.")
+    if results["objective"] == "final":
+        found.append("Only the last ramp is trained so far; exits are worth a look after stage 2.")
     if results["metric"] in ("spearman", "pearson"):
         found.append("A regression has no entropy to exit by: full depth only.")
     if results["exits"][0]["score"] is None:
@@ -177,7 +179,7 @@ def picture(results: Mapping[str, Any], file: Path) -> None:
     for part in splits(results):
         label = "" if part is results else f" ({part['split']})"
         points = sorted(part["curve"], key=lambda point: point["expected_saving"])
-        if results["stage"] == 2 and part["exits"][0]["score"] is not None:
+        if results["objective"] != "final" and part["exits"][0]["score"] is not None:
             left.plot(
                 [100 * point["expected_saving"] for point in points],
                 [point["score"] for point in points],

@@ -137,6 +137,8 @@ def _trainer(
     cfg: DictConfig, config: dict[str, Any], job: Job, kind: str, *callbacks: L.Callback
 ) -> L.Trainer:
     """The Trainer with its callbacks and loggers, all writing into the run folder."""
+    # Lightning's tips and notes on absent devices have no other switch.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     name = f"{config['task']['name']}-{config['backbone']['name']}-{kind}-seed{config['seed']}"
     made = [instantiate(values) for values in cfg.get("callbacks", {}).values() if values]
     for callback in made:
@@ -183,7 +185,6 @@ def _refuse_unsafe_sweep(trainer: L.Trainer, job: Job) -> None:
 
 def _quieten() -> None:
     """Advice that does not apply here."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for message in (
         "The dirpath has changed from .*",  # a resumed run writes into a folder of its own
         "Found .* module\\(s\\) in eval mode.*",  # module.py sets the modes deliberately
