@@ -73,8 +73,9 @@ class Backbone(nn.Module):
     @property
     def classifier_dropout(self) -> float:
         """Dropout before a classifier, as the library's own classification heads have it."""
-        config = self.encoder.config
-        return getattr(config, "seq_classif_dropout", None) or config.hidden_dropout_prob
+        values = self.encoder.config.to_dict()
+        names = ("classifier_dropout", "seq_classif_dropout", "hidden_dropout_prob")
+        return next(values[name] for name in names if values.get(name) is not None)
 
     def embed(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
@@ -123,7 +124,13 @@ def pretrained(spec: Mapping[str, Any]) -> tuple[Backbone, nn.Linear | None]:
         UserError: it cannot be loaded, or its weights are not the ones promised.
     """
     if "config" in spec:
-        return from_config(random_config(spec)), None
+        try:
+            return from_config(random_config(spec)), None
+        except UserError:
+            raise
+        except Exception as error:  # the library checks its sizes in many ways
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"backbone {spec['name']}: {reason} (backbone.config.*)") from error
     path = _locate(spec)
     config = _load(AutoConfig.from_pretrained, path, spec)
     architecture(config.model_type)  # refuse before anything is downloaded
@@ -183,7 +190,7 @@ def _character_tokenizer() -> PreTrainedTokenizerBase:
 def _locate(spec: Mapping[str, Any]) -> str:
     """The packaged copy where it is installed (checked against its sha256), else path or hub id."""
     package = spec.get("package")
-    if not package:
+    if not package or Path(spec["path"]).is_dir():  # a folder of the user's goes first
         return str(spec["path"])
     name, _, inside = str(package).partition("/")
     found = importlib.util.find_spec(name)  # finds a top-level package without importing it

@@ -6,17 +6,20 @@ results.json, the picture and W&B. Knows nothing of how the logits came about.
 
 import csv
 import logging
+import shutil
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from deebert import curves, objectives, report
+from deebert import curves, report
+from deebert.module import EarlyExitModule
 from deebert.records import Record
 from deebert.tasks import Task
 
@@ -26,10 +29,11 @@ log = logging.getLogger(__name__)
 class EarlyExitEvaluation(Callback):
     """Score and expected saving for each threshold, score of every ramp, exit histogram.
 
-    Logs `val/score` (full depth, headline metric), `val/<metric>`, `val/loss`,
-    `val/ramp_<layer>/score` and `val/threshold_<t>/{score,expected_saving}`; a second validation
-    split is logged under its own name, a test under `test/`. Files go to the run folder
-    (`trainer.default_root_dir`); `results` holds what results.json holds.
+    Logs `val/score` (full depth, headline metric), `val/<metric>`, `val/loss` (the stage's own
+    objective), `val/ramp_<layer>/score`, their mean `val/mean_ramp_score`, and
+    `val/threshold_<t>/{score,expected_saving}`; a second validation split is logged under its own
+    name, a test under `test/`. Files go to the run folder (`trainer.default_root_dir`); `results`
+    holds what results.json holds.
 
     Args:
         thresholds: entropies >= 0; None for the paper's list (`curves.default_thresholds`).
@@ -76,6 +80,7 @@ class EarlyExitEvaluation(Callback):
         batches, self._batches = self._batches, defaultdict(list)
         if trainer.sanity_checking:
             return
+        assert isinstance(pl_module, EarlyExitModule)
         config = pl_module.hparams["config"]
         task = Task.from_config(config["task"])
         thresholds = self.thresholds or curves.default_thresholds(task.num_labels)
@@ -89,9 +94,9 @@ class EarlyExitEvaluation(Callback):
         if evaluations[1:]:
             self.results["other_splits"] = evaluations[1:]
         if trainer.state.fn == "fit":
-            self.results["epoch"] = trainer.current_epoch + 1
+            self.results["epoch"] = trainer.current_epoch + 1  # of the epochs counted from 1
         for i, (record, evaluation) in enumerate(zip(self.records, evaluations, strict=True)):
-            scalars = _scalars(record, evaluation)
+            scalars = _scalars(record, evaluation, pl_module.objective)
             name = prefix if i == 0 else record.split.replace("validation", prefix)
             pl_module.log_dict(
                 {f"{name}/{key}": value for key, value in scalars.items()}, sync_dist=True
@@ -102,13 +107,11 @@ class EarlyExitEvaluation(Callback):
             folder = Path(trainer.default_root_dir)
             report.save_json(self.results, folder)
             if trainer.state.fn != "validate":  # the best epoch once more, at the end of training
-                _append_csv(folder / "csv" / "curve.csv", self.results, trainer.current_epoch)
+                _append_csv(folder / "csv" / "curve.csv", self.results)
             full = evaluations[0]["exits"][-1]["scores"]
-            log.info(
-                "epoch %d: %s",
-                trainer.current_epoch,
-                ", ".join(f"{k} {v:.4f}" for k, v in full.items()),
-            )
+            if "epoch" in self.results:
+                scores = ", ".join(f"{name} {value:.4f}" for name, value in full.items())
+                log.info("epoch %d: %s at full depth", self.results["epoch"], scores)
 
     def _log_wandb(self, trainer: L.Trainer, prefix: str, evaluation: dict[str, Any]) -> None:
         """The curve as a table, as a line chart and as exit shares."""
@@ -153,6 +156,29 @@ class EarlyExitEvaluation(Callback):
                 logger.log_image("curve", [str(folder / "curve.png")])
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's, but in a resumed run the best of the epochs before comes along.
+
+    A resumed run writes into a folder of its own; Lightning would forget the best score there.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        before = Path(state_dict["best_model_path"])
+        moved = self.monitor and self.dirpath and Path(self.dirpath) != before.parent
+        if moved and before.is_file():
+            ours = Path(str(self.dirpath)) / before.name
+            ours.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(before, ours)
+            state_dict = state_dict | {
+                "dirpath": str(self.dirpath),
+                "best_model_path": str(ours),
+                "kth_best_model_path": str(ours),
+                "best_k_models": {str(ours): state_dict["best_model_score"]},
+                "last_model_path": "",
+            }
+        super().load_state_dict(state_dict)
+
+
 def _gathered(trainer: L.Trainer, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """The batches of every process, on every process."""
     if trainer.world_size == 1:
@@ -162,12 +188,16 @@ def _gathered(trainer: L.Trainer, batches: list[dict[str, Tensor]]) -> list[dict
     return [batch for part in parts for batch in part]
 
 
-def _scalars(record: Record, evaluation: dict[str, Any]) -> dict[str, float]:
+def _scalars(
+    record: Record, evaluation: dict[str, Any], objective: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, float]:
     scalars: dict[str, float] = {}
     if record.labels_N is not None:
         full = evaluation["exits"][-1]
         scalars |= {"score": full["score"], **full["scores"]}
-        scalars["loss"] = objectives.final(record.logits_NLC, record.labels_N).item()
+        scalars["loss"] = objective(record.logits_NLC, record.labels_N).item()
+        scores = [ramp["score"] for ramp in evaluation["exits"]]
+        scalars["mean_ramp_score"] = sum(scores) / len(scores)
         for ramp in evaluation["exits"]:
             scalars[f"ramp_{ramp['layer']}/score"] = ramp["score"]
     for point in evaluation["curve"]:
@@ -178,7 +208,7 @@ def _scalars(record: Record, evaluation: dict[str, Any]) -> dict[str, float]:
     return scalars
 
 
-def _append_csv(file: Path, results: dict[str, Any], epoch: int) -> None:
+def _append_csv(file: Path, results: dict[str, Any]) -> None:
     """One line per epoch, split and threshold."""
     file.parent.mkdir(parents=True, exist_ok=True)
     fresh = not file.exists()
@@ -191,4 +221,5 @@ def _append_csv(file: Path, results: dict[str, Any], epoch: int) -> None:
         for part in report.splits(results):
             for p in part["curve"]:
                 values = (p["threshold"], p["score"], p["cost_ratio"], p["expected_saving"])
-                writer.writerow([epoch, part["split"], *values, p["speed_up"], *p["exit_counts"]])
+                where = (results.get("epoch", ""), part["split"])
+                writer.writerow([*where, *values, p["speed_up"], *p["exit_counts"]])

@@ -26,14 +26,19 @@ class Checkpoint:
     architecture: dict[str, Any]
     tokenizer_files: dict[str, str]
     weights: dict[str, torch.Tensor]
+    epochs_done: int
 
     def model(self) -> EarlyExitModel:
         """The trained model, in eval mode."""
         task = Task.from_config(self.config["task"])
         model = EarlyExitModel(self.architecture, task.num_labels)
-        model.load_state_dict(
-            {name.removeprefix("model."): value for name, value in self.weights.items()}
-        )
+        try:
+            model.load_state_dict(
+                {name.removeprefix("model."): value for name, value in self.weights.items()}
+            )
+        except RuntimeError as error:
+            reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+            raise UserError(f"{self.path}: its weights do not fit its shape ({reason})") from error
         return model.eval()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -73,7 +78,9 @@ def read(path: Path, flag: str) -> Checkpoint:
             hparams["architecture"],
             hparams["tokenizer"],
             content["state_dict"],
+            content["epoch"] + 1,
         )
+        checkpoint.config["stage"], checkpoint.config["task"]["name"], checkpoint.config["data"]
     except Exception as error:  # unpickling somebody's file fails in many ways
         raise UserError(
             f"{flag}={path}: not a checkpoint of this program ({type(error).__name__}); give the "

@@ -50,6 +50,19 @@ def check_thresholds(thresholds: Any, flag: str) -> list[float]:
     return [float(value) for value in listed]
 
 
+def check_task(task: Task, thresholds: list[float], flag: str) -> None:
+    """A regression has no entropy to exit by.
+
+    Raises:
+        UserError: a threshold above 0 for a regression task.
+    """
+    if task.is_regression and any(thresholds):
+        raise UserError(
+            f"{flag}={max(thresholds)}: task {task.name} is a regression, where entropy means "
+            "nothing (one output, always 0); only full depth (threshold=0) can be scored"
+        )
+
+
 def ramp_table(record: Record, task: Task) -> list[dict[str, Any]]:
     """Score of every ramp on all rows, and the cost ratio of stopping there."""
     return [
@@ -73,11 +86,7 @@ def curve(record: Record, task: Task, thresholds: list[float]) -> list[dict[str,
     Raises:
         UserError: a threshold above 0 for a regression task, where entropy is always 0.
     """
-    if task.is_regression and any(thresholds):
-        raise UserError(
-            f"threshold={max(thresholds)}: task {task.name} is a regression, where entropy means "
-            "nothing (one output, always 0); only full depth (threshold=0) can be scored"
-        )
+    check_task(task, thresholds, "threshold")
     predictions_NL = task.predict(record.logits_NLC)
     entropy_NL = exits.entropy(record.logits_NLC)
     rows = []
@@ -103,7 +112,16 @@ def curve(record: Record, task: Task, thresholds: list[float]) -> list[dict[str,
 
 
 def evaluation(record: Record, task: Task, thresholds: list[float]) -> dict[str, Any]:
-    """Everything known about one split: what `results.json` holds for it."""
+    """Everything known about one split: what `results.json` holds for it.
+
+    Raises:
+        UserError: logits are not finite.
+    """
+    if not (finite := record.logits_NLC.isfinite().flatten(1).all(1)).all():
+        raise UserError(
+            f"{(~finite).sum()} of {len(record)} rows of split {record.split!r} have logits that "
+            "are not finite: training diverged; lower stages.1.lr or stages.2.lr"
+        )
     return {
         "split": record.split,
         "num_rows": len(record),

@@ -212,7 +212,10 @@ def _tokenize(
     columns = {name: rows[name][:] for name in rows.column_names}
     name = Hasher.hash([columns, backbones.tokenizer_files(tokenizer), max_length])
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "deebert"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error}); set HF_DATASETS_CACHE") from error
     return rows.map(
         encode,
         batched=True,

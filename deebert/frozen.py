@@ -9,6 +9,7 @@ Knows nothing of tasks or losses.
 
 import contextlib
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from deebert.data import LengthBatches, TextDataModule
+from deebert.errors import UserError
 from deebert.model import EarlyExitModel, Ramp
 from deebert.module import INPUTS
 
@@ -122,9 +124,15 @@ class FrozenStates(L.LightningDataModule):
 
 def _mapped(folder: Path, size: tuple[int, ...]) -> Tensor:
     """A float32 tensor in a file that nothing but this process sees, gone when the process is."""
+    numel = torch.Size(size).numel()
+    free = shutil.disk_usage(folder).free
+    if 4 * numel > free:  # a sparse file would end in SIGBUS half-way
+        raise UserError(
+            f"the frozen states take {4 * numel / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB "
+            "free: choose another hydra.run.dir, or stages.2.cache=false"
+        )
     handle, name = tempfile.mkstemp(dir=folder, prefix="states-")
     os.close(handle)
-    numel = torch.Size(size).numel()
     tensor = torch.from_file(name, shared=True, size=numel, dtype=torch.float32)
     with contextlib.suppress(PermissionError):  # Windows keeps mapped files: it stays in the folder
         os.unlink(name)

@@ -4,6 +4,8 @@ A stage-2, resumed or evaluated run takes from its checkpoint what the command l
 Knows Hydra and checkpoints; builds nothing.
 """
 
+import logging
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from deebert import checkpoints, curves
 from deebert.checkpoints import Checkpoint
 from deebert.errors import UserError, unknown
+from deebert.tasks import Task
+
+log = logging.getLogger(__name__)
 
 STAGES = (1, 2)
 
@@ -36,6 +41,21 @@ class Job:
         keys = (override.partition("=")[0].lstrip("+~") for override in hydra.overrides.task)
         sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
         return cls(Path(hydra.runtime.output_dir), frozenset(keys), sweep)
+
+    def refuse_used_folder(self) -> None:
+        """A run folder is never reused: its results would no longer belong to its weights.
+
+        Raises:
+            UserError: another run has written here.
+        """
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            return  # a helper process of the run that has just begun here
+        for name in ("results.json", "checkpoints", "csv"):
+            if (self.folder / name).exists():
+                raise UserError(
+                    f"hydra.run.dir={self.folder} holds the {name} of another run, and a run "
+                    "folder is never reused: choose another hydra.run.dir, or leave it out"
+                )
 
     def said(self, key: str) -> bool:
         """Did the user set this key, or something inside it?"""
@@ -72,9 +92,17 @@ def complete(cfg: DictConfig, job: Job) -> tuple[DictConfig, Checkpoint | None]:
             checkpoints.find(str(cfg.resume), "resume", "last.ckpt"), "resume"
         )
         fixed = ("stage", "stages", "task", "backbone", "seed")
-        _inherit(cfg, origin, job, fixed=fixed, taken=("data", "trainer"))
+        _inherit(cfg, origin, job, fixed=fixed, taken=("data", "thresholds"))
+        for key in ("trainer", "callbacks"):
+            _inherit_values(cfg, key, origin.config[key], job)
+        epochs = cfg.stages[str(cfg.stage)].epochs
+        if origin.epochs_done >= epochs:
+            raise UserError(
+                f"resume={cfg.resume} has finished all of its {epochs} epochs; for other settings "
+                "start a new run"
+            )
         return cfg, origin
-    if isinstance(cfg.stage, bool) or cfg.stage not in STAGES:
+    if type(cfg.stage) is not int or cfg.stage not in STAGES:
         raise unknown("stage", cfg.stage, STAGES, "stage")
     if cfg.stage == 1:
         if cfg.ckpt:
@@ -94,6 +122,13 @@ def complete(cfg: DictConfig, job: Job) -> tuple[DictConfig, Checkpoint | None]:
             f"ckpt={cfg.ckpt} is of stage {origin.config['stage']}; stage=2 starts from a stage-1 "
             "checkpoint (to go on with an interrupted stage 2: resume=RUN)"
         )
+    if origin.epochs_done < (epochs := origin.config["stages"]["1"]["epochs"]):
+        log.warning(
+            "ckpt=%s stopped after epoch %d of %d (resume=RUN would finish it); taken as it is",
+            cfg.ckpt,
+            origin.epochs_done,
+            epochs,
+        )
     # A recipe that the user names now (experiment=...) is not overruled by the one of then.
     taken = ("data", "seed") if job.said("experiment") else ("data", "seed", "stages")
     _inherit(cfg, origin, job, fixed=("task", "backbone"), taken=taken)
@@ -105,31 +140,54 @@ def _inherit(
 ) -> None:
     """Take values from the checkpoint. `fixed` ones may not be contradicted on the command line;
     of the `taken` ones, what is said on the command line wins."""
+    _refuse_other_task(cfg, origin)
     with open_dict(cfg):
         for key in (*fixed, *taken):
             theirs = OmegaConf.create({key: origin.config[key]})
             for said in (s for s in job.explicit if s == key or s.startswith(f"{key}.")):
                 ours, saved = OmegaConf.select(cfg, said), OmegaConf.select(theirs, said)
-                if key in taken:
-                    OmegaConf.update(theirs, said, ours, merge=False)
-                elif ours != saved and not _scores_other_task(cfg, origin, said):
-                    name = f"{said}={_named(ours)}"
-                    raise UserError(
-                        f"{name} contradicts {origin.path}, which was trained with "
-                        f"{said}={_named(saved)}; leave {said}= out, or give another checkpoint"
-                    )
-                else:
-                    OmegaConf.update(theirs, said, ours, merge=False)
+                if said == "task" and ours.name == saved.name:
+                    continue  # named again: as it was then
+                if key in fixed and _name(ours) != _name(saved) and said != "task":
+                    raise _contradiction(said, ours, saved, origin)
+                OmegaConf.update(theirs, said, ours, merge=False)
             cfg[key] = theirs[key]
 
 
-def _scores_other_task(cfg: DictConfig, origin: Checkpoint, said: str) -> bool:
-    """AX has no training data: evaluate.py scores it with an MNLI checkpoint."""
-    other = cfg.task.get("checkpoint_task") if "stage" not in cfg and cfg.task else None
-    return said == "task" and other == origin.config["task"]["name"]
+def _inherit_values(cfg: DictConfig, path: str, theirs: dict[str, Any], job: Job) -> None:
+    """Take plain settings, never a `_target_`: a checkpoint is somebody's file, and what it names
+    would be called."""
+    with open_dict(cfg):
+        ours = OmegaConf.select(cfg, path)
+        for key, value in theirs.items() if isinstance(ours, DictConfig) else ():
+            inner = f"{path}.{key}"
+            if isinstance(value, dict):
+                _inherit_values(cfg, inner, value, job)
+            elif not str(key).startswith("_") and inner not in job.explicit:
+                OmegaConf.update(cfg, inner, value)
 
 
-def _named(value: Any) -> Any:
+def _refuse_other_task(cfg: DictConfig, origin: Checkpoint) -> None:
+    """A task that is named, also by an experiment, must be the checkpoint's.
+
+    Only evaluate.py may score another: AX has no training data, an MNLI checkpoint scores it.
+    """
+    ours, saved = cfg.get("task"), origin.config["task"]
+    if ours is None or ours.get("name") == saved["name"]:
+        return
+    if "stage" not in cfg and ours.get("checkpoint_task") == saved["name"]:
+        return
+    raise _contradiction("task", ours, OmegaConf.create(saved), origin)
+
+
+def _contradiction(said: str, ours: Any, saved: Any, origin: Checkpoint) -> UserError:
+    return UserError(
+        f"{said}={_name(ours)} contradicts {origin.path}, which was trained with "
+        f"{said}={_name(saved)}; leave {said}= out, or give another checkpoint"
+    )
+
+
+def _name(value: Any) -> Any:
     return value.name if isinstance(value, DictConfig) and "name" in value else value
 
 
@@ -150,27 +208,67 @@ def _choices(group: str) -> list[str]:
 
 
 def check(config: dict[str, Any]) -> None:
-    """What would otherwise fail late, or train on nonsense."""
-    stage = str(config["stage"])
-    positive = {
-        "data.max_length": config["data"]["max_length"],
-        "data.limit_train": config["data"]["limit_train"] or 1,
-        "data.eval_batch_size": config["data"]["eval_batch_size"],
-        **{
-            f"stages.{stage}.{key}": config["stages"][stage][key]
-            for key in ("epochs", "batch_size")
-        },
-    }
-    for flag, value in positive.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{flag}={value} must be a whole number of 1 or more")
-    lr = config["stages"][stage]["lr"]
-    if not isinstance(lr, int | float) or not 0 < lr < 1:
-        raise UserError(f"stages.{stage}.lr={lr} must be a number between 0 and 1, such as 2e-5")
-    recipe = config["stages"][stage]
-    if recipe.get("standardize") and not recipe["cache"]:
+    """What would otherwise fail late, or train on nonsense; for both entries.
+
+    Raises:
+        UserError: a value is of the wrong kind or outside its range.
+    """
+    data = config["data"]
+    _whole("seed", config["seed"], 0, 2**32 - 1)
+    _whole(
+        "data.max_length", data["max_length"], 8
+    )  # special tokens and a word or two of each text
+    _whole("data.eval_batch_size", data["eval_batch_size"], 1)
+    _whole("data.num_workers", data["num_workers"], 0)
+    if data["limit_train"] is not None:
+        _whole("data.limit_train", data["limit_train"], 1)
+    if data["root"] is not None and not isinstance(data["root"], str):
+        raise UserError(f"data.root={data['root']} must be a folder")
+    if "stage" in config:
+        _check_training(config)
+    elif config["split"] is not None and not isinstance(config["split"], str):
+        raise UserError(f"split={config['split']} must be the name of one split")
+
+
+def _check_training(config: dict[str, Any]) -> None:
+    stage = config["stage"]
+    recipe, flag = config["stages"].get(str(stage)), f"stages.{stage}"
+    if not isinstance(recipe, dict):
+        raise UserError(f"{flag}={recipe} must hold a recipe (objective, epochs, lr, ...)")
+    _whole(f"{flag}.epochs", recipe["epochs"], 1)
+    _whole(f"{flag}.batch_size", recipe["batch_size"], 1)
+    for key, low, high in (("lr", 0, 1), ("warmup", 0, 1), ("weight_decay", 0, 1)):
+        value = recipe[key]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not low <= value <= high or (key == "lr" and value == 0):
+            raise UserError(f"{flag}.{key}={value} must be a number between {low} and {high}")
+    if config["trainer"]["max_epochs"] != recipe["epochs"]:
+        raise UserError(
+            f"trainer.max_epochs={config['trainer']['max_epochs']}: the number of epochs is part "
+            f"of the recipe; set {flag}.epochs"
+        )
+    if config["thresholds"] is not None:
+        thresholds = curves.check_thresholds(config["thresholds"], "thresholds")
+        curves.check_task(Task.from_config(config["task"]), thresholds, "thresholds")
+    if stage != 2:
+        return
+    for key in ("cache", "standardize"):
+        if not isinstance(recipe[key], bool):
+            raise UserError(f"{flag}.{key}={recipe[key]} must be true or false")
+    if recipe["standardize"] and not recipe["cache"]:
         raise UserError(
             "stages.2.standardize=true needs the frozen states: leave stages.2.cache=true"
         )
-    if config["thresholds"] is not None:
-        curves.check_thresholds(config["thresholds"], "thresholds")
+    monitor = ((config["callbacks"] or {}).get("best") or {}).get("monitor")
+    if monitor == "val/score":
+        raise UserError(
+            "callbacks.best.monitor=val/score is the score at full depth, which stage 2 does not "
+            "change; use callbacks.best.monitor=val/mean_ramp_score"
+        )
+
+
+def _whole(flag: str, value: Any, low: int, high: int | None = None) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
+        limit = f"of {low} or more" if high is None else f"from {low} to {high}"
+        raise UserError(f"{flag}={value} must be a whole number {limit}")

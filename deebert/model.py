@@ -12,6 +12,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from deebert import backbones
+from deebert.errors import UserError
 
 
 class Ramp(nn.Module):
@@ -44,8 +45,14 @@ class Ramp(nn.Module):
         for the optimizer. One scale for all features, so that none that is mere rounding noise is
         blown up. shift and scale could be folded into the pooler: it stays the paper's ramp.
         """
+        deviation = states_NH.var(0, correction=0).mean().sqrt()
+        if not deviation > 0:
+            raise UserError(
+                "stages.2.standardize=true: what a ramp reads does not vary over the "
+                f"{len(states_NH)} training rows; use more rows, or stages.2.standardize=false"
+            )
         self.shift.copy_(states_NH.mean(0))
-        self.scale.copy_(1 / states_NH.var(0).mean().sqrt())
+        self.scale.copy_(1 / deviation)
 
     def forward(self, first_BH: Tensor) -> Tensor:
         return self.classifier(

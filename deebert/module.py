@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import get_linear_schedule_with_warmup
 
-from deebert.errors import unknown
+from deebert.errors import UserError, unknown
 from deebert.model import EarlyExitModel
 from deebert.objectives import OBJECTIVES
 
@@ -130,7 +130,9 @@ class EarlyExitModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up and linear decay to 0."""
-        optimizer = AdamW(self.parameter_groups(), lr=self.recipe["lr"], fused=True)
+        # Lightning unscales float16 gradients before they are clipped only if nothing is fused.
+        fused = not str(self.trainer.precision).startswith("16")
+        optimizer = AdamW(self.parameter_groups(), lr=self.recipe["lr"], fused=fused)
         steps = int(self.trainer.estimated_stepping_batches)
         warmup = int(self.recipe["warmup"] * steps)
         schedule = get_linear_schedule_with_warmup(optimizer, warmup, steps)
@@ -140,6 +142,10 @@ class EarlyExitModule(L.LightningModule):
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         """Clip the norm over everything that has a gradient, as the original does."""
+        if str(gradient_clip_algorithm or "norm") not in ("norm", "GradClipAlgorithmType.NORM"):
+            raise UserError(
+                f"trainer.gradient_clip_algorithm={gradient_clip_algorithm}: only 'norm' is known"
+            )
         if gradient_clip_val:
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 

@@ -3,7 +3,7 @@
 Knows nothing of models or tasks: arithmetic on it needs neither.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,11 +56,3 @@ class Record:
             joined["length"][rows],
             joined["group"][rows] if "group" in joined else None,
         )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The record's arrays by name, those that are there."""
-        return {
-            field.name: value
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def header(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+@cache
 def environment() -> dict[str, Any]:
     """Versions, device, threads and the code's commit."""
     versions = {}
@@ -52,9 +54,11 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     versions["torch"] = torch.__version__  # says which build it is, too
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "python": platform.python_version(),
@@ -144,7 +148,8 @@ def show(results: Mapping[str, Any], folder: Path) -> None:
     console = Console(width=None if os.isatty(1) else 140, highlight=False)
     console.print(_title(results), markup=False)
     for title, columns, rows in tables(results):
-        table = Table(title=title, title_justify="left", title_style="bold")
+        console.print(title, style="bold", markup=False)  # as the table's title it would be folded
+        table = Table()
         for column in columns:
             table.add_column(column, justify="right")
         for row in rows:

@@ -1,8 +1,11 @@
 """train(cfg) and evaluate(cfg): build, run, close. The only place that instantiates."""
 
+import json
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,21 @@ from deebert.model import EarlyExitModel
 from deebert.module import EarlyExitModule
 from deebert.tasks import Task
 
+log = logging.getLogger(__name__)
+
+# What makes a checkpoint self-describing, and a run resumable.
+REMEMBERED = (
+    "task", "backbone", "data", "stage", "stages", "seed", "trainer", "callbacks", "thresholds",
+)  # fmt: skip
+# Lightning's advice that does not apply here.
+ADVICE = (
+    "The dirpath has changed from .*",  # a resumed run writes into a folder of its own
+    "Found .* module\\(s\\) in eval mode.*",  # module.py sets the modes deliberately
+    ".*does not have many workers.*",  # a fetched batch takes a millisecond
+    ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning #21326
+    ".*number of training batches .* is smaller than the logging interval.*",
+)
+
 
 def train(cfg: DictConfig) -> float | None:
     """Run one stage; returns the full-depth score, for Hydra's sweepers.
@@ -32,6 +50,7 @@ def train(cfg: DictConfig) -> float | None:
         UserError: a mistake in the configuration or the data.
     """
     job = Job.current()
+    job.refuse_used_folder()
     cfg, origin = complete(cfg, job)
     config = plain(cfg)
     check(config)
@@ -44,49 +63,51 @@ def train(cfg: DictConfig) -> float | None:
         tokenizer = backbones.tokenizer(config["backbone"])
         tokenizer_files = backbones.tokenizer_files(tokenizer)
         model = EarlyExitModel.from_backbone(config["backbone"], task.num_labels)
+    if len(model.ramps) < 2:
+        raise UserError(
+            f"backbone {config['backbone']['name']} has one layer: nothing to leave early"
+        )
     recipe = config["stages"][str(config["stage"])]
-    data = _data(task, tokenizer, config, model, recipe["batch_size"])
+    data = _data(task, tokenizer, config, model.config, recipe["batch_size"])
     data.prepare_data()  # a mistake in the data shows before anything is logged
     data.train_dataloader()
-    remembered = {
-        key: config[key]
-        for key in ("task", "backbone", "data", "stage", "stages", "seed", "trainer")
-    }
+    remembered = {key: config[key] for key in REMEMBERED}
     module = EarlyExitModule(model, remembered, tokenizer_files)
-    trainer = _trainer(cfg, config, job, f"stage{config['stage']}")
-    _refuse_unsafe_sweep(trainer, job)
     source: L.LightningDataModule = data
     if module.is_cached:
         source = FrozenStates(data, model, job.folder, standardize=recipe["standardize"])
     resume = str(origin.path) if origin and config["resume"] else None
-    try:
-        with warnings.catch_warnings():
-            _quieten()
-            trainer.fit(module, datamodule=source, ckpt_path=resume)
-            best = trainer.checkpoint_callback
-            if isinstance(best, ModelCheckpoint) and best.monitor and best.best_model_path:
-                trainer.validate(
-                    module, datamodule=source, ckpt_path=best.best_model_path, verbose=False
-                )
-    except MisconfigurationException as error:  # a wrong trainer.* or callbacks.* value
-        raise UserError(_first_line(error)) from error
-    finally:
-        _finish_wandb()
+    with _closing():
+        trainer = _trainer(cfg, config, job, f"stage{config['stage']}")
+        _refuse_unsafe_sweep(trainer, job)
+        trainer.fit(module, datamodule=source, ckpt_path=resume)
+        best = trainer.checkpoint_callback
+        if isinstance(best, ModelCheckpoint) and best.monitor and best.best_model_path:
+            trainer.validate(
+                module, datamodule=source, ckpt_path=best.best_model_path, verbose=False
+            )
     return _result(trainer, job)
 
 
 def evaluate(cfg: DictConfig) -> float | None:
-    """Score a checkpoint on a split; returns the full-depth score."""
+    """Score a checkpoint on a split; returns the full-depth score.
+
+    Raises:
+        UserError: a mistake in the configuration or the data.
+    """
     job = Job.current()
+    job.refuse_used_folder()
     cfg, origin = complete(cfg, job)
     assert origin is not None
     config = plain(cfg)
+    check(config)
+    task = Task.from_config(config["task"])
     thresholds = None
     if config["threshold"] is not None:
         thresholds = curves.check_thresholds(config["threshold"], "threshold")
-    task = Task.from_config(config["task"])
+        curves.check_task(task, thresholds, "threshold")
     model = origin.model()
-    data = _data(task, origin.tokenizer(), config, model, 1)
+    data = _data(task, origin.tokenizer(), config, origin.architecture, 1)
     if config["split"]:
         data.eval_splits = (config["split"],)
     elif not data.eval_splits:
@@ -95,35 +116,35 @@ def evaluate(cfg: DictConfig) -> float | None:
         data.tokens(split)
     remembered = origin.config | {"task": config["task"], "data": config["data"]}
     module = EarlyExitModule(model, remembered, origin.tokenizer_files)
-    callback = EarlyExitEvaluation(thresholds)
-    trainer = _trainer(cfg, config, job, "evaluate", callback)
-    _refuse_unsafe_sweep(trainer, job)
-    try:
-        with warnings.catch_warnings():
-            _quieten()
-            trainer.test(module, datamodule=data, verbose=False)
-    finally:
-        _finish_wandb()
+    with _closing():
+        trainer = _trainer(cfg, config, job, "evaluate", EarlyExitEvaluation(thresholds))
+        _refuse_unsafe_sweep(trainer, job)
+        trainer.test(module, datamodule=data, verbose=False)
     return _result(trainer, job)
 
 
 def _data(
-    task: Task, tokenizer: Any, config: dict[str, Any], model: EarlyExitModel, batch_size: int
+    task: Task,
+    tokenizer: Any,
+    config: dict[str, Any],
+    architecture: dict[str, Any],
+    batch_size: int,
 ) -> TextDataModule:
     values = config["data"]
-    longest = backbones.longest_input(model.config)
+    longest = backbones.longest_input(architecture)
     if values["max_length"] > longest:
         raise UserError(
             f"data.max_length={values['max_length']}: backbone {config['backbone']['name']} takes "
             f"{longest} tokens at most (data.max_length)"
         )
     # A path that goes into a checkpoint must hold from another working directory too.
-    root = str(Path(values["root"]).absolute()) if values["root"] else None
-    values["root"] = root
+    for place in (values, config["task"]):
+        if place.get("root"):
+            place["root"] = str(Path(place["root"]).absolute())
     return TextDataModule(
         task,
         tokenizer,
-        root=root,
+        root=values["root"] or config["task"].get("root"),
         max_length=values["max_length"],
         limit_train=values["limit_train"],
         batch_size=batch_size,
@@ -140,31 +161,42 @@ def _trainer(
     # Lightning's tips and notes on absent devices have no other switch.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     name = f"{config['task']['name']}-{config['backbone']['name']}-{kind}-seed{config['seed']}"
-    made = [instantiate(values) for values in cfg.get("callbacks", {}).values() if values]
+    made = [_instantiated(f"callbacks.{key}", v) for key, v in (cfg.get("callbacks") or {}).items()]
+    made = [callback for callback in made if callback is not None]
     for callback in made:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(job.folder / "checkpoints")
     loggers = []
-    for values in cfg.logger.values():
+    for key, values in (cfg.get("logger") or {}).items():
         extra: dict[str, Any] = {"save_dir": str(job.folder)}
         if values and values["_target_"].endswith("WandbLogger"):
             group = values.get("group") or (job.sweep.name if job.sweep else None)
             extra |= {"name": name, "group": group}
-        if values:
-            loggers.append(instantiate(values, **extra))
-            loggers[-1].log_hyperparams(config)
+        if (logger := _instantiated(f"logger.{key}", values, **extra)) is not None:
+            loggers.append(logger)
     if not loggers:  # LearningRateMonitor would fail
         made = [c for c in made if not isinstance(c, LearningRateMonitor)]
+    trainer = _instantiated(
+        "trainer",
+        cfg.trainer,
+        callbacks=[*made, *callbacks],
+        logger=loggers,
+        default_root_dir=str(job.folder),
+        enable_progress_bar=sys.stderr.isatty(),
+    )
+    for logger in loggers:  # after all that may fail: this opens the W&B run
+        logger.log_hyperparams(config)
+    return trainer
+
+
+def _instantiated(flag: str, values: DictConfig | None, **extra: Any) -> Any:
+    """What a block of the configuration names, or None where the user took it out."""
+    if not values:
+        return None
     try:
-        return instantiate(
-            cfg.trainer,
-            callbacks=[*made, *callbacks],
-            logger=loggers,
-            default_root_dir=str(job.folder),
-            enable_progress_bar=sys.stderr.isatty(),
-        )
+        return instantiate(values, _convert_="all", **extra)
     except InstantiationException as error:
-        raise UserError(f"trainer: {_first_line(error.__cause__ or error)} (trainer.*)") from error
+        raise UserError(f"{flag}: {_first_line(error.__cause__ or error)} ({flag}.*)") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -183,29 +215,31 @@ def _refuse_unsafe_sweep(trainer: L.Trainer, job: Job) -> None:
         )
 
 
-def _quieten() -> None:
-    """Advice that does not apply here."""
-    for message in (
-        "The dirpath has changed from .*",  # a resumed run writes into a folder of its own
-        "Found .* module\\(s\\) in eval mode.*",  # module.py sets the modes deliberately
-        ".*does not have many workers.*",  # a fetched batch takes a millisecond
-        ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning #21326
-        ".*number of training batches .* is smaller than the logging interval.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
-
-
-def _finish_wandb() -> None:
-    """One W&B run per job: without this all jobs of a sweep would share the first one's."""
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
-        wandb.finish()
+@contextmanager
+def _closing() -> Iterator[None]:
+    """Around everything that runs: quiet, and closed whatever happens."""
+    with warnings.catch_warnings():
+        for message in ADVICE:
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            yield
+        except MisconfigurationException as error:  # a wrong trainer.* or callbacks.* value
+            raise UserError(_first_line(error)) from error
+        finally:
+            # One W&B run per job: without this all jobs of a sweep would share the first one's.
+            wandb = sys.modules.get("wandb")
+            if wandb is not None and wandb.run is not None:
+                wandb.finish()
 
 
 def _result(trainer: L.Trainer, job: Job) -> float | None:
-    evaluation = next(c for c in trainer.callbacks if isinstance(c, EarlyExitEvaluation))  # type: ignore[attr-defined]
-    if not evaluation.results:
+    if not trainer.is_global_zero:
         return None
-    if trainer.is_global_zero:
-        report.show(evaluation.results, job.folder)
-    return evaluation.results["exits"][-1]["score"]
+    file = job.folder / "results.json"  # with ddp_spawn all that the processes leave behind
+    if not file.exists():
+        log.warning("nothing was evaluated; run folder: %s", job.folder)
+        return None
+    results = json.loads(file.read_text())
+    report.show(results, job.folder)
+    score = results["exits"][-1]["score"]
+    return None if score is None else float(score)

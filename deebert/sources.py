@@ -7,6 +7,8 @@ carries none), `group` (where the task has one) and `index`. Knows nothing of to
 import csv
 import logging
 import math
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,8 @@ def find_files(task: Task, split: str, root: str) -> list[Path]:
     Raises:
         UserError: the folder itself is missing.
     """
+    if not re.fullmatch(r"[\w.-]+", split):
+        raise UserError(f"split={split} is no name of a split; choose from: {_splits(task)}")
     folder = Path(root)
     if not folder.is_dir():
         raise UserError(
@@ -83,7 +87,10 @@ def _read(task: Task, files: list[Path]) -> datasets.Dataset:
     ending = files[0].suffix[1:]
     try:
         if ending in ("tsv", "csv"):
-            data = datasets.Dataset.from_pandas(_read_text(task, files[0]), preserve_index=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", pd.errors.ParserWarning)
+                table = pd.concat([_read_text(task, file) for file in files])
+            data = datasets.Dataset.from_pandas(table, preserve_index=False)
         else:
             data = datasets.load_dataset(
                 "parquet" if ending == "parquet" else "json",
@@ -109,6 +116,8 @@ def _read(task: Task, files: list[Path]) -> datasets.Dataset:
 def _read_text(task: Task, file: Path) -> pd.DataFrame:
     """TSV or CSV, every cell as it stands: "NA" and "null" are words, "007" is no number."""
     cells: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_filter": False}
+    # Without index_col a line of one field too many would shift all columns in silence.
+    cells |= {"index_col": False, "encoding": "utf-8-sig"}
     if file.suffix == ".csv":
         return pd.read_csv(file, **cells)
     if header := (task.tsv or {}).get("header"):
@@ -131,6 +140,10 @@ def _from_hub(task: Task, split: str) -> datasets.Dataset:
         raise UserError(f"task {task.name}: {error} (split=...)") from error
 
 
+def _splits(task: Task) -> str:
+    return ", ".join(filter(None, (task.train, *task.validation, *task.test)))
+
+
 def _no_split(task: Task, split: str, root: str) -> UserError:
     places = sorted({*(path.stem for path in Path(root, task.name).glob("*.*"))})
     there = f"there: {', '.join(places)}" if places else f"{task.name}/ is empty or not there"
@@ -149,7 +162,7 @@ def _unknown_split(task: Task, split: str, choices: list[str]) -> UserError:
 def _normalise(raw: datasets.Dataset, task: Task, split: str, where: str) -> datasets.Dataset:
     """Rename and check the columns, map labels to ids, and drop unlabelled rows among labelled."""
     needed = [*task.columns, *([task.group] if task.group else [])]
-    if split.startswith(("train", "validation")):
+    if split == task.train or split in task.validation:
         needed.append(task.label)
     for column in needed:
         if column not in raw.column_names:
@@ -169,7 +182,12 @@ def _normalise(raw: datasets.Dataset, task: Task, split: str, where: str) -> dat
                 )
         columns[name] = texts
     if task.group:
-        columns["group"] = [int(value) for value in raw[task.group][:]]
+        try:
+            columns["group"] = [int(value) for value in raw[task.group][:]]
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{where}: column {task.group!r} must hold whole numbers ({error})"
+            ) from None
     columns["index"] = list(range(len(raw)))
     if task.label in raw.column_names:
         columns["label"] = _labels(raw[task.label][:], task, split, where)
@@ -178,6 +196,8 @@ def _normalise(raw: datasets.Dataset, task: Task, split: str, where: str) -> dat
         return data
     unlabelled = [label is None for label in columns["label"]]
     if all(unlabelled):
+        if split == task.train:
+            raise UserError(f"{where}: no row of split {split!r} has a label (all are -1)")
         return data.remove_columns("label")
     if any(unlabelled):
         log.warning(
@@ -208,12 +228,21 @@ def _labels(values: list[Any], task: Task, split: str, where: str) -> list[Any]:
         # Alone among other values -1 is a value; all of them -1 is GLUE's way to hide a test set.
         return [None] * len(labels) if set(labels) == {-1.0} else labels
     ids: dict[Any, int | None] = {-1: None, "-1": None, "-": None}  # "-": MNLI's undecided rows
-    for i, name in enumerate(task.labels):
-        ids |= {i: i, str(i): i, name: i}
+    if any(map(_is_whole, task.labels)):  # star ratings: names only
+        ids |= {int(name): i for i, name in enumerate(task.labels) if _is_whole(name)}
+    else:
+        ids |= {key: i for i in range(len(task.labels)) for key in (i, str(i))}
+    ids |= {name: i for i, name in enumerate(task.labels)}
     for row, value in enumerate(values):
         key = int(value) if isinstance(value, float) and value.is_integer() else value
+        if isinstance(key, str) and key not in ids and key.endswith(".0"):
+            key = key[:-2]  # what pandas makes of a column of ids with a gap
         if not isinstance(key, int | str) or key not in ids:
             names = ", ".join(f"{i} {name}" for i, name in enumerate(task.labels))
             raise bad(row, value, f"task {task.name} has: {names} (task.labels)")
         labels.append(ids[key])
     return labels
+
+
+def _is_whole(text: str) -> bool:
+    return text.removeprefix("-").isdigit()

@@ -5,6 +5,7 @@ Knows nothing of torch modules, tokens or where files lie; `sources` reads the r
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -110,9 +111,21 @@ class Task:
         for key in ("name", "columns", "labels", "metrics"):
             if key not in values:
                 raise UserError(f"task {name}: the key {key!r} is missing from its YAML file")
+        for key in ("columns", "labels", "metrics", "validation", "test", "hub"):
+            value = values.get(key)
+            if value is not None and not isinstance(value, list):
+                raise UserError(f"task {name}: {key}: {value!r} must be a list: {key}: [{value}]")
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+            raise UserError(f"task {name}: its name must be a word of letters, digits, _ and -")
+        if any(isinstance(label, bool) for label in values["labels"] or ()):
+            raise UserError(
+                f"task {name}: YAML reads yes, no, on, off as true, false; quote labels"
+            )
         given: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }
+        if given["labels"] is not None:
+            given["labels"] = tuple(map(str, given["labels"]))
         task = cls(**given)
         if not 1 <= len(task.columns) <= 2:
             raise UserError(
@@ -122,6 +135,8 @@ class Task:
             raise UserError(
                 f"task {name}: labels={list(task.labels)} must name two or more classes"
             )
+        if task.labels is not None and len(set(task.labels)) < len(task.labels):
+            raise UserError(f"task {name}: labels={list(task.labels)} names a class twice")
         fitting = [
             metric
             for metric in METRICS

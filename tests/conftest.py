@@ -71,6 +71,8 @@ def fails(run: Callable[..., str]) -> Callable[..., str]:
         printed = str(failure.value)
         assert "Traceback" not in printed, printed
         lines = [line for line in printed.splitlines() if line and "HYDRA_FULL_ERROR" not in line]
+        if "-m" not in overrides:
+            assert [line for line in lines if line.startswith("Error: ")] == lines[-1:], printed
         return lines[-1]
 
     return command

@@ -1,5 +1,6 @@
 """The command line, from training to evaluation: real Hydra, real Trainer, tiny backbone."""
 
+import contextlib
 import csv
 import json
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, mrpc_rows, write_rows
+from conftest import ROOT, TINY, CommandFailed, mrpc_rows, write_rows
 
 Run = Callable[..., str]
 
@@ -109,7 +110,7 @@ def test_results_keep_their_contract(stage2: Path) -> None:
 def test_csv_holds_every_epoch(stage2: Path) -> None:
     rows = table(stage2, "curve")
     assert len(rows) == 3 * 13
-    assert [row["epoch"] for row in rows[::13]] == ["0", "1", "2"]
+    assert [row["epoch"] for row in rows[::13]] == ["1", "2", "3"]
     assert float(rows[-1]["score"]) == results(stage2)["curve"][-1]["score"]
     metrics = table(stage2, "metrics")
     logged = [row for row in metrics if row["val/score"]]
@@ -219,6 +220,56 @@ def test_best_epoch_is_kept_on_request(run: Run, glue: Path, tmp_path: Path) -> 
     assert checkpoint(tmp_path, "best")["epoch"] == scores.index(max(scores))
     assert checkpoint(tmp_path, "last")["epoch"] == 2
     assert results(tmp_path)["exits"][-1]["score"] == max(scores)
+
+
+def test_resume_keeps_the_best_epoch_so_far(run: Run, glue: Path, tmp_path: Path) -> None:
+    """Monitored, with thresholds of its own, and stopped by the user's own limit of steps."""
+    said = ["task=mrpc", *TINY, f"data.root={glue}", "stages.1.epochs=3", "stages.1.lr=3e-3", "thresholds=[0,0.3]"]  # fmt: skip
+    monitor = "callbacks.best.monitor=val/score"
+    run("train.py", *said, monitor, "+trainer.max_steps=12", f"hydra.run.dir={tmp_path / 'part'}")
+    first = checkpoint(tmp_path / "part", "best")
+    assert first["epoch"] == 0
+    run("train.py", f"resume={tmp_path / 'part'}", "+trainer.max_steps=-1", "logger=csv", f"hydra.run.dir={tmp_path / 'rest'}")  # fmt: skip
+    assert checkpoint(tmp_path / "rest", "last")["epoch"] == 2
+    scores = {row["epoch"]: float(row["score"]) for part in ("part", "rest") for row in table(tmp_path / part, "curve") if row["threshold"] == "0.0"}  # fmt: skip
+    assert list(scores) == ["1", "2", "3"]
+    best = list(scores.values()).index(max(scores.values()))
+    assert checkpoint(tmp_path / "rest", "best")["epoch"] == best
+    assert results(tmp_path / "rest")["exits"][-1]["score"] == max(scores.values())
+    assert [point["threshold"] for point in results(tmp_path / "rest")["curve"]] == [0, 0.3]
+
+
+def test_a_checkpoint_cannot_name_what_resume_calls(
+    run: Run, fails: Run, glue: Path, tmp_path: Path
+) -> None:
+    said = ["task=mrpc", *TINY, f"data.root={glue}", "stages.1.epochs=2", "+trainer.max_steps=12"]
+    run("train.py", *said, f"hydra.run.dir={tmp_path / 'part'}")
+    file = tmp_path / "part" / "checkpoints" / "last.ckpt"
+    content = torch.load(file, weights_only=True)
+    evil = {
+        "_target_": "os.mkdir",
+        "path": str(tmp_path / "owned"),
+        "_args_": [str(tmp_path / "owned")],
+    }
+    content["hyper_parameters"]["config"]["callbacks"] = {"best": evil, "evil": evil}
+    content["hyper_parameters"]["config"]["trainer"]["callbacks"] = [evil]
+    content["hyper_parameters"]["config"]["trainer"]["_target_"] = "os.mkdir"
+    torch.save(content, file)
+    with contextlib.suppress(CommandFailed):
+        run("train.py", f"resume={file}", "logger=csv", f"hydra.run.dir={tmp_path / 'rest'}")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_spawned_processes_report_too(run: Run, glue: Path, tmp_path: Path) -> None:
+    """What the refusal of ddp in a multirun recommends."""
+    command = [
+        sys.executable, "train.py", "-m", "task=mrpc", "seed=1", *TINY, f"data.root={glue}", "stages.1.epochs=1",
+        "trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp_spawn", f"hydra.sweep.dir={tmp_path}",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Score of every ramp: mrpc, validation (40 rows)" in done.stdout
+    assert results(tmp_path / "0")["num_rows"] == 40
 
 
 def test_every_checkpoint_holds_plain_values_only(stage1: Path, stage2: Path) -> None:
@@ -357,7 +408,31 @@ def bad_input(tmp_path: Path, glue: Path, stage1: Path, stage2: Path) -> dict[st
         "no network for data": (train, mrpc, "use data.root=a local folder"),
         "no network for a backbone": (train, ("task=mrpc", "backbone=bert-base", here), "use backbone=minilm"),
         "too long": (train, (*mrpc, here, "data.max_length=4000"), "backbone tiny takes 130 tokens at most"),
-        "no length": (train, (*mrpc, here, "data.max_length=0"), "data.max_length=0 must be a whole number"),
+        "no length": (train, (*mrpc, here, "data.max_length=2"), "data.max_length=2 must be a whole number of 8 or more"),
+        "no rows": (train, (*mrpc, here, "data.limit_train=0"), "data.limit_train=0 must be a whole number of 1 or more"),
+        "seed below 0": (train, (*mrpc, here, "seed=-1"), "seed=-1 must be a whole number from 0"),
+        "seed a word": (train, (*mrpc, here, "seed=abc"), "seed=abc must be a whole number"),
+        "stage a float": (train, (*mrpc, here, "stage=1.0"), "stage 1.0 is unknown"),
+        "no recipe": (train, (*mrpc, here, "stages.1=null"), "stages.1=None must hold a recipe"),
+        "warmup a word": (train, (*mrpc, here, "stages.1.warmup=x"), "stages.1.warmup=x must be a number"),
+        "negative decay": (train, (*mrpc, here, "stages.1.weight_decay=-1"), "stages.1.weight_decay=-1 must be"),
+        "cache a word": (train, ("stage=2", f"ckpt={stage1}", "stages.2.cache=maybe"), "stages.2.cache=maybe must be true or false"),
+        "a monitor that cannot change": (train, ("stage=2", f"ckpt={stage1}", "callbacks.best.monitor=val/score"), "val/mean_ramp_score"),
+        "max_epochs": (train, (*mrpc, here, "trainer.max_epochs=-1"), "set stages.1.epochs"),
+        "root a number": (train, (*mrpc, "data.root=5"), "data.root=5 must be a folder"),
+        "workers below 0": (evaluate, (f"ckpt={stage2}", "data.num_workers=-1"), "data.num_workers=-1 must be"),
+        "no eval batch": (evaluate, (f"ckpt={stage2}", "data.eval_batch_size=0"), "data.eval_batch_size=0 must be"),
+        "a glob for a split": (evaluate, (f"ckpt={stage2}", "split='*'"), "split=* is no name of a split"),
+        "a path for a split": (evaluate, (f"ckpt={stage2}", "split=../rte/train"), "is no name of a split"),
+        "two splits": (evaluate, (f"ckpt={stage2}", "split=[train,test]"), "must be the name of one split"),
+        "backbone sizes that do not fit": (train, (*mrpc, here, "backbone.config.hidden_size=30"), "(backbone.config.*)"),
+        "one layer": (train, (*mrpc, here, "backbone.config.num_hidden_layers=1"), "has one layer"),
+        "a checkpoint mode": (train, (*mrpc, here, "callbacks.best.monitor=val/score", "callbacks.best.mode=up"), "callbacks.best"),
+        "resume a finished run": (train, (f"resume={stage1}",), "has finished all of its 2 epochs"),
+        "a used run folder": (train, (*mrpc, here, f"hydra.run.dir={stage2}"), "of another run, and a run folder"),
+        "an evaluation into a run": (evaluate, (f"ckpt={stage2}", f"hydra.run.dir={stage2}"), "of another run, and a run folder"),
+        "too few rows to standardize": (train, ("stage=2", f"ckpt={stage1}", "data.limit_train=1", "stages.2.standardize=true"), "does not vary over the 1 training rows"),
+        "an experiment of another task": (train, ("stage=2", f"ckpt={stage1}", "experiment=demo"), "task=demo contradicts"),
         "no epochs": (train, (*mrpc, here, "stages.1.epochs=0"), "stages.1.epochs=0 must be a whole number"),
         "lr a word": (train, (*mrpc, here, "stages.1.lr=fast"), "stages.1.lr=fast must be a number"),
         "unknown objective": (train, (*mrpc, here, "stages.1.objective=sum"), "choose one of: final, ramps"),
@@ -373,7 +448,8 @@ def test_bad_input_is_one_line_with_value_choices_and_flag(
 ) -> None:
     wrong = {}
     for name, (script, overrides, says) in bad_input(tmp_path, glue, stage1, stage2).items():
-        said = fails(script, *overrides, f"hydra.run.dir={tmp_path / name.replace(' ', '_')}")
+        own = f"hydra.run.dir={tmp_path / 'runs' / name.replace(' ', '_')}"
+        said = fails(script, own, "logger=csv", *overrides)
         if says not in said:
             wrong[name] = said
     assert not wrong
@@ -388,8 +464,6 @@ def test_bad_input_is_one_line_with_value_choices_and_flag(
     ],
 )
 def test_hydra_s_own_errors_name_the_choices(run: Run, overrides: list[str], says: str) -> None:
-    from conftest import CommandFailed
-
     with pytest.raises(CommandFailed) as failure:
         run("train.py", *overrides)
     assert says in str(failure.value)

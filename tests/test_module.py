@@ -113,24 +113,30 @@ def test_what_trains_and_in_which_mode(kind: str, glue: Path, tmp_path: Path) ->
 
 
 def test_faithful_stage_2_clips_the_norm_of_everything(glue: Path, tmp_path: Path) -> None:
-    """In the original the frozen backbone's gradients count in the clipped norm."""
+    """In the original the frozen backbone's gradients count in the clipped norm, and are those of
+    the last step alone."""
     module, data = build("stage 2 faithful", glue)
-    norms = []
+    clipped, backbone = [], []
 
-    class Norms(Spy):
-        def on_before_optimizer_step(self, trainer, module, *_: object) -> None:
-            grads = [p.grad for p in module.parameters() if p.grad is not None]
-            norms.append(torch.stack([grad.norm() for grad in grads]).norm().item())
+    class Norms(L.Callback):
+        def on_train_batch_end(
+            self, trainer: L.Trainer, module: EarlyExitModule, *_: object
+        ) -> None:
+            parts = [[p.grad for p in part.parameters() if p.grad is not None] for part in (module, module.model.backbone)]  # fmt: skip
+            norms = [torch.stack([grad.norm() for grad in part]).norm().item() for part in parts]
+            clipped.append(norms[0])
+            backbone.append(norms[1])
 
     trainer = L.Trainer(
         default_root_dir=tmp_path, logger=False, enable_checkpointing=False, callbacks=[Norms()],
-        enable_progress_bar=False, enable_model_summary=False, max_steps=4, limit_val_batches=0,
+        enable_progress_bar=False, enable_model_summary=False, max_steps=5, limit_val_batches=0,
         gradient_clip_val=1e-3, accelerator="cpu", use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
-    steps = [p.grad for p in module.model.backbone.parameters() if p.grad is not None]
-    assert steps, "gradients flow into the frozen backbone"
-    assert max(norms) < 100, "they are zeroed at each step and do not pile up"
+    assert clipped == pytest.approx([1e-3] * 5, rel=1e-3)
+    assert all(0 < norm < 1e-3 for norm in backbone), "gradients flow into the frozen backbone"
+    # Had they piled up over the steps, almost all of the norm would be the backbone's by now.
+    assert max(backbone) < 3 * min(backbone)
 
 
 def test_weight_decay_spares_biases_and_layer_norms(glue: Path) -> None:
@@ -213,14 +219,14 @@ def test_standardized_ramps_read_states_of_mean_0_and_variance_1(
     for ramp, states_NH in zip(ramps[:-1], states.unbind(1)[:-1], strict=True):
         read = (states_NH - ramp.shift) * ramp.scale
         assert read.mean(0).abs().max() < 1e-3
-        assert read.var(0).mean().item() == pytest.approx(1, abs=1e-3)
+        assert read.var(0, correction=0).mean().item() == pytest.approx(1, abs=1e-3)
         # Folded into the pooler it is the paper's ramp.
         folded = torch.nn.functional.linear(
             states_NH,
             ramp.pooler.weight * ramp.scale,
             ramp.pooler.bias - ramp.pooler.weight @ (ramp.shift * ramp.scale),
         )
-        torch.testing.assert_close(folded, ramp.pooler(read), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(folded, ramp.pooler(read), atol=1e-3, rtol=1e-3)
     assert ramps[-1].scale == 1
     assert ramps[-1].shift.abs().sum() == 0
 

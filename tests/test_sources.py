@@ -85,6 +85,45 @@ def test_glue_s_classic_tsv_files(tmp_path: Path, name: str) -> None:
     assert data["label"][:] == labels
 
 
+@pytest.mark.parametrize(
+    ("names", "values", "ids"),
+    [
+        (["1", "2", "3", "4", "5"], [1, 2, 3, 4, 5], [0, 1, 2, 3, 4]),
+        (["1", "2", "3"], ["3", "1", 2.0], [2, 0, 1]),
+        (["1", "0"], [0, 1, "1"], [1, 0, 0]),
+        (["-1", "1"], [-1, 1, "-1"], [0, 1, 0]),
+        (["bad", "good"], ["good", 0, "1"], [1, 0, 1]),
+        (["bad", "good"], [1.0, "0.0", "1"], [1, 0, 1]),
+    ],
+)
+def test_label_names_that_look_like_numbers_are_names(names: list, values: list, ids: list) -> None:
+    from dataclasses import replace
+
+    kind = replace(task("sst2"), labels=tuple(names))
+    assert sources._labels(values, kind, "train", "here") == ids
+
+
+def test_a_line_of_one_field_too_many_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("sentence1,sentence2,label\na,b,1,9\nc,d,0,9\n")
+    with pytest.raises(UserError, match="cannot be read as csv"):
+        sources.load(task("mrpc"), "train", str(tmp_path))
+
+
+def test_all_shards_of_a_csv(tmp_path: Path) -> None:
+    for shard, text in enumerate(("a,b,1", "c,d,0")):
+        file = tmp_path / f"train-0000{shard}-of-00002.csv"
+        file.write_text(f"\ufeffsentence1,sentence2,label\r\n{text}\r\n", encoding="utf-8")
+    data = sources.load(task("mrpc"), "train", str(tmp_path))
+    assert data["text_a"][:] == ["a", "c"]
+    assert data["label"][:] == [1, 0]
+
+
+def test_a_training_split_without_labels_is_refused(tmp_path: Path) -> None:
+    write_rows(tmp_path, "train", [row | {"label": -1} for row in ROWS])
+    with pytest.raises(UserError, match="no row of split 'train' has a label"):
+        sources.load(task("mrpc"), "train", str(tmp_path))
+
+
 def test_unlabelled_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_rows(tmp_path, "test", [row | {"label": -1} for row in ROWS])
     assert "label" not in sources.load(task("mrpc"), "test", str(tmp_path)).column_names

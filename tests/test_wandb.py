@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import CommandFailed
 
 ONLY_TINY = ("backbone=tiny", "data.max_length=64", "data.limit_train=64")
 
@@ -19,6 +20,18 @@ def inspect(folder: Path, *flags: str) -> str:
     tool = Path(sys.executable).parent / "wandb"
     command = [str(tool), "leet", "inspect", "--json", *flags, str(log)]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+def test_a_failing_job_leaves_no_open_run_to_the_next(
+    run: Callable[..., str], tmp_path: Path
+) -> None:
+    with pytest.raises(CommandFailed, match="64-wide"):
+        run("train.py", "-m", "task=demo", "trainer.precision=64-wide,32-true", *ONLY_TINY, "stages.1.epochs=1", f"hydra.sweep.dir={tmp_path}")  # fmt: skip
+    assert not list((tmp_path / "0").glob("wandb/*.wandb"))
+    assert (
+        json.loads(inspect(tmp_path / "1", "--summary"))["config"]["trainer"]["precision"]
+        == "32-true"
+    )
 
 
 def test_a_sweep_leaves_a_finished_run_per_job(run: Callable[..., str], tmp_path: Path) -> None:
