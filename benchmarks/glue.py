@@ -45,7 +45,10 @@ GRID = [round(0.002 * 1.2**i, 4) for i in range(33) if 0.002 * 1.2**i < 0.7]
 
 def run(script: str, folder: Path, overrides: str) -> dict[str, Any]:
     """One command, unless its results are there already."""
-    if not (folder / "curve.png").exists():  # drawn at the end: results.json alone may be half-way
+    said = folder.parent / f"{folder.name}.said"
+    same = not said.exists() or said.read_text() == overrides
+    # The picture is drawn at the end: results.json alone may be of a run that was stopped.
+    if not (same and (folder / "curve.png").exists()):
         shutil.rmtree(folder, ignore_errors=True)
         command = [
             sys.executable,
@@ -55,6 +58,7 @@ def run(script: str, folder: Path, overrides: str) -> dict[str, Any]:
             f"hydra.run.dir={folder}",
         ]
         print(" ".join(command), flush=True)
+        said.write_text(overrides)
         with (folder.parent / f"{folder.name}.log").open("w") as log:
             start = time.perf_counter()
             subprocess.run(command, cwd=HERE.parent, stdout=log, stderr=log, check=True)
@@ -163,7 +167,7 @@ def main() -> None:
     text = [
         "# Both stages on GLUE",
         "",
-        "Packaged MiniLM (6 layers, 384 wide), float32, "
+        "Packaged MiniLM (6 layers, 384 wide), float32 unless said otherwise, "
         f"{machine['threads']} threads of {machine['cpus']} CPU cores, "
         f"torch {machine['versions']['torch']}. Validation splits; the thresholds behind the "
         "columns on the right were read off the same rows (no calibration in this "

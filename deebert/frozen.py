@@ -2,7 +2,7 @@
 
 With the backbone frozen and in eval mode, a ramp's input never changes, so each hidden state that a
 ramp reads is computed once and the ramps train on the cache. The states lie in a memory-mapped file
-(4 bytes x rows x layers x width; MNLI under BERT-base: 13 GB), so they need not fit in memory.
+(4 bytes x rows x layers x width; MNLI under BERT-base: 14 GB), so they need not fit in memory.
 
 Knows nothing of tasks or losses.
 """

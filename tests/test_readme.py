@@ -1,4 +1,4 @@
-"""The README's commands: every one composes, and those that need no hub are run."""
+"""The README's commands: every one composes; the own task and the offline command are run."""
 
 import json
 import re
