@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,7 +81,9 @@ def train(cfg: DictConfig) -> float | None:
     with _closing():
         trainer = _trainer(cfg, config, job, f"stage{config['stage']}")
         _refuse_unsafe_sweep(trainer, job)
+        start = time.perf_counter()
         trainer.fit(module, datamodule=source, ckpt_path=resume)
+        log.info("trained in %.1f s", time.perf_counter() - start)
         best = trainer.checkpoint_callback
         if isinstance(best, ModelCheckpoint) and best.monitor and best.best_model_path:
             trainer.validate(
