@@ -146,8 +146,8 @@ def _inherit(
             theirs = OmegaConf.create({key: origin.config[key]})
             for said in (s for s in job.explicit if s == key or s.startswith(f"{key}.")):
                 ours, saved = OmegaConf.select(cfg, said), OmegaConf.select(theirs, said)
-                if said == "task" and ours.name == saved.name:
-                    continue  # named again: as it was then
+                if said in fixed and "name" in (ours or ()) and ours.name == saved.name:
+                    continue  # a task or backbone named again: as it was then
                 if key in fixed and _name(ours) != _name(saved) and said != "task":
                     raise _contradiction(said, ours, saved, origin)
                 OmegaConf.update(theirs, said, ours, merge=False)
