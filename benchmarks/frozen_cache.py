@@ -1,4 +1,4 @@
-"""Stage 2 on cached frozen states against stage 2 to the letter: same ramps, less time.
+"""Stage 2 on cached frozen states against stage 2 to the letter: the ramps, and the time.
 
     python benchmarks/frozen_cache.py --root DIR --stage1 RUN [RUN ...]
 

@@ -12,7 +12,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +57,7 @@ def run(script: str, folder: Path, overrides: str) -> dict[str, Any]:
         print(" ".join(command), flush=True)
         said.write_text(overrides)
         with (folder.parent / f"{folder.name}.log").open("w") as log:
-            start = time.perf_counter()
             subprocess.run(command, cwd=HERE.parent, stdout=log, stderr=log, check=True)
-        (folder / "seconds").write_text(f"{time.perf_counter() - start:.1f}")
     return json.loads((folder / "results.json").read_text())
 
 
@@ -83,7 +80,6 @@ def cell(task: str, seed: int, root: str, out: Path, variants: list[str]) -> lis
             "variant": variant,
             "metric": results["metric"],
             "num_rows": results["num_rows"],
-            "seconds": float((folder / "seconds").read_text()),
             "ramps": [ramp["scores"] for ramp in results["exits"]],
             "environment": results["environment"],
         }
@@ -111,11 +107,11 @@ def cell(task: str, seed: int, root: str, out: Path, variants: list[str]) -> lis
 def summary(rows: list[dict[str, Any]]) -> list[str]:
     """A line a task, variant and metric: mean over seeds (and spread where there are several)."""
     lines = [
-        "| task | stage 2 | seconds | metric | seeds | "
+        "| task | stage 2 | metric | seeds | "
         + " | ".join(f"ramp {layer}" for layer in range(1, 7))
         + "".join(f" | at {wish:.0%} saving" for wish in SAVINGS)
         + " |",
-        "|---|---|---:|---|---:|" + "---:|" * (6 + len(SAVINGS)),
+        "|---|---|---|---:|" + "---:|" * (6 + len(SAVINGS)),
     ]
     for task in CELLS:
         for variant in VARIANTS:
@@ -131,7 +127,6 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
                 first = [
                     task,
                     variant,
-                    f"{statistics.median(row['seconds'] for row in chosen):.0f}",
                     f"**{metric}**" if metric == chosen[0]["metric"] else metric,
                     str(len(chosen)),
                 ]
@@ -169,12 +164,11 @@ def main() -> None:
         f"{machine['threads']} threads of {machine['cpus']} CPU cores, "
         f"torch {machine['versions']['torch']}. Validation splits; the thresholds behind the "
         "columns on the right were read off the same rows (no calibration in this "
-        "table). Seconds: the whole stage-2 command, median over seeds; ± is the deviation "
-        "over seeds. Subsets: "
+        "table). ± is the standard deviation over seeds. Subsets: "
         + ", ".join(f"{task}: `{said}`" for task, (_, said) in CELLS.items())
         + f"; all: `{STAGE1}`.",
         "",
-        *(f"- *{name}*: `{recipe}`" for name, recipe in VARIANTS.items()),
+        *(f"- *{name}*: `{VARIANTS[name]}`" for name in sorted({row["variant"] for row in rows})),
         "",
         "Command: `python benchmarks/glue.py --root DIR`",
         "",
