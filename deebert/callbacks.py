@@ -8,7 +8,7 @@ import csv
 import logging
 import shutil
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from deebert.records import Record
 from deebert.tasks import Task
 
 log = logging.getLogger(__name__)
+
+CURVE = ("threshold", "score", "cost_ratio", "expected_saving", "speed_up")  # of a written curve
 
 
 class EarlyExitEvaluation(Callback):
@@ -44,7 +46,6 @@ class EarlyExitEvaluation(Callback):
             None if thresholds is None else curves.check_thresholds(thresholds, "thresholds")
         )
         self.results: dict[str, Any] = {}
-        self.records: list[Record] = []
         self._batches: dict[int, list[dict[str, Tensor]]] = defaultdict(list)
 
     def on_validation_batch_end(
@@ -85,17 +86,17 @@ class EarlyExitEvaluation(Callback):
         task = Task.from_config(config["task"])
         thresholds = self.thresholds or curves.default_thresholds(task.num_labels)
         names = trainer.datamodule.eval_splits  # type: ignore[attr-defined]
-        self.records = [
+        records = [
             Record.from_batches(name, _gathered(trainer, batches[i]))
             for i, name in enumerate(names)
         ]
-        evaluations = [curves.evaluation(record, task, thresholds) for record in self.records]
+        evaluations = [curves.evaluation(record, task, thresholds) for record in records]
         self.results = report.header(config) | evaluations[0]
         if evaluations[1:]:
             self.results["other_splits"] = evaluations[1:]
         if trainer.state.fn == "fit":
             self.results["epoch"] = trainer.current_epoch + 1  # of the epochs counted from 1
-        for i, (record, evaluation) in enumerate(zip(self.records, evaluations, strict=True)):
+        for i, (record, evaluation) in enumerate(zip(records, evaluations, strict=True)):
             scalars = _scalars(record, evaluation, pl_module.objective)
             name = prefix if i == 0 else record.split.replace("validation", prefix)
             pl_module.log_dict(
@@ -120,15 +121,7 @@ class EarlyExitEvaluation(Callback):
                 continue
             import wandb
 
-            layers = [f"exit_{layer + 1}" for layer in range(evaluation["num_layers"])]
-            columns = ["threshold", "score", "cost_ratio", "expected_saving", "speed_up"]
-            table = wandb.Table(
-                columns=[*columns, *layers],
-                data=[
-                    [*(point[column] for column in columns), *point["exit_counts"]]
-                    for point in evaluation["curve"]
-                ],
-            )
+            table = wandb.Table(columns=_curve_columns(evaluation), data=_curve_rows(evaluation))
             histogram = wandb.Table(
                 columns=["layer", "score"],
                 data=[[str(ramp["layer"]), ramp["score"]] for ramp in evaluation["exits"]],
@@ -215,11 +208,17 @@ def _append_csv(file: Path, results: dict[str, Any]) -> None:
     with file.open("a", newline="") as stream:
         writer = csv.writer(stream)
         if fresh:
-            layers = (f"exit_{layer + 1}" for layer in range(results["num_layers"]))
-            names = ("threshold", "score", "cost_ratio", "expected_saving", "speed_up")
-            writer.writerow(["epoch", "split", *names, *layers])
+            writer.writerow(["epoch", "split", *_curve_columns(results)])
         for part in report.splits(results):
-            for p in part["curve"]:
-                values = (p["threshold"], p["score"], p["cost_ratio"], p["expected_saving"])
-                where = (results.get("epoch", ""), part["split"])
-                writer.writerow([*where, *values, p["speed_up"], *p["exit_counts"]])
+            where = (results.get("epoch", ""), part["split"])
+            writer.writerows([*where, *row] for row in _curve_rows(part))
+
+
+def _curve_columns(evaluation: Mapping[str, Any]) -> list[str]:
+    return [*CURVE, *(f"exit_{layer + 1}" for layer in range(evaluation["num_layers"]))]
+
+
+def _curve_rows(evaluation: Mapping[str, Any]) -> list[list[Any]]:
+    """A row a threshold, under `_curve_columns`."""
+    points = evaluation["curve"]
+    return [[*(point[name] for name in CURVE), *point["exit_counts"]] for point in points]
