@@ -24,6 +24,7 @@ from deebert.tasks import Task
 log = logging.getLogger(__name__)
 
 POOL = 50  # batches that are shuffled together and then sorted by length
+CALIBRATION = "calibration"  # the part of the training split that no stage sees
 
 
 class LengthBatches(Sampler[list[int]]):
@@ -91,6 +92,8 @@ class TextDataModule(L.LightningDataModule):
         root: local folder, or None for the task's own place.
         max_length: tokens; the longer text of a pair is cut first.
         limit_train: number of training rows to use (the same ones for every seed), or None.
+        calibration_size: training rows kept out of training for choosing thresholds, the same ones
+            for every seed, read as the split "calibration"; None for `calibration_size_of`.
         batch_size, eval_batch_size: rows a step and device.
         num_workers: loader processes.
         seed: of the order of the training rows.
@@ -104,6 +107,7 @@ class TextDataModule(L.LightningDataModule):
         root: str | None,
         max_length: int,
         limit_train: int | None,
+        calibration_size: int | None,
         batch_size: int,
         eval_batch_size: int,
         num_workers: int,
@@ -115,6 +119,7 @@ class TextDataModule(L.LightningDataModule):
         self.root = root
         self.max_length = max_length
         self.limit_train = limit_train
+        self._calibration_size = calibration_size
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
@@ -133,11 +138,45 @@ class TextDataModule(L.LightningDataModule):
     def tokens(self, split: str) -> datasets.Dataset:
         """A split as token ids, from the cache on disk where these texts were tokenized before."""
         if split not in self._tokens:
-            rows = sources.load(self.task, split, self.root)
-            if split == self.task.train and self.limit_train is not None:
-                rows = rows.shuffle(seed=0).select(range(min(self.limit_train, len(rows))))
-            self._tokens[split] = _tokenize(rows, self.tokenizer, self.max_length)
+            self._tokens[split] = _tokenize(self._rows(split), self.tokenizer, self.max_length)
         return self._tokens[split]
+
+    def _rows(self, split: str) -> datasets.Dataset:
+        train = self.task.train
+        if split not in (train, CALIBRATION) or train is None:
+            return sources.load(self.task, split, self.root)
+        rows = sources.load(self.task, train, self.root)
+        held_out = self._calibration_size
+        if held_out is None:
+            held_out = calibration_size_of(len(rows))
+        if held_out >= len(rows):
+            raise UserError(
+                f"data.calibration_size={held_out} leaves nothing of the {len(rows)} training rows "
+                "to train on (data.calibration_size)"
+            )
+        self._calibration_size = held_out
+        rows_left = len(rows) - held_out
+        if held_out or self.limit_train is not None:
+            rows = rows.shuffle(seed=0)  # not the run's seed: all seeds see the same rows
+        if split == CALIBRATION:
+            return rows.select(range(rows_left, len(rows)))
+        return rows.select(range(min(self.limit_train or rows_left, rows_left)))
+
+    @property
+    def calibration_size(self) -> int:
+        """How many training rows are held out."""
+        if self.task.train is None:
+            return 0
+        if self._calibration_size is None:
+            self.tokens(self.task.train)
+        assert self._calibration_size is not None
+        return self._calibration_size
+
+    def fingerprint(self, split: str) -> str:
+        """A hash of a split's tokens and labels, whatever file they came from."""
+        tokens = self.tokens(split)
+        columns = [name for name in ("input_ids", "label") if name in tokens.column_names]
+        return str(Hasher.hash([tokens[name][:] for name in columns]))
 
     def prepare_data(self) -> None:
         """Tokenize in one process; the others then find the cache."""
@@ -194,6 +233,16 @@ class TextDataModule(L.LightningDataModule):
         if "label" in rows:
             batch["labels"] = torch.tensor(rows["label"], dtype=self.task.target_dtype())
         return batch
+
+
+def calibration_size_of(num_rows: int) -> int:
+    """How many of the training rows are held out where nothing is said.
+
+    A tenth, 2,000 at most; none where that would be under 400, as the rows are worth more in
+    training and are too few for a promise. There thresholds are cross-fitted over validation rows.
+    """
+    tenth = min(num_rows // 10, 2000)
+    return tenth if tenth >= 400 else 0
 
 
 def _tokenize(

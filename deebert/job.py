@@ -141,6 +141,12 @@ def _inherit(
     """Take values from the checkpoint. `fixed` ones may not be contradicted on the command line;
     of the `taken` ones, what is said on the command line wins."""
     _refuse_other_task(cfg, origin)
+    size = origin.config["data"].setdefault("calibration_size", 0)  # of a run before there was one
+    if "data.calibration_size" in job.explicit and cfg.data.calibration_size != size:
+        raise UserError(
+            f"data.calibration_size={cfg.data.calibration_size} contradicts {origin.path}, which "
+            f"was trained with data.calibration_size={size}: other rows would be ones it has seen"
+        )
     with open_dict(cfg):
         for key in (*fixed, *taken):
             theirs = OmegaConf.create({key: origin.config[key]})
@@ -222,6 +228,8 @@ def check(config: dict[str, Any]) -> None:
     _whole("data.num_workers", data["num_workers"], 0)
     if data["limit_train"] is not None:
         _whole("data.limit_train", data["limit_train"], 1)
+    if data["calibration_size"] is not None:
+        _whole("data.calibration_size", data["calibration_size"], 0)
     if data["root"] is not None and not isinstance(data["root"], str):
         raise UserError(f"data.root={data['root']} must be a folder")
     if "stage" in config:

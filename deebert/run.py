@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from deebert import backbones, curves, report
 from deebert.callbacks import EarlyExitEvaluation
-from deebert.data import TextDataModule
+from deebert.data import CALIBRATION, TextDataModule
 from deebert.errors import UserError
 from deebert.frozen import FrozenStates
 from deebert.job import Job, check, complete, plain
@@ -72,6 +72,7 @@ def train(cfg: DictConfig) -> float | None:
     data = _data(task, tokenizer, config, model.config, recipe["batch_size"])
     data.prepare_data()  # a mistake in the data shows before anything is logged
     data.train_dataloader()
+    _remember_held_out(config, data)
     remembered = {key: config[key] for key in REMEMBERED}
     module = EarlyExitModule(model, remembered, tokenizer_files)
     source: L.LightningDataModule = data
@@ -150,11 +151,31 @@ def _data(
         root=values["root"] or config["task"].get("root"),
         max_length=values["max_length"],
         limit_train=values["limit_train"],
+        calibration_size=values["calibration_size"],
         batch_size=batch_size,
         eval_batch_size=values["eval_batch_size"],
         num_workers=values["num_workers"],
         seed=config["seed"],
     )
+
+
+def _remember_held_out(config: dict[str, Any], data: TextDataModule) -> None:
+    """Write down which training rows no stage sees; later stages and evaluations hold to it.
+
+    Raises:
+        UserError: they are not the rows that an earlier stage left out.
+    """
+    values = config["data"]
+    size = data.calibration_size
+    found = data.fingerprint(CALIBRATION) if size else None
+    expected = values.get("calibration_rows")
+    if expected and found != expected:
+        raise UserError(
+            f"data.root={data.root}: the training rows have changed since the checkpoint was "
+            "trained, so its held-out rows can no longer be told from those it has seen; give the "
+            "same data"
+        )
+    values |= {"calibration_size": size, "calibration_rows": found}
 
 
 def _trainer(

@@ -17,7 +17,7 @@ def module(name: str, root: Path | None, **changes: object) -> TextDataModule:
     values = OmegaConf.to_container(OmegaConf.load(CONF / "task" / f"{name}.yaml"))
     spec = OmegaConf.to_container(OmegaConf.load(CONF / "backbone" / "tiny.yaml"))
     options = {
-        "root": str(root) if root else None, "max_length": 64, "limit_train": None, "batch_size": 8,
+        "root": str(root) if root else None, "max_length": 64, "limit_train": None, "calibration_size": None, "batch_size": 8,
         "eval_batch_size": 16, "num_workers": 0, "seed": 1,
     }  # fmt: skip
     return TextDataModule(

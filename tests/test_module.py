@@ -33,7 +33,7 @@ def build(kind: str, glue: Path, **recipe: object) -> tuple[EarlyExitModule, Tex
     spec = plain("backbone", "tiny")
     tokenizer = backbones.tokenizer(spec)
     data = TextDataModule(
-        Task.from_config(config["task"]), tokenizer, root=str(glue), max_length=64, limit_train=None,
+        Task.from_config(config["task"]), tokenizer, root=str(glue), max_length=64, limit_train=None, calibration_size=None,
         batch_size=8, eval_batch_size=64, num_workers=0, seed=3,
     )  # fmt: skip
     model = EarlyExitModel.from_backbone(spec, 2)
