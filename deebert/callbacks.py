@@ -18,9 +18,11 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from deebert import curves, report
+from deebert import curves, exits, report
+from deebert.evaluation import Question, evaluate
+from deebert.layers import layer_table
 from deebert.module import EarlyExitModule
-from deebert.records import Record
+from deebert.records import Record, fingerprint
 from deebert.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -39,13 +41,26 @@ class EarlyExitEvaluation(Callback):
 
     Args:
         thresholds: entropies >= 0; None for the paper's list (`curves.default_thresholds`).
+        question: what evaluate.py asks; None: the curve of the default rule.
+        calibration: the split among those evaluated that thresholds are chosen on, not reported.
+        layers: look at every layer, too (`layers.layer_table`).
     """
 
-    def __init__(self, thresholds: list[float] | float | None) -> None:
+    def __init__(
+        self,
+        thresholds: list[float] | float | None,
+        question: Question | None = None,
+        calibration: str | None = None,
+        layers: bool = False,
+    ) -> None:
         self.thresholds = (
             None if thresholds is None else curves.check_thresholds(thresholds, "thresholds")
         )
+        self.question = question
+        self.calibration = calibration
+        self.layers = layers
         self.results: dict[str, Any] = {}
+        self._records: list[Record] = []
         self._batches: dict[int, list[dict[str, Tensor]]] = defaultdict(list)
 
     def on_validation_batch_end(
@@ -68,14 +83,14 @@ class EarlyExitEvaluation(Callback):
         self._evaluate(trainer, pl_module, "test")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._save(trainer)
+        self._save(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "validate":  # during fit the picture waits for the end
-            self._save(trainer)
+            self._save(trainer, pl_module)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._save(trainer)
+        self._save(trainer, pl_module)
 
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, prefix: str) -> None:
         batches, self._batches = self._batches, defaultdict(list)
@@ -84,19 +99,27 @@ class EarlyExitEvaluation(Callback):
         assert isinstance(pl_module, EarlyExitModule)
         config = pl_module.hparams["config"]
         task = Task.from_config(config["task"])
-        thresholds = self.thresholds or curves.default_thresholds(task.num_labels)
-        names = trainer.datamodule.eval_splits  # type: ignore[attr-defined]
         records = [
             Record.from_batches(name, _gathered(trainer, batches[i]))
-            for i, name in enumerate(names)
+            for i, name in enumerate(trainer.datamodule.eval_splits)  # type: ignore[attr-defined]
         ]
-        evaluations = [curves.evaluation(record, task, thresholds) for record in records]
-        self.results = report.header(config) | evaluations[0]
-        if evaluations[1:]:
-            self.results["other_splits"] = evaluations[1:]
+        self._records = records
+        reported = [record for record in records if record.split != self.calibration]
+        held_out = next((record for record in records if record.split == self.calibration), None)
+        question = self.question or Question(
+            exits.default(task.num_labels),
+            list(self.thresholds or curves.default_thresholds(task.num_labels)),
+        )
+        self.results = report.header(config) | evaluate(reported, task, question, held_out)
         if trainer.state.fn == "fit":
             self.results["epoch"] = trainer.current_epoch + 1  # of the epochs counted from 1
-        for i, (record, evaluation) in enumerate(zip(records, evaluations, strict=True)):
+        evaluations = report.splits(self.results)
+        if self.layers:
+            for part in evaluations:
+                loader = trainer.datamodule.loader(part["split"])  # type: ignore[attr-defined]
+                table = layer_table(pl_module.model, loader, task)
+                part["analysis"] |= {"layers": table["layers"], "cka": table["cka"]}
+        for i, (record, evaluation) in enumerate(zip(reported, evaluations, strict=True)):
             scalars = _scalars(record, evaluation, pl_module.objective)
             name = prefix if i == 0 else record.split.replace("validation", prefix)
             pl_module.log_dict(
@@ -139,10 +162,21 @@ class EarlyExitEvaluation(Callback):
                 }
             )
 
-    def _save(self, trainer: L.Trainer) -> None:
+    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not (trainer.is_global_zero and self.results):
             return
+        assert isinstance(pl_module, EarlyExitModule)
         folder = Path(trainer.default_root_dir)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        weights = fingerprint(pl_module.model.state_dict())
+        for record in self._records:
+            facts = {"checkpoint": weights, "data": data.fingerprint(record.split)}
+            record.save(folder / "records", facts | {"config": pl_module.hparams["config"]})
+        for part in report.splits(self.results):
+            for rows in part["examples"].values():
+                texts = data.texts(part["split"], [row["index"] for row in rows])
+                for row, text in zip(rows, texts, strict=True):
+                    row["text"] = text
         report.save(self.results, folder)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):

@@ -14,15 +14,22 @@ from transformers import PreTrainedTokenizerBase
 from deebert import backbones
 from deebert.errors import UserError
 from deebert.model import EarlyExitModel
+from deebert.records import fingerprint
 from deebert.tasks import Task
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """What a checkpoint says of itself, and its weights."""
+class Origin:
+    """What a run starts from: a checkpoint, or a record of one."""
 
     path: Path
     config: dict[str, Any]  # of the run that wrote it
+
+
+@dataclass(frozen=True)
+class Checkpoint(Origin):
+    """What a checkpoint says of itself, and its weights."""
+
     architecture: dict[str, Any]
     tokenizer_files: dict[str, str]
     weights: dict[str, torch.Tensor]
@@ -40,6 +47,13 @@ class Checkpoint:
             reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
             raise UserError(f"{self.path}: its weights do not fit its shape ({reason})") from error
         return model.eval()
+
+    @property
+    def fingerprint(self) -> str:
+        """Says which weights these are; records carry it."""
+        return fingerprint(
+            {name.removeprefix("model."): value for name, value in self.weights.items()}
+        )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer it was trained with."""

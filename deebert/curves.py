@@ -7,23 +7,28 @@ speed-up = 1 / cost ratio. (Other systems print one under another's name.)
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from deebert import exits
 from deebert.errors import UserError
+from deebert.exits import Rule, Verdict, exit_layer
 from deebert.records import Record
-from deebert.tasks import Task
+from deebert.tasks import TABLE_METRICS, Task, confusion
 
 # The sweep of the original code (castorini/DeeBERT, scripts/eval_entropy.sh). It ends above
 # ln 2 = 0.693, the largest entropy of two classes: at 0.7 everything leaves at the first ramp.
 PAPER_THRESHOLDS = (0.0, 0.001, 0.005, 0.01, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+LENGTH_BINS = 8
+TRADE_OFF_POINTS = 60
+
+Thresholds = float | list[float]  # one for all ramps, or L-1
 
 
 def default_thresholds(num_labels: int) -> list[float]:
     """The paper's list, continued in steps of 0.1 until ln(num_labels) is passed.
 
-    Regression (1 output) has no entropy, so only full depth (threshold 0) is left.
+    For a regression (1 output) only full depth: by how much values change is in its own units.
     """
     if num_labels == 1:
         return [0.0]
@@ -39,28 +44,15 @@ def check_thresholds(thresholds: Any, flag: str) -> list[float]:
     """
     listed = list(thresholds) if isinstance(thresholds, list | tuple) else [thresholds]
     if not listed:
-        raise UserError(f"{flag}=[] is empty; give entropies >= 0, e.g. {flag}=[0,0.1,0.3]")
+        raise UserError(f"{flag}=[] is empty; give numbers >= 0, e.g. {flag}=[0,0.1,0.3]")
     for value in listed:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or value < 0:
             raise UserError(
-                f"{flag}={value} is not an entropy threshold: it must be a number >= 0 "
-                "(0 never exits; above ln(number of labels) everything leaves at layer 1)"
+                f"{flag}={value} is not a threshold: it must be a number >= 0 (0 never exits; for "
+                "entropy everything leaves at layer 1 above ln(number of labels))"
             )
     return [float(value) for value in listed]
-
-
-def check_task(task: Task, thresholds: list[float], flag: str) -> None:
-    """A regression has no entropy to exit by.
-
-    Raises:
-        UserError: a threshold above 0 for a regression task.
-    """
-    if task.is_regression and any(thresholds):
-        raise UserError(
-            f"{flag}={max(thresholds)}: task {task.name} is a regression, where entropy means "
-            "nothing (one output, always 0); only full depth (threshold=0) can be scored"
-        )
 
 
 def ramp_table(record: Record, task: Task) -> list[dict[str, Any]]:
@@ -68,71 +60,163 @@ def ramp_table(record: Record, task: Task) -> list[dict[str, Any]]:
     return [
         {
             "layer": layer,
-            **_scores(task, task.predict(record.logits_NLC[:, layer - 1]), record.labels_N),
+            **scored(task, task.predict(record.logits_NLC[:, layer - 1]), record.labels_N),
             "cost_ratio": layer / record.num_layers,
         }
         for layer in range(1, record.num_layers + 1)
     ]
 
 
-def curve(record: Record, task: Task, thresholds: list[float]) -> list[dict[str, Any]]:
-    """Score, cost and exits of the entropy rule for each threshold.
+def answered(verdict: Verdict, task: Task, layer_N: Tensor) -> Tensor:
+    """What each row is answered with when it leaves at these layers: (N,) -> (N,).
+
+    At the last layer the final classifier answers, alone.
+    """
+    rows = torch.arange(len(layer_N))
+    return task.predict(verdict.answer_NLC[rows, layer_N - 1])
+
+
+def outcome(record: Record, task: Task, layer_N: Tensor, predictions_N: Tensor) -> dict[str, Any]:
+    """Score, cost and exits of rows that left at these layers with these predictions.
 
     Returns:
-        One dict a threshold: `threshold`, `score` (None without labels), `scores` (all metrics),
-        `cost_ratio`, `expected_saving`, `speed_up`, `exit_counts` (L numbers), and for a task with
-        a group column `mean_exit_layer` by group.
-
-    Raises:
-        UserError: a threshold above 0 for a regression task, where entropy is always 0.
+        `score` (None without labels), `scores` (all metrics), `cost_ratio`, `expected_saving`,
+        `speed_up`, `exit_counts` (L numbers), and for a task with a group column `mean_exit_layer`
+        by group.
     """
-    check_task(task, thresholds, "threshold")
-    predictions_NL = task.predict(record.logits_NLC)
-    entropy_NL = exits.entropy(record.logits_NLC)
-    rows = []
-    for threshold in thresholds:
-        layer_N = exits.exit_layer(entropy_NL, threshold)
-        chosen_N = predictions_NL.gather(1, layer_N[:, None] - 1).squeeze(1)
-        cost_ratio = layer_N.double().mean().item() / record.num_layers
-        row = {
-            "threshold": threshold,
-            **_scores(task, chosen_N, record.labels_N),
-            "cost_ratio": cost_ratio,
-            "expected_saving": 1 - cost_ratio,
-            "speed_up": 1 / cost_ratio,
-            "exit_counts": layer_N.bincount(minlength=record.num_layers + 1)[1:].tolist(),
-        }
-        if record.group_N is not None:
-            row["mean_exit_layer"] = {
-                str(group): layer_N[record.group_N == group].double().mean().item()
-                for group in record.group_N.unique().tolist()
-            }
-        rows.append(row)
-    return rows
-
-
-def evaluation(record: Record, task: Task, thresholds: list[float]) -> dict[str, Any]:
-    """Everything known about one split: what `results.json` holds for it.
-
-    Raises:
-        UserError: logits are not finite.
-    """
-    if not (finite := record.logits_NLC.isfinite().flatten(1).all(1)).all():
-        raise UserError(
-            f"{(~finite).sum()} of {len(record)} rows of split {record.split!r} have logits that "
-            "are not finite: training diverged; lower stages.1.lr or stages.2.lr"
-        )
-    return {
-        "split": record.split,
-        "num_rows": len(record),
-        "num_layers": record.num_layers,
-        "exits": ramp_table(record, task),
-        "curve": curve(record, task, thresholds),
+    cost_ratio = layer_N.double().mean().item() / record.num_layers
+    found = {
+        **scored(task, predictions_N, record.labels_N),
+        "cost_ratio": cost_ratio,
+        "expected_saving": 1 - cost_ratio,
+        "speed_up": 1 / cost_ratio,
+        "exit_counts": layer_N.bincount(minlength=record.num_layers + 1)[1:].tolist(),
     }
+    if record.group_N is not None:
+        found["mean_exit_layer"] = {
+            str(group): layer_N[record.group_N == group].double().mean().item()
+            for group in record.group_N.unique().tolist()
+        }
+    return found
 
 
-def _scores(task: Task, predictions_N: Tensor, labels_N: Tensor | None) -> dict[str, Any]:
+def curve(
+    record: Record, task: Task, rule: Rule, thresholds: list[Thresholds]
+) -> list[dict[str, Any]]:
+    """An `outcome` for each threshold, which stands in it as `threshold`."""
+    verdict = judged(rule, record)
+    return [point(record, task, verdict, threshold) for threshold in thresholds]
+
+
+def point(record: Record, task: Task, verdict: Verdict, thresholds: Thresholds) -> dict[str, Any]:
+    """The `outcome` at these thresholds."""
+    layer_N = exit_layer(verdict.score_NL, thresholds)
+    predictions_N = answered(verdict, task, layer_N)
+    return {"threshold": thresholds, **outcome(record, task, layer_N, predictions_N)}
+
+
+def judged(rule: Rule, record: Record) -> Verdict:
+    """The rule's verdict, with the final classifier's own answer at full depth."""
+    verdict = rule(record.logits_NLC)
+    if verdict.answer_NLC is record.logits_NLC or rule.temperatures is not None:
+        return verdict
+    answers = torch.cat([verdict.answer_NLC[:, :-1], record.logits_NLC[:, -1:]], 1)
+    return Verdict(verdict.score_NL, answers)
+
+
+def savings(verdict: Verdict, thresholds: Thresholds) -> Tensor:
+    """The saving of each row: (N,) between 0 and 1 - 1/L."""
+    num_layers = verdict.score_NL.shape[1]
+    return 1 - exit_layer(verdict.score_NL, thresholds).double() / num_layers
+
+
+def thresholds_for(score_NL: Tensor, savings: list[float]) -> list[float]:
+    """The smallest global thresholds that save these shares of the layers on these rows.
+
+    A row with threshold t saves a layer for each ramp up to which the smallest score is under t, so
+    the saving is the distribution function of these running minima. A threshold lies in the middle
+    between two of them, so that rounding elsewhere turns no exit.
+    """
+    num_rows, num_layers = score_NL.shape
+    least_NL = score_NL[:, :-1].nan_to_num(nan=torch.inf, posinf=torch.inf).cummin(1).values
+    steps, counts = least_NL[least_NL.isfinite()].unique(return_counts=True)
+    reached = counts.cumsum(0)
+
+    def above(i: int) -> float:
+        upper = steps[i + 1] if i + 1 < len(steps) else steps[i] * 1.01 + 1e-6
+        middle = (steps[i] + upper) / 2
+        # Between two neighbouring floats there is no middle: then the upper one.
+        return (middle if middle > steps[i] else upper).item()
+
+    found = []
+    for saving in savings:
+        needed = math.ceil(saving * num_rows * num_layers - 1e-6)
+        i = int(torch.searchsorted(reached, needed)) if needed > 0 else -1
+        found.append(above(min(i, len(steps) - 1)) if i >= 0 and len(steps) else 0.0)
+    return found
+
+
+def score_deviation(task: Task, predictions_N: Tensor, labels_N: Tensor, draws: int = 400) -> float:
+    """Standard error of the headline metric, by the bootstrap, times sqrt(N).
+
+    Classification metrics depend on the table of labels and predictions only, so whole tables are
+    drawn from a multinomial; a correlation's error is Fisher's.
+    """
+    if task.is_regression:
+        correlation = min(abs(task.score(predictions_N, labels_N)), 0.9999)
+        return 1 - correlation**2
+    kinds = task.num_labels
+    cells = confusion(predictions_N, labels_N, kinds).flatten()
+    drawn = np.random.default_rng(0).multinomial(len(labels_N), cells / cells.sum(), draws)
+    scores = TABLE_METRICS[task.metrics[0]](drawn.reshape(draws, kinds, kinds).astype(float))
+    return float(scores.std()) * math.sqrt(len(labels_N))
+
+
+def trade_off(record: Record, task: Task, rule: Rule) -> dict[str, Any]:
+    """Points evenly spread over the saving, with an interval and the mean exit by input length.
+
+    Returns:
+        `trade_off`: the points; `length_bins`: dicts of `low`, `high` (tokens) and `count`.
+    """
+    verdict = judged(rule, record)
+    edges = record.length_N.double().quantile(torch.linspace(0, 1, LENGTH_BINS + 1).double())
+    edges = edges.round().unique()
+    bin_N = torch.bucketize(record.length_N.double(), edges[1:-1], right=True)
+    bins = [
+        {
+            "low": int(edges[i].item()),
+            "high": int(edges[min(i + 1, len(edges) - 1)].item()),
+            "count": int((bin_N == i).sum().item()),
+        }
+        for i in range(max(1, len(edges) - 1))
+    ]
+    most = savings(verdict, math.inf).mean().item()
+    wanted = [most * step / TRADE_OFF_POINTS for step in range(TRADE_OFF_POINTS + 1)]
+    points: list[dict[str, Any]] = []
+    for threshold in sorted(set(thresholds_for(verdict.score_NL, wanted))):
+        found = point(record, task, verdict, threshold)
+        layer_N = exit_layer(verdict.score_NL, threshold)
+        found["mean_exit_layer_by_length"] = [
+            layer_N[bin_N == i].double().mean().item() if bins[i]["count"] else None
+            for i in range(len(bins))
+        ]
+        if record.labels_N is not None:
+            predictions_N = answered(verdict, task, layer_N)
+            width = 1.96 * score_deviation(task, predictions_N, target(task, record.labels_N))
+            width /= math.sqrt(len(record))
+            found["score_interval"] = [found["score"] - width, min(1.0, found["score"] + width)]
+        points.append(found)
+    return {"trade_off": points, "length_bins": bins}
+
+
+def target(task: Task, labels_N: Tensor) -> Tensor:
+    """Labels in the type that predictions have."""
+    return labels_N.to(torch.long if task.labels else torch.float32)
+
+
+def scored(task: Task, predictions_N: Tensor, labels_N: Tensor | None) -> dict[str, Any]:
+    """`score` (the headline metric) and `scores` (all), None and {} without labels."""
     if labels_N is None:
         return {"score": None, "scores": {}}
-    scores = task.scores(predictions_N, labels_N.to(torch.long if task.labels else torch.float32))
+    scores = task.scores(predictions_N, target(task, labels_N))
     return {"score": scores[task.metrics[0]], "scores": scores}

@@ -178,6 +178,14 @@ class TextDataModule(L.LightningDataModule):
         columns = [name for name in ("input_ids", "label") if name in tokens.column_names]
         return str(Hasher.hash([tokens[name][:] for name in columns]))
 
+    def texts(self, split: str, indices: list[int]) -> list[str]:
+        """The texts of these rows, named by their `index`; those of a pair with " / " between."""
+        rows = self._rows(split)
+        row_of = {index: row for row, index in enumerate(rows["index"][:])}
+        chosen = rows.select([row_of[index] for index in indices])
+        columns = [chosen[name][:] for name in ("text_a", "text_b") if name in rows.column_names]
+        return [" / ".join(texts) for texts in zip(*columns, strict=True)]
+
     def prepare_data(self) -> None:
         """Tokenize in one process; the others then find the cache."""
         fitting = self.trainer is None or self.trainer.state.fn == "fit"

@@ -1,10 +1,33 @@
-"""Exit rules: a score per ramp, and when to leave. Pure functions on logits (paper, section 3.3).
+"""Exit rules: a score per ramp, and when to leave. Pure functions on logits.
+
+A rule looks at the logits of every ramp and says how unsure each ramp is and what would be answered
+there. A row leaves at the first ramp whose score is strictly under its threshold, so a threshold of
+0 never exits. The default is the paper's: entropy (section 3.3).
 
 Knows nothing of models, tasks or files. Shapes: N rows, L layers (= ramps), C labels.
 """
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from deebert.errors import UserError
+
+
+class Verdict(NamedTuple):
+    """What a rule makes of the logits of N rows.
+
+    Attributes:
+        score_NL: how unsure each ramp is, >= 0 (inf: no opinion yet).
+        answer_NLC: the logits that a row leaving there is answered with.
+    """
+
+    score_NL: Tensor
+    answer_NLC: Tensor
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -17,7 +40,185 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_probabilities.exp() * log_probabilities).sum(-1)
 
 
-def exit_layer(scores_NL: Tensor, thresholds: Tensor | float) -> Tensor:
+def probability(logits: Tensor) -> Tensor:
+    """1 - the largest probability: (..., C) -> (...), between 0 and 1 - 1/C (sledgehammer, SWEET).
+
+    As a sum over the other classes: 1 - p in float32 would be 0 for all p beyond 1 - 6e-8.
+    """
+    ordered = torch.softmax(logits.float(), dim=-1).sort(-1, descending=True).values
+    return ordered[..., 1:].sum(-1)
+
+
+def margin(logits: Tensor) -> Tensor:
+    """1 - (largest probability - second largest): (..., C) -> (...), between 0 and 1."""
+    ordered = torch.softmax(logits.float(), dim=-1).sort(-1, descending=True).values
+    return ordered[..., 1:].sum(-1) + ordered[..., 1]
+
+
+def patience(logits_NLC: Tensor) -> Tensor:
+    """1 / (1 + how many ramps in a row have agreed with the one before): (N, L, C) -> (N, L).
+
+    PABEE (Zhou et al., NeurIPS 2020): leave after p agreements in a row. As a threshold that is
+    1/p: 1/(1 + agreements) < 1/p means agreements >= p.
+    """
+    labels_NL = logits_NLC.argmax(-1)
+    agrees_NL = torch.zeros_like(labels_NL)
+    agrees_NL[:, 1:] = labels_NL[:, 1:] == labels_NL[:, :-1]
+    return 1 / (1 + _run_length(agrees_NL))
+
+
+def confident_patience(logits_NLC: Tensor, patience: int = 2) -> Tensor:
+    """Largest entropy of the last `patience` ramps where they agree, else inf: -> (N, L).
+
+    After PCEE (Zhang et al., NAACL Findings 2022), which leaves when several ramps in a row are
+    sure; here they must also agree.
+    """
+    labels_NL = logits_NLC.argmax(-1)
+    agrees_NL = torch.ones_like(labels_NL)
+    agrees_NL[:, 1:] = labels_NL[:, 1:] == labels_NL[:, :-1]
+    score_NL = _largest_of_last(entropy(logits_NLC), patience)
+    # The first of `patience` ramps need not agree with the one before it.
+    together_NL = _largest_of_last((1 - agrees_NL).float(), patience - 1) == 0
+    return score_NL.where(together_NL, torch.inf)
+
+
+def change(values_NL1: Tensor, patience: int = 1) -> Tensor:
+    """For a regression: largest |y_i - y_(i-1)| of the last `patience` steps: -> (N, L).
+
+    PABEE's rule for STS-B; the threshold is in units of the label. inf for the first ramps.
+    """
+    values_NL = values_NL1.squeeze(-1).float()
+    step_NL = torch.full_like(values_NL, torch.inf)
+    step_NL[:, 1:] = (values_NL[:, 1:] - values_NL[:, :-1]).abs()
+    return _largest_of_last(step_NL, patience)
+
+
+def ensemble(logits_NLC: Tensor) -> Verdict:
+    """Entropy and answer of the mean probability of the ramps so far (paper, section 5)."""
+    shares_NLC = torch.softmax(logits_NLC.double(), -1).cumsum(1)
+    mean_NLC = shares_NLC / torch.arange(1, shares_NLC.shape[1] + 1)[:, None]
+    logits = mean_NLC.clamp_min(torch.finfo(torch.float64).tiny).log().float()
+    return Verdict(entropy(logits), logits)
+
+
+def vote(logits_NLC: Tensor) -> Verdict:
+    """1 / the votes of the leading class among the ramps so far; the answer is that class.
+
+    A threshold of 1/p leaves with more than p votes. Ties go to the class with more probability.
+    """
+    shares_NLC = torch.softmax(logits_NLC.float(), -1)
+    ballots_NLC = torch.nn.functional.one_hot(logits_NLC.argmax(-1), logits_NLC.shape[-1])
+    votes_NLC = ballots_NLC.cumsum(1)
+    tie_break_NLC = shares_NLC.cumsum(1) / (2 * logits_NLC.shape[1])  # under 1: never wins a vote
+    return Verdict(1 / votes_NLC.amax(-1).float(), votes_NLC + tie_break_NLC)
+
+
+def _run_length(true_NL: Tensor) -> Tensor:
+    """How many ones in a row end here: (N, L) of 0 and 1 -> (N, L)."""
+    runs = torch.zeros_like(true_NL)
+    runs[:, 0] = true_NL[:, 0]
+    for layer in range(1, true_NL.shape[1]):
+        runs[:, layer] = (runs[:, layer - 1] + 1) * true_NL[:, layer]
+    return runs
+
+
+def _largest_of_last(values_NL: Tensor, count: int) -> Tensor:
+    """The largest of the last `count` values, inf where there are fewer: (N, L) -> (N, L)."""
+    if count < 1:
+        return torch.zeros_like(values_NL)
+    before = values_NL.new_full((len(values_NL), count - 1), torch.inf)
+    return torch.cat([before, values_NL], 1).unfold(1, count, 1).amax(-1)
+
+
+Score = Callable[[Tensor], Tensor | Verdict]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An exit rule as `conf/exit/` names it.
+
+    Attributes:
+        name: what it is called in results and messages.
+        score: logits (N, L, C) -> scores (N, L), or a `Verdict` where a row leaving at a ramp is
+            not answered by that ramp alone.
+        num_labels: C; 1 for a regression.
+        largest: from about here on everything leaves at the first ramps; None for 1, or ln C
+            where that is more.
+        regression: does it fit a regression (and nothing else)?
+        temperatures: (L,) divides the logits of each ramp first; None for 1.
+    """
+
+    name: str
+    score: Score
+    num_labels: int
+    largest: float | None = None
+    regression: bool = False
+    temperatures: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.regression != (self.num_labels == 1):
+            why = (
+                f"exit={self.name} needs classes; a regression has one output, whose entropy is "
+                "always 0: use exit=change"
+                if self.num_labels == 1
+                else f"exit={self.name} is for a regression; use exit=entropy, or another"
+            )
+            raise UserError(why)
+
+    def __call__(self, logits_NLC: Tensor) -> Verdict:
+        """Scores and answers of every ramp.
+
+        Raises:
+            UserError: the rule's function gives something else than scores (N, L).
+        """
+        if self.temperatures is not None:
+            logits_NLC = logits_NLC / self.temperatures[:, None]
+        found = self.score(logits_NLC)
+        verdict = found if isinstance(found, Verdict) else Verdict(found, logits_NLC)
+        shape = logits_NLC.shape[:2]
+        if not isinstance(verdict.score_NL, Tensor) or verdict.score_NL.shape != shape:
+            raise UserError(
+                f"exit={self.name}: its function must give a tensor of scores (rows, ramps) = "
+                f"{tuple(shape)}, or a Verdict (exit.score)"
+            )
+        return verdict
+
+    def grid(self, num: int = 200) -> list[float]:
+        """Thresholds from conservative to aggressive that do not depend on any data."""
+        top = (self.largest or max(1.0, math.log(self.num_labels))) * 1.01
+        return [top * 10 ** (-4 * (num - 1 - i) / (num - 1)) for i in range(num)]
+
+    def tempered(self, logits_NLC: Tensor, labels_N: Tensor) -> "Rule":
+        """The same rule with a temperature per ramp, fitted on these rows (Guo et al. 2017)."""
+        found = [_temperature(logits_NC, labels_N) for logits_NC in logits_NLC.unbind(1)]
+        return replace(self, temperatures=torch.tensor(found))
+
+
+def default(num_labels: int) -> Rule:
+    """The paper's rule; for a regression, which has no entropy, PABEE's."""
+    if num_labels == 1:
+        return Rule("change", change, 1, regression=True)
+    return Rule("entropy", entropy, num_labels)
+
+
+def _temperature(logits_NC: Tensor, labels_N: Tensor) -> float:
+    """The T between 0.05 and 20 of least cross-entropy: convex in 1/T, so a ternary search."""
+
+    def loss(log_temperature: float) -> float:
+        logits = logits_NC / math.exp(log_temperature)
+        return torch.nn.functional.cross_entropy(logits, labels_N).item()
+
+    low, high = math.log(0.05), math.log(20)
+    while high - low > 0.02:
+        third = (high - low) / 3
+        if loss(low + third) < loss(high - third):
+            high -= third
+        else:
+            low += third
+    return math.exp((low + high) / 2)
+
+
+def exit_layer(scores_NL: Tensor, thresholds: Tensor | list[float] | float) -> Tensor:
     """The layer at which each row leaves: (N, L) -> (N,), 1-based.
 
     A row leaves at the first ramp whose score is strictly under its threshold (so 0 never exits);

@@ -20,8 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from deebert.data import LengthBatches, TextDataModule
 from deebert.errors import UserError
-from deebert.model import EarlyExitModel, Ramp
-from deebert.module import INPUTS
+from deebert.model import INPUTS, EarlyExitModel, Ramp
 
 
 class StateDataset(Dataset[dict[str, Tensor]]):
@@ -66,6 +65,12 @@ class FrozenStates(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         self.data.prepare_data()
+
+    def fingerprint(self, split: str) -> str:
+        return self.data.fingerprint(split)
+
+    def texts(self, split: str, indices: list[int]) -> list[str]:
+        return self.data.texts(split, indices)
 
     def setup(self, stage: str) -> None:
         """Run the backbone over every split; each process does so for itself."""

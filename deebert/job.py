@@ -17,10 +17,9 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from deebert import checkpoints, curves
-from deebert.checkpoints import Checkpoint
+from deebert import checkpoints, curves, records
+from deebert.checkpoints import Checkpoint, Origin
 from deebert.errors import UserError, unknown
-from deebert.tasks import Task
 
 log = logging.getLogger(__name__)
 
@@ -73,18 +72,12 @@ def refuse(error: UserError) -> NoReturn:
     sys.exit(2)
 
 
-def complete(cfg: DictConfig, job: Job) -> tuple[DictConfig, Checkpoint | None]:
-    """Find out what this run starts from, and take from it what the command line does not say.
+def complete(cfg: DictConfig, job: Job) -> Checkpoint | None:
+    """Find out what a training starts from, and take from it what the command line does not say.
 
     Raises:
         UserError: the checkpoint is missing, unreadable or of the wrong stage, or contradicted.
     """
-    if "stage" not in cfg:  # evaluate.py
-        if not cfg.ckpt:
-            raise UserError("ckpt= is missing: python evaluate.py ckpt=RUN (a run folder or .ckpt)")
-        origin = checkpoints.read(checkpoints.find(str(cfg.ckpt), "ckpt", "best.ckpt"), "ckpt")
-        _inherit(cfg, origin, job, fixed=("task",), taken=("backbone", "data", "seed"))
-        return cfg, origin
     if cfg.resume:
         if cfg.ckpt:
             raise UserError(f"resume={cfg.resume} and ckpt={cfg.ckpt}: give one of them")
@@ -101,7 +94,7 @@ def complete(cfg: DictConfig, job: Job) -> tuple[DictConfig, Checkpoint | None]:
                 f"resume={cfg.resume} has finished all of its {epochs} epochs; for other settings "
                 "start a new run"
             )
-        return cfg, origin
+        return origin
     if type(cfg.stage) is not int or cfg.stage not in STAGES:
         raise unknown("stage", cfg.stage, STAGES, "stage")
     if cfg.stage == 1:
@@ -110,7 +103,7 @@ def complete(cfg: DictConfig, job: Job) -> tuple[DictConfig, Checkpoint | None]:
                 f"ckpt={cfg.ckpt} with stage=1: stage 1 starts from backbone=...; a checkpoint is "
                 "for stage=2, and resume=RUN goes on with an interrupted run"
             )
-        return cfg, None
+        return None
     if not cfg.ckpt:
         raise UserError(
             "stage=2 needs ckpt=RUN, the run folder or checkpoint of a stage-1 run: "
@@ -132,11 +125,50 @@ def complete(cfg: DictConfig, job: Job) -> tuple[DictConfig, Checkpoint | None]:
     # A recipe that the user names now (experiment=...) is not overruled by the one of then.
     taken = ("data", "seed") if job.said("experiment") else ("data", "seed", "stages")
     _inherit(cfg, origin, job, fixed=("task", "backbone"), taken=taken)
-    return cfg, origin
+    return origin
+
+
+def complete_evaluation(cfg: DictConfig, job: Job) -> Origin:
+    """Find what is to be evaluated, and take from it what the command line does not say.
+
+    Raises:
+        UserError: neither checkpoint nor record can be read, or they contradict what is said.
+    """
+    origin = _evaluated(cfg)
+    _inherit(cfg, origin, job, fixed=("task",), taken=("backbone", "data", "seed"))
+    return origin
+
+
+def _evaluated(cfg: DictConfig) -> Origin:
+    """The checkpoint to score, or the folder of records that stands for it."""
+    if not cfg.ckpt and not cfg.record:
+        raise UserError(
+            "ckpt= is missing: python evaluate.py ckpt=RUN (a run folder or .ckpt), or record=RUN "
+            "for the logits that a run has left"
+        )
+    found = None
+    if cfg.ckpt:
+        found = checkpoints.read(checkpoints.find(str(cfg.ckpt), "ckpt", "best.ckpt"), "ckpt")
+        if not cfg.record:
+            return found
+    folder = Path(str(cfg.record))
+    folder = folder / "records" if (folder / "records").is_dir() else folder
+    headers = {file: records.load(file)[1] for file in sorted(folder.glob("*.safetensors"))}
+    if not headers:
+        raise UserError(f"record={cfg.record}: no records there; give a run folder that has some")
+    if len({header["checkpoint"] for header in headers.values()}) > 1:
+        raise UserError(f"record={cfg.record}: its records are of different checkpoints")
+    header = next(iter(headers.values()))
+    if found and header["checkpoint"] != found.fingerprint:
+        raise UserError(
+            f"record={cfg.record} is of another checkpoint than ckpt={cfg.ckpt}: its weights have "
+            f"the fingerprint {header['checkpoint']}, not {found.fingerprint}"
+        )
+    return Origin(folder, header["config"])
 
 
 def _inherit(
-    cfg: DictConfig, origin: Checkpoint, job: Job, *, fixed: tuple[str, ...], taken: tuple[str, ...]
+    cfg: DictConfig, origin: Origin, job: Job, *, fixed: tuple[str, ...], taken: tuple[str, ...]
 ) -> None:
     """Take values from the checkpoint. `fixed` ones may not be contradicted on the command line;
     of the `taken` ones, what is said on the command line wins."""
@@ -173,7 +205,7 @@ def _inherit_values(cfg: DictConfig, path: str, theirs: dict[str, Any], job: Job
                 OmegaConf.update(cfg, inner, value)
 
 
-def _refuse_other_task(cfg: DictConfig, origin: Checkpoint) -> None:
+def _refuse_other_task(cfg: DictConfig, origin: Origin) -> None:
     """A task that is named, also by an experiment, must be the checkpoint's.
 
     Only evaluate.py may score another: AX has no training data, an MNLI checkpoint scores it.
@@ -186,7 +218,7 @@ def _refuse_other_task(cfg: DictConfig, origin: Checkpoint) -> None:
     raise _contradiction("task", ours, OmegaConf.create(saved), origin)
 
 
-def _contradiction(said: str, ours: Any, saved: Any, origin: Checkpoint) -> UserError:
+def _contradiction(said: str, ours: Any, saved: Any, origin: Origin) -> UserError:
     return UserError(
         f"{said}={_name(ours)} contradicts {origin.path}, which was trained with "
         f"{said}={_name(saved)}; leave {said}= out, or give another checkpoint"
@@ -234,8 +266,32 @@ def check(config: dict[str, Any]) -> None:
         raise UserError(f"data.root={data['root']} must be a folder")
     if "stage" in config:
         _check_training(config)
-    elif config["split"] is not None and not isinstance(config["split"], str):
+    else:
+        _check_evaluation(config)
+
+
+def _check_evaluation(config: dict[str, Any]) -> None:
+    if config["split"] is not None and not isinstance(config["split"], str):
         raise UserError(f"split={config['split']} must be the name of one split")
+    if not isinstance(config["calibration"], str):
+        raise UserError(
+            f"calibration={config['calibration']} must be auto, heldout, crossfit, or a split"
+        )
+    for flag in ("per_ramp", "temperature", "analysis"):
+        if not isinstance(config[flag], bool):
+            raise UserError(f"{flag}={config[flag]} must be true or false")
+    wishes = [
+        name
+        for name in ("threshold", "thresholds", "target_saving", "max_drop")
+        if config[name] is not None
+    ]
+    if len(wishes) > 1:
+        listed = " and ".join(f"{name}={config[name]}" for name in wishes)
+        raise UserError(f"{listed}: ask for one of them")
+    if not {"target_saving", "max_drop"} & set(wishes):
+        for flag in ("per_ramp", "temperature"):
+            if config[flag]:
+                raise UserError(f"{flag}=true needs target_saving= or max_drop=")
 
 
 def _check_training(config: dict[str, Any]) -> None:
@@ -256,8 +312,7 @@ def _check_training(config: dict[str, Any]) -> None:
             f"of the recipe; set {flag}.epochs"
         )
     if config["thresholds"] is not None:
-        thresholds = curves.check_thresholds(config["thresholds"], "thresholds")
-        curves.check_task(Task.from_config(config["task"]), thresholds, "thresholds")
+        curves.check_thresholds(config["thresholds"], "thresholds")
     if stage != 2:
         return
     for key in ("cache", "standardize"):

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from deebert import backbones
 from deebert.errors import UserError
 
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
 
 class Ramp(nn.Module):
     """Pooler (linear and tanh on the first token), dropout, linear: (B, H) -> (B, C).

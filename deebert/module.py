@@ -14,10 +14,8 @@ from torch.optim import AdamW
 from transformers import get_linear_schedule_with_warmup
 
 from deebert.errors import UserError, unknown
-from deebert.model import EarlyExitModel
+from deebert.model import INPUTS, EarlyExitModel
 from deebert.objectives import OBJECTIVES
-
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class EarlyExitModule(L.LightningModule):

@@ -1,12 +1,25 @@
 """A record: the logits of every ramp for the rows of one split. What every analysis feeds on.
 
-Knows nothing of models or tasks: arithmetic on it needs neither.
+A saved record is one safetensors file with a JSON header that says which weights and which data it
+came from. Knows nothing of models or tasks: arithmetic on it needs neither.
 """
 
-from dataclasses import dataclass
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+
+from deebert.errors import UserError
+
+SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,25 @@ class Record:
     def __len__(self) -> int:
         return len(self.index_N)
 
+    def rows(self, chosen: Tensor) -> "Record":
+        """The record of some rows only: indices or a mask (N,)."""
+        changes: Any = {name: values[chosen] for name, values in self._tensors().items()}
+        return replace(self, **changes)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: values for name, values in columns.items() if isinstance(values, Tensor)}
+
+    def check(self) -> None:
+        """Raises:
+        UserError: logits are not finite.
+        """
+        if not (finite := self.logits_NLC.isfinite().flatten(1).all(1)).all():
+            raise UserError(
+                f"{(~finite).sum()} of {len(self)} rows of split {self.split!r} have logits that "
+                "are not finite: training diverged; lower stages.1.lr or stages.2.lr"
+            )
+
     @classmethod
     def from_batches(cls, split: str, batches: list[dict[str, Tensor]]) -> "Record":
         """Join the outputs of evaluation steps (of every process), in row order, each row once.
@@ -56,3 +88,47 @@ class Record:
             joined["length"][rows],
             joined["group"][rows] if "group" in joined else None,
         )
+
+    def save(self, folder: Path, header: Mapping[str, Any]) -> None:
+        """Write `<split>.safetensors`; a reader never sees half of it.
+
+        Args:
+            header: plain values: `checkpoint` and `data` (fingerprints) and `config` (of the run).
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f"{self.split}.part"
+        text = json.dumps({"schema": SCHEMA, "split": self.split, **header})
+        tensors = {name: values.contiguous() for name, values in self._tensors().items()}
+        save_file(tensors, part, {"deebert": text})
+        os.replace(part, folder / f"{self.split}.safetensors")
+
+
+def load(file: Path) -> tuple[Record, dict[str, Any]]:
+    """A saved record and its header.
+
+    Raises:
+        UserError: the file is missing, or is no record of this program.
+    """
+    try:
+        with safe_open(file, "pt") as content:
+            header = json.loads((content.metadata() or {})["deebert"])
+            if header["schema"] != SCHEMA:
+                raise UserError(f"{file}: a record of schema {header['schema']}, not {SCHEMA}")
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+            record = Record(header["split"], **({"labels_N": None} | tensors))
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: no such record (record=RUN)") from error
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file}: not a record of this program (record=RUN)") from error
+    return record, header
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """A hash of a model's weights: names, shapes, types and values."""
+    digest = hashlib.sha256()
+    for name, values in sorted(weights.items()):
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+        digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""results.json -> tables (terminal and Markdown) and the picture of the curve.
+"""results.json -> tables (terminal and Markdown), pictures and the page: what a run leaves to read.
 
 Everything here can be made again from results.json alone. Knows nothing of models or data.
 """
@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from deebert import pictures
+from deebert.page import page
 
 SCHEMA = 1
 PACKAGES = (
@@ -29,7 +32,7 @@ PACKAGES = (
 )
 
 
-def header(config: Mapping[str, Any]) -> dict[str, Any]:
+def header(config: dict[str, Any]) -> dict[str, Any]:
     """What a run is, from its configuration, and where it ran."""
     recipe = config["stages"][str(config["stage"])]
     return {
@@ -71,26 +74,30 @@ def environment() -> dict[str, Any]:
     }
 
 
-def save_json(results: Mapping[str, Any], folder: Path) -> None:
+def save_json(results: dict[str, Any], folder: Path) -> None:
     """Write results.json; a reader never sees half of it."""
     part = folder / "results.json.part"
     part.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
     part.replace(folder / "results.json")
 
 
-def save(results: Mapping[str, Any], folder: Path) -> None:
-    """Write results.json, results.md and curve.png."""
+def save(results: dict[str, Any], folder: Path) -> None:
+    """Write results.json, results.md, curve.png, report.html and, if layers were left out one by
+    one, layers.png."""
     save_json(results, folder)
     (folder / "results.md").write_text(markdown(results))
-    picture(results, folder / "curve.png")
+    (folder / "report.html").write_text(page(results), encoding="utf-8")
+    pictures.curve(results, title(results), folder / "curve.png")
+    if "layers" in results["analysis"]:
+        pictures.layers(results, title(results), folder / "layers.png")
 
 
-def splits(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def splits(results: dict[str, Any]) -> list[dict[str, Any]]:
     """The evaluation of each split: the headline one first (MNLI has two)."""
     return [results, *results.get("other_splits", [])]
 
 
-def tables(results: Mapping[str, Any]) -> Iterable[tuple[str, list[str], list[list[str]]]]:
+def tables(results: dict[str, Any]) -> Iterable[tuple[str, list[str], list[list[str]]]]:
     """Title, column names and rows of every table of the report."""
     metric = results["metric"]
     for part in splits(results):
@@ -118,7 +125,7 @@ def tables(results: Mapping[str, Any]) -> Iterable[tuple[str, list[str], list[li
             + ["exits by layer"],
             [
                 [
-                    f"{point['threshold']:g}",
+                    _threshold(point["threshold"]),
                     *(_number(point["scores"].get(name)) for name in (metric, *others)),
                     _number(point["cost_ratio"]),
                     f"{point['expected_saving']:.1%}",
@@ -129,26 +136,121 @@ def tables(results: Mapping[str, Any]) -> Iterable[tuple[str, list[str], list[li
                 for point in part["curve"]
             ],
         )
+    if "calibration" in results:
+        yield _answer(results)
 
 
-def notes(results: Mapping[str, Any]) -> list[str]:
+def _answer(results: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+    """The wish, what was to be expected and what unseen rows showed."""
+    found, metric = results["calibration"], results["metric"]
+    wish = ", ".join(f"{name}={value}" for name, value in found["wish"].items() if value)
+    rows = [["expected", found["expected"]], [results["split"], found["measured"]]]
+    rows += list(map(list, found.get("measured_elsewhere", {}).items()))
+    return (
+        f"Wish: {wish}; exit={found['rule']} threshold={_threshold(found['thresholds'])}, chosen "
+        f"on {found['calibration_split']} ({found['num_calibration']} rows)",
+        ["", metric, "at full depth", "saving", "excess error", "disagreement", "exits by layer"],
+        [
+            [
+                name,
+                _number(part["score"]) + _interval(part.get("score_interval"), "{:.3f}"),
+                _number(part["full_depth_score"]),
+                f"{part['expected_saving']:.1%}" + _interval(part.get("interval"), "{:.1%}"),
+                _number(part["excess"]),
+                _number(part["disagreement"]),
+                " ".join(map(str, part["exit_counts"])),
+            ]
+            for name, part in rows
+        ],
+    )
+
+
+def more_tables(results: dict[str, Any]) -> Iterable[tuple[str, list[str], list[list[str]]]]:
+    """Why layers look redundant: what `analysis` and `layers` found."""
+    metric = results["metric"]
+    for part in splits(results):
+        found, where = part["analysis"], f"{results['task']}, {part['split']}"
+        last = [row[-1] for row in found["error_correlation"] or []]
+        columns: dict[str, list[float | None]] = {
+            "agrees with last": [ramp["agreement"] for ramp in found["ramps"]],
+            "AUROC": [ramp["auroc"] for ramp in found["ramps"]],
+            "ECE": [ramp["ece"] for ramp in found["ramps"]],
+            "errors' correlation with last": last,
+            f"{metric} of mean of ramps": [row["mean"] for row in found["ensemble"] or []],
+            f"{metric} of vote": [row["vote"] for row in found["ensemble"] or []],
+        }
+        for name, key in (
+            ("block influence", "block_influence"),
+            ("CKA with last", "cka_with_last"),
+            (f"{metric} without layer", "score_without"),
+        ):
+            columns[name] = [layer[key] for layer in found.get("layers", [])]
+        there = [name for name, values in columns.items() if any(v is not None for v in values)]
+        yield (
+            f"Ramps and layers: {where}",
+            ["layer", *there],
+            [
+                [str(i + 1), *(_number(columns[name][i]) for name in there)]
+                for i in range(part["num_layers"])
+            ],
+        )
+
+
+def notes(results: dict[str, Any]) -> list[str]:
     """What a reader of the tables must know."""
     found = []
     if results["objective"] == "final":
         found.append("Only the last ramp is trained so far; exits are worth a look after stage 2.")
     if results["metric"] in ("spearman", "pearson"):
-        found.append("A regression has no entropy to exit by: full depth only.")
+        found.append("A regression has no entropy: it leaves when its value stops changing.")
     if results["exits"][0]["score"] is None:
         found.append("This split has no labels: saving only, no scores.")
+    for part in splits(results):
+        if oracle := part["analysis"]["oracle"]:
+            found.append(
+                f"{part['split']}: {part['analysis']['overthinking_rate']:.1%} of the rows are "
+                "right at some ramp and wrong at full depth; a rule that knew which is right would "
+                f"score {oracle['score']:.4f} at {oracle['expected_saving']:.1%} saving (a bound: "
+                "it profits from lucky guesses)."
+            )
+    if "calibration" in results:
+        found += _promise(results["calibration"])
     return found
 
 
-def show(results: Mapping[str, Any], folder: Path) -> None:
+def _promise(found: dict[str, Any]) -> list[str]:
+    """What may be relied on, in a sentence."""
+    lines = [f"Note: {found['note']}."] if "note" in found else []
+    wish = found["wish"]
+    if "max_drop" not in wish:
+        return [*lines, "Intervals are 95 % ones for as many new rows as were reported."]
+    what = {
+        "excess": "loses {} of accuracy at most against full depth",
+        "disagreement": "answers otherwise than full depth on {} of the rows at most",
+    }[wish["loss"]].format(f"{wish['max_drop']:.2%}")
+    sure = (
+        "on average" if wish["confidence"] is None else f"with {wish['confidence']:.0%} confidence"
+    )
+    lines.append(
+        f"Promise: on rows like the calibration rows this threshold {what}, {sure} (over the draw "
+        "of the calibration rows)."
+    )
+    if found["thresholds"] == 0:
+        lines.append("No threshold can be promised that: every row runs to full depth.")
+    return lines
+
+
+def show(results: dict[str, Any], folder: Path) -> None:
     """Print the tables to the terminal."""
     console = Console(width=None if os.isatty(1) else 140, highlight=False)
-    console.print(_title(results), markup=False)
-    for title, columns, rows in tables(results):
-        console.print(title, style="bold", markup=False)  # as the table's title it would be folded
+    console.print(title(results), markup=False)
+    listed = list(tables(results))
+    if "layers" in results["analysis"]:
+        listed += more_tables(results)
+    for heading, columns, rows in listed:
+        console.print(
+            heading, style="bold", markup=False
+        )  # as the table's title it would be folded
         table = Table()
         for column in columns:
             table.add_column(column, justify="right")
@@ -160,69 +262,19 @@ def show(results: Mapping[str, Any], folder: Path) -> None:
     console.print(f"Run folder: {folder}", markup=False, soft_wrap=True)
 
 
-def markdown(results: Mapping[str, Any]) -> str:
+def markdown(results: dict[str, Any]) -> str:
     """The same tables as Markdown."""
-    lines = [f"# {_title(results)}", ""]
-    for title, columns, rows in tables(results):
-        lines += [f"## {title}", "", f"| {' | '.join(columns)} |", f"|{'---:|' * len(columns)}"]
+    lines = [f"# {title(results)}", ""]
+    for heading, columns, rows in (*tables(results), *more_tables(results)):
+        lines += [f"## {heading}", "", f"| {' | '.join(columns)} |", f"|{'---:|' * len(columns)}"]
         lines += [f"| {' | '.join(row)} |" for row in rows]
         lines.append("")
     lines += [f"{note}\n" for note in notes(results)]
     return "\n".join(lines)
 
 
-def picture(results: Mapping[str, Any], file: Path) -> None:
-    """Draw score against expected saving, with every ramp as a point, and the exits."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=[3, 2]
-    )
-    for part in splits(results):
-        label = "" if part is results else f" ({part['split']})"
-        points = sorted(part["curve"], key=lambda point: point["expected_saving"])
-        if results["objective"] != "final" and part["exits"][0]["score"] is not None:
-            left.plot(
-                [100 * point["expected_saving"] for point in points],
-                [point["score"] for point in points],
-                marker="o",
-                label=f"early exit by entropy{label}",
-            )
-        if part["exits"][0]["score"] is not None:
-            left.plot(
-                [100 * (1 - ramp["cost_ratio"]) for ramp in part["exits"]],
-                [ramp["score"] for ramp in part["exits"]],
-                linestyle="",
-                marker="x",
-                color="0.5",
-                label=f"every input at one ramp{label}",
-            )
-            left.axhline(part["exits"][-1]["score"], color="0.7", linestyle=":", zorder=0)
-    left.set(
-        xlabel="expected saving (% of layers)", ylabel=results["metric"], title=_title(results)
-    )
-    left.grid(alpha=0.3)
-    if left.get_legend_handles_labels()[0]:
-        left.legend()
-    bottoms = [0.0] * len(results["curve"])
-    positions = range(len(results["curve"]))
-    colours = plt.get_cmap("viridis")
-    for layer in range(results["num_layers"]):
-        counts = [100 * p["exit_counts"][layer] / results["num_rows"] for p in results["curve"]]
-        colour = colours(layer / max(1, results["num_layers"] - 1))
-        right.bar(positions, counts, bottom=bottoms, color=colour, label=f"layer {layer + 1}")
-        bottoms = [bottom + count for bottom, count in zip(bottoms, counts, strict=True)]
-    right.set_xticks(positions, [f"{p['threshold']:g}" for p in results["curve"]], rotation=60)
-    right.set(xlabel="threshold (entropy, nats)", ylabel="% of inputs", title="Where inputs exit")
-    right.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
-
-
-def _title(results: Mapping[str, Any]) -> str:
+def title(results: dict[str, Any]) -> str:
+    """What was run, in a line."""
     return (
         f"{results['task']}, {results['backbone']}, stage {results['stage']}, "
         f"seed {results['seed']}"
@@ -231,3 +283,13 @@ def _title(results: Mapping[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def _threshold(value: float | list[float]) -> str:
+    listed = value if isinstance(value, list) else [value]
+    text = ",".join(f"{number:.4g}" for number in listed)
+    return f"[{text}]" if isinstance(value, list) else text
+
+
+def _interval(bounds: list[float] | None, form: str) -> str:
+    return f" ({form.format(bounds[0])} to {form.format(bounds[1])})" if bounds else ""

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from omegaconf import DictConfig
 
-from deebert import backbones, curves, report
+from deebert import backbones, curves, evaluation, exits, records, report
+from deebert.calibrate import Wish
 from deebert.callbacks import EarlyExitEvaluation
+from deebert.checkpoints import Checkpoint, Origin
 from deebert.data import CALIBRATION, TextDataModule
 from deebert.errors import UserError
+from deebert.evaluation import Question
 from deebert.frozen import FrozenStates
-from deebert.job import Job, check, complete, plain
+from deebert.job import Job, check, complete, complete_evaluation, plain
 from deebert.model import EarlyExitModel
 from deebert.module import EarlyExitModule
 from deebert.tasks import Task
@@ -52,7 +56,7 @@ def train(cfg: DictConfig) -> float | None:
     """
     job = Job.current()
     job.refuse_used_folder()
-    cfg, origin = complete(cfg, job)
+    origin = complete(cfg, job)
     config = plain(cfg)
     check(config)
     L.seed_everything(config["seed"], workers=True, verbose=False)
@@ -90,41 +94,102 @@ def train(cfg: DictConfig) -> float | None:
             trainer.validate(
                 module, datamodule=source, ckpt_path=best.best_model_path, verbose=False
             )
-    return _result(trainer, job)
+    return _result(trainer.is_global_zero, job)
 
 
 def evaluate(cfg: DictConfig) -> float | None:
-    """Score a checkpoint on a split; returns the full-depth score.
+    """Score a checkpoint on a split, or records of one; returns the score that was asked for.
 
     Raises:
         UserError: a mistake in the configuration or the data.
     """
     job = Job.current()
     job.refuse_used_folder()
-    cfg, origin = complete(cfg, job)
-    assert origin is not None
+    origin = complete_evaluation(cfg, job)
     config = plain(cfg)
     check(config)
     task = Task.from_config(config["task"])
-    thresholds = None
-    if config["threshold"] is not None:
-        thresholds = curves.check_thresholds(config["threshold"], "threshold")
-        curves.check_task(task, thresholds, "threshold")
+    question = _question(cfg, config, task)
+    if not isinstance(origin, Checkpoint):
+        return _evaluate_records(config, task, question, origin, job)
     model = origin.model()
     data = _data(task, origin.tokenizer(), config, origin.architecture, 1)
     if config["split"]:
         data.eval_splits = (config["split"],)
     elif not data.eval_splits:
         data.eval_splits = task.test
+    chosen_on = _calibration_split(config, data, origin)
+    if chosen_on:
+        data.eval_splits = (*data.eval_splits, chosen_on)
     for split in data.eval_splits:
         data.tokens(split)
     remembered = origin.config | {"task": config["task"], "data": config["data"]}
     module = EarlyExitModule(model, remembered, origin.tokenizer_files)
+    callback = EarlyExitEvaluation(None, question, chosen_on, config["analysis"])
     with _closing():
-        trainer = _trainer(cfg, config, job, "evaluate", EarlyExitEvaluation(thresholds))
+        trainer = _trainer(cfg, config, job, "evaluate", callback)
         _refuse_unsafe_sweep(trainer, job)
         trainer.test(module, datamodule=data, verbose=False)
-    return _result(trainer, job)
+    return _result(trainer.is_global_zero, job)
+
+
+def _question(cfg: DictConfig, config: dict[str, Any], task: Task) -> Question:
+    """What the command line asks."""
+    rule = exits.default(task.num_labels)
+    if values := config.get("exit"):
+        score = _instantiated("exit", cfg.exit.score)
+        names = ("name", "largest", "regression")
+        rule = exits.Rule(score=score, num_labels=task.num_labels, **{n: values[n] for n in names})
+    wish = None
+    if config["target_saving"] is not None or config["max_drop"] is not None:
+        wish = Wish(**{field.name: config[field.name] for field in fields(Wish)})
+    thresholds: list[Any] | None = None
+    if config["threshold"] is not None:
+        given = curves.check_thresholds(config["threshold"], "threshold")
+        thresholds = [given if isinstance(config["threshold"], list) else given[0]]
+    elif config["thresholds"] is not None:
+        thresholds = list(curves.check_thresholds(config["thresholds"], "thresholds"))
+    return Question(rule, thresholds, wish, config["calibration"])
+
+
+def _calibration_split(
+    config: dict[str, Any], data: TextDataModule, origin: Checkpoint
+) -> str | None:
+    """The split that thresholds are chosen on, if it is another than the reported one."""
+    named = config["calibration"]
+    if named == "crossfit" or config["threshold"] is not None:
+        return None
+    if named not in ("auto", "heldout"):
+        if named in data.eval_splits:
+            raise UserError(
+                f"calibration={named} is the reported split itself: use calibration=crossfit, or "
+                "report another (split=...)"
+            )
+        return str(named)
+    # Another task's rows (ax with an MNLI checkpoint) have no held-out part.
+    if config["task"]["name"] != origin.config["task"]["name"] or not data.calibration_size:
+        return None
+    _remember_held_out(config, data)
+    return CALIBRATION
+
+
+def _evaluate_records(
+    config: dict[str, Any], task: Task, question: Question, origin: Origin, job: Job
+) -> float | None:
+    """The same from saved logits: neither model nor data is needed."""
+    found = [records.load(file)[0] for file in sorted(origin.path.glob("*.safetensors"))]
+    wanted = config["split"]
+    named = CALIBRATION if config["calibration"] in ("auto", "heldout") else config["calibration"]
+    held_out = next((r for r in found if r.split == named and r.split != wanted), None)
+    reported = [
+        r for r in found if (r.split == wanted if wanted else r.split not in (CALIBRATION, named))
+    ]
+    if not reported:
+        splits = ", ".join(record.split for record in found)
+        raise UserError(f"split={wanted}: {origin.path} has records of: {splits} (split=...)")
+    results = report.header(origin.config) | evaluation.evaluate(reported, task, question, held_out)
+    report.save(results, job.folder)
+    return _result(True, job)
 
 
 def _data(
@@ -256,8 +321,8 @@ def _closing() -> Iterator[None]:
                 wandb.finish()
 
 
-def _result(trainer: L.Trainer, job: Job) -> float | None:
-    if not trainer.is_global_zero:
+def _result(is_global_zero: bool, job: Job) -> float | None:
+    if not is_global_zero:
         return None
     file = job.folder / "results.json"  # with ddp_spawn all that the processes leave behind
     if not file.exists():
@@ -265,5 +330,5 @@ def _result(trainer: L.Trainer, job: Job) -> float | None:
         return None
     results = json.loads(file.read_text())
     report.show(results, job.folder)
-    score = results["exits"][-1]["score"]
-    return None if score is None else float(score)
+    asked = results.get("calibration", {}).get("measured") or results["exits"][-1]
+    return None if asked["score"] is None else float(asked["score"])
