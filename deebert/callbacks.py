@@ -8,7 +8,7 @@ import csv
 import logging
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from deebert import curves, exits, report
+from deebert import curves, exits, report, tracking
 from deebert.evaluation import Question, evaluate
 from deebert.layers import layer_table
 from deebert.module import EarlyExitModule
@@ -26,8 +26,6 @@ from deebert.records import Record, fingerprint
 from deebert.tasks import Task
 
 log = logging.getLogger(__name__)
-
-CURVE = ("threshold", "score", "cost_ratio", "expected_saving", "speed_up")  # of a written curve
 
 
 class EarlyExitEvaluation(Callback):
@@ -126,7 +124,8 @@ class EarlyExitEvaluation(Callback):
                 {f"{name}/{key}": value for key, value in scalars.items()}, sync_dist=True
             )
             if trainer.is_global_zero:
-                self._log_wandb(trainer, name, evaluation)
+                for run in _wandb_runs(trainer):
+                    tracking.log_evaluation(run, name, evaluation, trainer.global_step)
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             report.save_json(self.results, folder)
@@ -136,31 +135,6 @@ class EarlyExitEvaluation(Callback):
             if "epoch" in self.results:
                 scores = ", ".join(f"{name} {value:.4f}" for name, value in full.items())
                 log.info("epoch %d: %s at full depth", self.results["epoch"], scores)
-
-    def _log_wandb(self, trainer: L.Trainer, prefix: str, evaluation: dict[str, Any]) -> None:
-        """The curve as a table, as a line chart and as exit shares."""
-        for logger in trainer.loggers:
-            if not isinstance(logger, WandbLogger):
-                continue
-            import wandb
-
-            table = wandb.Table(columns=_curve_columns(evaluation), data=_curve_rows(evaluation))
-            histogram = wandb.Table(
-                columns=["layer", "score"],
-                data=[[str(ramp["layer"]), ramp["score"]] for ramp in evaluation["exits"]],
-            )
-            logger.experiment.log(
-                {
-                    f"{prefix}/curve": table,
-                    f"{prefix}/score_vs_saving": wandb.plot.line(
-                        table, "expected_saving", "score", title="Score against expected saving"
-                    ),
-                    f"{prefix}/score_by_ramp": wandb.plot.bar(
-                        histogram, "layer", "score", title="Score of every ramp"
-                    ),
-                    "trainer/global_step": trainer.global_step,
-                }
-            )
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not (trainer.is_global_zero and self.results):
@@ -178,9 +152,10 @@ class EarlyExitEvaluation(Callback):
                 for row, text in zip(rows, texts, strict=True):
                     row["text"] = text
         report.save(self.results, folder)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("curve", [str(folder / "curve.png")])
+        if trainer.state.fn == "fit" and getattr(trainer.checkpoint_callback, "monitor", None):
+            return  # the best epoch is validated once more, and that is the final word
+        for run in _wandb_runs(trainer):
+            tracking.log_final(run, self.results, folder / "curve.png")
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -206,6 +181,10 @@ class BestCheckpoint(ModelCheckpoint):
         super().load_state_dict(state_dict)
 
 
+def _wandb_runs(trainer: L.Trainer) -> list[Any]:
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+
+
 def _gathered(trainer: L.Trainer, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """The batches of every process, on every process."""
     if trainer.world_size == 1:
@@ -228,6 +207,8 @@ def _scalars(
         for ramp in evaluation["exits"]:
             scalars[f"ramp_{ramp['layer']}/score"] = ramp["score"]
     for point in evaluation["curve"]:
+        if isinstance(point["threshold"], list):  # one for each ramp: no name for a chart
+            continue
         key = f"threshold_{point['threshold']:g}"
         scalars[f"{key}/expected_saving"] = point["expected_saving"]
         if point["score"] is not None:
@@ -242,17 +223,7 @@ def _append_csv(file: Path, results: dict[str, Any]) -> None:
     with file.open("a", newline="") as stream:
         writer = csv.writer(stream)
         if fresh:
-            writer.writerow(["epoch", "split", *_curve_columns(results)])
+            writer.writerow(["epoch", "split", *tracking.curve_columns(results)])
         for part in report.splits(results):
             where = (results.get("epoch", ""), part["split"])
-            writer.writerows([*where, *row] for row in _curve_rows(part))
-
-
-def _curve_columns(evaluation: Mapping[str, Any]) -> list[str]:
-    return [*CURVE, *(f"exit_{layer + 1}" for layer in range(evaluation["num_layers"]))]
-
-
-def _curve_rows(evaluation: Mapping[str, Any]) -> list[list[Any]]:
-    """A row a threshold, under `_curve_columns`."""
-    points = evaluation["curve"]
-    return [[*(point[name] for name in CURVE), *point["exit_counts"]] for point in points]
+            writer.writerows([*where, *row] for row in tracking.curve_rows(part))

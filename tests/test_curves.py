@@ -1,11 +1,26 @@
+import dataclasses
+import itertools
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from deebert.curves import PAPER_THRESHOLDS, check_thresholds, curve, default_thresholds, ramp_table
+from deebert import exits
+from deebert.curves import (
+    PAPER_THRESHOLDS,
+    check_thresholds,
+    curve,
+    default_thresholds,
+    judged,
+    ramp_table,
+    savings,
+    score_deviation,
+    thresholds_for,
+    trade_off,
+)
 from deebert.errors import UserError
 from deebert.records import Record
 from deebert.tasks import Task
@@ -30,6 +45,7 @@ def record(logits: list, labels: list | None, group: list | None = None) -> Reco
 
 
 # Row 0: sure and right at once. Row 1: unsure, then sure and wrong, at last right. Row 2: never sure.
+RULE = exits.default(2)
 SURE, UNSURE = 8.0, 0.0
 LOGITS = [
     [[0, SURE], [0, SURE], [0, SURE]],
@@ -39,7 +55,7 @@ LOGITS = [
 
 
 def test_score_cost_and_counts_by_hand() -> None:
-    points = curve(record(LOGITS, [1, 0, 0], [1, 2, 3]), task("demo"), [0.0, 0.1, 0.7])
+    points = curve(record(LOGITS, [1, 0, 0], [1, 2, 3]), task("demo"), RULE, [0.0, 0.1, 0.7])
     full, some, first = points
     assert full["score"] == 1
     assert (full["cost_ratio"], full["expected_saving"], full["speed_up"]) == (1, 0, 1)
@@ -61,24 +77,94 @@ def test_score_of_every_ramp() -> None:
 
 
 def test_both_of_mrpc_s_metrics_with_f1_as_the_score() -> None:
-    [point] = curve(record(LOGITS, [1, 0, 0]), task("mrpc"), [0.0])
+    [point] = curve(record(LOGITS, [1, 0, 0]), task("mrpc"), RULE, [0.0])
     assert point["scores"] == {"f1": 1.0, "accuracy": 1.0}
     assert point["score"] == point["scores"]["f1"]
 
 
 def test_without_labels_there_is_a_saving_but_no_score() -> None:
-    [point] = curve(record(LOGITS, None), task("sst2"), [0.1])
+    [point] = curve(record(LOGITS, None), task("sst2"), RULE, [0.1])
     assert point["score"] is None
     assert point["expected_saving"] == pytest.approx(1 / 3)
 
 
-def test_regression_has_no_entropy() -> None:
-    values = record([[[0.0], [1.0]], [[0.0], [2.0]], [[0.0], [4.0]]], [1.0, 2.0, 3.0])
-    [point] = curve(values, task("stsb"), default_thresholds(1))
-    assert point["expected_saving"] == 0
-    assert point["score"] == pytest.approx(1, abs=1e-5)
-    with pytest.raises(UserError, match="regression, where entropy means nothing"):
-        curve(values, task("stsb"), [0.1])
+def test_a_regression_leaves_when_its_value_stops_changing() -> None:
+    values = record(
+        [[[0.0], [1.0], [1.1]], [[0.0], [0.2], [2.0]], [[3.0], [4.0], [4.5]]], [1.0, 2.0, 3.0]
+    )
+    full, some = curve(values, task("stsb"), exits.default(1), [0.0, 0.5])
+    assert full["expected_saving"] == 0
+    assert full["score"] == pytest.approx(1, abs=1e-5)
+    assert some["exit_counts"] == [0, 1, 2]
+    assert some["scores"]["pearson"] == pytest.approx(np.corrcoef([1.1, 0.2, 4.5], [1, 2, 3])[0, 1])
+
+
+@pytest.mark.parametrize("name", ["entropy", "patience"])
+def test_thresholds_for_a_saving_are_the_smallest_that_grant_it(name: str) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(400, 6, 3) * torch.linspace(0.5, 3, 6)[:, None]
+    rule = exits.Rule(name, getattr(exits, name), 3)
+    rows = record(logits.tolist(), [0] * 400)
+    verdict = judged(rule, rows)
+    for saving in (0.0, 0.01, 0.2, 0.4, 0.7, 0.8):
+        [threshold] = thresholds_for(verdict.score_NL, [saving])
+        granted = savings(verdict, threshold).mean().item()
+        assert granted >= saving - 1e-9
+        least = verdict.score_NL[:, :-1].cummin(1).values
+        below = least[least < threshold]
+        if len(below) and threshold:
+            assert savings(verdict, below.max().item()).mean().item() < saving
+        if name == "entropy":
+            assert granted < saving + 6 / 2400, "entropies are all different"
+    [most] = thresholds_for(verdict.score_NL, [0.99])
+    assert savings(verdict, most).mean() == savings(verdict, 1e9).mean(), "as much as can be saved"
+
+
+def test_a_threshold_lies_between_scores() -> None:
+    """So that rounding elsewhere (another batch size, the engine) turns no exit."""
+    scores = torch.tensor([[0.1, 0.0], [0.3, 0.0], [0.5, 0.0]])
+    assert thresholds_for(scores, [1 / 6, 1 / 3]) == pytest.approx([0.2, 0.4])
+    nan = torch.tensor([[math.nan, 0.2, 0.0]])
+    assert thresholds_for(nan, [0.1, 0.9])[0] > 0.2
+
+
+@pytest.mark.parametrize("name", ["sst2", "mrpc", "cola"])
+def test_the_bootstrap_s_deviation(name: str) -> None:
+    """Against many real samples from a known distribution; for accuracy also the formula."""
+    random = torch.Generator().manual_seed(0)
+    scores, found = [], []
+    for sample in range(300):
+        labels = (torch.rand(500, generator=random) < 0.6).long()
+        wrong = torch.rand(500, generator=random) < 0.2
+        scores.append(task(name).score(labels ^ wrong, labels))
+        if sample < 20:
+            found.append(score_deviation(task(name), labels ^ wrong, labels) / 500**0.5)
+    assert np.mean(found) == pytest.approx(np.std(scores), rel=0.15)
+    if name == "sst2":
+        assert np.mean(found) == pytest.approx((0.2 * 0.8 / 500) ** 0.5, rel=0.1)
+
+
+def test_the_trade_off_is_spread_over_the_saving() -> None:
+    torch.manual_seed(0)
+    labels = torch.randint(0, 3, (600,))
+    logits = torch.randn(600, 4, 3) + 2 * torch.nn.functional.one_hot(labels, 3)[:, None]
+    rows = record(logits.tolist(), labels.tolist())
+    rows = dataclasses.replace(rows, length_N=torch.randint(4, 90, (600,)))
+    found = trade_off(rows, task("mnli"), exits.default(3))
+    points = found["trade_off"]
+    saved = [point["expected_saving"] for point in points]
+    assert saved == sorted(saved)
+    assert (saved[0], saved[-1]) == (0, 0.75)
+    assert max(b - a for a, b in itertools.pairwise(saved)) < 0.02
+    assert all(
+        low <= point["score"] <= high for point in points for low, high in [point["score_interval"]]
+    )
+    bins = found["length_bins"]
+    assert sum(part["count"] for part in bins) == 600
+    for point in points:
+        by_length = point["mean_exit_layer_by_length"]
+        mean = sum(b["count"] * m for b, m in zip(bins, by_length, strict=True)) / 600
+        assert mean / 4 == pytest.approx(point["cost_ratio"])
 
 
 def test_thresholds_end_where_everything_leaves_at_the_first_ramp() -> None:

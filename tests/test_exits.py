@@ -3,7 +3,9 @@ import math
 import pytest
 import torch
 
-from deebert.exits import entropy, exit_layer
+from deebert import exits
+from deebert.errors import UserError
+from deebert.exits import Rule, Verdict, entropy, exit_layer
 
 
 def test_entropy_in_nats() -> None:
@@ -38,3 +40,109 @@ def test_a_threshold_per_ramp() -> None:
 
 def test_nan_goes_to_full_depth() -> None:
     assert exit_layer(torch.tensor([[math.nan, math.nan, 0.1]]), 9.0).tolist() == [3]
+
+
+def logits_of(*rows: list[int], classes: int = 3, strength: float = 4.0) -> torch.Tensor:
+    """Each ramp of each row predicts the given class."""
+    return strength * torch.nn.functional.one_hot(torch.tensor(rows), classes).float()
+
+
+def test_probability_and_margin_by_hand() -> None:
+    p = torch.tensor([0.7, 0.2, 0.1])
+    assert exits.probability(p.log()).item() == pytest.approx(0.3)
+    assert exits.margin(p.log()).item() == pytest.approx(0.5)
+    sure = torch.tensor([20.0, 0.0, 0.0])
+    assert 0 < exits.probability(sure).item() < 1e-8, "1 - p in float32 would be 0"
+
+
+def test_patience_counts_agreements_in_a_row() -> None:
+    """PABEE with patience p is the threshold 1/p, against its counter written out."""
+    random = torch.Generator().manual_seed(0)
+    labels_NL = torch.randint(0, 2, (300, 7), generator=random)
+    score_NL = exits.patience(torch.nn.functional.one_hot(labels_NL, 2).float())
+    for p in (1, 2, 3, 6):
+        expected = []
+        for labels in labels_NL.tolist():
+            counter, layer = 0, 7
+            for i in range(1, 7):
+                counter = counter + 1 if labels[i] == labels[i - 1] else 0
+                if counter == p:
+                    layer = i + 1
+                    break
+            expected.append(layer)
+        assert exit_layer(score_NL, 1 / p).tolist() == expected, p
+    assert exit_layer(score_NL, 1.01).tolist() == [1] * 300
+
+
+def test_confident_patience_wants_sure_ramps_that_agree() -> None:
+    logits = logits_of([0, 1, 1, 1], [2, 2, 2, 2])
+    logits[1, 1] /= 100  # an unsure ramp
+    score = exits.confident_patience(logits, patience=2)
+    assert exit_layer(score, 0.5).tolist() == [3, 4]
+    assert torch.equal(exits.confident_patience(logits, patience=1), entropy(logits))
+
+
+def test_change_of_a_regression() -> None:
+    values = torch.tensor([[0.0, 2.0, 2.3, 2.4], [1.0, 1.1, 3.0, 3.05]])[..., None]
+    assert exit_layer(exits.change(values), 0.35).tolist() == [3, 2]
+    assert exit_layer(exits.change(values, patience=2), 0.35).tolist() == [4, 4]
+
+
+def test_ensemble_answers_with_the_mean_of_the_ramps_so_far() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(50, 5, 3)
+    verdict = exits.ensemble(logits)
+    mean = logits[:, :3].softmax(-1).mean(1)
+    assert torch.allclose(verdict.answer_NLC[:, 2].softmax(-1), mean, atol=1e-6)
+    assert torch.allclose(verdict.score_NL[:, 2], -(mean * mean.log()).sum(-1), atol=1e-5)
+    assert torch.allclose(verdict.score_NL[:, 0], entropy(logits[:, 0]), atol=1e-5)
+
+
+def test_vote_leaves_with_more_than_p_votes_for_their_class() -> None:
+    logits = logits_of([0, 1, 1, 0, 1], [2, 2, 2, 0, 0])
+    verdict = exits.vote(logits)
+    layers = exit_layer(verdict.score_NL, 1 / 2)  # 3 votes
+    assert layers.tolist() == [5, 3]
+    assert verdict.answer_NLC[1, 4].argmax() == 2, "3 votes against 2"
+    assert verdict.answer_NLC[0, 3].argmax() == 0, "2 against 2, and as sure: the first class"
+    logits[0, 1:3] *= 2
+    assert exits.vote(logits).answer_NLC[0, 3].argmax() == 1, "2 against 2: the surer votes"
+
+
+def test_temperatures_are_those_of_least_cross_entropy() -> None:
+    torch.manual_seed(0)
+    true = torch.tensor([0.5, 1.0, 3.0])
+    logits_NC = 2 * torch.randn(20_000, 4)
+    labels = torch.distributions.Categorical(logits=logits_NC).sample()
+    logits_NLC = logits_NC[:, None] * true[:, None]  # over- and underconfident ramps
+    rule = Rule("entropy", entropy, 4).tempered(logits_NLC, labels)
+    assert rule.temperatures is not None
+    assert torch.allclose(rule.temperatures, true, rtol=0.05)
+    again = entropy(logits_NLC / rule.temperatures[:, None])
+    assert torch.equal(rule(logits_NLC).score_NL, again)
+
+
+def test_a_rule_of_one_s_own() -> None:
+    own = Rule("own", lambda logits: 1 / logits.abs().amax(-1), 2)
+    assert own(torch.full((4, 3, 2), 5.0)).score_NL.tolist() == [[pytest.approx(0.2)] * 3] * 4
+    answering = Rule("own", lambda logits: Verdict(entropy(logits), -logits), 2)
+    assert (answering(torch.ones(1, 2, 2)).answer_NLC == -1).all()
+    with pytest.raises(UserError, match=r"exit=own: its function must give .* = \(4, 3\)"):
+        Rule("own", lambda logits: logits, 2)(torch.zeros(4, 3, 2))
+
+
+def test_rules_that_do_not_fit_the_task() -> None:
+    with pytest.raises(UserError, match=r"exit=entropy needs classes.*use exit=change"):
+        Rule("entropy", entropy, 1)
+    with pytest.raises(UserError, match="exit=change is for a regression"):
+        Rule("change", exits.change, 3, regression=True)
+    assert exits.default(1).name == "change"
+    assert exits.default(3).name == "entropy"
+
+
+def test_the_grid_of_a_promise_depends_on_no_data() -> None:
+    grid = Rule("entropy", entropy, 3).grid()
+    assert grid == sorted(grid)
+    assert grid[0] < 2e-4
+    assert math.log(3) < grid[-1] < 1.2
+    assert 1 < Rule("margin", exits.margin, 2).grid()[-1] < 1.1

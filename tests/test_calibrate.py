@@ -1,0 +1,210 @@
+import dataclasses
+
+import pytest
+import torch
+from test_curves import task
+
+from deebert import exits
+from deebert.calibrate import FOLDS, Wish, calibration, choose, losses, unlike
+from deebert.calibrate import _cross_fitted as cross_fitted
+from deebert.errors import UserError
+from deebert.exits import exit_layer
+from deebert.records import Record
+
+RULE = exits.default(2)
+
+
+def simulated(num_rows: int, seed: int = 0, layers: int = 5, split: str = "validation") -> Record:
+    """Rows of any difficulty, ramps that get better with depth and are not always right."""
+    random = torch.Generator().manual_seed(seed)
+    labels_N = torch.randint(0, 2, (num_rows,), generator=random)
+    ease_N1 = 3 * torch.rand(num_rows, 1, generator=random)
+    noise_NL = torch.randn(num_rows, layers, generator=random) * torch.linspace(2.5, 0.8, layers)
+    gap_NL = 1.5 * (ease_N1 + noise_NL) + 0.3
+    sign_N1 = 2.0 * labels_N[:, None] - 1
+    logits_NLC = torch.stack([-gap_NL * sign_N1 / 2, gap_NL * sign_N1 / 2], -1)
+    length_N = torch.randint(5, 60, (num_rows,), generator=random)
+    return Record(split, logits_NLC, labels_N, torch.arange(num_rows), length_N)
+
+
+@pytest.mark.parametrize("saving", [0.2, 0.4, 0.6])
+def test_a_saving_chosen_on_held_out_rows_holds_on_others(saving: float) -> None:
+    held_out, reported = simulated(2000, 1, split="calibration"), simulated(3000, 2)
+    found = calibration(held_out, [reported], task("sst2"), RULE, Wish(target_saving=saving))
+    assert found["expected"]["expected_saving"] == pytest.approx(saving, abs=1 / 2000)
+    assert found["expected"]["expected_saving"] >= saving - 1e-9
+    assert found["measured"]["expected_saving"] == pytest.approx(saving, abs=0.02)
+    for name, value in (("interval", "expected_saving"), ("score_interval", "score")):
+        low, high = found["expected"][name]
+        assert low < found["expected"][value] < high < low + 0.05
+    assert found["calibration_split"] == "calibration"
+    assert found["num_calibration"] == 2000
+    # The reported rows' own numbers, at the threshold that is printed.
+    layers = exit_layer(exits.entropy(reported.logits_NLC), found["thresholds"])
+    assert found["measured"]["exit_counts"] == layers.bincount(minlength=6)[1:].tolist()
+
+
+def test_the_interval_covers_the_saving_of_unseen_rows() -> None:
+    inside = 0
+    for seed in range(200):
+        held_out, reported = simulated(300, 2 * seed), simulated(200, 2 * seed + 1)
+        found = calibration(held_out, [reported], task("sst2"), RULE, Wish(target_saving=0.4))
+        low, high = found["expected"]["interval"]
+        inside += low <= found["measured"]["expected_saving"] <= high
+    assert inside >= 180
+
+
+TRUTH = simulated(200_000, seed=99)
+GRID = RULE.grid()
+
+
+def true_risks(loss: str) -> torch.Tensor:
+    return losses(TRUTH, task("sst2"), RULE, GRID, loss).double().mean(0)
+
+
+@pytest.mark.parametrize(("loss", "limit", "num_rows"), [("excess", 0.01, 500), ("excess", 0.03, 450), ("disagreement", 0.03, 500)])  # fmt: skip
+def test_a_promise_is_broken_in_delta_of_the_draws_at_most(
+    loss: str, limit: float, num_rows: int
+) -> None:
+    """200 calibration samples of a population whose risk is known at every threshold."""
+    risk_T = true_risks(loss)
+    assert risk_T.max() > 2 * limit, "the promise can be broken"
+    random = torch.Generator().manual_seed(0)
+    wish = Wish(max_drop=limit, confidence=0.9, loss=loss)
+    broken, saved = 0, []
+    for _ in range(200):
+        rows = torch.randint(0, len(TRUTH), (num_rows,), generator=random)
+        found = choose(TRUTH.rows(rows), task("sst2"), RULE, wish).thresholds
+        risk = risk_T[GRID.index(found)].item() if found else 0.0
+        broken += risk > limit
+        saved.append(found)
+    assert broken <= 0.1 * 200 + 2 * (0.1 * 0.9 * 200) ** 0.5
+    assert max(saved) > 0
+
+
+def test_a_promise_on_average_holds_on_average() -> None:
+    risk_T = true_risks("disagreement")
+    random = torch.Generator().manual_seed(0)
+    wish = Wish(max_drop=0.03, confidence=None, loss="disagreement")
+    risks = []
+    for _ in range(200):
+        rows = torch.randint(0, len(TRUTH), (300,), generator=random)
+        found = choose(TRUTH.rows(rows), task("sst2"), RULE, wish).thresholds
+        risks.append(risk_T[GRID.index(found)].item() if found else 0.0)
+    assert sum(risks) / 200 <= 0.032, "0.03, and three standard errors of this mean"
+    assert sum(risks) / 200 > 0.01, "and is not given away"
+
+
+def test_gains_are_set_against_losses() -> None:
+    """Early ramps that are right where full depth is wrong: no drop, though answers differ."""
+    record = simulated(3000)
+    wishes = [Wish(max_drop=0.02, loss=loss) for loss in ("excess", "disagreement")]
+    excess, disagreement = (choose(record, task("sst2"), RULE, wish).thresholds for wish in wishes)
+    assert excess > disagreement > 0
+
+
+def test_losses_by_hand() -> None:
+    # Ramp 1, ramp 2, full depth; labels all 1. Sure where the gap is 8.
+    gaps = torch.tensor([[8.0, 8, 8], [-8, 8, 8], [8, -8, -8], [-8, -8, -8], [0.1, -8, 8]])
+    record = Record("validation", torch.stack([-gaps / 2, gaps / 2], -1), torch.ones(5, dtype=torch.long), torch.arange(5), torch.ones(5))  # fmt: skip
+    found = losses(record, task("sst2"), RULE, [0.0, 0.1], "excess")
+    assert found.tolist() == [[0, 0], [0, 1], [0, -1], [0, 0], [0, 1]]
+    found = losses(record, task("sst2"), RULE, [0.0, 0.1], "disagreement")
+    assert found.tolist() == [[0, 0], [0, 1], [0, 1], [0, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("wish", [Wish(target_saving=0.4), Wish(max_drop=0.05), Wish(target_saving=0.4, temperature=True)])  # fmt: skip
+def test_no_row_has_a_part_in_the_thresholds_it_is_measured_with(wish: Wish) -> None:
+    record = simulated(500)
+    before, _ = cross_fitted(record, task("sst2"), RULE, wish)
+    order = torch.randperm(500, generator=torch.Generator().manual_seed(0))
+    fold = order[1::FOLDS]
+    # Other labels, and other logits behind the first ramp, for one fold alone.
+    changed = dataclasses.replace(record, labels_N=record.labels_N.clone(), logits_NLC=record.logits_NLC.clone())  # fmt: skip
+    changed.labels_N[fold] = 1 - changed.labels_N[fold]
+    changed.logits_NLC[fold, 2:] = 0
+    after, _ = cross_fitted(changed, task("sst2"), RULE, wish)
+    early = before[fold] <= 2
+    assert early.any()
+    assert torch.equal(before[fold][early], after[fold][early]), "same thresholds for that fold"
+    rest = torch.ones(500, dtype=torch.bool)
+    rest[fold] = False
+    assert not torch.equal(before[rest], after[rest]), "other thresholds for the other folds"
+
+
+def test_cross_fitting_reports_every_row_once() -> None:
+    record = simulated(503)
+    found = calibration(None, [record], task("sst2"), RULE, Wish(target_saving=0.4))
+    assert sum(found["measured"]["exit_counts"]) == 503
+    assert found["calibration_split"] == "validation, cross-fitted in 5 folds"
+    assert found["measured"]["expected_saving"] == pytest.approx(0.4, abs=0.02)
+
+
+def test_other_splits_are_measured_with_the_same_thresholds() -> None:
+    first, second = simulated(400, 1), simulated(300, 2, split="validation_mismatched")
+    found = calibration(None, [first, second], task("sst2"), RULE, Wish(target_saving=0.4))
+    layers = exit_layer(exits.entropy(second.logits_NLC), found["thresholds"])
+    there = found["measured_elsewhere"]["validation_mismatched"]
+    assert there["exit_counts"] == layers.bincount(minlength=6)[1:].tolist()
+
+
+def test_a_promise_with_temperatures_is_made_by_rows_that_had_no_part_in_them() -> None:
+    record = simulated(1000)
+    choice = choose(record, task("sst2"), RULE, Wish(max_drop=0.05, temperature=True))
+    assert choice.rule.temperatures is not None
+    with pytest.raises(UserError, match="by 100 calibration rows"):
+        choose(record.rows(torch.arange(200)), task("sst2"), RULE, Wish(max_drop=0.02, temperature=True))  # fmt: skip
+
+
+def test_rows_that_are_plainly_unlike() -> None:
+    record = simulated(800)
+    assert unlike(record, simulated(500, 1)) is None
+    longer = dataclasses.replace(simulated(500, 1), length_N=torch.randint(40, 90, (500,)))
+    assert "tokens 3" in unlike(record, longer)
+    surer = dataclasses.replace(simulated(500, 1), logits_NLC=3 * record.logits_NLC[:500])
+    assert "largest probability" in unlike(record, surer)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"target_saving": 1.0}, r"target_saving=1.0 must be in \[0, 1\)"),
+        ({"target_saving": -0.1}, "target_saving=-0.1 must be in"),
+        ({"target_saving": "40%"}, "target_saving=40% must be in"),
+        ({"max_drop": 0}, r"max_drop=0 must be in \(0, 1\)"),
+        ({"max_drop": -0.01}, "max_drop=-0.01 must be in"),
+        ({"max_drop": 0.01, "confidence": 1.0}, "confidence=1.0 must be in"),
+        ({"max_drop": 0.01, "confidence": 0}, "confidence=0 must be in"),
+        ({"max_drop": 0.01, "loss": "f1"}, "choose one of: excess, disagreement"),
+        ({"max_drop": 0.01, "target_saving": 0.4}, "wish for one"),
+        ({"max_drop": 0.01, "per_ramp": True}, "leave per_ramp out"),
+    ],
+)
+def test_a_wish_that_makes_no_sense(values: dict, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        Wish(**values)
+
+
+def test_a_promise_that_cannot_be_made() -> None:
+    few = simulated(100)
+    with pytest.raises(UserError, match=r"max_drop=0.01 cannot be promised by 100 .* smallest is 0.0296"):  # fmt: skip
+        choose(few, task("sst2"), RULE, Wish(max_drop=0.01))
+    assert choose(few, task("sst2"), RULE, Wish(max_drop=0.0296)) is not None
+    with pytest.raises(UserError, match=r"smallest is 0.00991 at confidence=null"):
+        choose(few, task("sst2"), RULE, Wish(max_drop=0.005, confidence=None))
+    unlabelled = dataclasses.replace(simulated(1000), labels_N=None)
+    with pytest.raises(UserError, match="max_drop with loss=excess needs labels"):
+        choose(unlabelled, task("sst2"), RULE, Wish(max_drop=0.05))
+    assert choose(unlabelled, task("sst2"), RULE, Wish(max_drop=0.05, loss="disagreement")).thresholds  # fmt: skip
+    values = dataclasses.replace(simulated(1000), logits_NLC=torch.randn(1000, 5, 1), labels_N=torch.randn(1000))  # fmt: skip
+    with pytest.raises(UserError, match="task stsb is a regression"):
+        choose(values, task("stsb"), exits.default(1), Wish(max_drop=0.05))
+
+
+def test_a_regression_can_be_asked_for_a_saving() -> None:
+    values = torch.randn(500, 5, 1).cumsum(1)
+    record = Record("validation", values, values[:, -1, 0] + torch.randn(500), torch.arange(500), torch.ones(500))  # fmt: skip
+    found = calibration(None, [record], task("stsb"), exits.default(1), Wish(target_saving=0.4))
+    assert found["measured"]["expected_saving"] == pytest.approx(0.4, abs=0.03)
+    assert 0 < found["measured"]["score"] < found["measured"]["full_depth_score"]
+    assert found["measured"]["excess"] is None
