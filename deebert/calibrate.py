@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from deebert import curves, risk
+from deebert import curves, per_ramp, risk
 from deebert.curves import Thresholds
 from deebert.errors import UserError, unknown
 from deebert.exits import Rule, exit_layer
@@ -109,8 +109,16 @@ def choose(record: Record, task: Task, rule: Rule, wish: Wish) -> Choice:
     if wish.max_drop is not None:
         return Choice(rule, _promised(record, task, rule, wish))
     assert wish.target_saving is not None
-    score_NL = curves.judged(rule, record).score_NL
-    [threshold] = curves.thresholds_for(score_NL, [wish.target_saving])
+    verdict = curves.judged(rule, record)
+    [threshold] = curves.thresholds_for(verdict.score_NL, [wish.target_saving])
+    if wish.per_ramp:
+        assert record.labels_N is not None
+        right_NL = task.predict(verdict.answer_NLC) == record.labels_N[:, None]
+        found = per_ramp.search(
+            verdict.score_NL.double().numpy(), right_NL.double().numpy(), wish.target_saving
+        )
+        if found is not None:
+            return Choice(rule, found.tolist())
     return Choice(rule, threshold)
 
 
@@ -127,13 +135,13 @@ def _check(record: Record, task: Task, wish: Wish) -> None:
                     f"{flag} needs labels, and {where} has none; calibrate on a labelled split "
                     "(calibration=validation), or use target_saving= or loss=disagreement"
                 )
+    if task.is_regression and (wish.max_drop is not None or wish.per_ramp or wish.temperature):
+        raise UserError(
+            f"task {task.name} is a regression, where no answer is right or wrong: only "
+            "target_saving= can be asked, without per_ramp and temperature"
+        )
     if wish.max_drop is None:
         return
-    if task.is_regression:
-        raise UserError(
-            f"max_drop={wish.max_drop}: task {task.name} is a regression, where no answer is right "
-            "or wrong; use target_saving="
-        )
     num_rows = len(record) // 2 if wish.temperature else len(record)
     least = risk.smallest_limit(num_rows, _delta(wish))
     if wish.max_drop < least:

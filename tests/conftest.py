@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -98,3 +99,30 @@ def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, number in (("train", 96), ("validation", 40), ("test", 16)):
         write_rows(root / "mrpc", split, mrpc_rows(split, number))
     return root
+
+
+@pytest.fixture(scope="session")
+def stage1(glue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stage-1 run on MRPC's columns, made by a real process."""
+    folder = tmp_path_factory.mktemp("runs") / "stage1"
+    command = [
+        sys.executable, "train.py", "task=mrpc", "stage=1", *TINY, f"data.root={glue}", "seed=7",
+        "stages.1.epochs=2", "stages.1.lr=1e-3", "stages.2.lr=2e-3", "stages.2.epochs=3",
+        f"hydra.run.dir={folder}",
+    ]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=280)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stage2(stage1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "stage2"
+    command = [
+        sys.executable, "train.py", "stage=2", f"ckpt={stage1}", "logger=csv", f"hydra.run.dir={folder}",
+    ]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=280)
+    return folder
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())

@@ -1,9 +1,7 @@
-"""The command line, from training to evaluation: real Hydra, real Trainer, tiny backbone."""
+"""Training from the command line: real Hydra, real Trainer, tiny backbone."""
 
 import contextlib
 import csv
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,36 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, CommandFailed, mrpc_rows, write_rows
+from conftest import ROOT, TINY, CommandFailed, mrpc_rows, results, write_rows
 
 Run = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def stage1(glue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stage-1 run on MRPC's columns, made by a real process."""
-    folder = tmp_path_factory.mktemp("runs") / "stage1"
-    command = [
-        sys.executable, "train.py", "task=mrpc", "stage=1", *TINY, f"data.root={glue}", "seed=7",
-        "stages.1.epochs=2", "stages.1.lr=1e-3", "stages.2.lr=2e-3", "stages.2.epochs=3",
-        f"hydra.run.dir={folder}",
-    ]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=280)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def stage2(stage1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "stage2"
-    command = [
-        sys.executable, "train.py", "stage=2", f"ckpt={stage1}", "logger=csv", f"hydra.run.dir={folder}",
-    ]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=280)
-    return folder
-
-
-def results(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text())
 
 
 def checkpoint(folder: Path, name: str = "last") -> dict:
@@ -117,58 +88,6 @@ def test_csv_holds_every_epoch(stage2: Path) -> None:
     assert len(logged) == 3
     assert float(logged[-1]["val/score"]) == pytest.approx(results(stage2)["exits"][-1]["score"])
     assert logged[-1]["val/threshold_0.7/expected_saving"].startswith("0.666")
-
-
-def test_evaluate_gives_the_same_again(run: Run, stage2: Path, tmp_path: Path) -> None:
-    printed = run("evaluate.py", f"ckpt={stage2}", "logger=csv", f"hydra.run.dir={tmp_path}")
-    found, expected = results(tmp_path), results(stage2)
-    for key in ("exits", "curve", "task", "stage", "objective", "split", "num_rows"):
-        assert found[key] == expected[key], key
-    assert "Score against saving: mrpc, validation (40 rows)" in printed
-    assert str(tmp_path) in printed
-    assert (tmp_path / "curve.png").is_file()
-
-
-def test_evaluate_at_thresholds_on_another_split(run: Run, stage2: Path, tmp_path: Path) -> None:
-    run("evaluate.py", f"ckpt={stage2}", "split=test", "threshold=[0.69,0.2]", "logger=csv", f"hydra.run.dir={tmp_path}")  # fmt: skip
-    found = results(tmp_path)
-    assert [point["threshold"] for point in found["curve"]] == [0.69, 0.2]
-    assert (found["split"], found["num_rows"]) == ("test", 16)
-
-
-def test_evaluate_without_labels_gives_the_saving(run: Run, stage2: Path, tmp_path: Path) -> None:
-    write_rows(tmp_path / "mrpc", "test", [row | {"label": -1} for row in mrpc_rows("test", 9)])
-    printed = run(
-        "evaluate.py", f"ckpt={stage2}", "split=test", f"data.root={tmp_path}", "logger=csv",
-        f"hydra.run.dir={tmp_path / 'out'}",
-    )  # fmt: skip
-    found = results(tmp_path / "out")
-    assert found["curve"][-1]["expected_saving"] == pytest.approx(2 / 3)
-    assert found["curve"][-1]["score"] is None
-    assert "This split has no labels" in printed
-
-
-def test_ax_is_scored_with_an_mnli_checkpoint(
-    run: Run, fails: Run, stage2: Path, tmp_path: Path
-) -> None:
-    rows = [{"premise": "a cat", "hypothesis": f"a dog {i}", "label": i % 3} for i in range(12)]
-    for split in ("train", "validation_matched", "validation_mismatched"):
-        write_rows(tmp_path / "mnli", split, rows)
-    write_rows(tmp_path / "ax", "test", rows)
-    run("train.py", "task=mnli", *TINY, f"data.root={tmp_path}", "stages.1.epochs=1", f"hydra.run.dir={tmp_path / 'mnli-run'}")  # fmt: skip
-    found = results(tmp_path / "mnli-run")
-    assert found["split"] == "validation_matched"
-    assert [part["split"] for part in found["other_splits"]] == ["validation_mismatched"]
-    assert found["curve"][-1]["threshold"] == 1.1
-    metrics = (tmp_path / "mnli-run" / "csv" / "metrics.csv").read_text().splitlines()[0]
-    assert "val/score" in metrics
-    assert "val_mismatched/score" in metrics
-    run("evaluate.py", f"ckpt={tmp_path / 'mnli-run'}", "task=ax", "logger=csv", f"hydra.run.dir={tmp_path / 'ax-run'}")  # fmt: skip
-    found = results(tmp_path / "ax-run")
-    assert (found["task"], found["split"], found["num_rows"]) == ("ax", "test", 12)
-    assert found["curve"][0]["score"] is not None
-    said = fails("evaluate.py", f"ckpt={stage2}", "task=ax")
-    assert "task=ax contradicts" in said
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -362,119 +281,3 @@ def test_help_and_typos_import_nothing_heavy() -> None:
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-
-
-def bad_input(tmp_path: Path, glue: Path, stage1: Path, stage2: Path) -> dict[str, tuple]:
-    (tmp_path / "x.ckpt").write_text("not-a-checkpoint")
-    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    (tmp_path / "folder").mkdir()
-    write_rows(tmp_path / "no-validation" / "mrpc", "train", mrpc_rows("train", 8))
-    write_rows(tmp_path / "no-column" / "mrpc", "train", [{"sentence1": "a", "label": 1}])
-    (tmp_path / "empty" / "mrpc").mkdir(parents=True)
-    (tmp_path / "empty" / "mrpc" / "train.csv").write_text("sentence1,sentence2,label\n")
-    write_rows(tmp_path / "range" / "mrpc", "train", [mrpc_rows("train", 1)[0] | {"label": 5}])
-    write_rows(tmp_path / "null" / "mrpc", "train", [mrpc_rows("train", 1)[0], {"sentence1": "a", "sentence2": None, "label": 1}])  # fmt: skip
-    train, evaluate = "train.py", "evaluate.py"
-    mrpc = ("task=mrpc", *TINY)
-    here = f"data.root={glue}"
-    return {
-        "no task": (train, TINY, "task= is missing: python train.py task=mrpc stage=1; choose one of: ax, cola, demo"),
-        "stage 3": (train, (*mrpc, here, "stage=3"), "stage 3 is unknown; choose one of: 1, 2 (stage=...)"),
-        "stage two": (train, (*mrpc, here, "stage=two"), "stage 'two' is unknown"),
-        "stage 2 without ckpt": (train, ("stage=2",), "stage=2 needs ckpt=RUN"),
-        "ckpt with stage 1": (train, (*mrpc, here, f"ckpt={stage1}"), "stage 1 starts from backbone="),
-        "ckpt missing": (train, ("stage=2", "ckpt=missing.ckpt"), "ckpt=missing.ckpt: no such file"),
-        "ckpt an empty folder": (train, ("stage=2", f"ckpt={tmp_path / 'folder'}"), "holds no checkpoints/best.ckpt"),
-        "not a checkpoint": (train, ("stage=2", f"ckpt={tmp_path / 'x.ckpt'}"), "not a checkpoint of this program"),
-        "of another program": (train, ("stage=2", f"ckpt={tmp_path / 'other.ckpt'}"), "not a checkpoint of this program"),
-        "ckpt of stage 2": (train, ("stage=2", f"ckpt={stage2}"), "is of stage 2; stage=2 starts from a stage-1"),
-        "ckpt of another task": (train, ("stage=2", f"ckpt={stage1}", "task=rte"), "task=rte contradicts"),
-        "ckpt of another backbone": (train, ("stage=2", f"ckpt={stage1}", "backbone=minilm"), "backbone=minilm contradicts"),
-        "resume with other values": (train, (f"resume={stage1}", "stages.1.lr=1"), "stages.1.lr=1 contradicts"),
-        "resume and ckpt": (train, (f"resume={stage1}", f"ckpt={stage1}"), "give one of them"),
-        "resume missing": (train, ("resume=none",), "resume=none: no such file or folder"),
-        "evaluate without ckpt": (evaluate, (), "ckpt= is missing"),
-        "evaluate another task": (evaluate, (f"ckpt={stage2}", "task=rte"), "task=rte contradicts"),
-        "threshold below 0": (evaluate, (f"ckpt={stage2}", "threshold=-1"), "threshold=-1 is not an entropy threshold"),
-        "threshold a word": (evaluate, (f"ckpt={stage2}", "threshold=[0.1,low]"), "threshold=low is not"),
-        "thresholds below 0": (train, (*mrpc, here, "thresholds=[-0.1]"), "thresholds=-0.1 is not"),
-        "unknown split": (evaluate, (f"ckpt={stage2}", "split=dev2"), "no file for split 'dev2'"),
-        "root missing": (train, (*mrpc, f"data.root={tmp_path / 'none'}"), "no such folder"),
-        "root lacks a split": (train, (*mrpc, f"data.root={tmp_path / 'no-validation'}"), "no file for split 'validation'"),
-        "root lacks a column": (train, (*mrpc, f"data.root={tmp_path / 'no-column'}"), "lacks the column 'sentence2'"),
-        "empty split": (train, (*mrpc, f"data.root={tmp_path / 'empty'}"), "split 'train' is empty"),
-        "label out of range": (train, (*mrpc, f"data.root={tmp_path / 'range'}"), "label 5 is out of range"),
-        "null text": (train, (*mrpc, f"data.root={tmp_path / 'null'}"), "'sentence2' is None, not a text"),
-        "no network for data": (train, mrpc, "use data.root=a local folder"),
-        "no network for a backbone": (train, ("task=mrpc", "backbone=bert-base", here), "use backbone=minilm"),
-        "too long": (train, (*mrpc, here, "data.max_length=4000"), "backbone tiny takes 130 tokens at most"),
-        "no length": (train, (*mrpc, here, "data.max_length=2"), "data.max_length=2 must be a whole number of 8 or more"),
-        "no rows": (train, (*mrpc, here, "data.limit_train=0"), "data.limit_train=0 must be a whole number of 1 or more"),
-        "seed below 0": (train, (*mrpc, here, "seed=-1"), "seed=-1 must be a whole number from 0"),
-        "seed a word": (train, (*mrpc, here, "seed=abc"), "seed=abc must be a whole number"),
-        "stage a float": (train, (*mrpc, here, "stage=1.0"), "stage 1.0 is unknown"),
-        "no recipe": (train, (*mrpc, here, "stages.1=null"), "stages.1=None must hold a recipe"),
-        "warmup a word": (train, (*mrpc, here, "stages.1.warmup=x"), "stages.1.warmup=x must be a number"),
-        "negative decay": (train, (*mrpc, here, "stages.1.weight_decay=-1"), "stages.1.weight_decay=-1 must be"),
-        "cache a word": (train, ("stage=2", f"ckpt={stage1}", "stages.2.cache=maybe"), "stages.2.cache=maybe must be true or false"),
-        "a monitor that cannot change": (train, ("stage=2", f"ckpt={stage1}", "callbacks.best.monitor=val/score"), "val/mean_ramp_score"),
-        "max_epochs": (train, (*mrpc, here, "trainer.max_epochs=-1"), "set stages.1.epochs"),
-        "root a number": (train, (*mrpc, "data.root=5"), "data.root=5 must be a folder"),
-        "workers below 0": (evaluate, (f"ckpt={stage2}", "data.num_workers=-1"), "data.num_workers=-1 must be"),
-        "no eval batch": (evaluate, (f"ckpt={stage2}", "data.eval_batch_size=0"), "data.eval_batch_size=0 must be"),
-        "a glob for a split": (evaluate, (f"ckpt={stage2}", "split='*'"), "split=* is no name of a split"),
-        "a path for a split": (evaluate, (f"ckpt={stage2}", "split=../rte/train"), "is no name of a split"),
-        "two splits": (evaluate, (f"ckpt={stage2}", "split=[train,test]"), "must be the name of one split"),
-        "backbone sizes that do not fit": (train, (*mrpc, here, "backbone.config.hidden_size=30"), "(backbone.config.*)"),
-        "one layer": (train, (*mrpc, here, "backbone.config.num_hidden_layers=1"), "has one layer"),
-        "a checkpoint mode": (train, (*mrpc, here, "callbacks.best.monitor=val/score", "callbacks.best.mode=up"), "callbacks.best"),
-        "resume a finished run": (train, (f"resume={stage1}",), "has finished all of its 2 epochs"),
-        "a used run folder": (train, (*mrpc, here, f"hydra.run.dir={stage2}"), "of another run, and a run folder"),
-        "an evaluation into a run": (evaluate, (f"ckpt={stage2}", f"hydra.run.dir={stage2}"), "of another run, and a run folder"),
-        "too few rows to standardize": (train, ("stage=2", f"ckpt={stage1}", "data.limit_train=1", "stages.2.standardize=true"), "does not vary over the 1 training rows"),
-        "an experiment of another task": (train, ("stage=2", f"ckpt={stage1}", "experiment=demo"), "task=demo contradicts"),
-        "no epochs": (train, (*mrpc, here, "stages.1.epochs=0"), "stages.1.epochs=0 must be a whole number"),
-        "lr a word": (train, (*mrpc, here, "stages.1.lr=fast"), "stages.1.lr=fast must be a number"),
-        "unknown objective": (train, (*mrpc, here, "stages.1.objective=sum"), "choose one of: final, ramps"),
-        "standardize without cache": (train, ("stage=2", f"ckpt={stage1}", "stages.2.cache=false", "stages.2.standardize=true"), "leave stages.2.cache=true"),
-        "a metric nobody logs": (train, (*mrpc, here, "callbacks.best.monitor=val/f2"), "val/f2"),
-        "a precision nobody has": (train, (*mrpc, here, "trainer.precision=64-wide"), "64-wide"),
-        "training ax": (train, ("task=ax", *TINY, here), "no training split"),
-    }  # fmt: skip
-
-
-def test_bad_input_is_one_line_with_value_choices_and_flag(
-    fails: Run, glue: Path, stage1: Path, stage2: Path, tmp_path: Path
-) -> None:
-    wrong = {}
-    for name, (script, overrides, says) in bad_input(tmp_path, glue, stage1, stage2).items():
-        own = f"hydra.run.dir={tmp_path / 'runs' / name.replace(' ', '_')}"
-        said = fails(script, own, "logger=csv", *overrides)
-        if says not in said:
-            wrong[name] = said
-    assert not wrong
-
-
-@pytest.mark.parametrize(
-    ("overrides", "says"),
-    [
-        (["task=nope"], "mrpc"),
-        (["task=mrpc", "backbone=nope"], "roberta-base"),
-        (["task=mrpc", "stagge=1"], "stagge"),
-    ],
-)
-def test_hydra_s_own_errors_name_the_choices(run: Run, overrides: list[str], says: str) -> None:
-    with pytest.raises(CommandFailed) as failure:
-        run("train.py", *overrides)
-    assert says in str(failure.value)
-    assert "Traceback" not in str(failure.value)
-
-
-def test_a_pickled_checkpoint_is_not_executed(fails: Run, tmp_path: Path) -> None:
-    class Evil:
-        def __reduce__(self) -> tuple:
-            return (os.mkdir, (str(tmp_path / "owned"),))
-
-    torch.save({"hyper_parameters": Evil()}, tmp_path / "evil.ckpt")
-    assert "not a checkpoint of this program" in fails("train.py", "stage=2", f"ckpt={tmp_path / 'evil.ckpt'}")  # fmt: skip
-    assert not (tmp_path / "owned").exists()

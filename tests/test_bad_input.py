@@ -1,0 +1,159 @@
+"""Bad input is one clear line that names the value, the choices and the flag."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, CommandFailed, mrpc_rows, write_rows
+
+Run = Callable[..., str]
+
+
+def bad_input(tmp_path: Path, glue: Path, stage1: Path, stage2: Path) -> dict[str, tuple]:
+    (tmp_path / "x.ckpt").write_text("not-a-checkpoint")
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    (tmp_path / "folder").mkdir()
+    write_rows(tmp_path / "no-validation" / "mrpc", "train", mrpc_rows("train", 8))
+    write_rows(tmp_path / "no-column" / "mrpc", "train", [{"sentence1": "a", "label": 1}])
+    (tmp_path / "empty" / "mrpc").mkdir(parents=True)
+    (tmp_path / "empty" / "mrpc" / "train.csv").write_text("sentence1,sentence2,label\n")
+    write_rows(tmp_path / "range" / "mrpc", "train", [mrpc_rows("train", 1)[0] | {"label": 5}])
+    write_rows(tmp_path / "null" / "mrpc", "train", [mrpc_rows("train", 1)[0], {"sentence1": "a", "sentence2": None, "label": 1}])  # fmt: skip
+    write_rows(tmp_path / "unlabelled" / "mrpc", "test", [row | {"label": -1} for row in mrpc_rows("test", 40)])  # fmt: skip
+    (tmp_path / "not-a-record").mkdir()
+    (tmp_path / "not-a-record" / "validation.safetensors").write_text("nothing")
+    train, evaluate = "train.py", "evaluate.py"
+    mrpc = ("task=mrpc", *TINY)
+    here = f"data.root={glue}"
+    return {
+        "no task": (train, TINY, "task= is missing: python train.py task=mrpc stage=1; choose one of: ax, cola, demo"),
+        "stage 3": (train, (*mrpc, here, "stage=3"), "stage 3 is unknown; choose one of: 1, 2 (stage=...)"),
+        "stage two": (train, (*mrpc, here, "stage=two"), "stage 'two' is unknown"),
+        "stage 2 without ckpt": (train, ("stage=2",), "stage=2 needs ckpt=RUN"),
+        "ckpt with stage 1": (train, (*mrpc, here, f"ckpt={stage1}"), "stage 1 starts from backbone="),
+        "ckpt missing": (train, ("stage=2", "ckpt=missing.ckpt"), "ckpt=missing.ckpt: no such file"),
+        "ckpt an empty folder": (train, ("stage=2", f"ckpt={tmp_path / 'folder'}"), "holds no checkpoints/best.ckpt"),
+        "not a checkpoint": (train, ("stage=2", f"ckpt={tmp_path / 'x.ckpt'}"), "not a checkpoint of this program"),
+        "of another program": (train, ("stage=2", f"ckpt={tmp_path / 'other.ckpt'}"), "not a checkpoint of this program"),
+        "ckpt of stage 2": (train, ("stage=2", f"ckpt={stage2}"), "is of stage 2; stage=2 starts from a stage-1"),
+        "ckpt of another task": (train, ("stage=2", f"ckpt={stage1}", "task=rte"), "task=rte contradicts"),
+        "ckpt of another backbone": (train, ("stage=2", f"ckpt={stage1}", "backbone=minilm"), "backbone=minilm contradicts"),
+        "resume with other values": (train, (f"resume={stage1}", "stages.1.lr=1"), "stages.1.lr=1 contradicts"),
+        "resume and ckpt": (train, (f"resume={stage1}", f"ckpt={stage1}"), "give one of them"),
+        "resume missing": (train, ("resume=none",), "resume=none: no such file or folder"),
+        "evaluate without ckpt": (evaluate, (), "ckpt= is missing"),
+        "evaluate another task": (evaluate, (f"ckpt={stage2}", "task=rte"), "task=rte contradicts"),
+        "threshold below 0": (evaluate, (f"ckpt={stage2}", "threshold=-1"), "threshold=-1 is not a threshold"),
+        "threshold a word": (evaluate, (f"ckpt={stage2}", "threshold=[0.1,low]"), "threshold=low is not"),
+        "thresholds of the wrong length": (evaluate, (f"ckpt={stage2}", "threshold=[0.1,0.2,0.3]"), "has 3 values; give one for all ramps, or one for each of the 2 ramps"),
+        "two wishes": (evaluate, (f"ckpt={stage2}", "target_saving=0.4", "max_drop=0.01"), "target_saving=0.4 and max_drop=0.01: ask for one of them"),
+        "a wish and a threshold": (evaluate, (f"ckpt={stage2}", "target_saving=0.4", "threshold=0.1"), "ask for one of them"),
+        "all saved": (evaluate, (f"ckpt={stage2}", "target_saving=1"), "target_saving=1 must be in [0, 1)"),
+        "saving below 0": (evaluate, (f"ckpt={stage2}", "target_saving=-0.1"), "target_saving=-0.1 must be in [0, 1)"),
+        "saving in percent": (evaluate, (f"ckpt={stage2}", "target_saving=40"), "target_saving=40 must be in [0, 1)"),
+        "saving a word": (evaluate, (f"ckpt={stage2}", "target_saving=much"), "target_saving=much must be in [0, 1)"),
+        "no drop": (evaluate, (f"ckpt={stage2}", "max_drop=0"), "max_drop=0 must be in (0, 1)"),
+        "drop below 0": (evaluate, (f"ckpt={stage2}", "max_drop=-1"), "max_drop=-1 must be in (0, 1)"),
+        "certainty": (evaluate, (f"ckpt={stage2}", "max_drop=0.1", "confidence=1"), "confidence=1 must be in (0, 1)"),
+        "no confidence": (evaluate, (f"ckpt={stage2}", "max_drop=0.1", "confidence=0"), "confidence=0 must be in (0, 1)"),
+        "another loss": (evaluate, (f"ckpt={stage2}", "max_drop=0.1", "loss=f1"), "choose one of: excess, disagreement"),
+        "too few rows to promise": (evaluate, (f"ckpt={stage2}", "max_drop=0.01"), "cannot be promised by 40 calibration rows of split 'validation', even without a loss among them: the smallest is 0.0722"),
+        "no held-out rows": (evaluate, (f"ckpt={stage2}", "target_saving=0.4", "calibration=heldout"), "no training row was held out"),
+        "calibration on the reported split": (evaluate, (f"ckpt={stage2}", "target_saving=0.4", "calibration=validation"), "use calibration=crossfit"),
+        "calibration on no split": (evaluate, (f"ckpt={stage2}", "target_saving=0.4", "calibration=dev2"), "no file for split 'dev2'"),
+        "temperature without a wish": (evaluate, (f"ckpt={stage2}", "temperature=true"), "temperature=true needs target_saving= or max_drop="),
+        "per_ramp a word": (evaluate, (f"ckpt={stage2}", "target_saving=0.4", "per_ramp=some"), "per_ramp=some must be true or false"),
+        "a promise per ramp": (evaluate, (f"ckpt={stage2}", "max_drop=0.1", "per_ramp=true"), "leave per_ramp out"),
+        "a promise without labels": (evaluate, (f"ckpt={stage2}", "max_drop=0.2", "split=test", f"data.root={tmp_path / 'unlabelled'}"), "max_drop with loss=excess needs labels, and split 'test' has none"),
+        "a rule of regressions": (evaluate, (f"ckpt={stage2}", "exit=change"), "exit=change is for a regression"),
+        "no record": (evaluate, (f"record={tmp_path / 'folder'}",), "no records there"),
+        "not a record": (evaluate, (f"record={tmp_path / 'not-a-record'}",), "not a record of this program"),
+        "a record of another checkpoint": (evaluate, (f"ckpt={stage1}", f"record={stage2}"), "is of another checkpoint than ckpt="),
+        "a record without that split": (evaluate, (f"record={stage2}", "split=test"), "has records of: validation"),
+        "analysis of a record": (evaluate, (f"record={stage2}", "analysis=true"), "analysis=true runs the model"),
+        "held-out rows in stage 2": (train, ("stage=2", f"ckpt={stage1}", "data.calibration_size=20"), "data.calibration_size=20 contradicts"),
+        "all rows held out": (train, (*mrpc, here, "data.calibration_size=96"), "leaves nothing of the 96 training rows"),
+        "held-out below 0": (train, (*mrpc, here, "data.calibration_size=-1"), "data.calibration_size=-1 must be a whole number"),
+        "thresholds below 0": (train, (*mrpc, here, "thresholds=[-0.1]"), "thresholds=-0.1 is not"),
+        "unknown split": (evaluate, (f"ckpt={stage2}", "split=dev2"), "no file for split 'dev2'"),
+        "root missing": (train, (*mrpc, f"data.root={tmp_path / 'none'}"), "no such folder"),
+        "root lacks a split": (train, (*mrpc, f"data.root={tmp_path / 'no-validation'}"), "no file for split 'validation'"),
+        "root lacks a column": (train, (*mrpc, f"data.root={tmp_path / 'no-column'}"), "lacks the column 'sentence2'"),
+        "empty split": (train, (*mrpc, f"data.root={tmp_path / 'empty'}"), "split 'train' is empty"),
+        "label out of range": (train, (*mrpc, f"data.root={tmp_path / 'range'}"), "label 5 is out of range"),
+        "null text": (train, (*mrpc, f"data.root={tmp_path / 'null'}"), "'sentence2' is None, not a text"),
+        "no network for data": (train, mrpc, "use data.root=a local folder"),
+        "no network for a backbone": (train, ("task=mrpc", "backbone=bert-base", here), "use backbone=minilm"),
+        "too long": (train, (*mrpc, here, "data.max_length=4000"), "backbone tiny takes 130 tokens at most"),
+        "no length": (train, (*mrpc, here, "data.max_length=2"), "data.max_length=2 must be a whole number of 8 or more"),
+        "no rows": (train, (*mrpc, here, "data.limit_train=0"), "data.limit_train=0 must be a whole number of 1 or more"),
+        "seed below 0": (train, (*mrpc, here, "seed=-1"), "seed=-1 must be a whole number from 0"),
+        "seed a word": (train, (*mrpc, here, "seed=abc"), "seed=abc must be a whole number"),
+        "stage a float": (train, (*mrpc, here, "stage=1.0"), "stage 1.0 is unknown"),
+        "no recipe": (train, (*mrpc, here, "stages.1=null"), "stages.1=None must hold a recipe"),
+        "warmup a word": (train, (*mrpc, here, "stages.1.warmup=x"), "stages.1.warmup=x must be a number"),
+        "negative decay": (train, (*mrpc, here, "stages.1.weight_decay=-1"), "stages.1.weight_decay=-1 must be"),
+        "cache a word": (train, ("stage=2", f"ckpt={stage1}", "stages.2.cache=maybe"), "stages.2.cache=maybe must be true or false"),
+        "a monitor that cannot change": (train, ("stage=2", f"ckpt={stage1}", "callbacks.best.monitor=val/score"), "val/mean_ramp_score"),
+        "max_epochs": (train, (*mrpc, here, "trainer.max_epochs=-1"), "set stages.1.epochs"),
+        "root a number": (train, (*mrpc, "data.root=5"), "data.root=5 must be a folder"),
+        "workers below 0": (evaluate, (f"ckpt={stage2}", "data.num_workers=-1"), "data.num_workers=-1 must be"),
+        "no eval batch": (evaluate, (f"ckpt={stage2}", "data.eval_batch_size=0"), "data.eval_batch_size=0 must be"),
+        "a glob for a split": (evaluate, (f"ckpt={stage2}", "split='*'"), "split=* is no name of a split"),
+        "a path for a split": (evaluate, (f"ckpt={stage2}", "split=../rte/train"), "is no name of a split"),
+        "two splits": (evaluate, (f"ckpt={stage2}", "split=[train,test]"), "must be the name of one split"),
+        "backbone sizes that do not fit": (train, (*mrpc, here, "backbone.config.hidden_size=30"), "(backbone.config.*)"),
+        "one layer": (train, (*mrpc, here, "backbone.config.num_hidden_layers=1"), "has one layer"),
+        "a checkpoint mode": (train, (*mrpc, here, "callbacks.best.monitor=val/score", "callbacks.best.mode=up"), "callbacks.best"),
+        "resume a finished run": (train, (f"resume={stage1}",), "has finished all of its 2 epochs"),
+        "a used run folder": (train, (*mrpc, here, f"hydra.run.dir={stage2}"), "of another run, and a run folder"),
+        "an evaluation into a run": (evaluate, (f"ckpt={stage2}", f"hydra.run.dir={stage2}"), "of another run, and a run folder"),
+        "too few rows to standardize": (train, ("stage=2", f"ckpt={stage1}", "data.limit_train=1", "stages.2.standardize=true"), "does not vary over the 1 training rows"),
+        "an experiment of another task": (train, ("stage=2", f"ckpt={stage1}", "experiment=demo"), "task=demo contradicts"),
+        "no epochs": (train, (*mrpc, here, "stages.1.epochs=0"), "stages.1.epochs=0 must be a whole number"),
+        "lr a word": (train, (*mrpc, here, "stages.1.lr=fast"), "stages.1.lr=fast must be a number"),
+        "unknown objective": (train, (*mrpc, here, "stages.1.objective=sum"), "choose one of: final, ramps"),
+        "standardize without cache": (train, ("stage=2", f"ckpt={stage1}", "stages.2.cache=false", "stages.2.standardize=true"), "leave stages.2.cache=true"),
+        "a metric nobody logs": (train, (*mrpc, here, "callbacks.best.monitor=val/f2"), "val/f2"),
+        "a precision nobody has": (train, (*mrpc, here, "trainer.precision=64-wide"), "64-wide"),
+        "training ax": (train, ("task=ax", *TINY, here), "no training split"),
+    }  # fmt: skip
+
+
+def test_bad_input_is_one_line_with_value_choices_and_flag(
+    fails: Run, glue: Path, stage1: Path, stage2: Path, tmp_path: Path
+) -> None:
+    wrong = {}
+    for name, (script, overrides, says) in bad_input(tmp_path, glue, stage1, stage2).items():
+        own = f"hydra.run.dir={tmp_path / 'runs' / name.replace(' ', '_')}"
+        said = fails(script, own, "logger=csv", *overrides)
+        if says not in said:
+            wrong[name] = said
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["task=nope"], "mrpc"),
+        (["task=mrpc", "backbone=nope"], "roberta-base"),
+        (["task=mrpc", "stagge=1"], "stagge"),
+    ],
+)
+def test_hydra_s_own_errors_name_the_choices(run: Run, overrides: list[str], says: str) -> None:
+    with pytest.raises(CommandFailed) as failure:
+        run("train.py", *overrides)
+    assert says in str(failure.value)
+    assert "Traceback" not in str(failure.value)
+
+
+def test_a_pickled_checkpoint_is_not_executed(fails: Run, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return (os.mkdir, (str(tmp_path / "owned"),))
+
+    torch.save({"hyper_parameters": Evil()}, tmp_path / "evil.ckpt")
+    assert "not a checkpoint of this program" in fails("train.py", "stage=2", f"ckpt={tmp_path / 'evil.ckpt'}")  # fmt: skip
+    assert not (tmp_path / "owned").exists()
