@@ -14,6 +14,7 @@ setup: .venv/ready
 demo: setup
 	$(PY) train.py experiment=demo stage=1 hydra.run.dir=$(RUN)/stage1
 	$(PY) train.py stage=2 ckpt=$(RUN)/stage1 hydra.run.dir=$(RUN)/stage2
+	$(PY) evaluate.py ckpt=$(RUN)/stage2 target_saving=0.4 hydra.run.dir=$(RUN)/evaluate
 
 test: setup
 	$(PY) -m pytest

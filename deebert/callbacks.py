@@ -42,6 +42,7 @@ class EarlyExitEvaluation(Callback):
         question: what evaluate.py asks; None: the curve of the default rule.
         calibration: the split among those evaluated that thresholds are chosen on, not reported.
         layers: look at every layer, too (`layers.layer_table`).
+        ckpt: what is evaluated, as it was given; None: what this run trains.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class EarlyExitEvaluation(Callback):
         question: Question | None = None,
         calibration: str | None = None,
         layers: bool = False,
+        ckpt: str | None = None,
     ) -> None:
         self.thresholds = (
             None if thresholds is None else curves.check_thresholds(thresholds, "thresholds")
@@ -57,6 +59,7 @@ class EarlyExitEvaluation(Callback):
         self.question = question
         self.calibration = calibration
         self.layers = layers
+        self.ckpt = ckpt
         self.results: dict[str, Any] = {}
         self._records: list[Record] = []
         self._batches: dict[int, list[dict[str, Tensor]]] = defaultdict(list)
@@ -102,6 +105,8 @@ class EarlyExitEvaluation(Callback):
             for i, name in enumerate(trainer.datamodule.eval_splits)  # type: ignore[attr-defined]
         ]
         self._records = records
+        if trainer.state.fn == "test":  # first: a wish that cannot be granted loses no pass
+            self._save_records(trainer, pl_module)
         reported = [record for record in records if record.split != self.calibration]
         held_out = next((record for record in records if record.split == self.calibration), None)
         question = self.question or Question(
@@ -109,9 +114,13 @@ class EarlyExitEvaluation(Callback):
             list(self.thresholds or curves.default_thresholds(task.num_labels)),
         )
         self.results = report.header(config) | evaluate(reported, task, question, held_out)
+        self.results["ckpt"] = self.ckpt or trainer.default_root_dir
         if trainer.state.fn == "fit":
             self.results["epoch"] = trainer.current_epoch + 1  # of the epochs counted from 1
         evaluations = report.splits(self.results)
+        if self.results["objective"] == "final":  # exits at untrained ramps mean nothing
+            for part in evaluations:
+                del part["trade_off"], part["length_bins"], part["examples"]
         if self.layers:
             for part in evaluations:
                 loader = trainer.datamodule.loader(part["split"])  # type: ignore[attr-defined]
@@ -136,19 +145,27 @@ class EarlyExitEvaluation(Callback):
                 scores = ", ".join(f"{name} {value:.4f}" for name, value in full.items())
                 log.info("epoch %d: %s at full depth", self.results["epoch"], scores)
 
-    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not (trainer.is_global_zero and self.results):
+    def _save_records(self, trainer: L.Trainer, pl_module: EarlyExitModule) -> None:
+        if not trainer.is_global_zero:
             return
-        assert isinstance(pl_module, EarlyExitModule)
-        folder = Path(trainer.default_root_dir)
         data = trainer.datamodule  # type: ignore[attr-defined]
         weights = fingerprint(pl_module.model.state_dict())
         for record in self._records:
             facts = {"checkpoint": weights, "data": data.fingerprint(record.split)}
-            record.save(folder / "records", facts | {"config": pl_module.hparams["config"]})
+            facts["config"] = pl_module.hparams["config"]
+            record.save(Path(trainer.default_root_dir) / "records", facts)
+
+    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not (trainer.is_global_zero and self.results):
+            return
+        assert isinstance(pl_module, EarlyExitModule)
+        if trainer.state.fn != "test":
+            self._save_records(trainer, pl_module)
+        folder = Path(trainer.default_root_dir)
         for part in report.splits(self.results):
-            for rows in part["examples"].values():
-                texts = data.texts(part["split"], [row["index"] for row in rows])
+            for rows in part.get("examples", {}).values():
+                indices = [row["index"] for row in rows]
+                texts = trainer.datamodule.texts(part["split"], indices)  # type: ignore[attr-defined]
                 for row, text in zip(rows, texts, strict=True):
                     row["text"] = text
         report.save(self.results, folder)

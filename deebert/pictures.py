@@ -14,7 +14,7 @@ def curve(results: dict[str, Any], title: str, file: Path) -> None:
     )
     for part in (results, *results.get("other_splits", [])):
         label = "" if part is results else f" ({part['split']})"
-        points = part["trade_off"]
+        points = part.get("trade_off", [])
         if results["objective"] != "final" and part["exits"][0]["score"] is not None:
             savings = [100 * point["expected_saving"] for point in points]
             low, high = zip(*(point["score_interval"] for point in points), strict=True)

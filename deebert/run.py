@@ -125,7 +125,9 @@ def evaluate(cfg: DictConfig) -> float | None:
         data.tokens(split)
     remembered = origin.config | {"task": config["task"], "data": config["data"]}
     module = EarlyExitModule(model, remembered, origin.tokenizer_files)
-    callback = EarlyExitEvaluation(None, question, chosen_on, config["analysis"])
+    callback = EarlyExitEvaluation(
+        None, question, chosen_on, config["analysis"], str(config["ckpt"])
+    )
     with _closing():
         trainer = _trainer(cfg, config, job, "evaluate", callback)
         _refuse_unsafe_sweep(trainer, job)

@@ -179,6 +179,16 @@ def test_thresholds_chosen_on_another_split(run: Run, stage2: Path, tmp_path: Pa
     assert sum(calibrated["measured"]["exit_counts"]) == 16
 
 
+def test_a_wish_that_cannot_be_granted_loses_no_pass(
+    run: Run, fails: Run, stage2: Path, tmp_path: Path
+) -> None:
+    said = fails("evaluate.py", f"ckpt={stage2}", "max_drop=0.01", "logger=csv", f"hydra.run.dir={tmp_path / 'a'}")  # fmt: skip
+    assert "the smallest is 0.0722" in said
+    assert not (tmp_path / "a" / "results.json").exists()
+    run("evaluate.py", f"record={tmp_path / 'a'}", "max_drop=0.0722", f"hydra.run.dir={tmp_path / 'b'}")  # fmt: skip
+    assert results(tmp_path / "b")["calibration"]["num_calibration"] == 40
+
+
 def test_analysis_leaves_layers_out(run: Run, stage2: Path, tmp_path: Path) -> None:
     printed = run("evaluate.py", f"ckpt={stage2}", "analysis=true", "logger=csv", f"hydra.run.dir={tmp_path}")  # fmt: skip
     found = results(tmp_path)
