@@ -40,8 +40,10 @@ def pools(folders: list[Path]) -> Iterable[tuple[str, Task, Record, dict[str, An
         rows = [record for record, _ in found if not calibrate.unlike(record, reported)]
         config = found[0][1]["config"]
         task = Task.from_config(config["task"])
+        recipe = {key: config[key] for key in ("seed", "stages", "data")}
+        recipe["data"] = {key: v for key, v in config["data"].items() if key != "root"}
         if not task.is_regression:
-            yield "+".join(r.split for r in rows), task, join(rows), config
+            yield "+".join(r.split for r in rows), task, join(rows), recipe
 
 
 def join(parts: list[Record]) -> Record:

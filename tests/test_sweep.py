@@ -19,7 +19,7 @@ from filelock import FileLock
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from deebert import sweep
+from deebert import sweep, sweep_rows
 
 Run = Callable[..., str]
 
@@ -33,7 +33,7 @@ def table(folder: Path) -> list[dict[str, str]]:
 
 
 def numbers(rows: Iterable[Any]) -> list[tuple[float, ...]]:
-    return [tuple(float(row[name]) for name in ("threshold", *sweep.MEASURED)) for row in rows]
+    return [tuple(float(row[name]) for name in ("threshold", *sweep_rows.MEASURED)) for row in rows]
 
 
 def command(script: str, *overrides: str) -> None:
@@ -64,7 +64,7 @@ def test_a_threshold_sweep_is_one_run_with_the_list(
     assert len({point["expected_saving"] for point in one["curve"]}) > 1, "the test shows something"
     rows = table(swept)
     assert numbers(rows) == numbers(one["curve"]), "to the last digit"
-    assert list(rows[0]) == ["job", *sweep.COLUMNS], "the override is a column already"
+    assert list(rows[0]) == ["job", *sweep_rows.COLUMNS], "the override is a column already"
     about = {key: rows[2][key] for key in ("job", "task", "backbone", "stage", "objective", "seed", "metric")}  # fmt: skip
     assert about == {
         "job": "2", "task": "mrpc", "backbone": "tiny", "stage": "2", "objective": "ramps",
@@ -100,7 +100,7 @@ def test_a_failing_job_is_listed_and_the_others_are_there(
     assert "| 0 | task=mrpc stage=3 seed=1 " in text
     assert "| 1 | task=mrpc stage=3 seed=2 " in text
     assert "no results" in text
-    means = sweep.over_seeds(sweep.rows(tmp_path))
+    means = sweep_rows.over_seeds(sweep_rows.rows(tmp_path))
     assert len(means) == len(runs["2"]["curve"])
     for mean, *points in zip(means, runs["2"]["curve"], runs["3"]["curve"], strict=True):
         assert mean.seeds == (1, 2)
@@ -153,10 +153,10 @@ def test_mean_and_spread_over_seeds(tmp_path: Path) -> None:
             points = [(0.0, score, 0.0), (0.1, score - job / 100, 0.1 * seed)]
             made(tmp_path / str(job), f"ckpt=RUN{seed} exit={rule}", points, seed=seed, exit={"name": rule})  # fmt: skip
     made(tmp_path / "20", "ckpt=RUN9 exit=entropy", [(0.0, 0.5, 0.0)], task="rte", exit={"name": "entropy"})  # fmt: skip
-    rows = sweep.rows(tmp_path)
+    rows = sweep_rows.rows(tmp_path)
     assert [row["job"] for row in rows][::2] == ["1", "2", "3", "11", "12", "13", "20"]
     assert rows[0]["ckpt"] == "RUN1"
-    entropy, early, margin, _, rte = sweep.over_seeds(rows)
+    entropy, early, margin, _, rte = sweep_rows.over_seeds(rows)
     assert (entropy.line["exit"], margin.line["exit"], rte.line["task"]) == (
         "entropy",
         "margin",
@@ -179,7 +179,7 @@ def test_mean_and_spread_over_seeds(tmp_path: Path) -> None:
 def test_checkpoints_of_one_seed_are_not_averaged(tmp_path: Path) -> None:
     made(tmp_path / "0", "ckpt=SLOW", [(0.1, 0.8, 0.2)])
     made(tmp_path / "1", "ckpt=FAST", [(0.1, 0.9, 0.4)])
-    means = sweep.over_seeds(sweep.rows(tmp_path))
+    means = sweep_rows.over_seeds(sweep_rows.rows(tmp_path))
     assert [(mean.line["ckpt"], mean.score, len(mean.seeds)) for mean in means] == [("SLOW", 0.8, 1), ("FAST", 0.9, 1)]  # fmt: skip
 
 
@@ -192,14 +192,14 @@ def test_a_wish_gives_what_was_measured(tmp_path: Path) -> None:
         }  # fmt: skip
         overrides = f"ckpt=RUN{seed} target_saving={saving} split=validation"
         made(tmp_path / str(job), overrides, [(0.1, 0.5, 0.1)], seed=seed, calibration=calibration)
-    rows = sweep.rows(tmp_path)
+    rows = sweep_rows.rows(tmp_path)
     assert [(row["wish"], row["score"], row["expected_saving"]) for row in rows] == [
         ("target_saving=0.4", 0.81, 0.401), ("target_saving=0.4", 0.82, 0.402),
         ("target_saving=0.5", 0.81, 0.501), ("target_saving=0.5", 0.82, 0.502),
     ]  # fmt: skip
     assert rows[0]["speed_up"] == pytest.approx(1 / 0.599)
     assert "target_saving" not in rows[0]
-    means = sweep.over_seeds(rows)
+    means = sweep_rows.over_seeds(rows)
     assert [(mean.wish, len(mean.seeds)) for mean in means] == [("target_saving=0.4", 2), ("target_saving=0.5", 2)]  # fmt: skip
     assert means[0].line == means[1].line, "one line of the picture"
     assert means[0].score == pytest.approx(0.815)
@@ -208,10 +208,10 @@ def test_a_wish_gives_what_was_measured(tmp_path: Path) -> None:
 def test_only_overrides_that_differ_are_columns(tmp_path: Path) -> None:
     made(tmp_path / "0", "backbone=tiny +data.extra=5 stages.2.lr=1e-3", [(0, 0.8, 0)])
     made(tmp_path / "1", "backbone=tiny stages.2.lr=1e-2", [(0, 0.9, 0)])
-    first, second = sweep.rows(tmp_path)
-    assert list(first) == ["job", "data.extra", "stages.2.lr", *sweep.COLUMNS]
+    first, second = sweep_rows.rows(tmp_path)
+    assert list(first) == ["job", "data.extra", "stages.2.lr", *sweep_rows.COLUMNS]
     assert (first["data.extra"], second["data.extra"]) == ("5", "")
-    assert len(sweep.over_seeds([first, second])) == 2
+    assert len(sweep_rows.over_seeds([first, second])) == 2
 
 
 def test_what_cannot_be_read_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,9 +240,9 @@ def test_untrained_ramps_and_missing_labels(tmp_path: Path) -> None:
     """Stage 1 has full depth only; a split without labels is in the table, not in the picture."""
     made(tmp_path / "0", "x=0", [(0.1, 0.3, 0.5)], objective="final")
     made(tmp_path / "1", "x=1", [(0.1, None, 0.5)])
-    assert [row[3:] for row in numbers(sweep.rows(tmp_path)[:1])] == [(1.0, 1.0)]
-    assert [(row["score"], row["expected_saving"]) for row in sweep.rows(tmp_path)] == [(0.9, 0.0), (None, 0.5)]  # fmt: skip
-    assert [mean.score for mean in sweep.over_seeds(sweep.rows(tmp_path))] == [0.9, None]
+    assert [row[3:] for row in numbers(sweep_rows.rows(tmp_path)[:1])] == [(1.0, 1.0)]
+    assert [(row["score"], row["expected_saving"]) for row in sweep_rows.rows(tmp_path)] == [(0.9, 0.0), (None, 0.5)]  # fmt: skip
+    assert [mean.score for mean in sweep_rows.over_seeds(sweep_rows.rows(tmp_path))] == [0.9, None]
     sweep.write(tmp_path)
     assert table(tmp_path)[1]["score"] == ""
     made(tmp_path / "x" / "1", "x=1", [(0.1, None, 0.5)])
@@ -259,16 +259,16 @@ def test_both_splits_of_mnli(tmp_path: Path) -> None:
     }
     made(tmp_path / "0", "", [(0.1, 0.7, 0.2)], task="mnli", other_splits=[other])
     made(tmp_path / "1", "max_drop=0.01", [(0.1, 0.7, 0.2)], task="mnli", other_splits=[other], calibration=wish)  # fmt: skip
-    rows = sweep.rows(tmp_path)
+    rows = sweep_rows.rows(tmp_path)
     assert [(row["split"], row["score"]) for row in rows] == [("validation", 0.7), ("mismatched", 0.6), ("validation", 0.8), ("mismatched", 0.7)]  # fmt: skip
     assert rows[2]["wish"] == "max_drop=0.01 confidence=0.95 loss=excess"
-    assert len(sweep.over_seeds(rows)) == 4
+    assert len(sweep_rows.over_seeds(rows)) == 4
 
 
 def test_a_threshold_for_each_ramp(tmp_path: Path) -> None:
     made(tmp_path / "0", "record=A threshold=[0.1,0.2]", [([0.1, 0.2], 0.7, 0.2)])
     made(tmp_path / "1", "record=B threshold=[0.1,0.2]", [([0.1, 0.2], 0.8, 0.2)], seed=2)
-    [mean] = sweep.over_seeds(sweep.rows(tmp_path))
+    [mean] = sweep_rows.over_seeds(sweep_rows.rows(tmp_path))
     assert (mean.threshold, mean.score, mean.seeds) == ("[0.1,0.2]", 0.75, (1, 2))
     sweep.write(tmp_path)
     assert "| [0.1,0.2] | 0.7500 |" in (tmp_path / "sweep.md").read_text()
