@@ -266,34 +266,6 @@ def check(config: dict[str, Any]) -> None:
         raise UserError(f"data.root={data['root']} must be a folder")
     if "stage" in config:
         _check_training(config)
-    else:
-        _check_evaluation(config)
-
-
-def _check_evaluation(config: dict[str, Any]) -> None:
-    if config["analysis"] and config["record"]:
-        raise UserError("analysis=true runs the model, which a record has not: give ckpt= alone")
-    if config["split"] is not None and not isinstance(config["split"], str):
-        raise UserError(f"split={config['split']} must be the name of one split")
-    if not isinstance(config["calibration"], str):
-        raise UserError(
-            f"calibration={config['calibration']} must be auto, heldout, crossfit, or a split"
-        )
-    for flag in ("per_ramp", "temperature", "analysis"):
-        if not isinstance(config[flag], bool):
-            raise UserError(f"{flag}={config[flag]} must be true or false")
-    wishes = [
-        name
-        for name in ("threshold", "thresholds", "target_saving", "max_drop")
-        if config[name] is not None
-    ]
-    if len(wishes) > 1:
-        listed = " and ".join(f"{name}={config[name]}" for name in wishes)
-        raise UserError(f"{listed}: ask for one of them")
-    if not {"target_saving", "max_drop"} & set(wishes):
-        for flag in ("per_ramp", "temperature"):
-            if config[flag]:
-                raise UserError(f"{flag}=true needs target_saving= or max_drop=")
 
 
 def _check_training(config: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from omegaconf import DictConfig
 
-from deebert import backbones, curves, evaluation, exits, records, report
-from deebert.calibrate import Wish
+from deebert import backbones, evaluation, question, records, report
 from deebert.callbacks import EarlyExitEvaluation
 from deebert.checkpoints import Checkpoint, Origin
 from deebert.data import CALIBRATION, TextDataModule
@@ -108,26 +106,28 @@ def evaluate(cfg: DictConfig) -> float | None:
     origin = complete_evaluation(cfg, job)
     config = plain(cfg)
     check(config)
+    question.check(config)
     task = Task.from_config(config["task"])
-    question = _question(cfg, config, task)
+    score = _instantiated("exit", cfg.exit.score) if config.get("exit") else None
+    asked = question.asked(config, task, score)
     if not isinstance(origin, Checkpoint):
-        return _evaluate_records(config, task, question, origin, job)
+        return _evaluate_records(config, task, asked, origin, job)
     model = origin.model()
     data = _data(task, origin.tokenizer(), config, origin.architecture, 1)
     if config["split"]:
         data.eval_splits = (config["split"],)
     elif not data.eval_splits:
         data.eval_splits = task.test
-    chosen_on = _calibration_split(config, data, origin)
+    chosen_on = question.calibration_split(config, data, origin)
+    if chosen_on == CALIBRATION:
+        _remember_held_out(config, data)
     if chosen_on:
         data.eval_splits = (*data.eval_splits, chosen_on)
     for split in data.eval_splits:
         data.tokens(split)
     remembered = origin.config | {"task": config["task"], "data": config["data"]}
     module = EarlyExitModule(model, remembered, origin.tokenizer_files)
-    callback = EarlyExitEvaluation(
-        None, question, chosen_on, config["analysis"], str(config["ckpt"])
-    )
+    callback = EarlyExitEvaluation(None, asked, chosen_on, config["analysis"], str(config["ckpt"]))
     with _closing():
         trainer = _trainer(cfg, config, job, "evaluate", callback)
         _refuse_unsafe_sweep(trainer, job)
@@ -135,48 +135,8 @@ def evaluate(cfg: DictConfig) -> float | None:
     return _result(trainer.is_global_zero, job)
 
 
-def _question(cfg: DictConfig, config: dict[str, Any], task: Task) -> Question:
-    """What the command line asks."""
-    rule = exits.default(task.num_labels)
-    if values := config.get("exit"):
-        score = _instantiated("exit", cfg.exit.score)
-        names = ("name", "largest", "regression")
-        rule = exits.Rule(score=score, num_labels=task.num_labels, **{n: values[n] for n in names})
-    wish = None
-    if config["target_saving"] is not None or config["max_drop"] is not None:
-        wish = Wish(**{field.name: config[field.name] for field in fields(Wish)})
-    thresholds: list[Any] | None = None
-    if config["threshold"] is not None:
-        given = curves.check_thresholds(config["threshold"], "threshold")
-        thresholds = [given if isinstance(config["threshold"], list) else given[0]]
-    elif config["thresholds"] is not None:
-        thresholds = list(curves.check_thresholds(config["thresholds"], "thresholds"))
-    return Question(rule, thresholds, wish, config["calibration"])
-
-
-def _calibration_split(
-    config: dict[str, Any], data: TextDataModule, origin: Checkpoint
-) -> str | None:
-    """The split that thresholds are chosen on, if it is another than the reported one."""
-    named = config["calibration"]
-    if named == "crossfit" or config["threshold"] is not None:
-        return None
-    if named not in ("auto", "heldout"):
-        if named in data.eval_splits:
-            raise UserError(
-                f"calibration={named} is the reported split itself: use calibration=crossfit, or "
-                "report another (split=...)"
-            )
-        return str(named)
-    # Another task's rows (ax with an MNLI checkpoint) have no held-out part.
-    if config["task"]["name"] != origin.config["task"]["name"] or not data.calibration_size:
-        return None
-    _remember_held_out(config, data)
-    return CALIBRATION
-
-
 def _evaluate_records(
-    config: dict[str, Any], task: Task, question: Question, origin: Origin, job: Job
+    config: dict[str, Any], task: Task, asked: Question, origin: Origin, job: Job
 ) -> float | None:
     """The same from saved logits: neither model nor data is needed."""
     found = [records.load(file)[0] for file in sorted(origin.path.glob("*.safetensors"))]
@@ -189,7 +149,7 @@ def _evaluate_records(
     if not reported:
         splits = ", ".join(record.split for record in found)
         raise UserError(f"split={wanted}: {origin.path} has records of: {splits} (split=...)")
-    results = report.header(origin.config) | evaluation.evaluate(reported, task, question, held_out)
+    results = report.header(origin.config) | evaluation.evaluate(reported, task, asked, held_out)
     report.save(results, job.folder)
     return _result(True, job)
 

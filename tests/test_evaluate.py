@@ -122,7 +122,6 @@ def test_a_rule_of_one_s_own(
     )
     (tmp_path / "my" / "exit" / "first.yaml").write_text(
         "name: first\nscore: {_target_: my_rules.first_class, _partial_: true}\n"
-        "largest: null\nregression: false\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     said = ("--config-dir", str(tmp_path / "my"), f"record={stage2}", "exit=first")

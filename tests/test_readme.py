@@ -56,9 +56,9 @@ def test_every_question_is_answered(
     try:
         printed = run("evaluate.py", *said, "logger=csv", f"hydra.run.dir={tmp_path}")
     except CommandFailed as refusal:
-        assert re.search("cannot be promised by 40|one for each of the 2 ramps", str(refusal))
-    else:
-        assert "Score against saving" in printed
+        printed = str(refusal)
+    answers = "Score against saving|cannot be promised by 40|one for each of the 2 ramps"
+    assert re.search(answers, printed)
 
 
 def test_a_task_of_one_s_own(
