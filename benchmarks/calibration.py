@@ -162,7 +162,7 @@ def certified_by(loss: str, limit: float, delta: float) -> dict[str, Callable[[n
         return len(control_fwer(p_values, delta, "fixed_sequence"))
 
     def average(loss_NT: np.ndarray) -> int:
-        largest = np.maximum.accumulate(loss_NT, 1).sum(0)
+        largest = np.maximum.accumulate(loss_NT.clip(0), 1).sum(0)
         return risk.conformal_risk(largest, len(loss_NT), limit)
 
     return {
@@ -260,7 +260,7 @@ def selections(task: Task, pool: Record, rule: Rule, draws: int) -> list[dict[st
         verdict = curves.judged(rule, seen)
         assert seen.labels_N is not None
         right = task.predict(verdict.answer_NLC) == seen.labels_N[:, None]
-        return verdict.score_NL.double().numpy(), right.double().numpy()
+        return verdict.score_NL.float().numpy(), right.double().numpy()
 
     ways = {
         "per_ramp=true": ramps,

@@ -21,6 +21,7 @@ from deebert.records import Record
 from deebert.tasks import Task
 
 FOLDS = 5
+FEWEST = 20  # rows to choose anything on
 LOSSES = ("excess", "disagreement")
 
 
@@ -37,6 +38,9 @@ class Wish:
             full depth's (needs no labels).
         per_ramp: look for a threshold per ramp, instead of one for all.
         temperature: fit a temperature per ramp first.
+
+    Raises:
+        UserError: a value is outside its range, or two contradict each other.
     """
 
     target_saving: float | None = None
@@ -47,10 +51,6 @@ class Wish:
     temperature: bool = False
 
     def __post_init__(self) -> None:
-        if self.target_saving is not None and self.max_drop is not None:
-            raise UserError(
-                f"target_saving={self.target_saving} and max_drop={self.max_drop}: wish for one"
-            )
         _number("target_saving", self.target_saving, 0, 1, "a share of the layers, 0.4 for 40 %")
         _number("max_drop", self.max_drop, 0, 1, "a share of the rows, 0.01 for one point", False)
         _number("confidence", self.confidence, 0, 1, "0.95 for 95 %, null: on average", False)
@@ -64,10 +64,11 @@ class Wish:
 
     def plain(self) -> dict[str, Any]:
         """The wish as results.json holds it."""
-        if self.target_saving is not None:
-            return {"target_saving": self.target_saving, "per_ramp": self.per_ramp}
         values = asdict(self)
-        return {name: values[name] for name in ("max_drop", "confidence", "loss")}
+        told = {name: values[name] for name in ("per_ramp", "temperature") if values[name]}
+        if self.target_saving is not None:
+            return {"target_saving": self.target_saving, **told}
+        return {name: values[name] for name in ("max_drop", "confidence", "loss")} | told
 
 
 def _number(
@@ -95,13 +96,18 @@ class Choice:
         return layer_N, curves.answered(verdict, task, layer_N)
 
 
+class Infeasible(UserError):
+    """No threshold can grant this wish on these rows."""
+
+
 def choose(record: Record, task: Task, rule: Rule, wish: Wish) -> Choice:
     """The thresholds that grant a wish, as far as these rows can tell.
 
     Raises:
-        UserError: the rows are too few for the promise, or it needs labels that they lack.
+        Infeasible: the rows are too few for the promise, or the rule never saves so much.
+        UserError: the wish needs labels that the rows lack, or does not fit the task.
     """
-    _check(record, task, wish)
+    check(len(record), record.labels_N is not None, record.split, task, wish)
     if wish.temperature:
         seen, record = _halves(record) if wish.max_drop is not None else (record, record)
         assert seen.labels_N is not None
@@ -111,22 +117,32 @@ def choose(record: Record, task: Task, rule: Rule, wish: Wish) -> Choice:
     assert wish.target_saving is not None
     verdict = curves.judged(rule, record)
     [threshold] = curves.thresholds_for(verdict.score_NL, [wish.target_saving])
+    most = curves.savings(verdict, threshold).mean().item()
+    if most < wish.target_saving - 1e-6:
+        raise Infeasible(
+            f"target_saving={wish.target_saving} is more than exit={rule.name} can save: "
+            f"{most:.3f} of the layers at most on the rows of split {record.split!r}"
+        )
     if wish.per_ramp:
         assert record.labels_N is not None
         right_NL = task.predict(verdict.answer_NLC) == record.labels_N[:, None]
-        found = per_ramp.search(
-            verdict.score_NL.double().numpy(), right_NL.double().numpy(), wish.target_saving
-        )
+        found = per_ramp.search(verdict.score_NL, right_NL, wish.target_saving)
         if found is not None:
-            return Choice(rule, found.tolist())
+            return Choice(rule, found)
     return Choice(rule, threshold)
 
 
-def _check(record: Record, task: Task, wish: Wish) -> None:
-    where = f"split {record.split!r}"
-    if record.labels_N is None:
+def check(num_rows: int, has_labels: bool, split: str, task: Task, wish: Wish) -> None:
+    """What can be known of a wish before the model has run.
+
+    Raises:
+        Infeasible: too few rows.
+        UserError: labels are needed and missing, or the wish does not fit the task.
+    """
+    where = f"split {split!r}"
+    if not has_labels:
         for flag, needed in (
-            ("exit.temperature=true", wish.temperature),
+            ("temperature=true", wish.temperature),
             ("per_ramp=true", wish.per_ramp),
             ("max_drop with loss=excess", wish.max_drop is not None and wish.loss == "excess"),
         ):
@@ -140,17 +156,27 @@ def _check(record: Record, task: Task, wish: Wish) -> None:
             f"task {task.name} is a regression, where no answer is right or wrong: only "
             "target_saving= can be asked, without per_ramp and temperature"
         )
+    if num_rows < FEWEST:
+        raise Infeasible(
+            f"{num_rows} calibration rows of {where} are too few to choose thresholds on: "
+            f"{FEWEST} or more (calibration=, or data.calibration_size= in training)"
+        )
     if wish.max_drop is None:
         return
-    num_rows = len(record) // 2 if wish.temperature else len(record)
-    least = risk.smallest_limit(num_rows, _delta(wish))
+    promising = promising_rows(num_rows, wish)
+    least = risk.smallest_limit(promising, _delta(wish))
     if wish.max_drop < least:
-        raise UserError(
-            f"max_drop={wish.max_drop} cannot be promised by {num_rows} calibration rows of "
+        raise Infeasible(
+            f"max_drop={wish.max_drop} cannot be promised by {promising} calibration rows of "
             f"{where}, even without a loss among them: the smallest is {_rounded_up(least)} at "
-            f"confidence={wish.confidence or 'null'}; give more rows (calibration=, "
-            "data.calibration_size= in training) or ask for less"
+            f"confidence={'null' if wish.confidence is None else wish.confidence}; give more rows "
+            "(calibration=, or data.calibration_size= in training) or ask for less"
         )
+
+
+def promising_rows(num_rows: int, wish: Wish) -> int:
+    """How many of the calibration rows choose; the others, if any, have fitted temperatures."""
+    return num_rows // 2 if wish.temperature and wish.max_drop is not None else num_rows
 
 
 def _rounded_up(value: float) -> str:
@@ -175,7 +201,7 @@ def _promised(record: Record, task: Task, rule: Rule, wish: Wish) -> float:
     grid = rule.grid()
     loss_NT = losses(record, task, rule, grid, wish.loss)
     if wish.confidence is None:
-        largest_T = loss_NT.cummax(1).values.sum(0).numpy()
+        largest_T = loss_NT.clamp_min(0).cummax(1).values.sum(0).numpy()
         certified = risk.conformal_risk(largest_T, len(record), wish.max_drop)
     else:
         certified = risk.learn_then_test(
@@ -237,7 +263,7 @@ def calibration(
     seen = reported if held_out is None else held_out
     choice = choose(seen, task, rule, wish)
     if held_out is None:
-        layer_N, predictions_N = _cross_fitted(reported, task, rule, wish)
+        layer_N, predictions_N, idle = _cross_fitted(reported, task, rule, wish)
         split = f"{reported.split}, cross-fitted in {FOLDS} folds"
     else:
         layer_N, predictions_N = choice(reported, task)
@@ -249,10 +275,12 @@ def calibration(
         "temperatures": None if temperatures is None else temperatures.tolist(),
         "thresholds": choice.thresholds,
         "calibration_split": split,
-        "num_calibration": len(seen),
+        "num_calibration": promising_rows(len(seen), wish),
         "expected": _expected(seen, task, choice, len(reported)),
         "measured": measured(reported, task, layer_N, predictions_N),
     }
+    if held_out is None:
+        found["folds_at_full_depth"] = idle
     if records[1:]:  # rows that had no part in it either way
         found["measured_elsewhere"] = {
             record.split: measured(record, task, *choice(record, task)) for record in records[1:]
@@ -260,21 +288,26 @@ def calibration(
     return found
 
 
-def _cross_fitted(record: Record, task: Task, rule: Rule, wish: Wish) -> tuple[Tensor, Tensor]:
-    """Exit layer and prediction of every row, by thresholds that were chosen on other rows."""
+def _cross_fitted(record: Record, task: Task, rule: Rule, wish: Wish) -> tuple[Tensor, Tensor, int]:
+    """Exit layer and prediction of every row, by thresholds that were chosen on other rows.
+
+    Returns:
+        Both, (N,), and in how many folds the other rows could not grant the wish (full depth).
+    """
     order = torch.randperm(len(record), generator=torch.Generator().manual_seed(0))
     layer_N = torch.empty(len(record), dtype=torch.long)
     predictions_N = torch.empty_like(task.predict(record.logits_NLC[:, -1]))
+    idle = 0
     for fold in range(FOLDS):
         chosen = torch.ones(len(record), dtype=torch.bool)
         chosen[order[fold::FOLDS]] = False
         try:
             choice = choose(record.rows(chosen), task, rule, wish)
-        except UserError:  # enough rows for the promise, but not in four fifths of them
-            choice = Choice(rule, 0.0)
+        except Infeasible:  # enough rows for the promise, but not in four fifths of them
+            choice, idle = Choice(rule, 0.0), idle + 1
         rest = record.rows(~chosen)
         layer_N[~chosen], predictions_N[~chosen] = choice(rest, task)
-    return layer_N, predictions_N
+    return layer_N, predictions_N, idle
 
 
 def _expected(record: Record, task: Task, choice: Choice, num_new: int) -> dict[str, Any]:
@@ -283,13 +316,13 @@ def _expected(record: Record, task: Task, choice: Choice, num_new: int) -> dict[
     found = measured(record, task, layer_N, predictions_N)
     deviation = (layer_N.double() / record.num_layers).std(correction=0).item()
     saving = found["expected_saving"]
-    found["interval"] = risk.mean_interval(saving, deviation, len(record), num_new)
+    interval = risk.mean_interval(saving, deviation, len(record), num_new)
+    found["interval"] = curves.within(*interval, 0, 1 - 1 / record.num_layers)
     if record.labels_N is not None:
         labels_N = curves.target(task, record.labels_N)
         deviation = curves.score_deviation(task, predictions_N, labels_N)
-        found["score_interval"] = risk.mean_interval(
-            found["score"], deviation, len(record), num_new
-        )
+        interval = risk.mean_interval(found["score"], deviation, len(record), num_new)
+        found["score_interval"] = curves.within(*interval, -1, 1)
     return found
 
 

@@ -19,10 +19,11 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from deebert import curves, exits, report, tracking
+from deebert.checkpoints import fingerprint
 from deebert.evaluation import Question, evaluate
 from deebert.layers import layer_table
 from deebert.module import EarlyExitModule
-from deebert.records import Record, fingerprint
+from deebert.records import Record
 from deebert.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -113,14 +114,13 @@ class EarlyExitEvaluation(Callback):
             exits.default(task.num_labels),
             list(self.thresholds or curves.default_thresholds(task.num_labels)),
         )
-        self.results = report.header(config) | evaluate(reported, task, question, held_out)
+        header = report.header(config)
+        trained = header["objective"] != "final"
+        self.results = header | evaluate(reported, task, question, held_out, trained=trained)
         self.results["ckpt"] = self.ckpt or trainer.default_root_dir
         if trainer.state.fn == "fit":
             self.results["epoch"] = trainer.current_epoch + 1  # of the epochs counted from 1
         evaluations = report.splits(self.results)
-        if self.results["objective"] == "final":  # exits at untrained ramps mean nothing
-            for part in evaluations:
-                del part["trade_off"], part["length_bins"], part["examples"]
         if self.layers:
             for part in evaluations:
                 loader = trainer.datamodule.loader(part["split"])  # type: ignore[attr-defined]

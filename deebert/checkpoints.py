@@ -4,6 +4,8 @@ A checkpoint is Lightning's, with the run's configuration, the backbone's shape 
 plain values beside the weights; it loads with `weights_only=True`. Knows nothing of training.
 """
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 from deebert import backbones
 from deebert.errors import UserError
 from deebert.model import EarlyExitModel
-from deebert.records import fingerprint
 from deebert.tasks import Task
 
 
@@ -101,3 +102,12 @@ def read(path: Path, flag: str) -> Checkpoint:
             "run folder or checkpoints/best.ckpt of a `python train.py` run"
         ) from error
     return checkpoint
+
+
+def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
+    """A hash of a model's weights: names, shapes, types and values."""
+    digest = hashlib.sha256()
+    for name, values in sorted(weights.items()):
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+        digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

@@ -116,10 +116,11 @@ def point(record: Record, task: Task, verdict: Verdict, thresholds: Thresholds) 
 
 
 def judged(rule: Rule, record: Record) -> Verdict:
-    """The rule's verdict, with the final classifier's own answer at full depth."""
+    """The rule's verdict, with the final classifier's own answer at full depth, whatever the rule.
+
+    So that full depth is the same for all rules, and what a promise is measured against.
+    """
     verdict = rule(record.logits_NLC)
-    if verdict.answer_NLC is record.logits_NLC or rule.temperatures is not None:
-        return verdict
     answers = torch.cat([verdict.answer_NLC[:, :-1], record.logits_NLC[:, -1:]], 1)
     return Verdict(verdict.score_NL, answers)
 
@@ -144,9 +145,7 @@ def thresholds_for(score_NL: Tensor, savings: list[float]) -> list[float]:
 
     def above(i: int) -> float:
         upper = steps[i + 1] if i + 1 < len(steps) else steps[i] * 1.01 + 1e-6
-        middle = (steps[i] + upper) / 2
-        # Between two neighbouring floats there is no middle: then the upper one.
-        return (middle if middle > steps[i] else upper).item()
+        return between(steps[i].item(), upper.item())
 
     found = []
     for saving in savings:
@@ -154,6 +153,19 @@ def thresholds_for(score_NL: Tensor, savings: list[float]) -> list[float]:
         i = int(torch.searchsorted(reached, needed)) if needed > 0 else -1
         found.append(above(min(i, len(steps) - 1)) if i >= 0 and len(steps) else 0.0)
     return found
+
+
+def between(low: float, high: float) -> float:
+    """A threshold that `low` is under and `high` is not, near their middle, as short as it can be.
+
+    Short, so that the one that is printed is the one that was found.
+    """
+    middle = (low + high) / 2
+    for digits in range(2, 10):
+        short = float(f"{middle:.{digits}g}")
+        if np.float32(low) < np.float32(short) <= np.float32(high):
+            return short
+    return high
 
 
 def score_deviation(task: Task, predictions_N: Tensor, labels_N: Tensor, draws: int = 400) -> float:
@@ -166,10 +178,16 @@ def score_deviation(task: Task, predictions_N: Tensor, labels_N: Tensor, draws: 
         correlation = min(abs(task.score(predictions_N, labels_N)), 0.9999)
         return 1 - correlation**2
     kinds = task.num_labels
-    cells = confusion(predictions_N, labels_N, kinds).flatten()
+    # One more row, spread over the table: a perfect score on a few rows is not a sure one.
+    cells = confusion(predictions_N, labels_N, kinds).flatten() + 1 / kinds**2
     drawn = np.random.default_rng(0).multinomial(len(labels_N), cells / cells.sum(), draws)
     scores = TABLE_METRICS[task.metrics[0]](drawn.reshape(draws, kinds, kinds).astype(float))
     return float(scores.std()) * math.sqrt(len(labels_N))
+
+
+def within(low: float, high: float, least: float, most: float) -> list[float]:
+    """An interval cut to what is possible."""
+    return [max(low, least), min(high, most)]
 
 
 def trade_off(record: Record, task: Task, rule: Rule) -> dict[str, Any]:
@@ -204,14 +222,14 @@ def trade_off(record: Record, task: Task, rule: Rule) -> dict[str, Any]:
             predictions_N = answered(verdict, task, layer_N)
             width = 1.96 * score_deviation(task, predictions_N, target(task, record.labels_N))
             width /= math.sqrt(len(record))
-            found["score_interval"] = [found["score"] - width, min(1.0, found["score"] + width)]
+            found["score_interval"] = within(found["score"] - width, found["score"] + width, -1, 1)
         points.append(found)
     return {"trade_off": points, "length_bins": bins}
 
 
 def target(task: Task, labels_N: Tensor) -> Tensor:
     """Labels in the type that predictions have."""
-    return labels_N.to(torch.long if task.labels else torch.float32)
+    return labels_N.to(task.target_dtype())
 
 
 def scored(task: Task, predictions_N: Tensor, labels_N: Tensor | None) -> dict[str, Any]:

@@ -158,6 +158,10 @@ class TextDataModule(L.LightningDataModule):
         rows_left = len(rows) - held_out
         if held_out or self.limit_train is not None:
             rows = rows.shuffle(seed=0)  # not the run's seed: all seeds see the same rows
+        if split == CALIBRATION and not held_out:
+            raise UserError(
+                "split=calibration: no training row was held out (data.calibration_size=0)"
+            )
         if split == CALIBRATION:
             return rows.select(range(rows_left, len(rows)))
         return rows.select(range(min(self.limit_train or rows_left, rows_left)))

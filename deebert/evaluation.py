@@ -43,25 +43,48 @@ class Question:
 
 
 def evaluate(
-    records: list[Record], task: Task, question: Question, held_out: Record | None = None
+    records: list[Record],
+    task: Task,
+    question: Question,
+    held_out: Record | None = None,
+    *,
+    trained: bool = True,
 ) -> dict[str, Any]:
     """Answer a question about one or more splits; the first is the headline.
+
+    Args:
+        trained: are the ramps? Else exits mean nothing, and only full depth is worth a look.
 
     Raises:
         UserError: logits are not finite, thresholds do not fit the number of ramps, or the wish
             cannot be granted.
     """
     parts = [_of_split(record, task, question) for record in records]
-    results = parts[0] | {"exit": {"name": question.rule.name}}
+    if not trained:
+        for part in parts:
+            del part["trade_off"], part["length_bins"], part["examples"]
+    results = parts[0] | {"exit": {"name": question.rule.name, **question.rule.options}}
     if parts[1:]:
         results["other_splits"] = parts[1:]
     if question.wish is None:
         return results
+    if not trained:
+        raise UserError(
+            "a wish needs trained ramps, and this checkpoint is of stage 1: train them with "
+            "python train.py stage=2 ckpt=RUN"
+        )
     source, why = _source(held_out, records[0], question)
     if why:
         log.warning(why)
     found = calibrate.calibration(source, records, task, question.rule, question.wish)
-    results["calibration"] = found | ({"note": why} if why else {})
+    notes = [why] if why else []
+    wished, expected = question.wish.target_saving, found["expected"]["expected_saving"]
+    if wished is not None and not question.wish.per_ramp and expected > wished + 0.01:
+        notes.append(
+            f"exit={question.rule.name} saves in steps: {expected:.1%} is the first that reaches "
+            f"target_saving={wished}"
+        )
+    results["calibration"] = found | {"notes": notes}
     return results
 
 
@@ -70,12 +93,7 @@ def _of_split(record: Record, task: Task, question: Question) -> dict[str, Any]:
     thresholds = question.thresholds
     if thresholds is None:
         thresholds = _default_thresholds(record, question.rule)
-    for given in thresholds:
-        if isinstance(given, list) and len(given) != record.num_layers - 1:
-            raise UserError(
-                f"threshold={given} has {len(given)} values; give one for all ramps, or one for "
-                f"each of the {record.num_layers - 1} ramps before the last"
-            )
+    check_lengths(thresholds, record.num_layers)
     return {
         "split": record.split,
         "num_rows": len(record),
@@ -86,6 +104,18 @@ def _of_split(record: Record, task: Task, question: Question) -> dict[str, Any]:
         "examples": _examples(record, task, question.rule),
         "analysis": analysis(record, task),
     }
+
+
+def check_lengths(thresholds: list[Thresholds] | None, num_layers: int) -> None:
+    """Raises:
+    UserError: a list with a threshold per ramp is not of the right length.
+    """
+    for given in thresholds or ():
+        if isinstance(given, list) and len(given) != num_layers - 1:
+            raise UserError(
+                f"threshold={given} has {len(given)} values; give one for all ramps, or one for "
+                f"each of the {num_layers - 1} ramps before the last"
+            )
 
 
 def _examples(record: Record, task: Task, rule: Rule) -> dict[str, Any]:
@@ -131,8 +161,9 @@ def _source(
     if held_out is None:
         if question.calibration not in ("auto", "crossfit"):
             raise UserError(
-                f"calibration={question.calibration}: there are no such rows, as no training row "
-                "was held out (data.calibration_size); use calibration=crossfit, or a split's name"
+                f"calibration={question.calibration}: there are no such rows; use "
+                "calibration=crossfit, or the name of a split (held out rows are there if "
+                "data.calibration_size was not 0 in training)"
             )
         return None, None
     if question.calibration == "crossfit":

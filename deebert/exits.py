@@ -8,9 +8,9 @@ Knows nothing of models, tasks or files. Shapes: N rows, L layers (= ramps), C l
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,6 +73,7 @@ def confident_patience(logits_NLC: Tensor, patience: int = 2) -> Tensor:
     After PCEE (Zhang et al., NAACL Findings 2022), which leaves when several ramps in a row are
     sure; here they must also agree.
     """
+    _check_patience(patience)
     labels_NL = logits_NLC.argmax(-1)
     agrees_NL = torch.ones_like(labels_NL)
     agrees_NL[:, 1:] = labels_NL[:, 1:] == labels_NL[:, :-1]
@@ -87,6 +88,7 @@ def change(values_NL1: Tensor, patience: int = 1) -> Tensor:
 
     PABEE's rule for STS-B; the threshold is in units of the label. inf for the first ramps.
     """
+    _check_patience(patience)
     values_NL = values_NL1.squeeze(-1).float()
     step_NL = torch.full_like(values_NL, torch.inf)
     step_NL[:, 1:] = (values_NL[:, 1:] - values_NL[:, :-1]).abs()
@@ -111,6 +113,11 @@ def vote(logits_NLC: Tensor) -> Verdict:
     votes_NLC = ballots_NLC.cumsum(1)
     tie_break_NLC = shares_NLC.cumsum(1) / (2 * logits_NLC.shape[1])  # under 1: never wins a vote
     return Verdict(1 / votes_NLC.amax(-1).float(), votes_NLC + tie_break_NLC)
+
+
+def _check_patience(patience: int) -> None:
+    if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
+        raise UserError(f"exit.score.patience={patience} must be a whole number of 1 or more")
 
 
 def _run_length(true_NL: Tensor) -> Tensor:
@@ -146,6 +153,7 @@ class Rule:
             where that is more.
         regression: does it fit a regression (and nothing else)?
         temperatures: (L,) divides the logits of each ramp first; None for 1.
+        options: what else tells this rule from others of its name, for results.json.
     """
 
     name: str
@@ -154,6 +162,7 @@ class Rule:
     largest: float | None = None
     regression: bool = False
     temperatures: Tensor | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.regression != (self.num_labels == 1):
@@ -186,7 +195,8 @@ class Rule:
     def grid(self, num: int = 200) -> list[float]:
         """Thresholds from conservative to aggressive that do not depend on any data."""
         top = (self.largest or max(1.0, math.log(self.num_labels))) * 1.01
-        return [top * 10 ** (-4 * (num - 1 - i) / (num - 1)) for i in range(num)]
+        # Four digits, so that the one that is printed is the one that was tested.
+        return [float(f"{top * 10 ** (-4 * (num - 1 - i) / (num - 1)):.4g}") for i in range(num)]
 
     def tempered(self, logits_NLC: Tensor, labels_N: Tensor) -> "Rule":
         """The same rule with a temperature per ramp, fitted on these rows (Guo et al. 2017)."""

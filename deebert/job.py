@@ -156,8 +156,9 @@ def _evaluated(cfg: DictConfig) -> Origin:
     headers = {file: records.load(file)[1] for file in sorted(folder.glob("*.safetensors"))}
     if not headers:
         raise UserError(f"record={cfg.record}: no records there; give a run folder that has some")
-    if len({header["checkpoint"] for header in headers.values()}) > 1:
-        raise UserError(f"record={cfg.record}: its records are of different checkpoints")
+    for what in ("checkpoint", "config"):
+        if any(header[what] != next(iter(headers.values()))[what] for header in headers.values()):
+            raise UserError(f"record={cfg.record}: its records are of different checkpoints")
     header = next(iter(headers.values()))
     if found and header["checkpoint"] != found.fingerprint:
         raise UserError(

@@ -3,15 +3,17 @@
 Builds no model and reads no rows.
 """
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
+
+import torch
 
 from deebert import curves, exits
 from deebert.calibrate import Wish
 from deebert.checkpoints import Origin
 from deebert.data import CALIBRATION, TextDataModule
-from deebert.errors import UserError
-from deebert.evaluation import Question
+from deebert.errors import UserError, unknown
+from deebert.evaluation import Question, check_lengths
 from deebert.exits import Rule, Score
 from deebert.tasks import Task
 
@@ -30,20 +32,28 @@ def check(config: dict[str, Any]) -> None:
         raise UserError(
             f"calibration={config['calibration']} must be auto, heldout, crossfit, or a split"
         )
-    for flag in ("per_ramp", "temperature", "analysis"):
+    for flag in ("per_ramp", "analysis"):
         if not isinstance(config[flag], bool):
             raise UserError(f"{flag}={config[flag]} must be true or false")
+    temperature = config["temperature"]
+    listed = temperature if isinstance(temperature, list) else []
+    numbers = listed and all(_is_number(value) and value > 0 for value in listed)
+    if not numbers and not isinstance(temperature, bool):
+        raise UserError(
+            f"temperature={temperature} must be true (fit them), false, or a list of numbers "
+            "above 0, one for each ramp"
+        )
     wishes = [
         name
         for name in ("threshold", "thresholds", "target_saving", "max_drop")
         if config[name] is not None
     ]
     if len(wishes) > 1:
-        listed = " and ".join(f"{name}={config[name]}" for name in wishes)
-        raise UserError(f"{listed}: ask for one of them")
+        said = " and ".join(f"{name}={config[name]}" for name in wishes)
+        raise UserError(f"{said}: ask for one of them")
     if not {"target_saving", "max_drop"} & set(wishes):
         for flag in ("per_ramp", "temperature"):
-            if config[flag]:
+            if config[flag] is True:
                 raise UserError(f"{flag}=true needs target_saving= or max_drop=")
 
 
@@ -53,29 +63,72 @@ def asked(config: dict[str, Any], task: Task, score: Score | None) -> Question:
     Args:
         score: what `exit.score` names; None for the task's default rule.
     """
-    rule = exits.default(task.num_labels)
-    if score is not None:
-        values = {name: config["exit"].get(name) for name in ("name", "largest")}
-        regression = bool(config["exit"].get("regression"))
-        rule = Rule(score=score, num_labels=task.num_labels, regression=regression, **values)
-    wish = None
-    if config["target_saving"] is not None or config["max_drop"] is not None:
-        wish = Wish(**{field.name: config[field.name] for field in fields(Wish)})
+    rule = exits.default(task.num_labels) if score is None else _rule(config["exit"], score, task)
+    if isinstance(config["temperature"], list):
+        temperatures = torch.tensor(config["temperature"], dtype=torch.float32)
+        rule = replace(rule, temperatures=temperatures)
+    values = {field.name: config[field.name] for field in fields(Wish)}
+    wish = Wish(**values | {"temperature": config["temperature"] is True})
+    wished = wish.target_saving is not None or wish.max_drop is not None
     thresholds: list[Any] | None = None
     if config["threshold"] is not None:
         given = curves.check_thresholds(config["threshold"], "threshold")
         thresholds = [given if isinstance(config["threshold"], list) else given[0]]
     elif config["thresholds"] is not None:
         thresholds = list(curves.check_thresholds(config["thresholds"], "thresholds"))
-    return Question(rule, thresholds, wish, config["calibration"])
+    return Question(rule, thresholds, wish if wished else None, config["calibration"])
+
+
+def _rule(values: dict[str, Any], score: Score, task: Task) -> Rule:
+    """The rule that `conf/exit/` names, tried on a few logits before the model has run."""
+    largest, regression = values.get("largest"), values.get("regression", False)
+    if largest is not None and not (_is_number(largest) and largest > 0):
+        raise UserError(f"exit.largest={largest} must be a number above 0, or null")
+    if not isinstance(regression, bool):
+        raise UserError(f"exit.regression={regression} must be true or false")
+    if not callable(score):
+        raise UserError(f"exit.score={values['score']} must name a function (_target_, _partial_)")
+    told = {name: v for name, v in values["score"].items() if not str(name).startswith("_")}
+    rule = Rule(str(values["name"]), score, task.num_labels, largest, regression, options=told)
+    try:
+        rule(torch.zeros(2, 4, task.num_labels))
+    except UserError:
+        raise
+    except Exception as error:  # a function of the user's own may fail in any way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"exit={rule.name}: its function fails: {reason} (exit.score)") from error
+    return rule
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_model(question: Question, config: dict[str, Any], num_layers: int) -> None:
+    """What can be known before the model has run.
+
+    Raises:
+        UserError: thresholds or temperatures are not as many as the ramps.
+    """
+    check_lengths(question.thresholds, num_layers)
+    temperatures = question.rule.temperatures
+    if temperatures is not None and len(temperatures) != num_layers:
+        raise UserError(
+            f"temperature={config['temperature']} has {len(temperatures)} values; give one for "
+            f"each of the {num_layers} ramps"
+        )
 
 
 def calibration_split(config: dict[str, Any], data: TextDataModule, origin: Origin) -> str | None:
     """The split that thresholds are chosen on, if it is another than the reported one."""
     named: str = config["calibration"]
-    if named == "crossfit" or config["threshold"] is not None:
+    if named == "crossfit" or (config["target_saving"] is None and config["max_drop"] is None):
         return None
     if named not in ("auto", "heldout"):
+        splits = [*data.task.validation, *data.task.test]
+        if named not in splits:  # the training split is one that the ramps were fitted on
+            choices = ["auto", "heldout", "crossfit", *splits]
+            raise unknown("calibration", named, choices, "calibration")
         if named in data.eval_splits:
             raise UserError(
                 f"calibration={named} is the reported split itself: use calibration=crossfit, or "
@@ -84,4 +137,5 @@ def calibration_split(config: dict[str, Any], data: TextDataModule, origin: Orig
         return named
     # Another task's rows (ax with an MNLI checkpoint) have no held-out part.
     same = config["task"]["name"] == origin.config["task"]["name"]
-    return CALIBRATION if same and data.calibration_size else None
+    reported = CALIBRATION in data.eval_splits
+    return CALIBRATION if same and not reported and data.calibration_size else None

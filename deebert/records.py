@@ -4,7 +4,6 @@ A saved record is one safetensors file with a JSON header that says which weight
 came from. Knows nothing of models or tasks: arithmetic on it needs neither.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -107,28 +106,39 @@ def load(file: Path) -> tuple[Record, dict[str, Any]]:
     """A saved record and its header.
 
     Raises:
-        UserError: the file is missing, or is no record of this program.
+        UserError: the file is missing, is no record of this program, or is damaged.
     """
     try:
         with safe_open(file, "pt") as content:
             header = json.loads((content.metadata() or {})["deebert"])
-            if header["schema"] != SCHEMA:
-                raise UserError(f"{file}: a record of schema {header['schema']}, not {SCHEMA}")
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-            record = Record(header["split"], **({"labels_N": None} | tensors))
+        if wrong := _wrong(header, tensors, file):
+            raise UserError(f"record={file}: {wrong}; record again with evaluate.py ckpt=RUN")
+        return Record(header["split"], **({"labels_N": None} | tensors)), header
     except FileNotFoundError as error:
-        raise UserError(f"{file}: no such record (record=RUN)") from error
+        raise UserError(f"record={file}: no such record") from error
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{file}: not a record of this program (record=RUN)") from error
-    return record, header
+        raise UserError(f"record={file}: not a record of this program") from error
 
 
-def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """A hash of a model's weights: names, shapes, types and values."""
-    digest = hashlib.sha256()
-    for name, values in sorted(weights.items()):
-        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-        digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+def _wrong(header: dict[str, Any], tensors: dict[str, Tensor], file: Path) -> str | None:
+    """What is wrong with a record, or None."""
+    config, logits, labels = header["config"], tensors["logits_NLC"], tensors.get("labels_N")
+    if header["schema"] != SCHEMA:
+        return f"its schema is {header['schema']}, not {SCHEMA}"
+    if header["split"] != file.stem:
+        return f"the file was renamed, it is of split {header['split']!r}"
+    if not {"task", "stage", "stages", "seed", "backbone", "data"} <= set(config):
+        return "its configuration is incomplete"
+    if logits.ndim != 3 or logits.dtype != torch.float32 or not len(logits) or logits.shape[1] < 2:
+        return f"its logits are {tuple(logits.shape)} {logits.dtype}, not (rows, ramps, labels)"
+    num_labels = len(config["task"]["labels"] or "1")  # a regression has one output
+    if logits.shape[2] != num_labels:
+        return f"it has {logits.shape[2]} outputs a ramp, and its task {num_labels}"
+    if {len(values) for values in tensors.values()} != {len(logits)}:
+        return "its columns are of different lengths"
+    if labels is not None and num_labels > 1 and not 0 <= labels.min() <= labels.max() < num_labels:
+        return f"its labels are not all between 0 and {num_labels - 1}"
+    return None

@@ -143,8 +143,8 @@ def tables(results: dict[str, Any]) -> Iterable[tuple[str, list[str], list[list[
 def _answer(results: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
     """The wish, what was to be expected and what unseen rows showed."""
     found, metric = results["calibration"], results["metric"]
-    wish = ", ".join(f"{name}={value}" for name, value in found["wish"].items() if value)
-    rows = [["expected", found["expected"]], [results["split"], found["measured"]]]
+    wish = ", ".join(f"{n}={'null' if v is None else v}" for n, v in found["wish"].items())
+    rows = [["rows chosen on", found["expected"]], [results["split"], found["measured"]]]
     rows += list(map(list, found.get("measured_elsewhere", {}).items()))
     return (
         f"Wish: {wish}; exit={found['rule']} threshold={_threshold(found['thresholds'])}, chosen "
@@ -214,29 +214,35 @@ def notes(results: dict[str, Any]) -> list[str]:
                 "it profits from lucky guesses)."
             )
     if "calibration" in results:
-        found += _promise(results["calibration"])
+        found += _promise(results["calibration"], results["metric"])
     return found
 
 
-def _promise(found: dict[str, Any]) -> list[str]:
+def _promise(found: dict[str, Any], metric: str) -> list[str]:
     """What may be relied on, in a sentence."""
-    lines = [f"Note: {found['note']}."] if "note" in found else []
+    lines = [f"Note: {note}." for note in found["notes"]]
+    if found["temperatures"]:
+        listed = ",".join(f"{value:.9g}" for value in found["temperatures"])
+        lines.append(f"To use the threshold again: temperature=[{listed}]")
+    if idle := found.get("folds_at_full_depth"):
+        lines.append(f"Note: in {idle} folds four fifths of the rows were too few: full depth.")
     wish = found["wish"]
     if "max_drop" not in wish:
         return [*lines, "Intervals are 95 % ones for as many new rows as were reported."]
+    if found["thresholds"] == 0:
+        return [*lines, "No threshold can be promised that: every row runs to full depth."]
     what = {
         "excess": "loses {} of accuracy at most against full depth",
         "disagreement": "answers otherwise than full depth on {} of the rows at most",
     }[wish["loss"]].format(f"{wish['max_drop']:.2%}")
-    sure = (
-        "on average" if wish["confidence"] is None else f"with {wish['confidence']:.0%} confidence"
-    )
+    confidence = wish["confidence"]
+    sure = "on average" if confidence is None else f"with {100 * confidence:g} % confidence"
     lines.append(
         f"Promise: on rows like the calibration rows this threshold {what}, {sure} (over the draw "
         "of the calibration rows)."
     )
-    if found["thresholds"] == 0:
-        lines.append("No threshold can be promised that: every row runs to full depth.")
+    if metric != "accuracy" and wish["loss"] == "excess":
+        lines.append(f"It is a promise about accuracy; {metric} is shown beside it, not promised.")
     return lines
 
 
@@ -287,7 +293,7 @@ def _number(value: float | None) -> str:
 
 def _threshold(value: float | list[float]) -> str:
     listed = value if isinstance(value, list) else [value]
-    text = ",".join(f"{number:.4g}" for number in listed)
+    text = ",".join(f"{number:.9g}" for number in listed)
     return f"[{text}]" if isinstance(value, list) else text
 
 

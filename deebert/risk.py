@@ -17,8 +17,9 @@ from scipy import stats
 
 # Share of delta for bounding the gains, which the limit says nothing of (Berger and Boos 1994).
 NUISANCE = 0.04
-# From so many losses on expected at the limit, balancing losses by gains beats counting losses
-# alone. Decided by n and the limit, before any loss is seen, so that the test stays valid.
+# From so many losses on expected at the limit, gains may balance losses. Then both tests are made,
+# each at half the level, since either may be the sharper one: balancing needs rows to pay. Decided
+# by n and the limit, before any loss is seen, so that the test stays valid.
 BALANCE_FROM = 12.0
 
 
@@ -26,23 +27,25 @@ def p_value(losses: int, gains: int | None, num_rows: int, limit: float, delta: 
     """P-value of "the mean of -1 (gain), 0 and 1 (loss) is above `limit`"; small: it is not.
 
     Of losses alone this is the exact binomial test, the dual of the Clopper-Pearson bound. With
-    gains it is the exact test of the trinomial difference losses - gains: the worst case over how
-    likely gains are, inside a confidence set for it.
+    gains, and rows enough, it is twice the smaller of that and of the test of the trinomial
+    difference losses - gains, exact for a given chance of gains, which is taken for the worst of
+    three inside a confidence set for it (its tail grows towards the set's end).
 
     Args:
         gains: None where the loss knows none.
         delta: the level that the test is made for; only says how wide that set is.
     """
+    of_losses = float(stats.binom.cdf(losses, num_rows, limit))
     if gains is None or num_rows * limit < BALANCE_FROM:
-        return float(stats.binom.cdf(losses, num_rows, limit))
-    beta = NUISANCE * delta
+        return of_losses
+    beta = NUISANCE * delta / 2
     most = float(stats.beta.ppf(1 - beta, gains + 1, num_rows - gains)) if gains < num_rows else 1.0
     most = min(most, (1 - limit) / 2)
     worst = max(
         _difference_cdf(losses - gains, num_rows, gain + limit, gain)
         for gain in np.linspace(0, most, 3)
     )
-    return min(1.0, worst + beta)
+    return min(1.0, 2 * min(of_losses, worst + beta))
 
 
 def _difference_cdf(value: int, num_rows: int, loss: float, gain: float) -> float:
@@ -92,8 +95,9 @@ def conformal_risk(largest_T: np.ndarray, num_rows: int, limit: float) -> int:
     """How many thresholds, in this order, keep the expected risk under the limit.
 
     Args:
-        largest_T: (T,) sums over the rows of the largest loss at any threshold up to this one:
-            conformal risk control needs losses that never fall.
+        largest_T: (T,) sums over the rows of the largest loss at any threshold up to this one,
+            full depth (0) among them: conformal risk control needs losses that never fall. So a
+            gain never balances a loss here.
     """
     within = (largest_T + 1) / (num_rows + 1) <= limit
     return int(within.argmin()) if not within.all() else len(within)
@@ -102,11 +106,11 @@ def conformal_risk(largest_T: np.ndarray, num_rows: int, limit: float) -> int:
 def mean_interval(
     mean: float, deviation: float, num_seen: int, num_new: int, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Where the mean over num_new unseen rows will lie, by the normal approximation.
+    """Where the mean over num_new unseen rows will lie, by Student's t.
 
     Args:
         deviation: of single rows, among the num_seen that gave the mean.
     """
-    width = float(stats.norm.ppf((1 + confidence) / 2)) * deviation
+    width = float(stats.t.ppf((1 + confidence) / 2, max(num_seen - 1, 1))) * deviation
     width *= math.sqrt(1 / num_seen + 1 / num_new)
     return mean - width, mean + width

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from omegaconf import DictConfig
 
-from deebert import backbones, evaluation, question, records, report
+from deebert import backbones, calibrate, evaluation, question, records, report
 from deebert.callbacks import EarlyExitEvaluation
 from deebert.checkpoints import Checkpoint, Origin
 from deebert.data import CALIBRATION, TextDataModule
@@ -108,11 +108,14 @@ def evaluate(cfg: DictConfig) -> float | None:
     check(config)
     question.check(config)
     task = Task.from_config(config["task"])
-    score = _instantiated("exit", cfg.exit.score) if config.get("exit") else None
+    score = None
+    if config.get("exit") and (score := _instantiated("exit", cfg.exit.score)) is None:
+        raise UserError("exit.score=null must name a function (exit.score._target_=...)")
     asked = question.asked(config, task, score)
     if not isinstance(origin, Checkpoint):
         return _evaluate_records(config, task, asked, origin, job)
     model = origin.model()
+    question.check_model(asked, config, len(model.ramps))
     data = _data(task, origin.tokenizer(), config, origin.architecture, 1)
     if config["split"]:
         data.eval_splits = (config["split"],)
@@ -125,12 +128,19 @@ def evaluate(cfg: DictConfig) -> float | None:
         data.eval_splits = (*data.eval_splits, chosen_on)
     for split in data.eval_splits:
         data.tokens(split)
+    if asked.wish and config["calibration"] != "auto":  # auto may yet choose other rows
+        named = chosen_on or data.eval_splits[0]
+        columns = data.tokens(named)
+        labelled = "label" in columns.column_names
+        calibrate.check(len(columns), labelled, named, task, asked.wish)
     remembered = origin.config | {"task": config["task"], "data": config["data"]}
     module = EarlyExitModule(model, remembered, origin.tokenizer_files)
     callback = EarlyExitEvaluation(None, asked, chosen_on, config["analysis"], str(config["ckpt"]))
     with _closing():
         trainer = _trainer(cfg, config, job, "evaluate", callback)
         _refuse_unsafe_sweep(trainer, job)
+        if config["analysis"] and trainer.world_size > 1:
+            raise UserError("analysis=true looks at all rows in one process: trainer.devices=1")
         trainer.test(module, datamodule=data, verbose=False)
     return _result(trainer.is_global_zero, job)
 
@@ -149,7 +159,13 @@ def _evaluate_records(
     if not reported:
         splits = ", ".join(record.split for record in found)
         raise UserError(f"split={wanted}: {origin.path} has records of: {splits} (split=...)")
-    results = report.header(origin.config) | evaluation.evaluate(reported, task, asked, held_out)
+    question.check_model(asked, config, reported[0].num_layers)
+    if len({record.logits_NLC.shape[1:] for record in found}) > 1:
+        raise UserError(f"record={config['record']}: its records have different numbers of ramps")
+    header = report.header(origin.config)
+    trained = header["objective"] != "final"
+    answer = evaluation.evaluate(reported, task, asked, held_out, trained=trained)
+    results = header | {"record": str(config["record"])} | answer
     report.save(results, job.folder)
     return _result(True, job)
 

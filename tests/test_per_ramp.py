@@ -1,0 +1,68 @@
+import torch
+from test_calibrate import simulated, task
+
+from deebert import curves, exits, per_ramp
+from deebert.calibrate import Wish, choose
+from deebert.exits import exit_layer
+from deebert.records import Record
+
+RULE = exits.default(2)
+
+
+def overconfident(num_rows: int, seed: int = 0) -> Record:
+    """Ramp 1 is as sure as ramp 3 and right half of the time; one threshold must take both."""
+    record = simulated(num_rows, seed)
+    random = torch.Generator().manual_seed(seed + 1)
+    sign = 2.0 * (torch.rand(num_rows, generator=random) < 0.5) - 1
+    sure = 4 + 2 * torch.rand(num_rows, generator=random)
+    record.logits_NLC[:, 0, 0], record.logits_NLC[:, 0, 1] = -sign * sure / 2, sign * sure / 2
+    return record
+
+
+def right(record: Record, thresholds: float | list[float]) -> tuple[float, float]:
+    layer_N = exit_layer(exits.entropy(record.logits_NLC), thresholds)
+    answers = record.logits_NLC.argmax(-1).gather(1, layer_N[:, None] - 1).squeeze(1)
+    return (
+        answers == record.labels_N
+    ).double().mean().item(), 1 - layer_N.double().mean().item() / 5
+
+
+def test_a_ramp_that_does_not_pay_is_dropped() -> None:
+    seen, new = overconfident(2000), overconfident(4000, 7)
+    choice = choose(seen, task("sst2"), RULE, Wish(target_saving=0.3, per_ramp=True))
+    assert isinstance(choice.thresholds, list)
+    assert choice.thresholds[0] == 0, "as sure as others, and no better than a coin"
+    [one] = curves.thresholds_for(exits.entropy(seen.logits_NLC), [0.3])
+    score, saving = right(new, choice.thresholds)
+    assert saving > 0.28
+    assert score > right(new, one)[0] + 0.08
+    assert right(seen, choice.thresholds)[1] >= 0.3
+
+
+def test_where_one_threshold_is_as_good_it_is_kept() -> None:
+    """Ramps that are all as right as they are sure: nothing to gain, much to overfit."""
+    kept = 0
+    for seed in range(10):
+        choice = choose(simulated(300, seed), task("sst2"), RULE, Wish(target_saving=0.4, per_ramp=True))  # fmt: skip
+        kept += not isinstance(choice.thresholds, list)
+    assert kept >= 5
+
+
+def test_ramps_without_an_opinion_are_no_exits() -> None:
+    """Scores of inf (patience not reached yet) are never under a threshold."""
+    record = overconfident(1500)
+    rule = exits.Rule("confident_patience", exits.confident_patience, 2)
+    verdict = curves.judged(rule, record)
+    right_NL = verdict.answer_NLC.argmax(-1) == record.labels_N[:, None]
+    for saving in (0.2, 0.4, 0.5):
+        found = per_ramp.search(verdict.score_NL, right_NL, saving)
+        if found is not None:
+            saved = 1 - exit_layer(verdict.score_NL, found).double().mean().item() / 5
+            assert saved >= saving
+
+
+def test_a_threshold_is_above_its_row_in_float32() -> None:
+    ordered = torch.tensor([0.3, 0.3]).numpy()
+    ordered[1] = torch.nextafter(torch.tensor(0.3), torch.tensor(1.0)).item()
+    limit = torch.tensor(per_ramp._above(ordered, 0))
+    assert ordered[0] < limit <= ordered[1]
