@@ -157,7 +157,10 @@ def _default_thresholds(record: Record, rule: Rule) -> list[Thresholds]:
 def _source(
     held_out: Record | None, reported: Record, question: Question
 ) -> tuple[Record | None, str | None]:
-    """The rows to choose thresholds on (None: cross-fit), and a warning."""
+    """The rows to choose thresholds on (None: cross-fit), and a warning.
+
+    `auto` looks at lengths and logits of the reported rows, never at their labels.
+    """
     if held_out is None:
         if question.calibration not in ("auto", "crossfit"):
             raise UserError(

@@ -128,6 +128,8 @@ def evaluate(cfg: DictConfig) -> float | None:
         data.eval_splits = (*data.eval_splits, chosen_on)
     for split in data.eval_splits:
         data.tokens(split)
+    if task.train in data.eval_splits:
+        log.warning("split=%s: the model was trained on these rows", task.train)
     if asked.wish and config["calibration"] != "auto":  # auto may yet choose other rows
         named = chosen_on or data.eval_splits[0]
         columns = data.tokens(named)
