@@ -77,7 +77,7 @@ ROLES = (
     "the {loser} was no match for the {winner}",
 )
 GRADE_SHARES = (0.45, 0.3, 0.25)
-SPLIT_SIZES = {"train": 4400, "validation": 1000, "test": 1000}
+SPLIT_SIZES = {"train": 4000, "validation": 1000, "test": 1000}
 SEED = 2020  # the rows are the same for every run: the run's own seed is for training
 
 
