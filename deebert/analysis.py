@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deebert import exits
+from deebert import curves, exits
 from deebert.records import Record
 from deebert.tasks import Task
 
@@ -73,7 +73,7 @@ def analysis(record: Record, task: Task) -> dict[str, Any]:
     else:
         right_NL = predictions_NL == labels_N[:, None]
         errors_NL = (~right_NL).double()
-        found["oracle"] = _oracle(predictions_NL, labels_N, task)
+        found["oracle"] = _oracle(record, predictions_NL, labels_N, task)
         found["overthinking_rate"] = (right_NL.any(1) & ~right_NL[:, -1]).double().mean().item()
         confidence_NL = record.logits_NLC.double().softmax(-1).amax(-1)
         columns = zip(
@@ -175,16 +175,12 @@ def ensemble(logits_NLC: Tensor, labels_N: Tensor, task: Task) -> list[dict[str,
     ]
 
 
-def _oracle(predictions_NL: Tensor, labels_N: Tensor, task: Task) -> dict[str, Any]:
-    num_layers = predictions_NL.shape[1]
+def _oracle(record: Record, predictions_NL: Tensor, labels_N: Tensor, task: Task) -> dict[str, Any]:
     wrong_NL = (predictions_NL != labels_N[:, None]).float()
     layer_N = exits.exit_layer(wrong_NL, 0.5)  # leaves where it is not wrong
     chosen_N = predictions_NL.gather(1, layer_N[:, None] - 1).squeeze(1)
-    return {
-        "score": task.score(chosen_N, labels_N),
-        "expected_saving": 1 - layer_N.double().mean().item() / num_layers,
-        "exit_counts": layer_N.bincount(minlength=num_layers + 1)[1:].tolist(),
-    }
+    found = curves.outcome(record, task, layer_N, chosen_N)
+    return {name: found[name] for name in ("score", "expected_saving", "exit_counts")}
 
 
 def _plain(values: Tensor) -> list[float | None]:

@@ -319,7 +319,7 @@ def _expected(record: Record, task: Task, choice: Choice, num_new: int) -> dict[
     interval = risk.mean_interval(saving, deviation, len(record), num_new)
     found["interval"] = curves.within(*interval, 0, 1 - 1 / record.num_layers)
     if record.labels_N is not None:
-        labels_N = curves.target(task, record.labels_N)
+        labels_N = record.labels_N.to(task.target_dtype())
         deviation = curves.score_deviation(task, predictions_N, labels_N)
         interval = risk.mean_interval(found["score"], deviation, len(record), num_new)
         found["score_interval"] = curves.within(*interval, -1, 1)

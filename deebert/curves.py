@@ -105,14 +105,12 @@ def curve(
 ) -> list[dict[str, Any]]:
     """An `outcome` for each threshold, which stands in it as `threshold`."""
     verdict = judged(rule, record)
-    return [point(record, task, verdict, threshold) for threshold in thresholds]
-
-
-def point(record: Record, task: Task, verdict: Verdict, thresholds: Thresholds) -> dict[str, Any]:
-    """The `outcome` at these thresholds."""
-    layer_N = exit_layer(verdict.score_NL, thresholds)
-    predictions_N = answered(verdict, task, layer_N)
-    return {"threshold": thresholds, **outcome(record, task, layer_N, predictions_N)}
+    found = []
+    for threshold in thresholds:
+        layer_N = exit_layer(verdict.score_NL, threshold)
+        predictions_N = answered(verdict, task, layer_N)
+        found.append({"threshold": threshold, **outcome(record, task, layer_N, predictions_N)})
+    return found
 
 
 def judged(rule: Rule, record: Record) -> Verdict:
@@ -212,29 +210,25 @@ def trade_off(record: Record, task: Task, rule: Rule) -> dict[str, Any]:
     wanted = [most * step / TRADE_OFF_POINTS for step in range(TRADE_OFF_POINTS + 1)]
     points: list[dict[str, Any]] = []
     for threshold in sorted(set(thresholds_for(verdict.score_NL, wanted))):
-        found = point(record, task, verdict, threshold)
         layer_N = exit_layer(verdict.score_NL, threshold)
+        predictions_N = answered(verdict, task, layer_N)
+        found = {"threshold": threshold, **outcome(record, task, layer_N, predictions_N)}
         found["mean_exit_layer_by_length"] = [
             layer_N[bin_N == i].double().mean().item() if bins[i]["count"] else None
             for i in range(len(bins))
         ]
         if record.labels_N is not None:
-            predictions_N = answered(verdict, task, layer_N)
-            width = 1.96 * score_deviation(task, predictions_N, target(task, record.labels_N))
+            labels_N = record.labels_N.to(task.target_dtype())
+            width = 1.96 * score_deviation(task, predictions_N, labels_N)
             width /= math.sqrt(len(record))
             found["score_interval"] = within(found["score"] - width, found["score"] + width, -1, 1)
         points.append(found)
     return {"trade_off": points, "length_bins": bins}
 
 
-def target(task: Task, labels_N: Tensor) -> Tensor:
-    """Labels in the type that predictions have."""
-    return labels_N.to(task.target_dtype())
-
-
 def scored(task: Task, predictions_N: Tensor, labels_N: Tensor | None) -> dict[str, Any]:
     """`score` (the headline metric) and `scores` (all), None and {} without labels."""
     if labels_N is None:
         return {"score": None, "scores": {}}
-    scores = task.scores(predictions_N, target(task, labels_N))
+    scores = task.scores(predictions_N, labels_N.to(task.target_dtype()))
     return {"score": scores[task.metrics[0]], "scores": scores}

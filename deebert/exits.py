@@ -61,10 +61,7 @@ def patience(logits_NLC: Tensor) -> Tensor:
     PABEE (Zhou et al., NeurIPS 2020): leave after p agreements in a row. As a threshold that is
     1/p: 1/(1 + agreements) < 1/p means agreements >= p.
     """
-    labels_NL = logits_NLC.argmax(-1)
-    agrees_NL = torch.zeros_like(labels_NL)
-    agrees_NL[:, 1:] = labels_NL[:, 1:] == labels_NL[:, :-1]
-    return 1 / (1 + _run_length(agrees_NL))
+    return 1 / (1 + _run_length(_agrees(logits_NLC, first=0)))
 
 
 def confident_patience(logits_NLC: Tensor, patience: int = 2) -> Tensor:
@@ -74,9 +71,7 @@ def confident_patience(logits_NLC: Tensor, patience: int = 2) -> Tensor:
     sure; here they must also agree.
     """
     _check_patience(patience)
-    labels_NL = logits_NLC.argmax(-1)
-    agrees_NL = torch.ones_like(labels_NL)
-    agrees_NL[:, 1:] = labels_NL[:, 1:] == labels_NL[:, :-1]
+    agrees_NL = _agrees(logits_NLC, first=1)
     score_NL = _largest_of_last(entropy(logits_NLC), patience)
     # The first of `patience` ramps need not agree with the one before it.
     together_NL = _largest_of_last((1 - agrees_NL).float(), patience - 1) == 0
@@ -118,6 +113,14 @@ def vote(logits_NLC: Tensor) -> Verdict:
 def _check_patience(patience: int) -> None:
     if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
         raise UserError(f"exit.score.patience={patience} must be a whole number of 1 or more")
+
+
+def _agrees(logits_NLC: Tensor, first: int) -> Tensor:
+    """1 where a ramp predicts as the one before it, else 0; `first` for the first: -> (N, L)."""
+    labels_NL = logits_NLC.argmax(-1)
+    agrees_NL = torch.full_like(labels_NL, first)
+    agrees_NL[:, 1:] = labels_NL[:, 1:] == labels_NL[:, :-1]
+    return agrees_NL
 
 
 def _run_length(true_NL: Tensor) -> Tensor:

@@ -254,9 +254,8 @@ def show(results: dict[str, Any], folder: Path) -> None:
     if "layers" in results["analysis"]:
         listed += more_tables(results)
     for heading, columns, rows in listed:
-        console.print(
-            heading, style="bold", markup=False
-        )  # as the table's title it would be folded
+        # As the table's own title it would be folded.
+        console.print(heading, style="bold", markup=False)
         table = Table()
         for column in columns:
             table.add_column(column, justify="right")

@@ -10,7 +10,6 @@ samples. Knows nothing of ramps, tasks or files: arithmetic on losses, (N rows, 
 """
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 from scipy import stats
@@ -65,14 +64,11 @@ def smallest_limit(num_rows: int, delta: float | None) -> float:
     """
     if delta is None:
         return 1 / (num_rows + 1)
-    return _smallest(lambda limit: p_value(0, None, num_rows, limit, delta) <= delta)
-
-
-def _smallest(passes: Callable[[float], bool]) -> float:
     low, high = 0.0, 1.0
     while high - low > 1e-6:
         middle = (low + high) / 2
-        low, high = (low, middle) if passes(middle) else (middle, high)
+        passes = p_value(0, None, num_rows, middle, delta) <= delta
+        low, high = (low, middle) if passes else (middle, high)
     return high
 
 
