@@ -25,21 +25,22 @@ HERE = Path(__file__).parent
 @torch.no_grad()
 def leave(model: EarlyExitModel, batch: dict[str, Any], threshold: float) -> tuple[Any, Any]:
     """Exit layer and prediction of each row of a batch; no layer is run for rows that have left."""
-    hidden, mask = model.backbone.embed(*(batch.get(name) for name in INPUTS))
+    hidden, context = model.backbone.embed(*(batch.get(name) for name in INPUTS))
+    mask = batch["attention_mask"]
     rows = torch.arange(len(hidden))
     layers = torch.empty(len(rows), dtype=torch.long)
     predictions = torch.empty(len(rows), dtype=torch.long)
-    for number, (layer, ramp) in enumerate(zip(model.backbone.layers, model.ramps, strict=True), 1):
-        hidden = layer(hidden, mask)
+    for number, ramp in enumerate(model.ramps, 1):
+        hidden = model.backbone.run_layer(number - 1, hidden, context)
         logits = ramp(hidden[:, 0])
         go = exits.entropy(logits) < threshold
         if number == len(model.ramps):
             go[:] = True
         layers[rows[go]], predictions[rows[go]] = number, logits[go].argmax(-1)
-        rows, hidden = rows[~go], hidden[~go]
-        mask = None if mask is None else mask[~go]
+        rows, hidden, mask = rows[~go], hidden[~go], mask[~go]
         if not len(rows):
             break
+        context = model.backbone.context(hidden, mask)
     return layers, predictions
 
 

@@ -1,14 +1,14 @@
-"""The one file that knows Hugging Face architectures: where a backbone comes from, its layers, and
-how the layers are run one after the other.
+"""Where a backbone comes from (hub, folder, package, random weights), with its tokenizer; and the
+class that runs it layer by layer.
 
-Knows nothing of ramps, tasks or exits. Shapes: B batch, S tokens, H hidden.
+Knows nothing of ramps, tasks or exits, nor of how a model type looks inside (architectures.py).
+Shapes: B batch, S tokens, H hidden.
 """
 
 import hashlib
 import importlib.util
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase, digits, punctuation
 from typing import Any
@@ -23,37 +23,24 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.masking_utils import create_bidirectional_mask
 
+from deebert.architectures import Architecture, LayerParts, architecture, longest_input
 from deebert.errors import UserError
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How to find the parts of one Hugging Face model type."""
-
-    layers: str  # path of its ModuleList of layers
-    token_types: bool  # do its embeddings take token_type_ids
-    pooler: bool  # does the pretrained model bring a pooler
-
-
-ARCHITECTURES = {
-    "bert": Architecture("encoder.layer", token_types=True, pooler=True),
-    "roberta": Architecture("encoder.layer", token_types=False, pooler=True),
-    "distilbert": Architecture("transformer.layer", token_types=False, pooler=False),
-}
 
 
 class Backbone(nn.Module):
     """A pretrained encoder, run layer by layer.
 
-    `embed` and then each of `layers` with the mask equals the library's own forward pass exactly.
+    `embed` and then `run_layer` 0, 1, ... equals the library's own forward pass exactly.
     """
 
     def __init__(self, encoder: PreTrainedModel) -> None:
         super().__init__()
-        self.architecture = architecture(encoder.config.model_type)
         self.encoder = encoder
+
+    @property
+    def architecture(self) -> Architecture:  # looked up: functions of a table cannot be pickled
+        return architecture(self.encoder.config.model_type)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -74,34 +61,57 @@ class Backbone(nn.Module):
     def classifier_dropout(self) -> float:
         """Dropout before a classifier, as the library's own classification heads have it."""
         values = self.encoder.config.to_dict()
-        names = ("classifier_dropout", "seq_classif_dropout", "hidden_dropout_prob")
+        names = (
+            "classifier_dropout",
+            "seq_classif_dropout",  # DistilBERT
+            "cls_dropout",  # DeBERTa
+            "hidden_dropout_prob",
+        )
         return next(values[name] for name in names if values.get(name) is not None)
+
+    @property
+    def num_heads(self) -> int:
+        return int(self.encoder.config.num_attention_heads)
+
+    @property
+    def pad_token_id(self) -> int:
+        return int(self.encoder.config.pad_token_id or 0)
+
+    @property
+    def longest_input(self) -> int:
+        """Tokens that it takes at most."""
+        return longest_input(self.config)
 
     def embed(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, Any]:
-        """(B, S) ids and mask -> (B, S, H) states before layer 1, and the mask the layers take."""
-        types = {"token_type_ids": token_type_ids} if self.architecture.token_types else {}
-        embeddings = self.encoder.get_submodule("embeddings")
-        hidden_BSH = embeddings(input_ids=input_ids, **types)
-        mask = create_bidirectional_mask(
-            config=self.encoder.config, inputs_embeds=hidden_BSH, attention_mask=attention_mask
-        )
-        return hidden_BSH, mask
+        """(B, S) ids and mask -> (B, S, H) states before layer 0, and the layers' context."""
+        hidden_BSH = self.embeddings(input_ids, attention_mask, token_type_ids)
+        return hidden_BSH, self.context(hidden_BSH, attention_mask)
 
+    def embeddings(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """(B, S) ids and mask -> (B, S, H) states before layer 0."""
+        return self.architecture.embed(self.encoder, input_ids, attention_mask, token_type_ids)
 
-def architecture(model_type: str) -> Architecture:
-    """Look up a model type.
+    def context(self, hidden_BSH: Tensor, attention_mask_BS: Tensor) -> Any:
+        """What the layers take besides the states; of these it reads the shape and type only."""
+        return self.architecture.context(self.encoder, hidden_BSH, attention_mask_BS)
 
-    Raises:
-        UserError: the type is not in the table.
-    """
-    if model_type not in ARCHITECTURES:
-        raise UserError(
-            f"backbone of type {model_type!r} is not supported; supported: "
-            f"{', '.join(ARCHITECTURES)} (backbone=..., or backbone.path=a model of these types)"
-        )
-    return ARCHITECTURES[model_type]
+    def run_layer(self, index: int, hidden_BSH: Tensor, context: Any) -> Tensor:
+        """Layer number `index`, from 0, on all tokens: (B, S, H) -> (B, S, H)."""
+        after_BSH = self.architecture.run(self.layers[index], hidden_BSH, context)
+        return self.architecture.after(self.encoder, index, hidden_BSH, after_BSH, context)
+
+    def skip_layer(self, index: int, hidden_BSH: Tensor, context: Any) -> Tensor:
+        """What `run_layer` gives if the layer does nothing: a norm after the last layer remains."""
+        return self.architecture.after(self.encoder, index, hidden_BSH, hidden_BSH, context)
+
+    def parts(self, index: int) -> LayerParts | None:
+        """What layer number `index` is made of, or None where it can only be run as a whole."""
+        parts = self.architecture.parts
+        return None if parts is None else parts(self.layers[index])
 
 
 def from_config(config: Mapping[str, Any]) -> Backbone:
@@ -141,7 +151,7 @@ def pretrained(spec: Mapping[str, Any]) -> tuple[Backbone, nn.Linear | None]:
     finally:
         transformers.logging.set_verbosity(verbosity)
     pooler = None
-    if ARCHITECTURES[config.model_type].pooler:
+    if architecture(config.model_type).pooler:
         pooler = encoder.pooler.dense
         encoder.pooler = None
     return Backbone(encoder), pooler
@@ -177,7 +187,10 @@ def random_config(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The full configuration of a randomly initialised backbone (`backbone=tiny`)."""
     architecture(spec["config"]["model_type"])
     tokens = _character_tokenizer()
-    return {"vocab_size": len(tokens), "pad_token_id": tokens.pad_token_id, **spec["config"]}
+    # All of them: the library warns of a type's own defaults that lie beyond this vocabulary.
+    names = [f"{kind}_token_id" for kind in ("pad", "bos", "eos", "cls", "sep")]
+    special = {name: getattr(tokens, name) for name in names}
+    return {"vocab_size": len(tokens), **special, **spec["config"]}
 
 
 def _character_tokenizer() -> PreTrainedTokenizerBase:
@@ -218,9 +231,3 @@ def _load(loader: Any, path: str, spec: Mapping[str, Any]) -> Any:
             f"backbone {spec['name']}: cannot load {path!r} ({reason}). Without a network use "
             "backbone=minilm (from the package installer) or backbone.path=a local folder"
         ) from error
-
-
-def longest_input(config: Mapping[str, Any]) -> int:
-    """Tokens that a backbone takes at most; RoBERTa numbers positions from padding id + 1."""
-    positions = int(config["max_position_embeddings"])
-    return positions - (config["pad_token_id"] + 1 if config["model_type"] == "roberta" else 0)

@@ -5,6 +5,7 @@ Thresholds are never chosen on the rows that are reported: they come from rows h
 or are cross-fitted over the reported split. Arithmetic on records: no model, no files.
 """
 
+from bisect import bisect_left
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,21 +17,25 @@ from torch import Tensor
 from deebert import curves, per_ramp, risk
 from deebert.curves import Thresholds
 from deebert.errors import UserError, unknown
-from deebert.exits import Rule, exit_layer
+from deebert.exits import Rule, Verdict, exit_layer
 from deebert.records import Record
 from deebert.tasks import Task
 
 FOLDS = 5
 FEWEST = 20  # rows to choose anything on
+SPEEDUP_STEPS = 1000  # savings among which one is looked for that is fast enough
 LOSSES = ("excess", "disagreement")
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What the user asks for: a `target_saving` or a `max_drop`.
+    """What the user asks for: a `target_saving`, a `target_speedup` or a `max_drop`.
 
     Attributes:
         target_saving: share of the layers to save.
+        target_speedup: how many times faster than full depth, on the clock.
+        costs: for `target_speedup`, measured: what leaving at each of the L layers costs, as a
+            share of the time at full depth.
         max_drop: largest risk to promise, e.g. 0.01 for one point of accuracy.
         confidence: that the promise holds; None: it holds on average (conformal risk control).
         loss: what is promised: `excess`, errors that full depth does not make less those that only
@@ -44,6 +49,8 @@ class Wish:
     """
 
     target_saving: float | None = None
+    target_speedup: float | None = None
+    costs: tuple[float, ...] | None = None
     max_drop: float | None = None
     confidence: float | None = 0.95
     loss: str = "excess"
@@ -52,6 +59,7 @@ class Wish:
 
     def __post_init__(self) -> None:
         _number("target_saving", self.target_saving, 0, 1, "a share of the layers, 0.4 for 40 %")
+        _number("target_speedup", self.target_speedup, 1, np.inf, "2 for twice as fast")
         _number("max_drop", self.max_drop, 0, 1, "a share of the rows, 0.01 for one point", False)
         _number("confidence", self.confidence, 0, 1, "0.95 for 95 %, null: on average", False)
         if self.loss not in LOSSES:
@@ -66,8 +74,9 @@ class Wish:
         """The wish as results.json holds it."""
         values = asdict(self)
         told = {name: values[name] for name in ("per_ramp", "temperature") if values[name]}
-        if self.target_saving is not None:
-            return {"target_saving": self.target_saving, **told}
+        for name in ("target_saving", "target_speedup"):
+            if values[name] is not None:
+                return {name: values[name], **told}
         return {name: values[name] for name in ("max_drop", "confidence", "loss")} | told
 
 
@@ -114,8 +123,10 @@ def choose(record: Record, task: Task, rule: Rule, wish: Wish) -> Choice:
         rule = rule.tempered(seen.logits_NLC, seen.labels_N)
     if wish.max_drop is not None:
         return Choice(rule, _promised(record, task, rule, wish))
-    assert wish.target_saving is not None
     verdict = curves.judged(rule, record)
+    if wish.target_speedup is not None:
+        return Choice(rule, _fast_enough(record, verdict, rule, wish))
+    assert wish.target_saving is not None
     [threshold] = curves.thresholds_for(verdict.score_NL, [wish.target_saving])
     most = curves.savings(verdict, threshold).mean().item()
     if most < wish.target_saving - 1e-6:
@@ -177,6 +188,35 @@ def check(num_rows: int, has_labels: bool, split: str, task: Task, wish: Wish) -
 def promising_rows(num_rows: int, wish: Wish) -> int:
     """How many of the calibration rows choose; the others, if any, have fitted temperatures."""
     return num_rows // 2 if wish.temperature and wish.max_drop is not None else num_rows
+
+
+def _fast_enough(record: Record, verdict: Verdict, rule: Rule, wish: Wish) -> float:
+    """The smallest threshold that is expected to be so much faster on the clock."""
+    assert wish.target_speedup is not None
+    most = curves.savings(verdict, np.inf).mean().item()
+    savings = np.linspace(0, most, SPEEDUP_STEPS + 1).tolist()
+    thresholds = curves.thresholds_for(verdict.score_NL, savings)
+
+    def speed_up(step: int) -> float:
+        return expected_speedup(record, exit_layer(verdict.score_NL, thresholds[step]), wish)
+
+    if speed_up(SPEEDUP_STEPS) < wish.target_speedup:
+        raise Infeasible(
+            f"target_speedup={wish.target_speedup} is more than exit={rule.name} can reach: about "
+            f"{speed_up(SPEEDUP_STEPS):.2f} if everything leaves as early as it can"
+        )
+    fast = bisect_left(range(SPEEDUP_STEPS), wish.target_speedup, key=speed_up)
+    return thresholds[fast]
+
+
+def expected_speedup(record: Record, layer_N: Tensor, wish: Wish) -> float:
+    """How many times faster than full depth rows that leave there are, by what layers cost.
+
+    A row counts by its tokens, as its time does.
+    """
+    costs_L = torch.tensor(wish.costs, dtype=torch.float64)
+    tokens_N = record.length_N.double()
+    return (tokens_N.sum() / (costs_L[layer_N - 1] * tokens_N).sum()).item()
 
 
 def _rounded_up(value: float) -> str:
@@ -263,12 +303,18 @@ def calibration(
     seen = reported if held_out is None else held_out
     choice = choose(seen, task, rule, wish)
     if held_out is None:
-        layer_N, predictions_N, idle = _cross_fitted(reported, task, rule, wish)
+        layer_N, predictions_N, chosen = _cross_fitted(reported, task, rule, wish)
         split = f"{reported.split}, cross-fitted in {FOLDS} folds"
     else:
         layer_N, predictions_N = choice(reported, task)
         split = held_out.split
     temperatures = choice.rule.temperatures
+    expected = _expected(seen, task, choice, len(reported))
+    if wish.costs is not None:
+        expected |= {
+            "time_speed_up": expected_speedup(seen, choice(seen, task)[0], wish),
+            "costs": list(wish.costs),
+        }
     found = {
         "wish": wish.plain(),
         "rule": rule.name,
@@ -276,11 +322,12 @@ def calibration(
         "thresholds": choice.thresholds,
         "calibration_split": split,
         "num_calibration": promising_rows(len(seen), wish),
-        "expected": _expected(seen, task, choice, len(reported)),
+        "expected": expected,
         "measured": measured(reported, task, layer_N, predictions_N),
     }
     if held_out is None:
-        found["folds_at_full_depth"] = idle
+        found["folds_at_full_depth"] = chosen.count(None)
+        found["fold_thresholds"] = [each.thresholds if each else 0.0 for each in chosen]
     if records[1:]:  # rows that had no part in it either way
         found["measured_elsewhere"] = {
             record.split: measured(record, task, *choice(record, task)) for record in records[1:]
@@ -288,26 +335,36 @@ def calibration(
     return found
 
 
-def _cross_fitted(record: Record, task: Task, rule: Rule, wish: Wish) -> tuple[Tensor, Tensor, int]:
+def folds(num_rows: int) -> Tensor:
+    """Which fold each row of a split is of, where thresholds are cross-fitted: (N,), from 0."""
+    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))
+    fold_N = torch.empty_like(order)
+    fold_N[order] = torch.arange(num_rows) % FOLDS
+    return fold_N
+
+
+def _cross_fitted(
+    record: Record, task: Task, rule: Rule, wish: Wish
+) -> tuple[Tensor, Tensor, list[Choice | None]]:
     """Exit layer and prediction of every row, by thresholds that were chosen on other rows.
 
     Returns:
-        Both, (N,), and in how many folds the other rows could not grant the wish (full depth).
+        Both, (N,), and what was chosen for each fold; None where the other rows could not grant
+        the wish, and full depth was used.
     """
-    order = torch.randperm(len(record), generator=torch.Generator().manual_seed(0))
+    fold_N = folds(len(record))
     layer_N = torch.empty(len(record), dtype=torch.long)
     predictions_N = torch.empty_like(task.predict(record.logits_NLC[:, -1]))
-    idle = 0
+    chosen: list[Choice | None] = []
     for fold in range(FOLDS):
-        chosen = torch.ones(len(record), dtype=torch.bool)
-        chosen[order[fold::FOLDS]] = False
+        unseen = fold_N == fold
         try:
-            choice = choose(record.rows(chosen), task, rule, wish)
+            chosen.append(choose(record.rows(~unseen), task, rule, wish))
         except Infeasible:  # enough rows for the promise, but not in four fifths of them
-            choice, idle = Choice(rule, 0.0), idle + 1
-        rest = record.rows(~chosen)
-        layer_N[~chosen], predictions_N[~chosen] = choice(rest, task)
-    return layer_N, predictions_N, idle
+            chosen.append(None)
+        choice = chosen[-1] or Choice(rule, 0.0)
+        layer_N[unseen], predictions_N[unseen] = choice(record.rows(unseen), task)
+    return layer_N, predictions_N, chosen
 
 
 def _expected(record: Record, task: Task, choice: Choice, num_new: int) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class EarlyExitEvaluation(Callback):
         calibration: the split among those evaluated that thresholds are chosen on, not reported.
         layers: look at every layer, too (`layers.layer_table`).
         ckpt: what is evaluated, as it was given; None: what this run trains.
+        timed: results and the reported record -> what results.json holds under `timing`.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class EarlyExitEvaluation(Callback):
         calibration: str | None = None,
         layers: bool = False,
         ckpt: str | None = None,
+        timed: Callable[[dict[str, Any], Record], list[dict[str, Any]]] | None = None,
     ) -> None:
         self.thresholds = (
             None if thresholds is None else curves.check_thresholds(thresholds, "thresholds")
@@ -61,6 +63,7 @@ class EarlyExitEvaluation(Callback):
         self.calibration = calibration
         self.layers = layers
         self.ckpt = ckpt
+        self.timed = timed
         self.results: dict[str, Any] = {}
         self._records: list[Record] = []
         self._batches: dict[int, list[dict[str, Tensor]]] = defaultdict(list)
@@ -92,6 +95,8 @@ class EarlyExitEvaluation(Callback):
             self._save(trainer, pl_module)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.timed:
+            self.results["timing"] = self.timed(self.results, self._records[0])
         self._save(trainer, pl_module)
 
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, prefix: str) -> None:

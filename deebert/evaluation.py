@@ -8,7 +8,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from deebert import calibrate, curves
+from deebert import calibrate, curves, exits
 from deebert.analysis import analysis
 from deebert.calibrate import Wish
 from deebert.curves import Thresholds
@@ -111,11 +111,7 @@ def check_lengths(thresholds: list[Thresholds] | None, num_layers: int) -> None:
     UserError: a list with a threshold per ramp is not of the right length.
     """
     for given in thresholds or ():
-        if isinstance(given, list) and len(given) != num_layers - 1:
-            raise UserError(
-                f"threshold={given} has {len(given)} values; give one for all ramps, or one for "
-                f"each of the {num_layers - 1} ramps before the last"
-            )
+        exits.limits(given, num_layers)
 
 
 def _examples(record: Record, task: Task, rule: Rule) -> dict[str, Any]:

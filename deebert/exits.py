@@ -8,7 +8,7 @@ Knows nothing of models, tasks or files. Shapes: N rows, L layers (= ramps), C l
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -106,7 +106,8 @@ def vote(logits_NLC: Tensor) -> Verdict:
     shares_NLC = torch.softmax(logits_NLC.float(), -1)
     ballots_NLC = torch.nn.functional.one_hot(logits_NLC.argmax(-1), logits_NLC.shape[-1])
     votes_NLC = ballots_NLC.cumsum(1)
-    tie_break_NLC = shares_NLC.cumsum(1) / (2 * logits_NLC.shape[1])  # under 1: never wins a vote
+    num_L = torch.arange(1, logits_NLC.shape[1] + 1)
+    tie_break_NLC = shares_NLC.cumsum(1) / (2 * num_L[:, None])  # under 1: never wins a vote
     return Verdict(1 / votes_NLC.amax(-1).float(), votes_NLC + tie_break_NLC)
 
 
@@ -155,6 +156,8 @@ class Rule:
         largest: from about here on everything leaves at the first ramps; None for 1, or ln C
             where that is more.
         regression: does it fit a regression (and nothing else)?
+        looks_back: does a ramp's score depend on the ramps before it, too? Where it does not, the
+            engine evaluates only ramps that an input may leave at.
         temperatures: (L,) divides the logits of each ramp first; None for 1.
         options: what else tells this rule from others of its name, for results.json.
     """
@@ -164,6 +167,7 @@ class Rule:
     num_labels: int
     largest: float | None = None
     regression: bool = False
+    looks_back: bool = True
     temperatures: Tensor | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -177,14 +181,18 @@ class Rule:
             )
             raise UserError(why)
 
-    def __call__(self, logits_NLC: Tensor) -> Verdict:
-        """Scores and answers of every ramp.
+    def __call__(self, logits_NLC: Tensor, first: int = 0) -> Verdict:
+        """Scores and answers of every ramp, or of the first so many.
+
+        Args:
+            first: how many ramps come before these (only where the rule does not look back).
 
         Raises:
             UserError: the rule's function gives something else than scores (N, L).
         """
         if self.temperatures is not None:
-            logits_NLC = logits_NLC / self.temperatures[:, None]
+            temperatures_L = self.temperatures[first : first + logits_NLC.shape[1]]
+            logits_NLC = logits_NLC / temperatures_L[:, None]
         found = self.score(logits_NLC)
         verdict = found if isinstance(found, Verdict) else Verdict(found, logits_NLC)
         shape = logits_NLC.shape[:2]
@@ -211,7 +219,7 @@ def default(num_labels: int) -> Rule:
     """The paper's rule; for a regression, which has no entropy, PABEE's."""
     if num_labels == 1:
         return Rule("change", change, 1, regression=True)
-    return Rule("entropy", entropy, num_labels)
+    return Rule("entropy", entropy, num_labels, looks_back=False)
 
 
 def _temperature(logits_NC: Tensor, labels_N: Tensor) -> float:
@@ -229,6 +237,26 @@ def _temperature(logits_NC: Tensor, labels_N: Tensor) -> float:
         else:
             low += third
     return math.exp((low + high) / 2)
+
+
+def limits(thresholds: Sequence[float] | float, num_layers: int) -> Tensor:
+    """The threshold of each ramp but the last: (L-1,) float64.
+
+    Args:
+        thresholds: one number >= 0 for all ramps, or L-1 numbers.
+
+    Raises:
+        UserError: they are not as many, or one is no such number.
+    """
+    if isinstance(thresholds, Sequence) and len(thresholds) != num_layers - 1:
+        raise UserError(
+            f"threshold={list(thresholds)} has {len(thresholds)} values; give one for all ramps, "
+            f"or one for each of the {num_layers - 1} ramps before the last"
+        )
+    found = torch.tensor(thresholds, dtype=torch.float64)
+    if not (found >= 0).all():  # NaN is not
+        raise UserError(f"threshold={thresholds} must be >= 0 (0 never exits)")
+    return found.expand(num_layers - 1)
 
 
 def exit_layer(scores_NL: Tensor, thresholds: Tensor | list[float] | float) -> Tensor:

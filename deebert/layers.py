@@ -47,9 +47,9 @@ def layer_table(
         - `cka`: L x L, see `linear_cka`.
     """
     device = next(model.parameters()).device
-    layers = list(model.backbone.layers)
+    backbone, num_layers = model.backbone, len(model.ramps)
     last_ramp = model.ramps[-1]
-    influence = [0.0] * len(layers)
+    influence = [0.0] * num_layers
     num_tokens = 0
     states: list[Tensor] = []
     logits: list[Tensor] = []  # (B, 1 + L, C) a batch: at full depth, then without each layer
@@ -58,19 +58,19 @@ def layer_table(
         for batch in _spread(list(batches), max_rows):
             inputs = {name: batch[name].to(device) for name in INPUTS if name in batch}
             real_BS = inputs["attention_mask"].bool()
-            hidden_BSH, mask = model.backbone.embed(**inputs)
+            hidden_BSH, context = backbone.embed(**inputs)
             states_BH, without_BC = [], []
-            for position, layer in enumerate(layers):
+            for layer in range(num_layers):
                 # Layers before the skipped one are shared: start from their state.
-                skipped_BSH = hidden_BSH
-                for later in layers[position + 1 :]:
-                    skipped_BSH = later(skipped_BSH, mask)
+                skipped_BSH = backbone.skip_layer(layer, hidden_BSH, context)
+                for later in range(layer + 1, num_layers):
+                    skipped_BSH = backbone.run_layer(later, skipped_BSH, context)
                 without_BC.append(last_ramp(skipped_BSH[:, 0]))
-                next_BSH = layer(hidden_BSH, mask)
+                next_BSH = backbone.run_layer(layer, hidden_BSH, context)
                 cosine_BS = nn.functional.cosine_similarity(
                     hidden_BSH.float(), next_BSH.float(), dim=-1
                 )
-                influence[position] += (1 - cosine_BS)[real_BS].sum().item()
+                influence[layer] += (1 - cosine_BS)[real_BS].sum().item()
                 hidden_BSH = next_BSH
                 states_BH.append(hidden_BSH[:, 0])
             num_tokens += int(real_BS.sum())
@@ -82,7 +82,7 @@ def layer_table(
         [None if math.isnan(value) else value for value in row]
         for row in linear_cka(torch.cat(states)).tolist()
     ]
-    scores: list[float | None] = [None] * (1 + len(layers))
+    scores: list[float | None] = [None] * (1 + num_layers)
     if labels:
         labels_N = torch.cat(labels).to(task.target_dtype())
         predictions = task.predict(torch.cat(logits)).unbind(1)

@@ -109,10 +109,10 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
         token_type_ids: Tensor | None = None,
     ) -> Tensor:
         """The first token's state after each layer: (B, S) ids and mask -> (B, L, H)."""
-        hidden_BSH, mask = self.backbone.embed(input_ids, attention_mask, token_type_ids)
+        hidden_BSH, context = self.backbone.embed(input_ids, attention_mask, token_type_ids)
         states = []
-        for layer in self.backbone.layers:
-            hidden_BSH = layer(hidden_BSH, mask)
+        for index in range(len(self.ramps)):
+            hidden_BSH = self.backbone.run_layer(index, hidden_BSH, context)
             states.append(hidden_BSH[:, 0])
         return torch.stack(states, dim=1)
 

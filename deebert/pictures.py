@@ -1,5 +1,6 @@
 """results.json -> curve.png and layers.png. Draws; computes nothing, reads no file."""
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,26 @@ def curve(results: dict[str, Any], title: str, file: Path) -> None:
                 label=f"every input at one ramp{label}",
             )
             left.axhline(part["exits"][-1]["score"], color="0.7", linestyle=":", zorder=0)
-    left.set(xlabel="expected saving (% of layers)", ylabel=results["metric"], title=title)
+    timing = results.get("timing") or []
+    # A dict keeps their order: a mark for each precision and batch size.
+    kinds = dict.fromkeys((case["precision"], case["batch_size"]) for case in timing)
+    for mark, (precision, batch_size) in zip(cycle("+x1234"), kinds, strict=False):
+        cases = [c for c in timing if (c["precision"], c["batch_size"]) == (precision, batch_size)]
+        if results["objective"] == "final" or cases[0]["score"] is None:
+            continue
+        which = f", {precision}, {batch_size or 'all'}" if len(kinds) > 1 else ""
+        left.plot(
+            [100 * case["time_saving"] for case in cases],
+            [case["score"] for case in cases],
+            linestyle="",
+            marker=mark,
+            markersize=10,
+            markeredgewidth=2,
+            color="k",
+            label=f"on the clock{which}",
+        )
+    xlabel = "expected saving (% of layers)" + ("; on the clock: % of time" if timing else "")
+    left.set(xlabel=xlabel, ylabel=results["metric"], title=title)
     left.grid(alpha=0.3)
     if left.get_legend_handles_labels()[0]:
         left.legend()

@@ -15,7 +15,11 @@ from deebert.data import CALIBRATION, TextDataModule
 from deebert.errors import UserError, unknown
 from deebert.evaluation import Question, check_lengths
 from deebert.exits import Rule, Score
+from deebert.kernels import PRECISIONS
+from deebert.speed import Protocol
 from deebert.tasks import Task
+
+WISHES = ("target_saving", "target_speedup", "max_drop")
 
 
 def check(config: dict[str, Any]) -> None:
@@ -43,11 +47,8 @@ def check(config: dict[str, Any]) -> None:
             f"temperature={temperature} must be true (fit them), false, or a list of numbers "
             "above 0, one for each ramp"
         )
-    wishes = [
-        name
-        for name in ("threshold", "thresholds", "target_saving", "max_drop")
-        if config[name] is not None
-    ]
+    asking = ("threshold", "thresholds", "target_saving", "target_speedup", "max_drop")
+    wishes = [name for name in asking if config[name] is not None]
     if len(wishes) > 1:
         said = " and ".join(f"{name}={config[name]}" for name in wishes)
         raise UserError(f"{said}: ask for one of them")
@@ -55,6 +56,17 @@ def check(config: dict[str, Any]) -> None:
         for flag in ("per_ramp", "temperature"):
             if config[flag] is True:
                 raise UserError(f"{flag}=true needs target_saving= or max_drop=")
+    if config["target_speedup"] is not None and config["timing"] is None:
+        config["timing"] = "all"
+    if config["timing"] is None:
+        return
+    if config["record"]:
+        raise UserError("timing= and target_speedup= run the model: give ckpt=, not record=")
+    if not wishes:
+        raise UserError(
+            f"timing={config['timing']} needs something to time: {'= or '.join(asking)}="
+        )
+    protocol(config)
 
 
 def asked(config: dict[str, Any], task: Task, score: Score | None) -> Question:
@@ -67,9 +79,9 @@ def asked(config: dict[str, Any], task: Task, score: Score | None) -> Question:
     if isinstance(config["temperature"], list):
         temperatures = torch.tensor(config["temperature"], dtype=torch.float32)
         rule = replace(rule, temperatures=temperatures)
-    values = {field.name: config[field.name] for field in fields(Wish)}
+    values = {field.name: config[field.name] for field in fields(Wish) if field.name in config}
     wish = Wish(**values | {"temperature": config["temperature"] is True})
-    wished = wish.target_saving is not None or wish.max_drop is not None
+    wished = any(config[name] is not None for name in WISHES)
     thresholds: list[Any] | None = None
     if config["threshold"] is not None:
         given = curves.check_thresholds(config["threshold"], "threshold")
@@ -77,6 +89,47 @@ def asked(config: dict[str, Any], task: Task, score: Score | None) -> Question:
     elif config["thresholds"] is not None:
         thresholds = list(curves.check_thresholds(config["thresholds"], "thresholds"))
     return Question(rule, thresholds, wish if wished else None, config["calibration"])
+
+
+def protocol(config: dict[str, Any]) -> Protocol | None:
+    """How to measure seconds, or None where nobody asks.
+
+    Raises:
+        UserError: a value is not one of its choices.
+    """
+    if config["timing"] is None:
+        return None
+    sizes, precisions = _listed(config["timing"]), _listed(config["precision"])
+    for size in sizes:
+        if size != "all" and not _is_count(size):
+            raise UserError(
+                f"timing={config['timing']}: {size} is neither all nor a whole number of inputs a "
+                "request (1 or more); give one of them or a list"
+            )
+    for precision in precisions:
+        if precision not in PRECISIONS:
+            raise unknown("precision", precision, PRECISIONS, "precision")
+    for flag in ("timing", "precision"):
+        if not _listed(config[flag]):
+            raise UserError(f"{flag}=[] is empty; leave it out, or name something to time")
+    if not _is_count(config["repeats"]):
+        raise UserError(f"repeats={config['repeats']} must be a whole number of 1 or more")
+    if config["threads"] is not None and not _is_count(config["threads"]):
+        raise UserError(f"threads={config['threads']} must be a whole number of 1 or more, or null")
+    return Protocol(
+        tuple(None if size == "all" else size for size in sizes),
+        tuple(precisions),
+        config["repeats"],
+        config["threads"],
+    )
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _rule(values: dict[str, Any], score: Score, task: Task) -> Rule:
@@ -89,15 +142,35 @@ def _rule(values: dict[str, Any], score: Score, task: Task) -> Rule:
     if not callable(score):
         raise UserError(f"exit.score={values['score']} must name a function (_target_, _partial_)")
     told = {name: v for name, v in values["score"].items() if not str(name).startswith("_")}
-    rule = Rule(str(values["name"]), score, task.num_labels, largest, regression, options=told)
+    looks_back = values.get("looks_back", True)
+    if not isinstance(looks_back, bool):
+        raise UserError(f"exit.looks_back={looks_back} must be true or false")
+    rule = Rule(
+        str(values["name"]), score, task.num_labels, largest, regression, looks_back, options=told
+    )
     try:
         rule(torch.zeros(2, 4, task.num_labels))
+        alone = rule.looks_back or _judges_alone(rule)
     except UserError:
         raise
     except Exception as error:  # a function of the user's own may fail in any way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"exit={rule.name}: its function fails: {reason} (exit.score)") from error
+    if not alone:
+        raise UserError(
+            f"exit.looks_back=false, but what exit={rule.name} says of a ramp depends on those "
+            "before it; say exit.looks_back=true"
+        )
     return rule
+
+
+def _judges_alone(rule: Rule) -> bool:
+    """Is a ramp judged the same without the ramps before it?"""
+    logits_NLC = torch.randn(8, 4, rule.num_labels, generator=torch.Generator().manual_seed(0))
+    together, alone = rule(logits_NLC), rule(logits_NLC[:, -1:])
+    return torch.allclose(together.score_NL[:, -1:], alone.score_NL) and torch.allclose(
+        together.answer_NLC[:, -1:], alone.answer_NLC
+    )
 
 
 def _is_number(value: Any) -> bool:
@@ -122,7 +195,7 @@ def check_model(question: Question, config: dict[str, Any], num_layers: int) -> 
 def calibration_split(config: dict[str, Any], data: TextDataModule, origin: Origin) -> str | None:
     """The split that thresholds are chosen on, if it is another than the reported one."""
     named: str = config["calibration"]
-    if named == "crossfit" or (config["target_saving"] is None and config["max_drop"] is None):
+    if named == "crossfit" or all(config[name] is None for name in WISHES):
         return None
     if named not in ("auto", "heldout"):
         splits = [*data.task.validation, *data.task.test]

@@ -142,7 +142,7 @@ def _table(rows: list[dict[str, Any]]) -> Iterable[str]:
 def _cell(column: str, value: Any) -> str:
     if value is None:
         return "-"
-    if column.startswith("expected_saving"):
+    if column.startswith(("expected_saving", "time_saving")):
         return f"{value:.1%}"
     if column == "speed_up":
         return f"{value:.2f}x"
@@ -152,7 +152,10 @@ def _cell(column: str, value: Any) -> str:
 
 
 def _picture(means: list[Mean]) -> bytes:
-    """Score against saving: a line a group, with error bars where there are several seeds."""
+    """Score against saving: a line a group, with error bars where there are several seeds.
+
+    Against the time saved, too, where that was measured: the same line, dashed.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -169,6 +172,7 @@ def _picture(means: list[Mean]) -> bytes:
     for i, (label, points) in enumerate(lines.items()):
         points.sort(key=lambda point: point.expected_saving)
         several = any(len(point.seeds) > 1 for point in points)
+        colour = colours(i if len(lines) <= 10 else i / (len(lines) - 1))
         axes.errorbar(
             savings := [100 * point.expected_saving for point in points],
             scores := [point.score for point in points if point.score is not None],  # all have one
@@ -178,17 +182,25 @@ def _picture(means: list[Mean]) -> bytes:
             markersize=4,
             capsize=2,
             elinewidth=0.8,
-            color=colours(i if len(lines) <= 10 else i / (len(lines) - 1)),
+            color=colour,
             label=label or None,
         )
+        timed = [
+            (100 * point.time_saving, score)
+            for point, score in zip(points, scores, strict=True)
+            if point.time_saving is not None
+        ]
+        if timed:
+            axes.plot(*zip(*timed, strict=True), "x--", color=colour, linewidth=1)
         if len(means) <= FEW:
             for point, x, y in zip(points, savings, scores, strict=True):
                 text = (point.wish or "").partition(" ")[0] or _cell("threshold", point.threshold)
                 axes.annotate(text, (x, y), (4, 4), textcoords="offset points", fontsize=7)
     line = means[0].line
     shared = [key for key in ("task", "backbone", "stage", "exit") if len(values[key]) == 1]
+    clock = any(mean.time_saving is not None for mean in means)
     axes.set(
-        xlabel="expected saving (% of layers)",
+        xlabel="expected saving (% of layers)" + ("; dashed: time saving (%)" if clock else ""),
         ylabel=" or ".join(dict.fromkeys(mean.line["metric"] for mean in means)),
         title=", ".join(_named(key, line[key]) for key in shared if line[key]),
     )

@@ -17,6 +17,7 @@ COLUMNS = (
     "task", "backbone", "stage", "objective", "seed", "exit", "split", "wish", "threshold",
     "metric", *MEASURED,
 )  # fmt: skip
+TIMED = ("seconds", "time_saving")  # columns where any job was timed
 ORIGINS = ("ckpt", "record")  # of an evaluation; each seed has its own
 
 
@@ -35,7 +36,8 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
     A job that was told a wish (a saving, say) has one row, as measured; one whose ramps are
     untrained (objective=final) has full depth only. Columns: `job`, the overrides that differ
-    between jobs and are no column yet, then COLUMNS.
+    between jobs and are no column yet, then COLUMNS, then, if any job was timed, TIMED: on the
+    headline split, of the first precision and batch size that the job timed; None elsewhere.
     """
     return rows_of(jobs_of(folder))
 
@@ -52,6 +54,8 @@ class Mean:
     score_spread: float | None  # sample standard deviation; None for one seed
     expected_saving: float
     expected_saving_spread: float | None
+    seconds: float | None  # None if not all rows were timed
+    time_saving: float | None
 
 
 def over_seeds(rows: list[dict[str, Any]]) -> list[Mean]:
@@ -118,8 +122,12 @@ def rows_of(jobs: list[Job]) -> list[dict[str, Any]]:
     keys = dict.fromkeys(key for _, said, _ in finished for key in said)
     others = [key for key in keys if key not in columns]
     differing = [key for key in others if len({said.get(key) for _, said, _ in finished}) > 1]
+    timed = any(row["seconds"] is not None for _, _, measured in finished for row in measured)
+    kept = (*COLUMNS, *TIMED) if timed else COLUMNS
     return [
-        {"job": job.name, **{key: said.get(key, "") for key in differing}, **row}
+        {"job": job.name}
+        | {key: said.get(key, "") for key in differing}
+        | {key: row[key] for key in kept}
         for job, said, measured in finished
         for row in measured
     ]
@@ -131,7 +139,7 @@ def _said(job: Job) -> dict[str, str]:
 
 
 def _measured(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of one job, under COLUMNS."""
+    """The rows of one job, under COLUMNS and TIMED."""
     about = {key: results[key] for key in ("task", "backbone", "stage", "objective", "seed")}
     about |= {"exit": results.get("exit", {}).get("name", ""), "metric": results["metric"]}
     wish = None
@@ -143,14 +151,28 @@ def _measured(results: dict[str, Any]) -> list[dict[str, Any]]:
     else:
         parts = (results, *results.get("other_splits", []))
         splits = {part["split"]: _points(part, results["objective"]) for part in parts}
+    times = _times(results)
     found = []
     for split, points in splits.items():
         for point in points:
             cost_ratio = 1 - point["expected_saving"]
             values = about | {"cost_ratio": cost_ratio, "speed_up": 1 / cost_ratio} | point
             values |= {"split": split, "wish": wish, "threshold": _hashable(point.get("threshold"))}
-            found.append({column: values[column] for column in COLUMNS})
+            row = {column: values[column] for column in COLUMNS}
+            # A wish has but one case, whose thresholds may have been cross-fitted.
+            case = next(iter(times.values()), {}) if wish else times.get(row["threshold"], {})
+            if split != results["split"]:  # only the first is timed
+                case = {}
+            found.append(row | {column: case.get(column) for column in TIMED})
     return found
+
+
+def _times(results: dict[str, Any]) -> dict[float | str | None, dict[str, Any]]:
+    """What was timed, by threshold: of the first precision and batch size."""
+    timing = results.get("timing") or []
+    same = ("precision", "batch_size")
+    first = [case for case in timing if all(case[key] == timing[0][key] for key in same)]
+    return {_hashable(case["threshold"]): case for case in first}
 
 
 def _points(part: dict[str, Any], objective: str) -> list[dict[str, Any]]:
@@ -182,7 +204,7 @@ def _origin(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 def _line(row: Mapping[str, Any]) -> dict[str, Any]:
-    left_out = ("job", "seed", *ORIGINS, "wish", "threshold", *MEASURED)
+    left_out = ("job", "seed", *ORIGINS, "wish", "threshold", *MEASURED, *TIMED)
     line = {key: value for key, value in row.items() if key not in left_out}
     return line | {"wished": _kind(row["wish"])}
 
@@ -191,6 +213,7 @@ def _mean(line: dict[str, Any], group: list[dict[str, Any]]) -> Mean:
     wish = group[0]["wish"]
     savings = [row["expected_saving"] for row in group]
     scores = [row["score"] for row in group if row["score"] is not None]
+    timed = all(row.get("seconds") is not None for row in group)
     return Mean(
         line=line,
         wish=wish,
@@ -200,4 +223,6 @@ def _mean(line: dict[str, Any], group: list[dict[str, Any]]) -> Mean:
         score_spread=statistics.stdev(scores) if len(scores) > 1 else None,
         expected_saving=statistics.fmean(savings),
         expected_saving_spread=statistics.stdev(savings) if len(savings) > 1 else None,
+        seconds=statistics.fmean(row["seconds"] for row in group) if timed else None,
+        time_saving=statistics.fmean(row["time_saving"] for row in group) if timed else None,
     )

@@ -1,16 +1,20 @@
-"""What a W&B run is told beside the scalars: curves, tables, exits, headline.
+"""What a W&B run is told beside the scalars: curves, tables, exits, times, headline.
 
 Takes an open run and what curves.py or results.json say of a split. Knows nothing of Lightning,
 and imports wandb only when there is a run to log to.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import wandb
 
+TIMED = (
+    "score", "expected_saving", "time_saving", "speed_up", "seconds", "seconds_full_depth",
+    "seconds_threshold_0", "samples_per_second", "equal_exits", "equal_predictions",
+)  # fmt: skip
 CURVE = ("threshold", "score", "cost_ratio", "expected_saving", "speed_up")  # of a written curve
 
 
@@ -63,6 +67,8 @@ def log_final(run: "wandb.Run", results: Mapping[str, Any], picture: Path) -> No
         _log_curve(run, "curve", results)
         for other in results.get("other_splits", []):
             _log_curve(run, f"curve_{other['split']}", other)
+    if timing := results.get("timing"):
+        _log_timing(run, timing)
     run.summary.update(_headline(results))
     run.log({"curve": [wandb.Image(str(picture))]})
 
@@ -100,10 +106,44 @@ def _log_curve(run: "wandb.Run", name: str, evaluation: Mapping[str, Any]) -> No
         run.log(values | {metric: count / evaluation["num_rows"] for metric, count in counts})
 
 
+def _log_timing(run: "wandb.Run", timing: Sequence[Mapping[str, Any]]) -> None:
+    """All that was timed as a table; with several thresholds also a chart, a line per case."""
+    import wandb
+
+    rows = [
+        {"case": _case(case), "threshold": str(case["threshold"])}
+        | {key: case[key] for key in ("num_rows", "repeats", "threads", "device")}
+        | _timed(case)
+        | {f"exit_{layer}": count for layer, count in enumerate(case["exit_counts"], 1)}
+        for case in timing
+    ]
+    table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+    logged: dict[str, Any] = {"timing": table}
+    if len({row["threshold"] for row in rows}) > 1 and rows[0]["score"] is not None:
+        logged["timing/score_vs_seconds"] = wandb.plot.line(
+            table, "seconds", "score", stroke="case", title="Score against seconds"
+        )
+    run.log(logged)
+
+
+def _case(case: Mapping[str, Any]) -> str:
+    """What was timed, but for the threshold: "float32/all", "bfloat16/8"."""
+    return f"{case['precision']}/{case['batch_size'] or 'all'}"
+
+
+def _timed(case: Mapping[str, Any]) -> dict[str, Any]:
+    latencies = {f"latency_{name}_ms": value for name, value in case["latency_ms"].items()}
+    return {key: case[key] for key in TIMED} | latencies
+
+
 def _headline(results: Mapping[str, Any]) -> dict[str, Any]:
     values = {"full_depth/score": results["exits"][-1]["score"]}
     if calibration := results.get("calibration"):
         values |= {f"calibration/{key}": value for key, value in calibration["wish"].items()}
         for key in ("score", "expected_saving"):
             values[f"calibration/{key}"] = calibration["measured"][key]
+    # Of the first threshold of each case; the others are in the table.
+    for case in results.get("timing") or []:
+        for key, value in _timed(case).items():
+            values.setdefault(f"timing/{_case(case)}/{key}", value)
     return {key: value for key, value in values.items() if value is not None}

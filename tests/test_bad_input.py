@@ -152,6 +152,20 @@ def bad_input(tmp_path: Path, glue: Path, stage1: Path, stage2: Path) -> dict[st
         "a metric nobody logs": (train, (*mrpc, here, "callbacks.best.monitor=val/f2"), "val/f2"),
         "a precision nobody has": (train, (*mrpc, here, "trainer.precision=64-wide"), "64-wide"),
         "training ax": (train, ("task=ax", *TINY, here), "no training split"),
+        "timing of nothing": (evaluate, (f"ckpt={stage2}", "timing=all"), "timing=all needs something to time: threshold= or thresholds="),
+        "timing sometimes": (evaluate, (f"ckpt={stage2}", "threshold=0.1", "timing=sometimes"), "timing=sometimes: sometimes is neither all nor a whole number"),
+        "timing of 0 inputs": (evaluate, (f"ckpt={stage2}", "threshold=0.1", "timing=[all,0]"), "0 is neither all nor a whole number of inputs a request"),
+        "timing empty": (evaluate, (f"ckpt={stage2}", "threshold=0.1", "timing=[]"), "timing=[] is empty"),
+        "timing a record": (evaluate, (f"record={stage2}", "threshold=0.1", "timing=1"), "timing= and target_speedup= run the model"),
+        "precision": (evaluate, (f"ckpt={stage2}", "threshold=0.1", "timing=1", "precision=float8"), "precision 'float8' is unknown; choose one of: float32, bfloat16, int8"),
+        "repeats": (evaluate, (f"ckpt={stage2}", "threshold=0.1", "timing=1", "repeats=0"), "repeats=0 must be a whole number of 1 or more"),
+        "threads": (evaluate, (f"ckpt={stage2}", "threshold=0.1", "timing=1", "threads=two"), "threads=two must be a whole number of 1 or more, or null"),
+        "speed-up below 1": (evaluate, (f"ckpt={stage2}", "target_speedup=0.5"), "target_speedup=0.5 must be in [1, inf)"),
+        "speed-up and saving": (evaluate, (f"ckpt={stage2}", "target_speedup=2", "target_saving=0.4"), "target_saving=0.4 and target_speedup=2: ask for one of them"),
+        "speed-up of a record": (evaluate, (f"record={stage2}", "target_speedup=2"), "timing= and target_speedup= run the model"),
+        "speed-up per ramp": (evaluate, (f"ckpt={stage2}", "target_speedup=2", "per_ramp=true"), "per_ramp=true needs target_saving="),
+        "speed-up too large": (evaluate, (f"ckpt={stage2}", "target_speedup=1000", "repeats=1"), "target_speedup=1000 is more than exit=entropy can reach: about"),
+        "a rule that looks back": (evaluate, (f"ckpt={stage2}", "exit=patience", "exit.looks_back=false", "threshold=0.5"), "exit.looks_back=false, but what exit=patience says"),
     }  # fmt: skip
 
 

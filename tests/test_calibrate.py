@@ -31,7 +31,7 @@ def simulated(num_rows: int, seed: int = 0, layers: int = 5, split: str = "valid
 def test_a_saving_chosen_on_held_out_rows_holds_on_others(saving: float) -> None:
     held_out, reported = simulated(2000, 1, split="calibration"), simulated(3000, 2)
     found = calibration(held_out, [reported], task("sst2"), RULE, Wish(target_saving=saving))
-    assert found["expected"]["expected_saving"] == pytest.approx(saving, abs=1 / 2000)
+    assert found["expected"]["expected_saving"] == pytest.approx(saving, abs=0.0015)
     assert found["expected"]["expected_saving"] >= saving - 1e-9
     assert found["measured"]["expected_saving"] == pytest.approx(saving, abs=0.02)
     for name, value in (("interval", "expected_saving"), ("score_interval", "score")):

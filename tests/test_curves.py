@@ -113,7 +113,8 @@ def test_thresholds_for_a_saving_are_the_smallest_that_grant_it(name: str) -> No
         least = verdict.score_NL[:, :-1].cummin(1).values
         below = least[least < threshold]
         if len(below) and threshold:
-            assert savings(verdict, below.max().item()).mean().item() < saving
+            # One score less grants less, but for the thousandth that the widest gap may cost.
+            assert savings(verdict, below.max().item()).mean().item() < saving + 0.001
         if name == "entropy":
             assert granted < saving + 6 / 2400, "entropies are all different"
     [most] = thresholds_for(verdict.score_NL, [0.99])

@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from deebert import backbones
+from deebert.architectures import ARCHITECTURES
 from deebert.layers import layer_table, linear_cka
 from deebert.model import EarlyExitModel
 from deebert.tasks import Task
@@ -62,7 +63,7 @@ def inputs(batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     return [batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")]
 
 
-@pytest.mark.parametrize("model_type", backbones.ARCHITECTURES)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 @torch.no_grad()
 def test_score_without_a_layer_is_that_of_a_model_that_never_had_it(model_type: str) -> None:
     model = build(model_type).eval()
@@ -72,9 +73,9 @@ def test_score_without_a_layer_is_that_of_a_model_that_never_had_it(model_type: 
     def score(backbone: backbones.Backbone) -> float:
         values = []
         for batch in batches():
-            hidden, mask = backbone.embed(*inputs(batch))
-            for layer in backbone.layers:
-                hidden = layer(hidden, mask)
+            hidden, context = backbone.embed(*inputs(batch))
+            for index in range(len(backbone.layers)):
+                hidden = backbone.run_layer(index, hidden, context)
             values.append(model.ramps[-1](hidden[:, 0]))
         return STSB.score(torch.cat(values).squeeze(-1), labels)
 
@@ -95,9 +96,9 @@ def test_block_influence_token_by_token() -> None:
     model = build().eval()
     cosines = [[], [], []]
     for row in one_by_one():
-        hidden, mask = model.backbone.embed(*inputs(row))
-        for k, layer in enumerate(model.backbone.layers):
-            after = layer(hidden, mask)
+        hidden, context = model.backbone.embed(*inputs(row))
+        for k in range(3):
+            after = model.backbone.run_layer(k, hidden, context)
             for x, y in zip(hidden[0], after[0], strict=True):
                 cosines[k].append((x @ y / (x.norm() * y.norm())).item())
             hidden = after

@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from timed import timed
 
 from deebert.page import page
 
@@ -257,6 +259,13 @@ def text(tab: Any, selector: str) -> str:
     return tab.locator(selector).inner_text().replace("\N{NO-BREAK SPACE}", " ")
 
 
+def expect(locator: Any) -> Any:
+    """Playwright's own, which waits; wait_for_function needs an eval that the page forbids."""
+    from playwright.sync_api import expect
+
+    return expect(locator)
+
+
 def slide(tab: Any, value: int) -> None:
     """Set the slider as a script does."""
     tab.eval_on_selector(
@@ -375,7 +384,7 @@ def test_the_command_can_be_copied(show: Open, clipboard: bool) -> None:
         tab.evaluate("void (navigator.clipboard.writeText = () => Promise.reject())")
     slide(tab, 25)
     tab.click("#copy")
-    tab.wait_for_function("document.getElementById('copy').textContent === 'Copied'")
+    expect(tab.locator("#copy")).to_have_text("Copied")
     tab.evaluate("document.body.append(document.createElement('textarea'))")
     tab.focus("textarea")
     tab.keyboard.press("Control+V")
@@ -390,6 +399,46 @@ def test_the_command_names_the_rule_and_quotes_the_run(show: Open) -> None:
     assert text(tab, "#command").startswith(
         """python evaluate.py 'ckpt="my runs/it'\\''s=1"' target_saving="""
     )
+
+
+def test_what_was_timed_is_a_table_and_a_mark_each(show: Open) -> None:
+    results = full_results()
+    assert not show(results).locator("#clock").is_visible()
+    folds = [0.31, 0.2, 0.25, 0.3, 0.28]
+    calibration = results["calibration"]
+    calibration |= {"wish": {"target_speedup": 1.5}, "fold_thresholds": folds}
+    calibration["expected"]["time_speed_up"] = 1.57
+    results["timing"] = [
+        timed(folds, 0.41, counts=(2000, 2080)),
+        timed(folds, -0.035, 0.83, batch_size=1, counts=(400, 600)),
+    ]
+    tab = show(results)
+    assert text(tab, "#clock-table tbody tr >> nth=0") == (
+        "float32\tall\t4,080\tcross-fitted\t0.8391\t0.8584\t32.8 %\t41.0 %\t1.69\N{MULTIPLICATION SIGN}"
+        "\t0.289\t0.490\t120.50\t130.25\t131.13\t99.00 %"
+    )
+    assert "\t1\t1,000\tcross-fitted\t0.8300\t" in text(tab, "#clock-table tbody tr >> nth=1")
+    lead = text(tab, "#clock-text")
+    assert "medians of 3 turns, threads: 1, device: cpu" in lead
+    assert "without any exit: 1.25\N{MULTIPLICATION SIGN} (float32, all), 1.25" in lead
+    assert "a speed-up of 1.50\N{MULTIPLICATION SIGN} on the clock" in text(tab, "#wish-text")
+    column = tab.locator("#wish-table tr > :last-child").all_inner_texts()
+    assert column == ["speed-up (clock)", "1.50\xd7", "1.57\xd7", "1.69\xd7, 0.97\xd7", "1.00\xd7"]
+    first, second = (tab.locator(f"#curve .timed >> nth={i}").bounding_box() for i in (0, 1))
+    full = tab.locator("#curve line.full").bounding_box()
+    assert full["x"] < second["x"] < first["x"], "left of the axis' 0, but in the picture"
+    tab.focus("#curve .timed >> nth=0")
+    assert "inputs a request: all\ntime saving 41.0 %\nf1 0.839\nthreshold cross-fitted" in text(tab, "#tip")  # fmt: skip
+    assert "on the clock" in text(tab, "#legend")
+    tab.select_option("#split", "validation_mismatched")  # not timed
+    assert not tab.locator("#clock").is_visible()
+    assert tab.locator("#curve .timed").count() == 0
+
+
+def test_timing_without_labels_has_no_scores(show: Open) -> None:
+    tab = show(bare_results() | {"timing": [timed([0.1, 0.2], score=None, precision="int8")]})
+    assert "int8\tall\t10\t0.1, 0.2\t\N{EN DASH}\t" in text(tab, "#clock-table")
+    assert "own speed-up" not in text(tab, "#clock-text")
 
 
 def test_dark_and_light(show: Open) -> None:
@@ -407,11 +456,13 @@ def test_no_width_scrolls_sideways(show: Open, width: int) -> None:
     results = full_results()
     results["backbone"] = "an-organisation/with-a-very-long-backbone-name-that-nobody-would-break"
     results["examples"]["first"][1]["text"] = "w" * 300
+    results["timing"] = [timed(), timed([0.31, 0.29, 0.25, 0.2, 0.11], precision="bfloat16")]
     tab = show(results, viewport={"width": width, "height": 800})
     tab.click("#numbers summary")
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     tab.set_viewport_size({"width": 380, "height": 800})
-    tab.wait_for_function("document.querySelector('#curve svg').viewBox.baseVal.width < 380")
+    narrow = re.compile(r"0 0 (2\d\d|3[0-7]\d) ")
+    expect(tab.locator("#curve svg")).to_have_attribute("viewBox", narrow)
     assert tab.evaluate("document.documentElement.scrollWidth") <= 380
 
 
@@ -425,6 +476,7 @@ def test_texts_of_the_results_are_never_markup(show: Open) -> None:
         row["mean_exit_layer"] = {HOSTILE: 2.0}
     for ramp in results["exits"]:
         ramp["scores"][HOSTILE] = 0.5
+    results["timing"] = [timed(precision=HOSTILE, device=HOSTILE, threshold=0.1)]
     results["examples"]["last"][0] |= {"label": HOSTILE, "prediction": HOSTILE + "!"}
     assert page(results).count("<img") == 0
     tab = show(results)

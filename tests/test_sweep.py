@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import runpy
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from conftest import ROOT, TINY, CommandFailed, results
 from filelock import FileLock
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from timed import timed
 
 from deebert import sweep, sweep_rows
 
@@ -272,6 +274,53 @@ def test_a_threshold_for_each_ramp(tmp_path: Path) -> None:
     assert (mean.threshold, mean.score, mean.seeds) == ("[0.1,0.2]", 0.75, (1, 2))
     sweep.write(tmp_path)
     assert "| [0.1,0.2] | 0.7500 |" in (tmp_path / "sweep.md").read_text()
+
+
+def test_seconds_stand_beside_what_was_timed(tmp_path: Path) -> None:
+    """Of a job's first precision and batch size; the mean over seeds has them, too."""
+    for seed in (1, 2):
+        timing = [
+            timed(0.1, 0.2 + seed / 10), timed(0.1, 0.7, precision="int8"), timed(0.1, 0.8, batch_size=1),
+            timed([0.1, 0.2], 0.6),
+        ]  # fmt: skip
+        points = [(0.0, 0.9, 0.0), (0.1, 0.8, 0.2), ([0.1, 0.2], 0.7, 0.3)]
+        made(tmp_path / str(seed), f"ckpt=RUN{seed}", points, seed=seed, timing=timing)
+    rows = sweep_rows.rows(tmp_path)
+    assert list(rows[0]) == ["job", "ckpt", *sweep_rows.COLUMNS, "seconds", "time_saving"]
+    assert [row["time_saving"] for row in rows] == pytest.approx([None, 0.3, 0.6, None, 0.4, 0.6])
+    assert [row["seconds"] for row in rows] == pytest.approx([None, 1.4, 0.8, None, 1.2, 0.8])
+    means = sweep_rows.over_seeds(rows)
+    assert [mean.time_saving for mean in means] == pytest.approx([None, 0.35, 0.6])
+    assert [mean.seconds for mean in means] == pytest.approx([None, 1.3, 0.8])
+    sweep.write(tmp_path)
+    assert [row["seconds"] for row in table(tmp_path)[:2]] == ["", "1.4"]
+    over, _, jobs = (tmp_path / "sweep.md").read_text().partition("## Every job")
+    assert "| 0.1 | 0.8000 | 0.0000 | 20.0% | 0.0% | 1.3000 | 35.0% | 1 2 | 2 |" in over
+    assert "| 0.1 | f1 | 0.8000 | 20.0% | 0.8000 | 1.25x | 1.4000 | 30.0% |" in jobs
+    assert "| 0 | f1 | 0.9000 | 0.0% | 1.0000 | 1.00x | - | - |" in jobs
+    drawn = (tmp_path / "sweep.png").read_bytes()
+    made(tmp_path / "3", "ckpt=RUN3", [(0.1, 0.8, 0.2)], seed=3)
+    assert sweep_rows.over_seeds(sweep_rows.rows(tmp_path))[1].seconds is None, "not all were timed"
+    for seed in (1, 2):
+        file = tmp_path / str(seed) / "results.json"
+        file.write_text(json.dumps(results(file.parent) | {"timing": []}))
+    shutil.rmtree(tmp_path / "3")
+    sweep.write(tmp_path)
+    assert list(table(tmp_path)[0]) == ["job", "ckpt", *sweep_rows.COLUMNS]
+    assert "time saving" not in (tmp_path / "sweep.md").read_text()
+    assert (tmp_path / "sweep.png").read_bytes() != drawn, "no dashed line"
+
+
+def test_seconds_of_a_wish(tmp_path: Path) -> None:
+    """Its thresholds may be cross-fitted: not those that the report names. One split is timed."""
+    calibration = {
+        "wish": {"target_speedup": 1.5}, "thresholds": 0.1, "fold_thresholds": [0.1, 0.2],
+        "measured": {"score": 0.8, "expected_saving": 0.4},
+        "measured_elsewhere": {"mismatched": {"score": 0.7, "expected_saving": 0.5}},
+    }  # fmt: skip
+    made(tmp_path / "0", "", [(0.1, 0.7, 0.2)], calibration=calibration, timing=[timed([0.1, 0.2], 0.45)])  # fmt: skip
+    here, elsewhere = sweep_rows.rows(tmp_path)
+    assert (here["wish"], here["time_saving"], elsewhere["time_saving"]) == ("target_speedup=1.5", 0.45, None)  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "message"), [("nowhere", "is not a folder"), ("failed", "holds no results: 1 jobs"), ("empty", "holds no results: 0 jobs")])  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import CommandFailed
+from timed import timed
 
 from deebert import dashboard, tracking
 
@@ -133,12 +134,17 @@ def test_what_runs_are_compared_by(tmp_path: Path) -> None:
             "split": "unlabelled", "num_rows": 4, "num_layers": 2, "exits": [{"layer": 1, "score": None}, {"layer": 2, "score": None}],
             "curve": [outcome(0.5, 0.25, None, 2, 2)],
         }],
+        "timing": [
+            timed(0.1, 0.3), timed([0.5], 0.5, 0.75), timed(0.1, 0.6, precision="int8", batch_size=8),
+        ],
     }  # fmt: skip
     logger = WandbLogger(project="deebert", save_dir=str(tmp_path), offline=True)
     run = logger.experiment
     tracking.log_evaluation(run, "val", results, 7)
     tracking.log_evaluation(run, "val_unlabelled", results["other_splits"][0], 7)
-    tracking.log_final(run, results | {"objective": "final", "calibration": None}, picture)
+    untimed = {"objective": "final", "calibration": None, "timing": None}
+    tracking.log_final(run, results | untimed, picture)
+    assert not any(key.startswith("timing") for key in dict(run.summary))
     assert "calibration/score" not in dict(run.summary)
     tracking.log_final(run, results, picture)
     run.finish()
@@ -165,6 +171,17 @@ def test_what_runs_are_compared_by(tmp_path: Path) -> None:
         "full_depth/score": 0.9, "calibration/target_saving": 0.4, "calibration/per_ramp": False,
         "calibration/score": 0.72, "calibration/expected_saving": 0.41,
     }  # fmt: skip
+    times = {key: value for key, value in summary.items() if key.startswith("timing/float32/all/")}
+    assert times == {
+        f"timing/float32/all/{key}": pytest.approx(value)
+        for key, value in {
+            "score": 0.8391, "expected_saving": 0.24, "time_saving": 0.3, "speed_up": 1 / 0.7, "seconds": 1.4,
+            "seconds_full_depth": 2.0, "seconds_threshold_0": 1.6, "samples_per_second": 10 / 1.4,
+            "latency_p50_ms": 120.5, "latency_p95_ms": 130.25, "latency_p99_ms": 131.125,
+            "equal_exits": 0.99, "equal_predictions": 1.0,
+        }.items()
+    }, "of the first threshold"  # fmt: skip
+    assert summary["timing/int8/8/time_saving"] == 0.6
     assert "curve/score" not in summary, "the last point of a curve is nothing to compare"
 
     tables = {}
@@ -176,6 +193,10 @@ def test_what_runs_are_compared_by(tmp_path: Path) -> None:
         "columns": ["threshold", "layer", "share"],
         "data": [["0.0", "1", 0.0], ["0.0", "2", 1.0], ["0.5", "1", 0.6], ["0.5", "2", 0.4]],
     }
+    listed = [dict(zip(tables["table/timing"]["columns"], row, strict=True)) for row in tables["table/timing"]["data"]]  # fmt: skip
+    shown = [[row[key] for key in ("case", "threshold", "time_saving", "exit_1", "latency_p95_ms")] for row in listed]  # fmt: skip
+    assert shown == [["float32/all", "0.1", 0.3, 4, 130.25], ["float32/all", "[0.5]", 0.5, 4, 130.25], ["int8/8", "0.1", 0.6, 4, 130.25]]  # fmt: skip
+    assert "timing/score_vs_seconds" in json.dumps(records)
     assert tables["curve_unlabelled/exit_shares"]["data"] == [["0.5", "1", 0.5], ["0.5", "2", 0.5]]
 
     names = keys | {key.removesuffix("._type") for key in keys} | set(headline)

@@ -1,0 +1,169 @@
+"""What the engine is timed against: the original's protocol, plain full depth, a model cut short,
+ONNX Runtime.
+
+Each is a function of what the engine takes, a list of inputs as a tokenizer gives them. It pads,
+batches and answers, so that the clock sees the same work in all. Knows nothing of tasks or clocks.
+Shapes: B batch, S tokens, H hidden, N inputs, C labels.
+"""
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deebert import exits
+from deebert.batching import by_length, padded
+from deebert.engine import Answers
+from deebert.model import INPUTS, EarlyExitModel
+from deebert.speed import Inputs
+
+Run = Callable[[Inputs], Answers | Tensor]
+
+ORIGINAL_LENGTH = 128  # --max_seq_length of castorini/DeeBERT's scripts
+
+
+def original(model: EarlyExitModel, threshold: float) -> Run:
+    """DeeBERT's own protocol: one input at a time, padded to 128 tokens, every ramp evaluated, and
+    after each layer the host decides by the ramp's entropy.
+    """
+    backbone, ramps = model.backbone, model.ramps
+
+    @torch.inference_mode()
+    def run(inputs: Inputs) -> Answers:
+        answers = Answers.empty(len(inputs), len(ramps), ramps[-1].classifier.out_features, False)
+        for row, given in enumerate(inputs):
+            more = max(0, ORIGINAL_LENGTH - len(given["input_ids"]))
+            tokens = {
+                name: nn.functional.pad(
+                    values, (0, more), value=backbone.pad_token_id if name == "input_ids" else 0
+                )
+                for name, values in padded([given], backbone.pad_token_id).items()
+            }
+            hidden_1SH, context = backbone.embed(**tokens)
+            for layer, ramp in enumerate(ramps):
+                hidden_1SH = backbone.run_layer(layer, hidden_1SH, context)
+                logits_1C = ramp(hidden_1SH[:, 0])
+                if bool(exits.entropy(logits_1C) < threshold):
+                    break
+            answers.logits_NC[row], answers.layer_N[row] = logits_1C[0], layer + 1
+        return answers
+
+    return run
+
+
+def _in_batches(
+    forward: Callable[[dict[str, Tensor]], Tensor], pad_token_id: int, token_budget: int
+) -> Run:
+    """Batches of similar length, cut to their longest, and the answers in the inputs' order."""
+
+    @torch.inference_mode()
+    def run(inputs: Inputs) -> Tensor:
+        found: list[Any] = [None] * len(inputs)
+        for rows in by_length([len(given["input_ids"]) for given in inputs], token_budget):
+            logits_BC = forward(padded([inputs[row] for row in rows], pad_token_id))
+            for row, logits_C in zip(rows, logits_BC, strict=True):
+                found[row] = logits_C
+        return torch.stack(found)
+
+    return run
+
+
+class _Full(nn.Module):
+    """The library's own forward pass and the final classifier."""
+
+    def __init__(self, model: EarlyExitModel, precision: str) -> None:
+        super().__init__()
+        self.encoder, self.ramp = model.backbone.encoder, model.ramps[-1]
+        if precision != "float32":
+            self.encoder = copy.deepcopy(self.encoder).to(getattr(torch, precision))
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        found = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types)
+        return self.ramp(found.last_hidden_state[:, 0].float())
+
+
+def plain(model: EarlyExitModel, precision: str, token_budget: int) -> Run:
+    """Hugging Face's forward pass, with an attention mask, and the final classifier."""
+    full = _Full(model, precision).eval()
+    return _in_batches(lambda tokens: full(**tokens), model.backbone.pad_token_id, token_budget)
+
+
+def cut(model: EarlyExitModel, depth: int, token_budget: int) -> Run:
+    """The library's first so many layers; the ramp there answers all inputs."""
+    backbone, ramp = model.backbone, model.ramps[depth - 1]
+
+    def forward(tokens: dict[str, Tensor]) -> Tensor:
+        hidden_BSH, context = backbone.embed(**tokens)
+        for layer in range(depth):
+            hidden_BSH = backbone.run_layer(layer, hidden_BSH, context)
+        return ramp(hidden_BSH[:, 0])
+
+    return _in_batches(forward, backbone.pad_token_id, token_budget)
+
+
+def onnx_files(model: EarlyExitModel, with_types: bool, folder: Path) -> dict[str, Path]:
+    """The model at full depth as ONNX files, in float32 and int8 (dynamic, a scale an output).
+
+    Raises:
+        ImportError: the extra `bench` is not installed.
+    """
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision
+    import onnx
+    import onnxscript  # noqa: F401  what torch.onnx.export works with
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    files = {precision: folder / f"{precision}.onnx" for precision in ("float32", "int8")}
+    names = INPUTS if with_types else INPUTS[:2]
+    ids_BS = torch.ones(4, 20, dtype=torch.long)
+    mask_BS = torch.ones_like(ids_BS)
+    mask_BS[1, 10:] = 0
+    size = {0: torch.export.Dim("B", min=1, max=4096), 1: torch.export.Dim("S", min=2, max=512)}
+    with warnings.catch_warnings():  # of its own deprecations, and of names of axes used twice
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            _Full(model, "float32").eval(),
+            (ids_BS, mask_BS, torch.zeros_like(ids_BS))[: len(names)],
+            str(files["float32"]),
+            dynamo=True,
+            input_names=names,
+            output_names=["logits"],
+            dynamic_shapes=(size,) * len(names),
+            external_data=False,
+            verbose=False,
+        )
+    graph = onnx.load(files["float32"])
+    del graph.graph.value_info[:]  # the exporter's shapes, which the quantizer finds wrong
+    onnx.save(graph, files["float32"])
+    quantize_dynamic(
+        str(files["float32"]),
+        str(files["int8"]),
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        # Without VNNI products of 8 bits overflow the 16 bits that they are added in.
+        reduce_range=not torch.cpu._is_vnni_supported(),
+    )
+    return files
+
+
+def onnx_runtime(file: Path, pad_token_id: int, token_budget: int) -> Run:
+    """ONNX Runtime, all its optimizations on, with as many threads as torch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+    def forward(tokens: dict[str, Tensor]) -> Tensor:
+        found = session.run(None, {name: values.numpy() for name, values in tokens.items()})
+        return torch.from_numpy(found[0])
+
+    return _in_batches(forward, pad_token_id, token_budget)

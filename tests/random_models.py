@@ -1,0 +1,121 @@
+"""Tiny random models of every kind of architecture, inputs for them, and their records."""
+
+import functools
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from test_backbones import DEBERTA_V3, tiny
+from torch import Tensor, nn
+
+from deebert import exits
+from deebert.exits import Rule
+from deebert.model import EarlyExitModel
+from deebert.records import Record
+
+CPU = torch.device("cpu")
+INT8 = "fbgemm" in torch.backends.quantized.supported_engines
+PRECISIONS = [
+    "float32",
+    "bfloat16",
+    pytest.param("int8", marks=pytest.mark.skipif(not INT8, reason="torch without fbgemm")),
+]
+SPLIT = ("bert", "roberta", "distilbert", "electra")
+MORE = {  # what the published models of a type have switched on, or call otherwise
+    "distilbert": {"hidden_dim": 64},
+    "deberta-v2": DEBERTA_V3 | {"conv_kernel_size": 3},
+    "modernbert": {"local_attention": 6},
+}
+NUM_LAYERS = 4
+
+
+def model_of(model_type: str, num_labels: int = 3) -> EarlyExitModel:
+    """Random weights: large enough for inputs to differ, not so large that rounding grows."""
+    torch.manual_seed(5)
+    size = {"num_hidden_layers": NUM_LAYERS, "initializer_range": 0.15}
+    spec = tiny(model_type, **size, **MORE.get(model_type, {}))
+    model = EarlyExitModel.from_backbone(spec, num_labels).eval().requires_grad_(False)
+    for ramp in model.ramps:
+        nn.init.normal_(ramp.pooler.weight, std=0.2)
+        nn.init.normal_(ramp.classifier.weight, std=0.3)
+    return model
+
+
+def inputs_of(model_type: str, lengths: list[int], seed: int = 0) -> list[dict]:
+    random = torch.Generator().manual_seed(seed)
+    found = []
+    for length in lengths:
+        given = {"input_ids": torch.randint(5, 60, (length,), generator=random).tolist()}
+        if model_type in ("bert", "electra"):
+            given["token_type_ids"] = [int(i > length // 2) for i in range(length)]
+        found.append(given)
+    return found
+
+
+@torch.no_grad()
+def record_of(model: EarlyExitModel, inputs: list[dict]) -> Record:
+    """Every ramp of each input, alone and unpadded, through the model's own forward pass."""
+    logits = [
+        model(ids := torch.tensor([given["input_ids"]]), torch.ones_like(ids), types(given))[0]
+        for given in inputs
+    ]
+    lengths = torch.tensor([len(given["input_ids"]) for given in inputs])
+    return Record("validation", torch.stack(logits), None, torch.arange(len(inputs)), lengths)
+
+
+def types(given: dict) -> Tensor | None:
+    return torch.tensor([given["token_type_ids"]]) if "token_type_ids" in given else None
+
+
+@functools.cache
+def world(model_type: str, num_labels: int = 3) -> tuple[EarlyExitModel, list[dict], Record]:
+    """A model, inputs of 1 to 40 tokens, and their record."""
+    model = model_of(model_type, num_labels)
+    inputs = inputs_of(model_type, [1 + i * 7 % 40 for i in range(80)])
+    record = record_of(model, inputs)
+    if num_labels == 1:
+        return model, inputs, record
+    # Rounding may turn a close vote, so none is close.
+    best = record.logits_NLC.topk(2).values
+    clear = ((best[..., 0] - best[..., 1]) > 1e-3).all(1)
+    assert clear.sum() > 70
+    chosen = clear.nonzero().flatten().tolist()
+    return model, [inputs[row] for row in chosen], record.rows(clear)
+
+
+def rule_of(name: str, num_labels: int = 3, **more: object) -> Rule:
+    looks_back = name not in ("entropy", "probability", "margin")
+    return Rule(
+        name, getattr(exits, name), num_labels, regression=num_labels == 1, looks_back=looks_back, **more
+    )  # fmt: skip
+
+
+CLASS_RULES = (
+    "entropy", "probability", "margin", "patience", "confident_patience", "ensemble", "vote",
+)  # fmt: skip
+
+
+def middles(scores: Tensor) -> list[float]:
+    """Thresholds that rounding cannot reach, and those that never and always exit."""
+    values = [0.0, *scores[scores.isfinite()].double().unique().tolist()]
+    values.append(values[-1] + 1)
+    return [0.0, math.inf, *((a + b) / 2 for a, b in pairwise(values) if b - a >= 1e-4)]
+
+
+def calls(model: EarlyExitModel, run: Callable[[], object]) -> list[int]:
+    """How many inputs each ramp is asked about."""
+    counts = [0] * len(model.ramps)
+
+    def hook(index: int) -> Callable[..., None]:
+        def count(ramp: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+            counts[index] += len(args[0])
+
+        return count
+
+    hooks = [ramp.register_forward_hook(hook(i)) for i, ramp in enumerate(model.ramps)]
+    run()
+    for handle in hooks:
+        handle.remove()
+    return counts
