@@ -37,10 +37,11 @@ def padded(inputs: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, 
     lengths = np.array([len(given["input_ids"]) for given in inputs])
     size = (len(inputs), int(lengths.max()))
     arrays = {"input_ids": np.full(size, pad_token_id)}
-    if "token_type_ids" in inputs[0]:
+    if any("token_type_ids" in given for given in inputs):
         arrays["token_type_ids"] = np.zeros(size, dtype=np.int64)
     for name, array in arrays.items():
         for row, given in zip(array, inputs, strict=True):
-            row[: len(given[name])] = given[name]
+            values = given.get(name, ())
+            row[: len(values)] = values
     arrays["attention_mask"] = (np.arange(size[1]) < lengths[:, None]).astype(np.int64)
     return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -64,6 +64,8 @@ class Wish:
         _number("confidence", self.confidence, 0, 1, "0.95 for 95 %, null: on average", False)
         if self.loss not in LOSSES:
             raise unknown("loss", self.loss, LOSSES, "loss")
+        if self.target_speedup is not None and self.per_ramp:
+            raise UserError("per_ramp=true needs target_saving=")
         if self.max_drop is not None and self.per_ramp:
             raise UserError(
                 "per_ramp=true with max_drop: a promise needs thresholds in an order that is known "
@@ -193,6 +195,8 @@ def promising_rows(num_rows: int, wish: Wish) -> int:
 def _fast_enough(record: Record, verdict: Verdict, rule: Rule, wish: Wish) -> float:
     """The smallest threshold that is expected to be so much faster on the clock."""
     assert wish.target_speedup is not None
+    if wish.costs is None:
+        raise UserError("target_speedup= needs what each layer costs (speed.layer_costs)")
     most = curves.savings(verdict, np.inf).mean().item()
     savings = np.linspace(0, most, SPEEDUP_STEPS + 1).tolist()
     thresholds = curves.thresholds_for(verdict.score_NL, savings)

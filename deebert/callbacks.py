@@ -95,9 +95,11 @@ class EarlyExitEvaluation(Callback):
             self._save(trainer, pl_module)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.timed:
-            self.results["timing"] = self.timed(self.results, self._records[0])
-        self._save(trainer, pl_module)
+        try:
+            if self.timed:
+                self.results["timing"] = self.timed(self.results, self._records[0])
+        finally:  # what has been found out is not lost
+            self._save(trainer, pl_module)
 
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, prefix: str) -> None:
         batches, self._batches = self._batches, defaultdict(list)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from deebert import calibrate, speed
+from deebert import calibrate, engine, speed
 from deebert.curves import Thresholds
 from deebert.data import TextDataModule
 from deebert.evaluation import Question
@@ -17,11 +17,12 @@ from deebert.model import EarlyExitModel
 from deebert.records import Record
 from deebert.speed import Inputs, Protocol
 from deebert.tasks import Task
-from deebert.timing import threads
+from deebert.timing import undisturbed
 
 log = logging.getLogger(__name__)
 
-COST_ROWS = 500  # inputs that the cost of each layer is measured on
+COST_ROWS = 500  # inputs that the cost of each layer is measured on,
+COST_REQUESTS = 100  # or so many requests, where that is less
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,20 @@ class Clock:
     protocol: Protocol
     device: torch.device
 
+    def __post_init__(self) -> None:
+        """Raises:
+        UserError: a precision cannot be had; better said before the model has run.
+        """
+        for precision in self.protocol.precisions:
+            engine.check(self.model, precision, self.device)
+
     def with_costs(self, question: Question, split: str) -> Question:
         """The question, with the measured cost of each layer if it asks for a speed-up.
 
         It is measured for the first of the batch sizes and precisions.
 
         Args:
-            split: that thresholds are chosen on.
+            split: whose inputs are run; what they cost says nothing of their labels.
         """
         if question.wish is None or question.wish.target_speedup is None:
             return question
@@ -50,10 +58,11 @@ class Clock:
             precisions=self.protocol.precisions[:1],
         )
         num_rows = len(self.data.tokens(split))
-        rows = torch.linspace(0, num_rows - 1, min(COST_ROWS, num_rows)).long().tolist()
+        most = COST_ROWS if first.batch_sizes == (None,) else COST_REQUESTS * first.batch_sizes[0]
+        rows = torch.linspace(0, num_rows - 1, min(most, COST_ROWS, num_rows)).long().tolist()
         inputs = self._inputs(split, rows)
         log.info("measuring what leaving at each layer costs, on %d rows of %s", len(rows), split)
-        with threads(self.protocol.threads):
+        with undisturbed(self.protocol.threads):
             costs = speed.layer_costs(self.model, inputs, self.task.num_labels, first, self.device)
         return replace(question, wish=replace(question.wish, costs=tuple(costs)))
 
@@ -65,24 +74,29 @@ class Clock:
         cases: list[list[Thresholds]] = [[given] for given in question.thresholds or ()]
         if found := results.get("calibration"):
             cases = [[found["thresholds"]]]
-            if found["temperatures"]:
-                rule = replace(rule, temperatures=torch.tensor(found["temperatures"]))
-            elif "fold_thresholds" in found:
+            if "fold_thresholds" in found and not question.wish.temperature:
                 cases, folds_N = [found["fold_thresholds"]], calibrate.folds(len(record))
+            elif found["temperatures"]:
+                rule = replace(rule, temperatures=torch.tensor(found["temperatures"]))
+                if "fold_thresholds" in found:
+                    log.warning("temperature=true: timed on the rows that they were fitted on")
         tokens = self.data.tokens(record.split)
         row_of = {index: row for row, index in enumerate(tokens["index"][:])}
         inputs = self._inputs(record.split, [row_of[index] for index in record.index_N.tolist()])
         log.info("timing %d rows of %s, %d turns", len(inputs), record.split, self.protocol.repeats)
-        with threads(self.protocol.threads):
+        with undisturbed(self.protocol.threads):
             timing = speed.measure(
                 self.model, rule, cases, record, inputs, folds_N, self.task, self.protocol,
                 self.device,
             )  # fmt: skip
         for case in timing:
-            if case["equal_predictions"] < 0.99:
+            exact = case["precision"] == "float32"
+            if case["equal_predictions"] < 0.99 or (exact and case["equal_exits"] < 0.999):
                 log.warning(
-                    "precision=%s: %.1f %% of the answers are those of the record (float32)",
+                    "precision=%s: %.1f %% of the exits and %.1f %% of the answers are those of "
+                    "the record",
                     case["precision"],
+                    100 * case["equal_exits"],
                     100 * case["equal_predictions"],
                 )
         return timing

@@ -130,7 +130,7 @@ def savings(verdict: Verdict, thresholds: Thresholds) -> Tensor:
 
 
 def thresholds_for(score_NL: Tensor, savings: list[float]) -> list[float]:
-    """The smallest global thresholds that save these shares of the layers on these rows.
+    """Global thresholds that save these shares of the layers on these rows, and hardly more.
 
     A row with threshold t saves a layer for each ramp up to which the smallest score is under t, so
     the saving is the distribution function of these running minima. A threshold lies in the middle

@@ -19,6 +19,7 @@ import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -105,13 +106,13 @@ class _Group:
     def num_tokens(self) -> int:
         return self.hidden_BSH.shape[0] * self.hidden_BSH.shape[1]
 
-    @property
+    @cached_property
     def attention_mask_BS(self) -> Tensor:
         """True at real tokens."""
         positions_S = torch.arange(self.hidden_BSH.shape[1])
         return (positions_S < self.length_B[:, None]).to(self.hidden_BSH.device)
 
-    @property
+    @cached_property
     def key_mask_B11S(self) -> Tensor | None:
         """Which tokens may be attended to; None for all."""
         if self.length_B.min() == self.hidden_BSH.shape[1]:
@@ -133,7 +134,22 @@ class _Group:
         return group, index_there, longest
 
 
-def _joined(groups: list[_Group]) -> _Group:
+def _joined(groups: list[_Group]) -> list[_Group]:
+    """Merged into few: into one, unless more than a third of its tokens would be padding."""
+    merged: list[list[_Group]] = []
+    for group in sorted(groups, key=lambda group: group.hidden_BSH.shape[1]):
+        if merged:
+            together = [*merged[-1], group]
+            num_rows = sum(len(each.rows_B) for each in together)
+            own = sum(each.num_tokens for each in together)
+            if num_rows * group.hidden_BSH.shape[1] <= 1.5 * own:
+                merged[-1] = together
+                continue
+        merged.append([group])
+    return [_cat(together) for together in merged]
+
+
+def _cat(groups: list[_Group]) -> _Group:
     if len(groups) == 1:
         return groups[0]
     longest = max(group.hidden_BSH.shape[1] for group in groups)
@@ -148,6 +164,18 @@ def _joined(groups: list[_Group]) -> _Group:
         torch.cat(states),
         torch.cat(ramps) if ramps else None,
     )
+
+
+def check(model: EarlyExitModel, precision: str, device: torch.device) -> None:
+    """Raises:
+    UserError: the model cannot run in this precision here.
+    """
+    check_precision(precision, device)
+    if precision == "int8" and model.backbone.parts(0) is None:
+        raise UserError(
+            "precision=int8 needs layers that can be split, which "
+            f"{model.config['model_type']} has not; use precision=float32 or bfloat16"
+        )
 
 
 class Engine:
@@ -179,22 +207,18 @@ class Engine:
         token_budget: int | None = None,
     ) -> None:
         self.device = torch.device(device)
-        check_precision(precision, self.device)
+        check(model, precision, self.device)
         if token_budget is not None and token_budget < 1:
             raise UserError(f"token_budget={token_budget} must be 1 or more")
         self.model = model.to(self.device).eval()
         self.precision = precision
-        self.token_budget = token_budget or TOKEN_BUDGET[self.device.type]
-        self.regroup_below = min(REGROUP_BELOW[self.device.type], self.token_budget)
+        kind = "cpu" if self.device.type == "cpu" else "cuda"
+        self.token_budget = token_budget or TOKEN_BUDGET[kind]
+        self.regroup_below = min(REGROUP_BELOW[kind], self.token_budget)
         self.longest_input = model.backbone.longest_input
-        self.first_token_from = FIRST_TOKEN_FROM[self.device.type]
+        self.first_token_from = FIRST_TOKEN_FROM[kind]
         backbone = model.backbone
         parts = [backbone.parts(index) for index in range(len(model.ramps))]
-        if precision == "int8" and None in parts:
-            raise UserError(
-                "precision=int8 needs layers that can be split, which "
-                f"{model.config['model_type']} has not; use precision=float32 or bfloat16"
-            )
         self.layers = [
             None if part is None else SplitLayer(part, backbone.num_heads, precision, self.device)
             for part in parts
@@ -258,22 +282,30 @@ class Engine:
         waiting: list[list[_Group]] = [[] for _ in range(num_layers)]
         window = [self._cut(given) for given in window]
         for rows in by_length([len(given["input_ids"]) for given in window], self.token_budget):
-            group: _Group | None = self._embed([window[row] for row in rows], rows, all_ramps)
-            for layer in range(num_layers):
-                if group is None:
-                    break
-                if layer and group.num_tokens < self.regroup_below:
-                    waiting[layer].append(group)
-                    if sum(each.num_tokens for each in waiting[layer]) < self.regroup_below:
-                        break
-                    group, waiting[layer] = _joined(waiting[layer]), []
-                group = self._layer(layer, group, out)
+            self._advance(
+                0, self._embed([window[row] for row in rows], rows, all_ramps), waiting, out
+            )
         for layer in range(num_layers):  # no more will come
-            if waiting[layer]:
-                group = self._layer(layer, _joined(waiting[layer]), out)
-                if group is not None:
-                    waiting[layer + 1].append(group)
+            for group in _joined(waiting[layer]):
+                left = self._layer(layer, group, out)
+                if left is not None:
+                    waiting[layer + 1].append(left)
         return out
+
+    def _advance(
+        self, layer: int, group: _Group, waiting: list[list[_Group]], out: Answers
+    ) -> None:
+        """Run a group from this layer (0-based) on, until all have left or it waits for others."""
+        groups = [group]
+        if layer and group.num_tokens < self.regroup_below:
+            waiting[layer].append(group)
+            if sum(each.num_tokens for each in waiting[layer]) < self.regroup_below:
+                return
+            groups, waiting[layer] = _joined(waiting[layer]), []
+        for each in groups:
+            left = self._layer(layer, each, out)
+            if left is not None:
+                self._advance(layer + 1, left, waiting, out)
 
     def _cut(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """As the tokenizer does: the text is cut, the token that closes it stays."""
@@ -353,7 +385,7 @@ class Engine:
         Returns:
             Which inputs stay, (B,); None for all.
         """
-        # The one moment at which a GPU is waited for.
+        # The one decision that a GPU is waited for.
         logits_BC = self.model.ramps[layer](first_BH.float()).cpu()
         if group.ramps_BLC is not None:
             group.ramps_BLC[:, layer] = logits_BC

@@ -248,12 +248,12 @@ def limits(thresholds: Sequence[float] | float, num_layers: int) -> Tensor:
     Raises:
         UserError: they are not as many, or one is no such number.
     """
-    if isinstance(thresholds, Sequence) and len(thresholds) != num_layers - 1:
+    found = torch.as_tensor(thresholds, dtype=torch.float64)
+    if found.ndim and len(found) != num_layers - 1:
         raise UserError(
-            f"threshold={list(thresholds)} has {len(thresholds)} values; give one for all ramps, "
-            f"or one for each of the {num_layers - 1} ramps before the last"
+            f"threshold={found.tolist()} has {len(found)} values; give one for all ramps, or one "
+            f"for each of the {num_layers - 1} ramps before the last"
         )
-    found = torch.tensor(thresholds, dtype=torch.float64)
     if not (found >= 0).all():  # NaN is not
         raise UserError(f"threshold={thresholds} must be >= 0 (0 never exits)")
     return found.expand(num_layers - 1)

@@ -4,6 +4,7 @@ Each is a callable (..., in) -> (..., out) made once from an `nn.Linear`, its we
 the device. Knows nothing of layers or exits.
 """
 
+import logging
 import warnings
 from collections.abc import Callable
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deebert.errors import UserError, unknown
+
+log = logging.getLogger(__name__)
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 
@@ -31,6 +34,8 @@ def check_precision(precision: str, device: torch.device) -> None:
             f"precision=int8 needs an x86 processor and a torch built with fbgemm (here: "
             f"{device.type}); use precision=float32 or bfloat16"
         )
+    if precision == "bfloat16" and device.type == "cpu" and not _packs(precision):
+        log.warning("precision=bfloat16: this processor has no such arithmetic; it will be slow")
 
 
 def linear_map(linear: nn.Linear, precision: str, device: torch.device) -> LinearMap:
@@ -81,7 +86,7 @@ class PackedLinear:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(
             rows, self.packed, self.bias_O, "none", [], ""
         )
-        return y[: len(y) - spare].view(*x.shape[:-1], -1)
+        return y[: len(y) - spare].view(*x.shape[:-1], len(self.bias_O))
 
 
 class Int8Linear:

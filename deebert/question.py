@@ -56,9 +56,10 @@ def check(config: dict[str, Any]) -> None:
         for flag in ("per_ramp", "temperature"):
             if config[flag] is True:
                 raise UserError(f"{flag}=true needs target_saving= or max_drop=")
-    if config["target_speedup"] is not None and config["timing"] is None:
-        config["timing"] = "all"
-    if config["timing"] is None:
+    if protocol(config) is None:
+        for flag, unset in (("precision", "float32"), ("repeats", 5), ("threads", None)):
+            if config[flag] != unset:
+                raise UserError(f"{flag}={config[flag]} is of what is timed: add timing=all")
         return
     if config["record"]:
         raise UserError("timing= and target_speedup= run the model: give ckpt=, not record=")
@@ -66,7 +67,6 @@ def check(config: dict[str, Any]) -> None:
         raise UserError(
             f"timing={config['timing']} needs something to time: {'= or '.join(asking)}="
         )
-    protocol(config)
 
 
 def asked(config: dict[str, Any], task: Task, score: Score | None) -> Question:
@@ -97,9 +97,10 @@ def protocol(config: dict[str, Any]) -> Protocol | None:
     Raises:
         UserError: a value is not one of its choices.
     """
-    if config["timing"] is None:
+    timing = config["timing"]
+    if timing is None and config["target_speedup"] is None:
         return None
-    sizes, precisions = _listed(config["timing"]), _listed(config["precision"])
+    sizes, precisions = _listed("all" if timing is None else timing), _listed(config["precision"])
     for size in sizes:
         if size != "all" and not _is_count(size):
             raise UserError(
@@ -109,8 +110,8 @@ def protocol(config: dict[str, Any]) -> Protocol | None:
     for precision in precisions:
         if precision not in PRECISIONS:
             raise unknown("precision", precision, PRECISIONS, "precision")
-    for flag in ("timing", "precision"):
-        if not _listed(config[flag]):
+    for flag, listed in (("timing", sizes), ("precision", precisions)):
+        if not listed:
             raise UserError(f"{flag}=[] is empty; leave it out, or name something to time")
     if not _is_count(config["repeats"]):
         raise UserError(f"repeats={config['repeats']} must be a whole number of 1 or more")

@@ -124,15 +124,25 @@ def evaluate(cfg: DictConfig) -> float | None:
     module = EarlyExitModule(model, remembered, origin.tokenizer_files)
     callback = EarlyExitEvaluation(None, asked, chosen_on, config["analysis"], str(config["ckpt"]))
     protocol = question.protocol(config)
+    if protocol and report.header(origin.config)["objective"] == "final":
+        raise UserError(
+            "timing= needs trained ramps, and this checkpoint is of stage 1: train them with "
+            "python train.py stage=2 ckpt=RUN"
+        )
+    if protocol and str(config["trainer"]["precision"]) not in ("32-true", "32"):
+        raise UserError(
+            f"trainer.precision={config['trainer']['precision']} with timing=: leave it out; what "
+            "is timed has its own (precision=bfloat16)"
+        )
     with build.closing():
         trainer = build.trainer(cfg, config, job, "evaluate", callback)
         build.refuse_unsafe_sweep(trainer, job)
-        for flag in ("analysis", "timing"):
-            if config[flag] and trainer.world_size > 1:
+        for flag, wanted in (("analysis", config["analysis"]), ("timing", protocol)):
+            if wanted and trainer.world_size > 1:
                 raise UserError(f"{flag}= looks at all rows in one process: trainer.devices=1")
         if protocol:
             clock = Clock(model, task, data, protocol, trainer.strategy.root_device)
-            callback.question = asked = clock.with_costs(asked, chosen_on or data.eval_splits[0])
+            callback.question = asked = clock.with_costs(asked, data.eval_splits[0])
             callback.timed = partial(clock.timed, asked)
         trainer.test(module, datamodule=data, verbose=False)
     return _result(trainer.is_global_zero, job)

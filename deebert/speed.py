@@ -32,7 +32,7 @@ class FullDepth:
     """The library's own layers, all of them, on all tokens, in batches of similar length.
 
     Bit for bit the library's forward pass, with no ramp but the last: what a saving is measured
-    against.
+    against. Inputs may not be longer than the model takes.
 
     Args:
         precision: float32 or bfloat16.
@@ -51,7 +51,8 @@ class FullDepth:
         if precision != "float32":
             self.backbone = copy.deepcopy(self.backbone).to(getattr(torch, precision))
         self.ramp = model.ramps[-1]
-        self.token_budget = token_budget or TOKEN_BUDGET[self.device.type]
+        kind = "cpu" if self.device.type == "cpu" else "cuda"
+        self.token_budget = token_budget or TOKEN_BUDGET[kind]
 
     @torch.inference_mode()
     def run(self, inputs: Inputs) -> Tensor:
@@ -96,7 +97,7 @@ class Request:
 def requests(inputs: Inputs, folds_N: Tensor, batch_size: int | None) -> list[Request]:
     """Inputs in their order, so many at a time; None: all of a fold."""
     found = []
-    for fold in range(int(folds_N.max()) + 1):
+    for fold in folds_N.unique().tolist():
         mine = [inputs[row] for row in (folds_N == fold).nonzero().flatten().tolist()]
         size = batch_size or len(mine)
         found += [Request(mine[i : i + size], fold) for i in range(0, len(mine), size)]
@@ -130,7 +131,7 @@ def measure(
         - `seconds` of the engine, `seconds_full_depth` of the library's own forward pass
           (`FullDepth`; for int8, which the library has not, of the engine), `seconds_threshold_0`
           of the engine without exits;
-        - `time_saving` and `speed_up` against full depth, `expected_saving` (of layers);
+        - `time_saving` and `time_speed_up` against full depth, `expected_saving` (of layers);
         - `samples_per_second`, `latency_ms`, `latency_ms_full_depth` (of a request);
         - `score` and `score_full_depth` of what the engine answered, `exit_counts`;
         - `equal_exits` and `equal_predictions`: shares of the rows at which the engine and the
@@ -201,16 +202,18 @@ def _case(
     layer_N = torch.empty(len(inputs), dtype=torch.long)
     expected_N = torch.empty_like(layer_N)
     logits_NC = torch.empty_like(record.logits_NLC[:, -1])
-    for fold, engine in enumerate(engines):
+    for fold in folds_N.unique().tolist():
+        engine = engines[fold]
         rows = (folds_N == fold).nonzero().flatten()
         answers = engine.run([inputs[row] for row in rows.tolist()])
         layer_N[rows], logits_NC[rows] = answers.layer_N, answers.logits_NC
         expected_N[rows] = exit_layer(verdict.score_NL[rows], case[fold])
     predictions_N = task.predict(logits_NC)
     outcome = curves.outcome(record, task, layer_N, predictions_N)
-    same_N = predictions_N == curves.answered(verdict, task, expected_N)
+    answered_N = curves.answered(verdict, task, expected_N)
+    same_N = predictions_N == answered_N
     if task.is_regression:  # rounding is no other prediction
-        same_N = torch.isclose(predictions_N, curves.answered(verdict, task, expected_N), atol=1e-2)
+        same_N = torch.isclose(predictions_N, answered_N, atol=1e-2)
     full_N = task.predict(record.logits_NLC[:, -1])
     saving = timing.saving(timing_full)
     return {
@@ -219,7 +222,7 @@ def _case(
         "seconds_full_depth": timing_full.seconds,
         "seconds_threshold_0": timing_0.seconds,
         "time_saving": saving,
-        "speed_up": 1 / (1 - saving),
+        "time_speed_up": 1 / (1 - saving),
         "expected_saving": outcome["expected_saving"],
         "samples_per_second": len(inputs) / timing.seconds,
         "latency_ms": timing.latency_ms,
@@ -253,7 +256,7 @@ def layer_costs(
     systems["full"] = engine if precision == "int8" else FullDepth(model, precision, device)
     timings = compare(
         {name: _by_fold([system]) for name, system in systems.items()},
-        requests(inputs, torch.zeros(len(inputs)), batch_size),
+        requests(inputs, torch.zeros(len(inputs), dtype=torch.long), batch_size),
         protocol.repeats,
     )
     return [1 - timings[str(layer)].saving(timings["full"]) for layer in range(1, num_layers + 1)]

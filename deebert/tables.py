@@ -114,7 +114,7 @@ def _clock(results: dict[str, Any]) -> Table:
                 _number(case["score_full_depth"]),
                 f"{case['expected_saving']:.1%}",
                 f"{case['time_saving']:.1%}",
-                f"{case['speed_up']:.2f}x",
+                f"{case['time_speed_up']:.2f}x",
                 *(f"{1e3 * case[key] / case['num_rows']:.3f}" for key in SECONDS),
                 *(f"{case['latency_ms'][name]:.2f}" for name in PERCENTILES),
                 f"{case['equal_exits']:.2%}",
@@ -210,7 +210,7 @@ def _about_the_clock(results: dict[str, Any]) -> list[str]:
     calibration = results.get("calibration", {"wish": {}})
     if (asked := calibration["wish"].get("target_speedup")) is not None:
         expected = calibration["expected"].get("time_speed_up")
-        measured = _listed({_named(case): f"{case['speed_up']:.2f}x" for case in timing})
+        measured = _listed({_named(case): f"{case['time_speed_up']:.2f}x" for case in timing})
         foreseen = "" if expected is None else f"expected {expected:.2f}x, "
         lines.append(f"Speed-up: asked for {asked:g}x, {foreseen}measured on the clock {measured}.")
     return lines

@@ -42,14 +42,21 @@ class Timing:
 
 
 @contextmanager
-def threads(number: int | None) -> Iterator[None]:
-    """So many threads of the processor for a while; None: as torch has them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
+def undisturbed(threads: int | None) -> Iterator[None]:
+    """For a while so many threads (None: as torch has them), and none of torch's checks.
+
+    A Trainer asks for deterministic kernels; torch then also fills each new tensor.
+    """
+    threads_before = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.set_num_threads(threads or threads_before)
+    torch.use_deterministic_algorithms(False)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads_before)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 def compare(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import wandb
 
 TIMED = (
-    "score", "expected_saving", "time_saving", "speed_up", "seconds", "seconds_full_depth",
+    "score", "expected_saving", "time_saving", "time_speed_up", "seconds", "seconds_full_depth",
     "seconds_threshold_0", "samples_per_second", "equal_exits", "equal_predictions",
 )  # fmt: skip
 CURVE = ("threshold", "score", "cost_ratio", "expected_saving", "speed_up")  # of a written curve

@@ -147,7 +147,7 @@ def test_exits_can_be_forced(num_labels: int) -> None:
 TASK = Task("x", ("text",), ("a", "b", "c"), ("accuracy",))
 KEYS = {
     "precision", "batch_size", "protocol", "threads", "device", "repeats", "num_rows", "threshold", "seconds",
-    "seconds_full_depth", "seconds_threshold_0", "time_saving", "speed_up", "expected_saving", "samples_per_second",
+    "seconds_full_depth", "seconds_threshold_0", "time_saving", "time_speed_up", "expected_saving", "samples_per_second",
     "latency_ms", "latency_ms_full_depth", "score", "score_full_depth", "exit_counts", "equal_exits",
     "equal_predictions",
 }  # fmt: skip
@@ -193,7 +193,7 @@ def test_measured_is_what_the_record_says() -> None:
             assert row["expected_saving"] == pytest.approx(saving)
         assert row["num_rows"] == len(pool)
         assert row["samples_per_second"] == pytest.approx(len(pool) / row["seconds"])
-        assert row["speed_up"] == pytest.approx(1 / (1 - row["time_saving"]))
+        assert row["time_speed_up"] == pytest.approx(1 / (1 - row["time_saving"]))
         accuracy = (record.logits_NLC[:, -1].argmax(-1) == labels).double().mean().item()
         assert row["score_full_depth"] == pytest.approx(accuracy)
         assert min(row["seconds"], row["seconds_full_depth"], row["seconds_threshold_0"]) > 0

@@ -175,7 +175,7 @@ def test_what_runs_are_compared_by(tmp_path: Path) -> None:
     assert times == {
         f"timing/float32/all/{key}": pytest.approx(value)
         for key, value in {
-            "score": 0.8391, "expected_saving": 0.24, "time_saving": 0.3, "speed_up": 1 / 0.7, "seconds": 1.4,
+            "score": 0.8391, "expected_saving": 0.24, "time_saving": 0.3, "time_speed_up": 1 / 0.7, "seconds": 1.4,
             "seconds_full_depth": 2.0, "seconds_threshold_0": 1.6, "samples_per_second": 10 / 1.4,
             "latency_p50_ms": 120.5, "latency_p95_ms": 130.25, "latency_p99_ms": 131.125,
             "equal_exits": 0.99, "equal_predictions": 1.0,

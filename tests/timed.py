@@ -30,7 +30,7 @@ def timed(
         "seconds_full_depth": 2.0,
         "seconds_threshold_0": 1.6,
         "time_saving": saving,
-        "speed_up": 1 / (1 - saving),
+        "time_speed_up": 1 / (1 - saving),
         "expected_saving": 0.8 * saving,
         "samples_per_second": num_rows / (2.0 * (1 - saving)),
         "latency_ms": {"p50": 120.5, "p95": 130.25, "p99": 131.125},
