@@ -58,8 +58,8 @@ class Clock:
             precisions=self.protocol.precisions[:1],
         )
         num_rows = len(self.data.tokens(split))
-        most = COST_ROWS if first.batch_sizes == (None,) else COST_REQUESTS * first.batch_sizes[0]
-        rows = torch.linspace(0, num_rows - 1, min(most, COST_ROWS, num_rows)).long().tolist()
+        most = min(COST_REQUESTS * (first.batch_sizes[0] or COST_ROWS), COST_ROWS, num_rows)
+        rows = torch.linspace(0, num_rows - 1, most).long().tolist()
         inputs = self._inputs(split, rows)
         log.info("measuring what leaving at each layer costs, on %d rows of %s", len(rows), split)
         with undisturbed(self.protocol.threads):
@@ -72,9 +72,10 @@ class Clock:
         """Seconds of the thresholds that were chosen or given, on the rows of the record."""
         rule, folds_N = question.rule, torch.zeros(len(record), dtype=torch.long)
         cases: list[list[Thresholds]] = [[given] for given in question.thresholds or ()]
+        fitted = question.wish is not None and question.wish.temperature
         if found := results.get("calibration"):
             cases = [[found["thresholds"]]]
-            if "fold_thresholds" in found and not question.wish.temperature:
+            if "fold_thresholds" in found and not fitted:
                 cases, folds_N = [found["fold_thresholds"]], calibrate.folds(len(record))
             elif found["temperatures"]:
                 rule = replace(rule, temperatures=torch.tensor(found["temperatures"]))
