@@ -42,7 +42,7 @@ def measured() -> dict[str, Any]:
     results |= evaluation.evaluate([record], TASK, evaluation.Question(rule, THRESHOLDS))
     results["timing"] = speed.measure(
         model, rule, [[threshold] for threshold in THRESHOLDS], record, inputs,
-        torch.zeros(24), TASK, speed.Protocol((None, 8), ("float32", "bfloat16"), repeats=2),
+        torch.zeros(24, dtype=torch.long), TASK, speed.Protocol((None, 8), ("float32", "bfloat16"), repeats=2),
     )  # fmt: skip
     return json.loads(json.dumps(results))
 
