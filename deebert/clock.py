@@ -104,6 +104,6 @@ class Clock:
 
     def _inputs(self, split: str, rows: list[int]) -> Inputs:
         tokens = self.data.tokens(split)
-        names = [name for name in ("input_ids", "token_type_ids") if name in tokens.column_names]
+        names = [name for name in engine.TOKENS if name in tokens.column_names]
         columns = [tokens.select(rows)[name][:] for name in names]
         return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]

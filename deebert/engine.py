@@ -174,6 +174,11 @@ def _cat(groups: list[_Group]) -> _Group:
     )
 
 
+def kind_of(device: torch.device) -> str:
+    """Under which name the plan's numbers above stand for a device."""
+    return "cpu" if device.type == "cpu" else "cuda"
+
+
 def check(model: EarlyExitModel, precision: str, device: torch.device) -> None:
     """Raises:
     UserError: the model cannot run in this precision here.
@@ -220,7 +225,7 @@ class Engine:
             raise UserError(f"token_budget={token_budget} must be 1 or more")
         self.model = model.to(self.device).eval()
         self.precision = precision
-        kind = "cpu" if self.device.type == "cpu" else "cuda"
+        kind = kind_of(self.device)
         self.token_budget = token_budget or TOKEN_BUDGET[kind]
         self.regroup_below = min(REGROUP_BELOW[kind], self.token_budget)
         self.longest_input = model.backbone.longest_input

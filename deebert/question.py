@@ -47,7 +47,7 @@ def check(config: dict[str, Any]) -> None:
             f"temperature={temperature} must be true (fit them), false, or a list of numbers "
             "above 0, one for each ramp"
         )
-    asking = ("threshold", "thresholds", "target_saving", "target_speedup", "max_drop")
+    asking = ("threshold", "thresholds", *WISHES)
     wishes = [name for name in asking if config[name] is not None]
     if len(wishes) > 1:
         said = " and ".join(f"{name}={config[name]}" for name in wishes)

@@ -15,7 +15,7 @@ from torch import Tensor
 from deebert import curves
 from deebert.batching import by_length, padded
 from deebert.curves import Thresholds
-from deebert.engine import TOKEN_BUDGET, Engine
+from deebert.engine import TOKEN_BUDGET, Engine, kind_of
 from deebert.exits import Rule, exit_layer
 from deebert.model import EarlyExitModel
 from deebert.records import Record
@@ -51,22 +51,25 @@ class FullDepth:
         if precision != "float32":
             self.backbone = copy.deepcopy(self.backbone).to(getattr(torch, precision))
         self.ramp = model.ramps[-1]
-        kind = "cpu" if self.device.type == "cpu" else "cuda"
-        self.token_budget = token_budget or TOKEN_BUDGET[kind]
+        self.token_budget = token_budget or TOKEN_BUDGET[kind_of(self.device)]
 
     @torch.inference_mode()
     def run(self, inputs: Inputs) -> Tensor:
         """Logits of the final classifier: (N, C) on the CPU."""
-        found: list[Tensor | None] = [None] * len(inputs)
+        order: list[int] = []
+        logits = []
         for rows in by_length([len(given["input_ids"]) for given in inputs], self.token_budget):
             tokens = padded([inputs[row] for row in rows], self.backbone.pad_token_id)
             there = {name: values.to(self.device) for name, values in tokens.items()}
             hidden_BSH, context = self.backbone.embed(**there)
             for layer in range(len(self.backbone.layers)):
                 hidden_BSH = self.backbone.run_layer(layer, hidden_BSH, context)
-            for row, logits in zip(rows, self.ramp(hidden_BSH[:, 0].float()).cpu(), strict=True):
-                found[row] = logits
-        return torch.stack(found)  # type: ignore[arg-type]
+            logits.append(self.ramp(hidden_BSH[:, 0].float()).cpu())
+            order += rows
+        sorted_NC = torch.cat(logits)
+        logits_NC = torch.empty_like(sorted_NC)
+        logits_NC[order] = sorted_NC
+        return logits_NC
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Protocol:
         batch_sizes: inputs of a request; None: all inputs in one, sorted by length.
         precisions: of the layers.
         repeats: turns.
-        threads: of the processor; None: as torch has them (for `timing.threads`).
+        threads: of the processor; None: as torch has them (for `timing.undisturbed`).
     """
 
     batch_sizes: tuple[int | None, ...] = (None,)
