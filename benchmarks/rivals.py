@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deebert import exits
+from deebert import exits, onnx_layer
 from deebert.batching import by_length, padded
 from deebert.engine import Answers
 from deebert.model import INPUTS, EarlyExitModel
@@ -155,12 +155,7 @@ def onnx_files(model: EarlyExitModel, with_types: bool, folder: Path) -> dict[st
 
 def onnx_runtime(file: Path, pad_token_id: int, token_budget: int) -> Run:
     """ONNX Runtime, all its optimizations on, with as many threads as torch has."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    session = onnx_layer.session(file)
 
     def forward(tokens: dict[str, Tensor]) -> Tensor:
         found = session.run(None, {name: values.numpy() for name, values in tokens.items()})

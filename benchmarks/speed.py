@@ -6,7 +6,7 @@ RUN is a stage-2 run; its validation split is what is timed. Three parts a run, 
 comparison in which all systems take turns: `batched` (all rows at once), `single` (one input at a
 time, on --rows-single of the rows) and `wishes` (target_speedup, on rows not chosen on). After each
 part speed.json, speed.md and speed.png are written anew; parts that were measured before and are
-not asked for stay in them. (f) needs the extra: pip install -e '.[bench]'.
+not asked for stay in them. (f) and (g) need the extra: pip install -e '.[bench]'.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from deebert.timing import Timing, compare
 HERE = Path(__file__).parent
 SAVINGS = (0.2, 0.3, 0.4, 0.5)
 SPEEDUPS = (1.3, 1.6, 2.0)
-SYSTEMS = "abcdef"
+SYSTEMS = "abcdefg"
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,16 @@ class Subject:
         return found
 
     @cached_property
-    def points(self) -> dict[str, dict[str, float]]:
-        """Thresholds by precision and by what they were chosen for.
+    def onnx_engines(self) -> dict[str, Engine]:
+        """The same with layers in ONNX Runtime, where there is one."""
+        return {
+            precision: Engine(self.model, self.rule, 0.0, precision=precision, runtime="onnx")
+            for precision in self.onnx
+        }
+
+    @cached_property
+    def points(self) -> dict[Engine, dict[str, float]]:
+        """Thresholds by engine and by what they were chosen for.
 
         Chosen on the rows that are timed: speed is measured here, nothing is promised.
         """
@@ -86,8 +94,8 @@ class Subject:
         found = curves.thresholds_for(verdict.score_NL, list(SAVINGS))
         shared = {f"{s:.0%} saving": t for s, t in zip(SAVINGS, found, strict=True)}
         return {
-            precision: shared | {speed_report.ONE_POINT: self._one_point(engine)}
-            for precision, engine in self.engines.items()
+            engine: shared | {speed_report.ONE_POINT: self._one_point(engine)}
+            for engine in (*self.engines.values(), *self.onnx_engines.values())
         }
 
     def _one_point(self, engine: Engine) -> float:
@@ -114,7 +122,7 @@ class System:
     """A way to answer inputs.
 
     Attributes:
-        letter: of the issue's list, (a) to (f).
+        letter: of the issue's list, (a) to (f), or (g).
         point: what its threshold was chosen for, and it.
         depth: the layer at which all leave; None for the last, or where thresholds decide.
     """
@@ -151,13 +159,13 @@ def systems(subject: Subject, letters: str, batched: bool) -> Iterator[System]:
             name = f"{speed_report.PLAIN}, batches of {other} tokens"
             yield System("b", name, rivals.plain(model, "float32", other))
     if "a" in letters and not batched:
-        for point, threshold in {"no exit": 0.0, **subject.points["float32"]}.items():
+        for point, threshold in {"no exit": 0.0, **subject.points[engines["float32"]]}.items():
             run = rivals.original(model, threshold)
             yield System("a", "original protocol", run, point=point, threshold=threshold)
     for precision, engine in engines.items():
         if "c" in letters:
             yield System("c", "engine, no exit", engine.run, precision, "no exit", 0.0)
-        for point, threshold in subject.points[precision].items() if "d" in letters else ():
+        for point, threshold in subject.points[engine].items() if "d" in letters else ():
             run = engine.at(threshold).run
             yield System("d", "engine", run, precision, point, threshold)
     for depth in range(2, num_layers) if "e" in letters else ():
@@ -165,6 +173,10 @@ def systems(subject: Subject, letters: str, batched: bool) -> Iterator[System]:
     for precision, file in subject.onnx.items() if "f" in letters else ():
         run = rivals.onnx_runtime(file, pad, budget)
         yield System("f", "ONNX Runtime", run, precision)
+    for precision, engine in subject.onnx_engines.items() if "g" in letters else ():
+        for point, threshold in {"no exit": 0.0, **subject.points[engine]}.items():
+            run = engine.at(threshold).run
+            yield System("g", "engine, ONNX Runtime", run, precision, point, threshold)
 
 
 def timed(subject: Subject, chosen: list[System], singles: list[int], repeats: int) -> list[Any]:

@@ -23,7 +23,7 @@ SYSTEMS = """\
   (by all ramps in this precision) with a score at most a point below full depth's;
 - (e) the library's first k layers, and ramp k answers;
 - (f) ONNX Runtime at full depth, exported from the same weights; int8 is dynamic, with a scale for
-  each output.
+  each output; (g) the engine as in (c) and (d), its layers in ONNX Runtime.
 
 Batched: all rows at once, sorted by length, batches of as many tokens as the engine takes, unless
 said otherwise. One at a time: unpadded, but for (a). *time saving* is against (b) of the same kind
@@ -108,8 +108,9 @@ def bars(parts: dict[str, Any]) -> list[tuple[str, str, str]]:
         found.append(_bar(text, times, _from(least)))
     for part, kind in ((batched, "batched"), (single, "one at a time")):
         times = {
-            f"{row['precision']} (score {row['score']:.4f})": times_faster(row, other)
-            for row in select(part, letter="d", point=ONE_POINT, batched=part is batched)
+            f"({letter}) {row['precision']} (score {row['score']:.4f})": times_faster(row, other)
+            for letter in "dg"
+            for row in select(part, letter=letter, point=ONE_POINT, batched=part is batched)
             if part and row["score"] >= part["full_score"] - POINT
             for other in select(part, letter="f", precision="int8")
         }
@@ -270,6 +271,7 @@ def picture(found: dict[str, Any], file: Path) -> None:
     )
     names = {"a": "(a) original", "b": "(b) Hugging Face", "d": "(c, d) engine"}
     names |= {"e": "(e) cut after k layers", "f": "(f) ONNX Runtime"}
+    names |= {"g": "(g) engine, ONNX Runtime"}
     styles = {"float32": "o", "int8": "s", "bfloat16": "^"}
     for axis, (task, parts) in zip(axes[0], tasks.items(), strict=True):
         for part, is_batched in ((parts.get("batched"), True), (parts.get("single"), False)):
@@ -280,7 +282,7 @@ def picture(found: dict[str, Any], file: Path) -> None:
                     curves.setdefault((letter, row["precision"]), []).append(row)
             for (letter, precision), rows in curves.items():
                 points = sorted((1e3 * float(np.median(per_input(r))), r["score"]) for r in rows)
-                colour = f"C{'abdef'.index(letter)}"
+                colour = f"C{'abdefg'.index(letter)}"
                 axis.plot(
                     *zip(*points, strict=True),
                     color=colour,

@@ -28,16 +28,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deebert import exits
+from deebert import exits, onnx_layer
 from deebert.batching import by_length, padded
-from deebert.errors import UserError
+from deebert.errors import UserError, unknown
 from deebert.exits import Rule
 from deebert.kernels import check_precision
 from deebert.model import EarlyExitModel
+from deebert.onnx_layer import OnnxLayer
 from deebert.split import SplitLayer
 
 log = logging.getLogger(__name__)
 
+RUNTIMES = ("torch", "onnx")
 TOKENS = {"input_ids", "token_type_ids"}
 WINDOW = 8192  # inputs that are sorted by length together; nothing is kept from one to the next
 
@@ -179,15 +181,24 @@ def kind_of(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else "cuda"
 
 
-def check(model: EarlyExitModel, precision: str, device: torch.device) -> None:
+def check(
+    model: EarlyExitModel, precision: str, device: torch.device, runtime: str = "torch"
+) -> None:
     """Raises:
     UserError: the model cannot run in this precision here.
     """
-    check_precision(precision, device)
-    if precision == "int8" and model.backbone.parts(0) is None:
+    if runtime not in RUNTIMES:
+        raise unknown("runtime", runtime, RUNTIMES, "runtime")
+    if runtime == "onnx":
+        onnx_layer.check(precision, device)
+    else:
+        check_precision(precision, device)
+    if (precision == "int8" or runtime == "onnx") and model.backbone.parts(0) is None:
+        wanted = "runtime=onnx" if runtime == "onnx" else "precision=int8"
         raise UserError(
-            "precision=int8 needs layers that can be split, which "
-            f"{model.config['model_type']} has not; use precision=float32 or bfloat16"
+            f"{wanted} needs layers that can be split, which "
+            f"{model.config['model_type']} has not; use runtime=torch and "
+            "precision=float32 or bfloat16"
         )
 
 
@@ -201,12 +212,14 @@ class Engine:
         thresholds: one for all ramps, or L-1; an input leaves at the first ramp whose score is
             strictly under its threshold. 0 never exits.
         precision: float32, bfloat16 or int8 (of the layers; states, norms and ramps are float32).
+        runtime: what computes the layers: torch, or onnx (ONNX Runtime; not in bfloat16, on the
+            processor only), which is faster in int8 and with one input at a time.
         device: where to run.
         token_budget: of a batch, padding included; a longer input is a batch of its own. None: what
             runs fast on the device.
 
     Raises:
-        UserError: thresholds, precision or token budget do not fit.
+        UserError: thresholds, precision, runtime or token budget do not fit.
     """
 
     def __init__(
@@ -216,15 +229,17 @@ class Engine:
         thresholds: Sequence[float] | float,
         *,
         precision: str = "float32",
+        runtime: str = "torch",
         device: torch.device | str = "cpu",
         token_budget: int | None = None,
     ) -> None:
         self.device = torch.device(device)
-        check(model, precision, self.device)
+        check(model, precision, self.device, runtime)
         if token_budget is not None and token_budget < 1:
             raise UserError(f"token_budget={token_budget} must be 1 or more")
         self.model = model.to(self.device).eval()
         self.precision = precision
+        self.runtime = runtime
         kind = kind_of(self.device)
         self.token_budget = token_budget or TOKEN_BUDGET[kind]
         self.regroup_below = min(REGROUP_BELOW[kind], self.token_budget)
@@ -232,8 +247,12 @@ class Engine:
         self.first_token_from = FIRST_TOKEN_FROM[kind]
         backbone = model.backbone
         parts = [backbone.parts(index) for index in range(len(model.ramps))]
-        self.layers = [
-            None if part is None else SplitLayer(part, backbone.num_heads, precision, self.device)
+        self.layers: list[SplitLayer | OnnxLayer | None] = [
+            None
+            if part is None
+            else OnnxLayer(part, backbone.num_heads, precision)
+            if runtime == "onnx"
+            else SplitLayer(part, backbone.num_heads, precision, self.device)
             for part in parts
         ]
         self._set(rule, thresholds)
@@ -276,7 +295,8 @@ class Engine:
         left = iter(inputs)
         while window := list(islice(left, WINDOW)):
             # Not around the `yield`: the caller's own code runs in between.
-            with torch.inference_mode():
+            threads = onnx_layer.alone() if self.runtime == "onnx" else contextlib.nullcontext()
+            with torch.inference_mode(), threads:
                 answers = self._run(window, all_ramps)
             if bad := int(answers.not_finite_N.sum()):
                 log.warning(
@@ -379,7 +399,7 @@ class Engine:
         return group.kept(stay_B)[0] if stay_B.any() else None
 
     def _first_token_first(
-        self, layer: int, run: SplitLayer, group: _Group, out: Answers
+        self, layer: int, run: SplitLayer | OnnxLayer, group: _Group, out: Answers
     ) -> _Group | None:
         mask = group.key_mask_B11S
         keys, values = run.keys_values(group.hidden_BSH)
@@ -390,7 +410,7 @@ class Engine:
                 return None
             group, index, longest = group.kept(stay_B)
             mask, first_B1H = group.key_mask_B11S, first_B1H[index]
-            keys, values = keys[index, :, :longest], values[index, :, :longest]
+            keys, values = (each[..., :longest, :][index] for each in (keys, values))
         others = run.others(group.hidden_BSH, keys, values, mask)
         group.hidden_BSH = torch.cat([first_B1H, others], 1)
         return group
