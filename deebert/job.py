@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from deebert import checkpoints, curves, records
 from deebert.checkpoints import Checkpoint, Origin
 from deebert.errors import UserError, unknown
+from deebert.objectives import PAPER
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def complete(cfg: DictConfig, job: Job) -> Checkpoint | None:
         origin = checkpoints.read(
             checkpoints.find(str(cfg.resume), "resume", "last.ckpt"), "resume"
         )
-        fixed = ("stage", "stages", "task", "backbone", "seed")
+        fixed = ("stage", "stages", "objective", "ramp", "task", "backbone", "seed")
         _inherit(cfg, origin, job, fixed=fixed, taken=("data", "thresholds"))
         for key in ("trainer", "callbacks"):
             _inherit_values(cfg, key, origin.config[key], job)
@@ -97,6 +98,8 @@ def complete(cfg: DictConfig, job: Job) -> Checkpoint | None:
         return origin
     if type(cfg.stage) is not int or cfg.stage not in STAGES:
         raise unknown("stage", cfg.stage, STAGES, "stage")
+    if "objective" in cfg and cfg.objective.get("name") is None:
+        cfg.objective.name = PAPER[cfg.stage]
     if cfg.stage == 1:
         if cfg.ckpt:
             raise UserError(
@@ -123,8 +126,8 @@ def complete(cfg: DictConfig, job: Job) -> Checkpoint | None:
             epochs,
         )
     # A recipe that the user names now (experiment=...) is not overruled by the one of then.
-    taken = ("data", "seed") if job.said("experiment") else ("data", "seed", "stages")
-    _inherit(cfg, origin, job, fixed=("task", "backbone"), taken=taken)
+    recipe = () if job.said("experiment") else ("stages", "ramp")
+    _inherit(cfg, origin, job, fixed=("task", "backbone"), taken=("data", "seed", *recipe))
     return origin
 
 
@@ -165,7 +168,7 @@ def _evaluated(cfg: DictConfig) -> Origin:
             f"record={cfg.record} is of another checkpoint than ckpt={cfg.ckpt}: its weights have "
             f"the fingerprint {header['checkpoint']}, not {found.fingerprint}"
         )
-    return Origin(folder, header["config"])
+    return Origin(folder, checkpoints.of_today(header["config"]))
 
 
 def _inherit(
@@ -273,7 +276,7 @@ def _check_training(config: dict[str, Any]) -> None:
     stage = config["stage"]
     recipe, flag = config["stages"].get(str(stage)), f"stages.{stage}"
     if not isinstance(recipe, dict):
-        raise UserError(f"{flag}={recipe} must hold a recipe (objective, epochs, lr, ...)")
+        raise UserError(f"{flag}={recipe} must hold a recipe (epochs, batch_size, lr, ...)")
     _whole(f"{flag}.epochs", recipe["epochs"], 1)
     _whole(f"{flag}.batch_size", recipe["batch_size"], 1)
     for key, low, high in (("lr", 0, 1), ("warmup", 0, 1), ("weight_decay", 0, 1)):

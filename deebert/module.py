@@ -1,7 +1,8 @@
 """The LightningModule: which parameters each stage trains, on which loss, with which optimizer.
 
-Stage 1 fine-tunes the backbone and the final classifier; stage 2 freezes both and trains the other
-ramps (paper, section 3.2). Knows nothing of exits, thresholds or files.
+Stage 1 fine-tunes the backbone, the final classifier and, if the objective asks for it, the other
+ramps; stage 2 freezes the first two and trains the other ramps (paper, section 3.2). Knows nothing
+of exits, thresholds or files.
 """
 
 from collections.abc import Mapping
@@ -13,9 +14,9 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import get_linear_schedule_with_warmup
 
-from deebert.errors import UserError, unknown
+from deebert import objectives
+from deebert.errors import UserError
 from deebert.model import INPUTS, EarlyExitModel
-from deebert.objectives import OBJECTIVES
 
 
 class EarlyExitModule(L.LightningModule):
@@ -23,12 +24,12 @@ class EarlyExitModule(L.LightningModule):
 
     Args:
         model: what to train.
-        config: the run's configuration as plain values; `stage`, `seed` and `stages` are read here,
-            the rest makes the checkpoint self-describing.
+        config: the run's configuration as plain values; `stage`, `seed`, `stages` and `objective`
+            are read here, the rest makes the checkpoint self-describing.
         tokenizer: the tokenizer's files as text, for the checkpoint.
 
     Raises:
-        UserError: the objective is unknown.
+        UserError: the objective is unknown, or not for this stage.
     """
 
     def __init__(
@@ -43,16 +44,18 @@ class EarlyExitModule(L.LightningModule):
         self.stage = config["stage"]
         self.seed = config["seed"]
         self.recipe = config["stages"][str(self.stage)]
-        name = self.recipe["objective"]
-        if name not in OBJECTIVES:
-            raise unknown("objective", name, OBJECTIVES, f"stages.{self.stage}.objective")
-        self.objective = OBJECTIVES[name]
+        self.objective = objectives.build(config["objective"], self.stage)
+        flow = self.objective.flow
+        self.flow = flow(len(model.ramps)) if flow else None
         self._freeze()
 
     @property
     def is_cached(self) -> bool:
-        """Does this stage train on frozen states that are computed once?"""
-        return self.stage == 2 and self.recipe["cache"]
+        """Does this stage train on frozen states that are computed once?
+
+        Not where ramps learn what they read: there is no state yet to be kept.
+        """
+        return self.stage == 2 and self.recipe["cache"] and self.model.ramp_kind.reads != "attention"
 
     def _freeze(self) -> None:
         """Say which parameters get gradients.
@@ -65,6 +68,7 @@ class EarlyExitModule(L.LightningModule):
         if self.stage == 1:
             model.backbone.requires_grad_(True)
             model.ramps[-1].requires_grad_(True)
+            model.ramps[:-1].requires_grad_(self.objective.name != "final")
             return
         model.ramps[:-1].requires_grad_(True)
         if not self.is_cached:
@@ -96,10 +100,12 @@ class EarlyExitModule(L.LightningModule):
         """Logits of every ramp for a batch of tokens or of frozen states: -> (B, L, C)."""
         if "states" in batch:
             return self.model.ramp_logits(batch["states"])
-        return self.model(**{name: batch[name] for name in INPUTS if name in batch})
+        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        return self.model(**inputs, flow=self.flow)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self.objective(self(batch), batch["labels"])
+        num_steps = int(self.trainer.estimated_stepping_batches)
+        loss = self.objective.at(self.global_step, num_steps)(self(batch), batch["labels"])
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 

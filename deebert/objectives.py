@@ -1,14 +1,26 @@
 """Objectives: logits of every ramp + labels -> the loss to minimise. Pure functions.
 
-Knows nothing of stages, optimizers or models. Shapes: B batch, L layers (= ramps), C labels;
-C = 1 means regression (mean squared error instead of cross-entropy).
+An objective is a loss, the steps in which the final classifier's loss alone stands in for it, and
+how the ramps' gradients flow through the backbone. `conf/objective/` names them.
+Knows nothing of optimizers or models.
+Shapes: B batch, L layers (= ramps), C labels; C = 1 means regression (mean squared error instead of
+cross-entropy).
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from deebert.errors import UserError, unknown
+
+UNLABELLED = -100  # the label of a row that has none, as torch's cross-entropy ignores it
+
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def ramp_losses(logits_BLC: Tensor, labels_B: Tensor) -> Tensor:
@@ -21,13 +33,173 @@ def ramp_losses(logits_BLC: Tensor, labels_B: Tensor) -> Tensor:
 
 
 def final(logits_BLC: Tensor, labels_B: Tensor) -> Tensor:
-    """Stage 1 (paper, equation 2 with i = L): the loss of the final classifier alone."""
+    """The loss of the final classifier alone (paper, equation 2 with i = L)."""
     return ramp_losses(logits_BLC[:, -1:], labels_B).sum()
 
 
 def ramps(logits_BLC: Tensor, labels_B: Tensor) -> Tensor:
-    """Stage 2 (paper, equation 3): sum of the losses of every ramp but the last."""
+    """Sum of the losses of every ramp but the last (paper, equation 3)."""
     return ramp_losses(logits_BLC[:, :-1], labels_B).sum()
 
 
-OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"final": final, "ramps": ramps}
+def joint(logits_BLC: Tensor, labels_B: Tensor) -> Tensor:
+    """Sum of the losses of every ramp (BERxiT, Xin et al., EACL 2021, equation 3)."""
+    return ramp_losses(logits_BLC, labels_B).sum()
+
+
+def weighted(logits_BLC: Tensor, labels_B: Tensor) -> Tensor:
+    """Mean of the losses of every ramp, layer k's weighted by k (PABEE, Zhou et al., NeurIPS 2020,
+    equation 5)."""
+    losses_L = ramp_losses(logits_BLC, labels_B)
+    weight_L = torch.arange(1, len(losses_L) + 1, device=losses_L.device)
+    return (weight_L * losses_L).sum() / weight_L.sum()
+
+
+def distill(
+    logits_BLC: Tensor, labels_B: Tensor, *, temperature: float, label_weight: float
+) -> Tensor:
+    """The final classifier learns from the labels, the other ramps from it.
+
+    loss(L) + sum over k < L of [label_weight loss(k) + (1 - label_weight) T² KL(p_L || p_k)], with
+    probabilities at temperature T and no gradient into p_L. FastBERT (Liu et al., ACL 2020) is
+    label_weight 0, T 1; T² keeps gradients alike at any T (Hinton et al. 2015). For a regression
+    the second term is the squared difference of the values.
+
+    Args:
+        labels_B: UNLABELLED (or NaN, for a regression) where a row has no label.
+    """
+    known_B = labels_B >= 0 if logits_BLC.shape[-1] > 1 else ~labels_B.isnan()
+    student_BKC, teacher_BKC = logits_BLC[:, :-1].float(), logits_BLC[:, -1:].detach().float()
+    if logits_BLC.shape[-1] == 1:
+        apart_BK = (student_BKC - teacher_BKC).squeeze(-1).square()
+    else:
+        student_BKC = (student_BKC / temperature).log_softmax(-1)
+        teacher_BKC = (teacher_BKC / temperature).log_softmax(-1)
+        apart_BK = (teacher_BKC.exp() * (teacher_BKC - student_BKC)).sum(-1) * temperature**2
+    loss = (1 - label_weight) * apart_BK.mean(0).sum()
+    if known_B.any():
+        losses_L = ramp_losses(logits_BLC[known_B], labels_B[known_B])
+        loss = loss + losses_L[-1] + label_weight * losses_L[:-1].sum()
+    return loss
+
+
+class Flow(NamedTuple):
+    """What becomes of the gradients where layer k's states go two ways: factors, k = 1..L.
+
+    Attributes:
+        ramp_L: of the gradient that comes back from ramp k.
+        onward_L: of the one that comes back from the layers and ramps above (the last is unused).
+    """
+
+    ramp_L: list[float]
+    onward_L: list[float]
+
+
+def equilibrium(num_layers: int) -> Flow:
+    """Gradient equilibrium (Li et al., ICCV 2019, section 3.1, as in ElasticBERT, Liu et al., NAACL
+    2022): of the R ramps from layer k on, k's own counts 1/R and the others together (R-1)/R, so
+    that gradients do not grow towards the lower layers."""
+    left = [num_layers - k for k in range(num_layers)]
+    return Flow([1 / r for r in left], [(r - 1) / r for r in left])
+
+
+def detached(num_layers: int) -> Flow:
+    """Each layer learns from its own ramp alone (SWEET, Rotem et al., Findings of ACL 2023)."""
+    return Flow([1.0] * num_layers, [0.0] * num_layers)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How the ramps are trained.
+
+    Attributes:
+        name: in results and messages.
+        loss: (B, L, C) logits, (B,) labels -> scalar.
+        stages: where it makes sense: stage 1 trains everything that the loss depends on, stage 2
+            only the ramps before the last.
+        alone: (step, number of steps) -> is it the turn of the final classifier's loss alone?
+        flow: number of layers -> how gradients flow; None: as they are.
+        unlabelled: can it learn from rows without labels?
+    """
+
+    name: str
+    loss: Loss
+    stages: tuple[int, ...] = (1,)
+    alone: Callable[[int, int], bool] = lambda step, num_steps: False
+    flow: Callable[[int], Flow] | None = None
+    unlabelled: bool = False
+
+    def at(self, step: int, num_steps: int) -> Loss:
+        """The loss of this optimizer step, counted from 0."""
+        return final if self.alone(step, num_steps) else self.loss
+
+
+def _alternating() -> Objective:
+    """BERxiT, section 3.2: the final classifier alone and everything together, in turns."""
+    return Objective("alternating", joint, alone=lambda step, num_steps: step % 2 == 0)
+
+
+def _mixed(final_share: float = 0.5) -> Objective:
+    """The backbone first, then everything together (Kubaty et al., ICML 2025, "mixed")."""
+    _check("final_share", final_share, 0, 1)
+    return Objective("mixed", joint, alone=lambda step, num_steps: step < final_share * num_steps)
+
+
+def _distill(temperature: float = 1.0, label_weight: float = 0.0) -> Objective:
+    _check("temperature", temperature, 0.01, 100)
+    _check("label_weight", label_weight, 0, 1)
+
+    def loss(logits_BLC: Tensor, labels_B: Tensor) -> Tensor:
+        return distill(logits_BLC, labels_B, temperature=temperature, label_weight=label_weight)
+
+    return Objective("distill", loss, (1, 2), unlabelled=True)
+
+
+# Options are keyword arguments; their values stand in conf/objective/.
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "final": lambda: Objective("final", final),
+    "ramps": lambda: Objective("ramps", ramps, stages=(2,)),
+    "joint": lambda: Objective("joint", joint),
+    "weighted": lambda: Objective("weighted", weighted),
+    "alternating": _alternating,
+    "mixed": _mixed,
+    "distill": _distill,
+    "equilibrium": lambda: Objective("equilibrium", joint, flow=equilibrium),
+    "detached": lambda: Objective("detached", joint, flow=detached),
+}
+PAPER = {1: "final", 2: "ramps"}
+
+
+def build(values: Mapping[str, Any], stage: int) -> Objective:
+    """The objective that `conf/objective/` names.
+
+    Args:
+        values: `name`, and what options it has.
+
+    Raises:
+        UserError: the name or an option is unknown, or it does not fit the stage.
+    """
+    name = values.get("name")
+    here = [known for known in OBJECTIVES if stage in OBJECTIVES[known]().stages]
+    if name not in OBJECTIVES:
+        raise unknown("objective", name, here, "objective")
+    options = {key: value for key, value in values.items() if key != "name"}
+    known = inspect.signature(OBJECTIVES[name]).parameters
+    for option in options:
+        if option not in known:
+            raise UserError(
+                f"objective.{option}: {name} has "
+                + (f"no such option; it has: {', '.join(known)}" if known else "no options")
+            )
+    objective = OBJECTIVES[name](**options)
+    if stage not in objective.stages:
+        raise UserError(
+            f"objective={name} is for stage={objective.stages[0]}; in stage={stage} choose one of: "
+            f"{', '.join(here)} (objective=...)"
+        )
+    return objective
+
+
+def _check(option: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise UserError(f"objective.{option}={value} must be a number between {low} and {high}")

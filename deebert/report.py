@@ -36,13 +36,12 @@ PACKAGES = (
 
 def header(config: dict[str, Any]) -> dict[str, Any]:
     """What a run is, from its configuration, and where it ran."""
-    recipe = config["stages"][str(config["stage"])]
     return {
         "schema": SCHEMA,
         "task": config["task"]["name"],
         "backbone": config["backbone"]["name"],
         "stage": config["stage"],
-        "objective": recipe["objective"],
+        "objective": config["objective"]["name"],
         "seed": config["seed"],
         "metric": config["task"]["metrics"][0],
         "environment": environment(),

@@ -21,13 +21,15 @@ from deebert.frozen import FrozenStates
 from deebert.job import Job, check, complete, complete_evaluation, plain
 from deebert.model import EarlyExitModel
 from deebert.module import EarlyExitModule
+from deebert.ramps import RampKind
 from deebert.tasks import Task
 
 log = logging.getLogger(__name__)
 
 # What makes a checkpoint self-describing, and a run resumable.
 REMEMBERED = (
-    "task", "backbone", "data", "stage", "stages", "seed", "trainer", "callbacks", "thresholds",
+    "task", "backbone", "ramp", "data", "stage", "stages", "objective", "seed", "trainer",
+    "callbacks", "thresholds",
 )  # fmt: skip
 
 
@@ -47,10 +49,12 @@ def train(cfg: DictConfig) -> float | None:
     if origin:
         tokenizer, model = origin.tokenizer(), origin.model()
         tokenizer_files = origin.tokenizer_files
+        if (kind := RampKind.from_config(config["ramp"])) != model.ramp_kind:
+            model.new_ramps(kind)
     else:
         tokenizer = backbones.tokenizer(config["backbone"])
         tokenizer_files = backbones.tokenizer_files(tokenizer)
-        model = EarlyExitModel.from_backbone(config["backbone"], task.num_labels)
+        model = EarlyExitModel.from_backbone(config["backbone"], task.num_labels, config["ramp"])
     if len(model.ramps) < 2:
         raise UserError(
             f"backbone {config['backbone']['name']} has one layer: nothing to leave early"
