@@ -83,9 +83,8 @@ class FrozenStates(L.LightningDataModule):
                     self._standardize(self._cache[split].states_NR)
 
     def _standardize(self, states_NR: Tensor) -> None:
-        ramps = self.model.all_ramps
-        widths = [ramp.num_features for ramp in ramps]
-        for ramp, features_NF in list(zip(ramps, states_NR.split(widths, -1), strict=True))[:-1]:
+        ramps, features = self.model.all_ramps, self.model.features(states_NR)
+        for ramp, features_NF in zip(ramps[:-1], features[:-1], strict=True):
             ramp.standardize(features_NF)
 
     @torch.no_grad()

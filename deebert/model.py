@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deebert import backbones, ramps
 from deebert.objectives import Flow
-from deebert.ramps import PAPER, Ramp, RampKind
+from deebert.ramps import Ramp, RampKind
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -120,11 +120,20 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
 
     def ramp_logits(self, states_BR: Tensor) -> Tensor:
         """Each ramp on what it reads: (B, R) -> (B, L, C)."""
-        widths = [ramp.num_features for ramp in self.all_ramps]
         logits: list[Tensor] = []
-        for ramp, features_BF in zip(self.ramps, states_BR.split(widths, -1), strict=True):
+        for ramp, features_BF in zip(self.ramps, self.features(states_BR), strict=True):
             logits.append(ramp(features_BF, logits[-1] if logits else None))
         return torch.stack(logits, 1)
+
+    def unsure(self, states_BR: Tensor) -> Tensor:
+        """The learned exit score of each ramp, 0 for the final classifier: (B, R) -> (B, L)."""
+        of_each = zip(self.all_ramps[:-1], self.features(states_BR)[:-1], strict=True)
+        scores = [ramp.unsure(features_BF) for ramp, features_BF in of_each]
+        return torch.stack([*scores, torch.zeros_like(scores[0])], 1)
+
+    def features(self, states_BR: Tensor) -> tuple[Tensor, ...]:
+        """What `states` gave, apart: (B, R) -> (B, F) for each ramp."""
+        return states_BR.split([ramp.num_features for ramp in self.all_ramps], -1)
 
     def forward(
         self,

@@ -55,7 +55,8 @@ class EarlyExitModule(L.LightningModule):
 
         Not where ramps learn what they read: there is no state yet to be kept.
         """
-        return self.stage == 2 and self.recipe["cache"] and self.model.ramp_kind.reads != "attention"
+        learned = self.model.ramp_kind.reads == "attention"
+        return self.stage == 2 and self.recipe["cache"] and not learned
 
     def _freeze(self) -> None:
         """Say which parameters get gradients.
@@ -96,25 +97,37 @@ class EarlyExitModule(L.LightningModule):
         if batch_idx == 0:
             torch.manual_seed((self.seed * 100_003 + self.current_epoch) * 1009 + self.global_rank)
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Logits of every ramp for a batch of tokens or of frozen states: -> (B, L, C)."""
+    def states(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the ramps read, from a batch of tokens or of frozen states: -> (B, R)."""
         if "states" in batch:
-            return self.model.ramp_logits(batch["states"])
+            return batch["states"]
         inputs = {name: batch[name] for name in INPUTS if name in batch}
-        return self.model(**inputs, flow=self.flow)
+        return self.model.states(**inputs, flow=self.flow)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        num_steps = int(self.trainer.estimated_stepping_batches)
-        loss = self.objective.at(self.global_step, num_steps)(self(batch), batch["labels"])
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        labels_B = batch["labels"]
+        states_BR = self.states(batch)
+        logits_BLC = self.model.ramp_logits(states_BR)
+        loss_of = self.objective.at(self.global_step, int(self.trainer.estimated_stepping_batches))
+        loss = loss_of(logits_BLC, labels_B)
+        predicts = self.model.ramp_kind.predicts
+        if predicts is not None and loss_of is not objectives.final:
+            unsure_BL = self.model.unsure(states_BR)
+            loss = loss + objectives.exit_loss(unsure_BL, logits_BLC, labels_B, predicts)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(labels_B))
         return loss
 
     def validation_step(
         self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Tensor]:
-        """What a record is made of: logits (B, L, C), labels, index, length, group."""
+        """What a record is made of: logits (B, L, C), learned exit scores (B, L) where there are
+        some, labels, index, length, group."""
+        states_BR = self.states(batch)
         facts = ("labels", "index", "length", "group")
-        return {"logits": self(batch), **{name: batch[name] for name in facts if name in batch}}
+        found = {"logits": self.model.ramp_logits(states_BR)}
+        if self.model.ramp_kind.predicts is not None:
+            found["unsure"] = self.model.unsure(states_BR)
+        return found | {name: batch[name] for name in facts if name in batch}
 
     test_step = validation_step
 

@@ -83,6 +83,27 @@ def distill(
     return loss
 
 
+def exit_loss(unsure_BL: Tensor, logits_BLC: Tensor, labels_B: Tensor, predicts: str) -> Tensor:
+    """What a learned exit score is to learn: sum over the ramps before the last of the mean squared
+    difference from 1 where the ramp is off and 0 where not (BERxiT, Xin et al., EACL 2021, section
+    4). For a regression that is tanh |difference| (as in its code).
+
+    Args:
+        unsure_BL: the scores, between 0 and 1.
+        predicts: `wrong`: off from the label; `disagrees`: from the final classifier (CATs).
+    """
+    said_BLC = logits_BLC.detach()
+    if logits_BLC.shape[-1] == 1:
+        said_BL = said_BLC.squeeze(-1)
+        truth_B = labels_B if predicts == "wrong" else said_BL[:, -1]
+        off_BL = (said_BL - truth_B[:, None]).abs().tanh()
+    else:
+        said_BL = said_BLC.argmax(-1)
+        truth_B = labels_B if predicts == "wrong" else said_BL[:, -1]
+        off_BL = (said_BL != truth_B[:, None]).float()
+    return (unsure_BL - off_BL)[:, :-1].square().mean(0).sum()
+
+
 class Flow(NamedTuple):
     """What becomes of the gradients where layer k's states go two ways: factors, k = 1..L.
 

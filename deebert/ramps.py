@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deebert.errors import UserError, unknown
 
 READS = ("first", "mean", "first_and_mean", "attention")
+PREDICTS = ("wrong", "disagrees")
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,15 @@ class RampKind:
         shared_pooler: do they share one pooler (PABEE, Zhou et al., NeurIPS 2020)?
         sees_previous: does a ramp's classifier also read the probabilities of the ramp before it
             (after sledgehammer, Schwartz et al., ACL 2020)? No gradient goes back on that way.
+        predicts: a learned exit score: `wrong`, how likely the ramp is wrong (BERxiT's learning to
+            exit, Xin et al., EACL 2021), or `disagrees`, with the final classifier (CATs, Schuster
+            et al., EMNLP 2021); None: none is learned. For a regression see `objectives.exit_loss`.
     """
 
     reads: str = "first"
     shared_pooler: bool = False
     sees_previous: bool = False
+    predicts: str | None = None
 
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> "RampKind":
@@ -51,6 +56,8 @@ class RampKind:
         kind = cls(**values)
         if kind.reads not in READS:
             raise unknown("ramp.reads", kind.reads, READS, "ramp.reads")
+        if kind.predicts is not None and kind.predicts not in PREDICTS:
+            raise unknown("ramp.predicts", kind.predicts, (*PREDICTS, "null"), "ramp.predicts")
         for name in ("shared_pooler", "sees_previous"):
             if not isinstance(getattr(kind, name), bool):
                 raise UserError(f"ramp.{name}={getattr(kind, name)} must be true or false")
@@ -90,6 +97,9 @@ class Ramp(nn.Module):
         if kind.reads == "attention":
             self.attention = nn.Linear(hidden_size, 1)
             linears.append(self.attention)
+        if kind.predicts is not None:
+            self.exit_head = nn.Linear(hidden_size, 1)
+            linears.append(self.exit_head)
         for linear in linears:
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
@@ -148,16 +158,27 @@ class Ramp(nn.Module):
             previous_BC: logits of the ramp before; only where `kind.sees_previous`, and None for
                 the first ramp, which sees equal probabilities.
         """
-        pooled_BH = self.dropout(torch.tanh(self.pooler((features_BF - self.shift) * self.scale)))
+        pooled_BH = self.dropout(self._pooled(features_BF))
         if not self.kind.sees_previous:
             return self.classifier(pooled_BH)
         if previous_BC is None:
             previous_BC = pooled_BH.new_zeros(len(pooled_BH), self.classifier.out_features)
         return self.classifier(torch.cat([pooled_BH, _share(previous_BC).to(pooled_BH)], -1))
 
+    def unsure(self, features_BF: Tensor) -> Tensor:
+        """The learned exit score, between 0 and 1; only where `kind.predicts`: (B, F) -> (B,).
+
+        It learns from what the ramp pools, and the ramp nothing from it.
+        """
+        pooled_BH = self._pooled(features_BF).detach()
+        return torch.sigmoid(self.exit_head(pooled_BH).float()).squeeze(-1)
+
+    def _pooled(self, features_BF: Tensor) -> Tensor:
+        return torch.tanh(self.pooler((features_BF - self.shift) * self.scale))
+
 
 def _share(logits_BC: Tensor) -> Tensor:
-    """Probabilities; a regression's value as it is. Without a gradient: a ramp answers for itself."""
+    """Probabilities, or a regression's value. No gradient: each ramp answers for itself."""
     logits_BC = logits_BC.detach().float()
     return logits_BC if logits_BC.shape[-1] == 1 else logits_BC.softmax(-1)
 
@@ -173,7 +194,9 @@ def make(
 ) -> nn.ModuleList:
     """A ramp for each layer; the last one, the final classifier, is the paper's."""
     ramps = [Ramp(hidden_size, num_labels, dropout, kind) for _ in range(num_layers - 1)]
-    if kind.shared_pooler:
-        for ramp in ramps[1:]:
+    for ramp in ramps[1:]:
+        if kind.shared_pooler:
             ramp.pooler = ramps[0].pooler
+        if kind.predicts is not None:  # one for all, as BERxiT
+            ramp.exit_head = ramps[0].exit_head
     return nn.ModuleList([*ramps, Ramp(hidden_size, num_labels, dropout)])

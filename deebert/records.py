@@ -32,6 +32,7 @@ class Record:
         index_N: (N,) position of the row in its split.
         length_N: (N,) number of tokens.
         group_N: (N,) the task's group column (difficulty grade), or None.
+        unsure_NL: (N, L) learned exit scores, or None where the ramps have none.
     """
 
     split: str
@@ -40,6 +41,7 @@ class Record:
     index_N: Tensor
     length_N: Tensor
     group_N: Tensor | None = None
+    unsure_NL: Tensor | None = None
 
     @property
     def num_layers(self) -> int:
@@ -86,6 +88,7 @@ class Record:
             joined["index"][rows],
             joined["length"][rows],
             joined["group"][rows] if "group" in joined else None,
+            joined["unsure"][rows].float() if "unsure" in joined else None,
         )
 
     def save(self, folder: Path, header: Mapping[str, Any]) -> None:
@@ -137,6 +140,9 @@ def _wrong(header: dict[str, Any], tensors: dict[str, Tensor], file: Path) -> st
     num_labels = len(config["task"]["labels"] or "1")  # a regression has one output
     if logits.shape[2] != num_labels:
         return f"it has {logits.shape[2]} outputs a ramp, and its task {num_labels}"
+    unsure = tensors.get("unsure_NL")
+    if unsure is not None and unsure.shape != logits.shape[:2]:
+        return f"its learned exit scores are {tuple(unsure.shape)}, not (rows, ramps)"
     if {len(values) for values in tensors.values()} != {len(logits)}:
         return "its columns are of different lengths"
     if labels is not None and num_labels > 1 and not 0 <= labels.min() <= labels.max() < num_labels:

@@ -104,7 +104,8 @@ def evaluate(cfg: DictConfig) -> float | None:
     if not isinstance(origin, Checkpoint):
         return _evaluate_records(config, task, asked, origin, job)
     model = origin.model()
-    question.check_model(asked, config, len(model.ramps))
+    learned = model.ramp_kind.predicts is not None
+    question.check_model(asked, config, len(model.ramps), learned=learned)
     data = build.data_module(task, origin.tokenizer(), config, origin.architecture, 1)
     if config["split"]:
         data.eval_splits = (config["split"],)
@@ -166,7 +167,8 @@ def _evaluate_records(
     if not reported:
         splits = ", ".join(record.split for record in found)
         raise UserError(f"split={wanted}: {origin.path} has records of: {splits} (split=...)")
-    question.check_model(asked, config, reported[0].num_layers)
+    learned = reported[0].unsure_NL is not None
+    question.check_model(asked, config, reported[0].num_layers, learned=learned)
     if len({record.logits_NLC.shape[1:] for record in found}) > 1:
         raise UserError(f"record={config['record']}: its records have different numbers of ramps")
     header = report.header(origin.config)
