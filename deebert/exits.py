@@ -194,6 +194,11 @@ class Rule:
                 else f"exit={self.name} is for a regression; use exit=entropy, or another"
             )
             raise UserError(why)
+        if self.reads == "unsure" and self.looks_back:
+            raise UserError(
+                f"exit={self.name}: a rule on learned scores judges each ramp alone; say "
+                "exit.looks_back=false"
+            )
 
     def __call__(
         self, logits_NLC: Tensor, unsure_NL: Tensor | None = None, first: int = 0

@@ -106,17 +106,20 @@ class Ramp(nn.Module):
         self.register_buffer("shift", torch.zeros(self.num_features))
         self.register_buffer("scale", torch.ones(() if self.parts == 1 else self.num_features))
 
-    def read(self, before_BSH: Tensor, after_BTH: Tensor, mask_BS: Tensor) -> Tensor:
+    def read(
+        self, before_BSH: Tensor, after_BTH: Tensor, mask_BS: Tensor | None
+    ) -> Tensor:
         """What the ramp takes from its layer: -> (B, F).
 
         Args:
             before_BSH: the states that went into the layer.
             after_BTH: those that came out; the first token is enough unless `kind.reads_tokens`.
-            mask_BS: True or 1 at real tokens.
+            mask_BS: True or 1 at real tokens; not looked at by `first`.
         """
         reads = self.kind.reads
         if reads == "first":
             return after_BTH[:, 0]
+        assert mask_BS is not None
         if reads == "mean":
             return _mean(after_BTH, mask_BS)
         if reads == "first_and_mean":
