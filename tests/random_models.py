@@ -80,9 +80,7 @@ def record_of(model: EarlyExitModel, inputs: list[dict]) -> Record:
     lengths = torch.tensor([len(given["input_ids"]) for given in inputs])
     index = torch.arange(len(inputs))
     unsure = None if model.ramp_kind.predicts is None else model.unsure(states)
-    return Record(
-        "validation", model.ramp_logits(states), None, index, lengths, unsure_NL=unsure
-    )
+    return Record("validation", model.ramp_logits(states), None, index, lengths, unsure_NL=unsure)
 
 
 def types(given: dict) -> Tensor | None:
