@@ -23,7 +23,7 @@ from deebert.checkpoints import fingerprint
 from deebert.evaluation import Question, evaluate
 from deebert.layers import layer_table
 from deebert.module import EarlyExitModule
-from deebert.objectives import Loss
+from deebert.objectives import FINAL_ALONE, Loss
 from deebert.records import Record
 from deebert.tasks import Task
 
@@ -123,7 +123,7 @@ class EarlyExitEvaluation(Callback):
             list(self.thresholds or curves.default_thresholds(task.num_labels)),
         )
         header = report.header(config)
-        trained = header["objective"] != "final"
+        trained = header["objective"] not in FINAL_ALONE
         self.results = header | evaluate(reported, task, question, held_out, trained=trained)
         self.results["ckpt"] = self.ckpt or trainer.default_root_dir
         if trainer.state.fn == "fit":
@@ -219,9 +219,7 @@ def _gathered(trainer: L.Trainer, batches: list[dict[str, Tensor]]) -> list[dict
     return [batch for part in parts for batch in part]
 
 
-def _scalars(
-    record: Record, evaluation: dict[str, Any], loss: Loss
-) -> dict[str, float]:
+def _scalars(record: Record, evaluation: dict[str, Any], loss: Loss) -> dict[str, float]:
     scalars: dict[str, float] = {}
     if record.labels_N is not None:
         full = evaluation["exits"][-1]

@@ -105,9 +105,9 @@ def read(path: Path, flag: str) -> Checkpoint:
 
 
 def of_today(config: dict[str, Any]) -> dict[str, Any]:
-    """A saved run's configuration, also of one from before ramps and objectives had choices."""
+    """A saved run's configuration, also of one from before there were some of its choices."""
     name = config["stages"][str(config["stage"])].get("objective")
-    return {"objective": {"name": name}, "ramp": {}} | config
+    return {"objective": {"name": name}, "ramp": {}, "teacher": None} | config
 
 
 def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:

@@ -5,7 +5,8 @@ normalization, softmax, activations) counts 0: what torch.utils.flop_counter.Flo
 (under sdpa on CPU that counter misses the attention, so the tests hold this against eager). The
 number of heads does not matter: their sizes add up to H.
 
-Knows nothing of models or exit rules; a learned exit score is not counted. Plain integers, exact at any size.
+Knows nothing of models or exit rules; a learned exit score is not counted. Plain integers, exact
+at any size.
 Shapes: N rows, S tokens, H hidden, I feed-forward, L layers (= ramps), C labels.
 """
 

@@ -75,11 +75,11 @@ class FrozenStates(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Run the backbone over every split; each process does so for itself."""
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        train = [self.data.task.train] if self.data.task.train else []
+        train = [self.data.train_split] if self.data.train_split else []
         for split in (*train, *self.eval_splits):
             if split not in self._cache:
                 self._cache[split] = self._compute(split, device)
-                if self.standardize and split == self.data.task.train:
+                if self.standardize and split == self.data.train_split:
                     self._standardize(self._cache[split].states_NR)
 
     def _standardize(self, states_NR: Tensor) -> None:
@@ -109,8 +109,8 @@ class FrozenStates(L.LightningDataModule):
         return StateDataset(states_NR, facts)
 
     def train_dataloader(self) -> DataLoader:
-        assert self.data.task.train is not None
-        return self._loader(self.data.task.train, self.data.batch_size, shuffle=True)
+        assert self.data.train_split is not None
+        return self._loader(self.data.train_split, self.data.batch_size, shuffle=True)
 
     def val_dataloader(self) -> list[DataLoader]:
         size = self.data.eval_batch_size

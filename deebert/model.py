@@ -5,7 +5,7 @@ Shapes: B batch, S tokens, H hidden, L layers (= ramps), C labels; F features th
 unless `conf/ramp/` says otherwise) and R, those of all ramps together.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -56,6 +56,8 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
         something else starts from small random weights.
         """
         backbone, pooler = backbones.pretrained(spec)
+        if spec.get("layers") is not None:
+            backbone.keep_layers(spec["layers"], "backbone.layers")
         model = cls(backbone.config, num_labels, ramp)
         model.backbone = backbone
         if pooler is not None:
@@ -77,6 +79,18 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
         )
         if final is not None:
             self.ramps[-1] = final
+
+    def keep_layers(self, layers: list[int], flag: str) -> None:
+        """Leave only these layers, from 1: a shallower model with the weights of this one.
+
+        The ramps stay with their layers, but on the last one that is left is the final classifier.
+
+        Raises:
+            UserError: these are not some of its layers in their order; `flag` said so.
+        """
+        self.backbone.keep_layers(layers, flag)
+        ramps = self.all_ramps
+        self.ramps = nn.ModuleList([*(ramps[layer - 1] for layer in layers[:-1]), ramps[-1]])
 
     @property
     def all_ramps(self) -> list[Ramp]:
@@ -100,17 +114,21 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
         token_type_ids: Tensor | None = None,
         *,
         flow: Flow | None = None,
+        skipped: Collection[int] = (),
     ) -> Tensor:
         """What the ramps read, one after the other: (B, S) ids and mask -> (B, R).
 
         Args:
             flow: what becomes of gradients on their way back; None: they flow as they are.
+            skipped: layers, from 0, that do nothing; their ramps read the states of the layer
+                before, unchanged.
         """
         hidden_BSH, context = self.backbone.embed(input_ids, attention_mask, token_type_ids)
         features = []
         for index, ramp in enumerate(self.all_ramps):
             before_BSH = hidden_BSH
-            hidden_BSH = self.backbone.run_layer(index, before_BSH, context)
+            run = self.backbone.skip_layer if index in skipped else self.backbone.run_layer
+            hidden_BSH = run(index, before_BSH, context)
             to_ramp_BSH = hidden_BSH
             if flow is not None:
                 to_ramp_BSH = _scale_gradient(hidden_BSH, flow.ramp_L[index])

@@ -27,13 +27,18 @@ class EarlyExitModule(L.LightningModule):
         config: the run's configuration as plain values; `stage`, `seed`, `stages` and `objective`
             are read here, the rest makes the checkpoint self-describing.
         tokenizer: the tokenizer's files as text, for the checkpoint.
+        teacher: the model that a student learns from; frozen, and no part of the checkpoint.
 
     Raises:
         UserError: the objective is unknown, or not for this stage.
     """
 
     def __init__(
-        self, model: EarlyExitModel, config: Mapping[str, Any], tokenizer: Mapping[str, str]
+        self,
+        model: EarlyExitModel,
+        config: Mapping[str, Any],
+        tokenizer: Mapping[str, str],
+        teacher: EarlyExitModel | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(
@@ -47,6 +52,10 @@ class EarlyExitModule(L.LightningModule):
         self.objective = objectives.build(config["objective"], self.stage)
         flow = self.objective.flow
         self.flow = flow(len(model.ramps)) if flow else None
+        self.trains_ramps = self.objective.name not in objectives.FINAL_ALONE
+        self.layer_drop = self.recipe.get("layer_drop", 0.0)  # stage 1's alone
+        # In a tuple, or torch would take its weights for this module's.
+        self._teacher: tuple[EarlyExitModel, ...] = (teacher,) if teacher else ()
         self._freeze()
 
     @property
@@ -69,7 +78,7 @@ class EarlyExitModule(L.LightningModule):
         if self.stage == 1:
             model.backbone.requires_grad_(True)
             model.ramps[-1].requires_grad_(True)
-            model.ramps[:-1].requires_grad_(self.objective.name != "final")
+            model.ramps[:-1].requires_grad_(self.trains_ramps)
             return
         model.ramps[:-1].requires_grad_(True)
         if not self.is_cached:
@@ -90,6 +99,8 @@ class EarlyExitModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self._set_modes()
+        for teacher in self._teacher:
+            teacher.eval().to(self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout depends on (seed, epoch, process) only, so a resumed run repeats the unbroken one.
@@ -101,17 +112,36 @@ class EarlyExitModule(L.LightningModule):
         """What the ramps read, from a batch of tokens or of frozen states: -> (B, R)."""
         if "states" in batch:
             return batch["states"]
-        inputs = {name: batch[name] for name in INPUTS if name in batch}
-        return self.model.states(**inputs, flow=self.flow)
+        return self.model.states(**_tokens(batch), flow=self.flow, skipped=self._dropped())
+
+    def _dropped(self) -> list[int]:
+        """LayerDrop (Fan et al., ICLR 2020): the layers, from 0, that this batch goes past.
+
+        The ramp of such a layer is trained nevertheless, where the objective trains ramps: on what
+        the layer before it has handed on.
+        """
+        if not self.layer_drop or not self.training:
+            return []
+        dropped_L = torch.rand(len(self.model.ramps)) < self.layer_drop
+        return dropped_L.nonzero().flatten().tolist()
+
+    def _taught(self, batch: Mapping[str, Tensor], logits_BLC: Tensor) -> Tensor | float:
+        """What a student's loss has beside the labels'."""
+        if self.objective.taught is None:
+            return 0.0
+        [teacher] = self._teacher
+        with torch.no_grad():
+            teacher_BC = teacher(**_tokens(batch))[:, -1]
+        return self.objective.taught(logits_BLC, teacher_BC)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         labels_B = batch["labels"]
         states_BR = self.states(batch)
         logits_BLC = self.model.ramp_logits(states_BR)
         loss_of = self.objective.at(self.global_step, int(self.trainer.estimated_stepping_batches))
-        loss = loss_of(logits_BLC, labels_B)
+        loss = loss_of(logits_BLC, labels_B) + self._taught(batch, logits_BLC)
         predicts = self.model.ramp_kind.predicts
-        if predicts is not None and loss_of is not objectives.final:
+        if predicts is not None and self.trains_ramps and loss_of is not objectives.final:
             unsure_BL = self.model.unsure(states_BR)
             loss = loss + objectives.exit_loss(unsure_BL, logits_BLC, labels_B, predicts)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(labels_B))
@@ -168,3 +198,7 @@ class EarlyExitModule(L.LightningModule):
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
         self.zero_grad()  # also what gets gradients without being optimized
+
+
+def _tokens(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: batch[name] for name in INPUTS if name in batch}

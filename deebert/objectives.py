@@ -68,19 +68,26 @@ def distill(
     Args:
         labels_B: UNLABELLED (or NaN, for a regression) where a row has no label.
     """
-    known_B = labels_B >= 0 if logits_BLC.shape[-1] > 1 else ~labels_B.isnan()
-    student_BKC, teacher_BKC = logits_BLC[:, :-1].float(), logits_BLC[:, -1:].detach().float()
-    if logits_BLC.shape[-1] == 1:
-        apart_BK = (student_BKC - teacher_BKC).squeeze(-1).square()
-    else:
-        student_BKC = (student_BKC / temperature).log_softmax(-1)
-        teacher_BKC = (teacher_BKC / temperature).log_softmax(-1)
-        apart_BK = (teacher_BKC.exp() * (teacher_BKC - student_BKC)).sum(-1) * temperature**2
+    apart_BK = _apart(logits_BLC[:, :-1], logits_BLC[:, -1:].detach(), temperature)
     loss = (1 - label_weight) * apart_BK.mean(0).sum()
-    if known_B.any():
+    if (known_B := _labelled(labels_B)).any():
         losses_L = ramp_losses(logits_BLC[known_B], labels_B[known_B])
         loss = loss + losses_L[-1] + label_weight * losses_L[:-1].sum()
     return loss
+
+
+def _apart(student_BKC: Tensor, teacher_B1C: Tensor, temperature: float) -> Tensor:
+    """T² KL(teacher || student) at temperature T, or squared differences of values: -> (B, K)."""
+    if student_BKC.shape[-1] == 1:
+        return (student_BKC.float() - teacher_B1C.float()).squeeze(-1).square()
+    student_BKC = (student_BKC.float() / temperature).log_softmax(-1)
+    teacher_B1C = (teacher_B1C.float() / temperature).log_softmax(-1)
+    return (teacher_B1C.exp() * (teacher_B1C - student_BKC)).sum(-1) * temperature**2
+
+
+def _labelled(labels_B: Tensor) -> Tensor:
+    """Which rows have a label: (B,) bool."""
+    return ~labels_B.isnan() if labels_B.is_floating_point() else labels_B != UNLABELLED
 
 
 def exit_loss(unsure_BL: Tensor, logits_BLC: Tensor, labels_B: Tensor, predicts: str) -> Tensor:
@@ -90,8 +97,12 @@ def exit_loss(unsure_BL: Tensor, logits_BLC: Tensor, labels_B: Tensor, predicts:
 
     Args:
         unsure_BL: the scores, between 0 and 1.
+        labels_B: UNLABELLED or NaN where a row has none; what is `wrong` there nobody knows.
         predicts: `wrong`: off from the label; `disagrees`: from the final classifier (CATs).
     """
+    if predicts == "wrong":
+        known_B = _labelled(labels_B)
+        unsure_BL, logits_BLC, labels_B = unsure_BL[known_B], logits_BLC[known_B], labels_B[known_B]
     said_BLC = logits_BLC.detach()
     if logits_BLC.shape[-1] == 1:
         said_BL = said_BLC.squeeze(-1)
@@ -101,7 +112,7 @@ def exit_loss(unsure_BL: Tensor, logits_BLC: Tensor, labels_B: Tensor, predicts:
         said_BL = said_BLC.argmax(-1)
         truth_B = labels_B if predicts == "wrong" else said_BL[:, -1]
         off_BL = (said_BL != truth_B[:, None]).float()
-    return (unsure_BL - off_BL)[:, :-1].square().mean(0).sum()
+    return (unsure_BL - off_BL)[:, :-1].square().sum() / max(len(labels_B), 1)
 
 
 class Flow(NamedTuple):
@@ -141,6 +152,8 @@ class Objective:
         alone: (step, number of steps) -> is it the turn of the final classifier's loss alone?
         flow: number of layers -> how gradients flow; None: as they are.
         unlabelled: can it learn from rows without labels?
+        taught: (B, L, C) logits, (B, C) those of a teacher's final classifier -> scalar that is
+            added to the loss; None: there is no teacher.
     """
 
     name: str
@@ -149,6 +162,7 @@ class Objective:
     alone: Callable[[int, int], bool] = lambda step, num_steps: False
     flow: Callable[[int], Flow] | None = None
     unlabelled: bool = False
+    taught: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def at(self, step: int, num_steps: int) -> Loss:
         """The loss of this optimizer step, counted from 0."""
@@ -176,6 +190,26 @@ def _distill(temperature: float = 1.0, label_weight: float = 0.0) -> Objective:
     return Objective("distill", loss, (1, 2), unlabelled=True)
 
 
+def _student(temperature: float = 2.0, label_weight: float = 0.5) -> Objective:
+    """The final classifier learns from the labels and from a larger model's: label_weight loss(L) +
+    (1 - label_weight) T² KL(teacher || L) (DistilBERT, Sanh et al. 2019; in the authors' code
+    run_squad_w_distillation.py, where the two weights are alpha_squad and alpha_ce)."""
+    _check("temperature", temperature, 0.01, 100)
+    _check("label_weight", label_weight, 0, 1)
+
+    def loss(logits_BLC: Tensor, labels_B: Tensor) -> Tensor:
+        known_B = _labelled(labels_B)
+        if not known_B.any():  # nothing, but with a way back
+            return 0 * logits_BLC.sum()
+        return label_weight * final(logits_BLC[known_B], labels_B[known_B])
+
+    def taught(logits_BLC: Tensor, teacher_BC: Tensor) -> Tensor:
+        apart_B1 = _apart(logits_BLC[:, -1:], teacher_BC[:, None], temperature)
+        return (1 - label_weight) * apart_B1.mean()
+
+    return Objective("student", loss, unlabelled=True, taught=taught)
+
+
 # Options are keyword arguments; their values stand in conf/objective/.
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "final": lambda: Objective("final", final),
@@ -187,8 +221,10 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "distill": _distill,
     "equilibrium": lambda: Objective("equilibrium", joint, flow=equilibrium),
     "detached": lambda: Objective("detached", joint, flow=detached),
+    "student": _student,
 }
 PAPER = {1: "final", 2: "ramps"}
+FINAL_ALONE = ("final", "student")  # train no ramp before the last: leaving early means nothing
 
 
 def build(values: Mapping[str, Any], stage: int) -> Objective:

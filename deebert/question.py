@@ -31,6 +31,8 @@ def check(config: dict[str, Any]) -> None:
     """
     if config["analysis"] and config["record"]:
         raise UserError("analysis=true runs the model, which a record has not: give ckpt= alone")
+    if config["layers"] is not None and config["record"]:
+        raise UserError(f"layers={config['layers']} cuts the model, which a record has not")
     if config["split"] is not None and not isinstance(config["split"], str):
         raise UserError(f"split={config['split']} must be the name of one split")
     if not isinstance(config["calibration"], str):

@@ -106,9 +106,7 @@ class Ramp(nn.Module):
         self.register_buffer("shift", torch.zeros(self.num_features))
         self.register_buffer("scale", torch.ones(() if self.parts == 1 else self.num_features))
 
-    def read(
-        self, before_BSH: Tensor, after_BTH: Tensor, mask_BS: Tensor | None
-    ) -> Tensor:
+    def read(self, before_BSH: Tensor, after_BTH: Tensor, mask_BS: Tensor | None) -> Tensor:
         """What the ramp takes from its layer: -> (B, F).
 
         Args:

@@ -135,7 +135,7 @@ def _wrong(header: dict[str, Any], tensors: dict[str, Tensor], file: Path) -> st
         return f"the file was renamed, it is of split {header['split']!r}"
     if not {"task", "stage", "stages", "seed", "backbone", "data"} <= set(config):
         return "its configuration is incomplete"
-    if logits.ndim != 3 or logits.dtype != torch.float32 or not len(logits) or logits.shape[1] < 2:
+    if logits.ndim != 3 or logits.dtype != torch.float32 or not len(logits) or not logits.shape[1]:
         return f"its logits are {tuple(logits.shape)} {logits.dtype}, not (rows, ramps, labels)"
     num_labels = len(config["task"]["labels"] or "1")  # a regression has one output
     if logits.shape[2] != num_labels:
