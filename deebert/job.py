@@ -337,6 +337,11 @@ def _check_training(config: dict[str, Any]) -> None:
     for key in ("cache", "standardize"):
         if not isinstance(recipe[key], bool):
             raise UserError(f"{flag}.{key}={recipe[key]} must be true or false")
+    if recipe["standardize"] and config["ramp"].get("reads") == "attention":
+        raise UserError(
+            "stages.2.standardize=true needs frozen states, and ramp=attention learns what it "
+            "reads: use another ramp, or stages.2.standardize=false"
+        )
     if recipe["standardize"] and not recipe["cache"]:
         raise UserError(
             "stages.2.standardize=true needs the frozen states: leave stages.2.cache=true"

@@ -6,6 +6,7 @@ unless `conf/ramp/` says otherwise) and R, those of all ramps together.
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
@@ -68,7 +69,7 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
 
     def new_ramps(self, kind: RampKind) -> None:
         """Put untrained ramps of this kind after each layer; an existing final classifier stays."""
-        final = self.ramps[-1] if hasattr(self, "ramps") else None
+        before = self.all_ramps if hasattr(self, "ramps") else []
         backbone = self.backbone
         self.ramps = ramps.make(
             backbone.hidden_size,
@@ -77,8 +78,17 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
             len(backbone.layers),
             kind,
         )
-        if final is not None:
-            self.ramps[-1] = final
+        for new, old in zip(self.all_ramps, before, strict=bool(before)):
+            if new.kind.reads == old.kind.reads == "first":  # perhaps the pretrained one
+                new.pooler.load_state_dict(old.pooler.state_dict())
+        if before:
+            self.ramps[-1] = before[-1]
+
+    def save_pretrained(self, save_directory: Any, **options: Any) -> Any:
+        """Write safetensors, and config.json of what the model is now: `new_ramps` and
+        `keep_layers` change it after it was made."""
+        now = {"config": self.config, "num_labels": self.num_labels, "ramp": asdict(self.ramp_kind)}
+        return super().save_pretrained(save_directory, config=now, **options)
 
     def keep_layers(self, layers: list[int], flag: str) -> None:
         """Leave only these layers, from 1: a shallower model with the weights of this one.
@@ -132,6 +142,7 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
             to_ramp_BSH = hidden_BSH
             if flow is not None:
                 to_ramp_BSH = _scale_gradient(hidden_BSH, flow.ramp_L[index])
+                before_BSH = _scale_gradient(before_BSH, flow.ramp_L[index])
                 hidden_BSH = _scale_gradient(hidden_BSH, flow.onward_L[index])
             features.append(ramp.read(before_BSH, to_ramp_BSH, attention_mask))
         return torch.cat(features, -1)

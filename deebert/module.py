@@ -59,13 +59,17 @@ class EarlyExitModule(L.LightningModule):
         self._freeze()
 
     @property
+    def is_frozen(self) -> bool:
+        """Is the backbone left alone, in eval mode and without gradients?"""
+        return self.stage == 2 and self.recipe["cache"]
+
+    @property
     def is_cached(self) -> bool:
         """Does this stage train on frozen states that are computed once?
 
         Not where ramps learn what they read: there is no state yet to be kept.
         """
-        learned = self.model.ramp_kind.reads == "attention"
-        return self.stage == 2 and self.recipe["cache"] and not learned
+        return self.is_frozen and self.model.ramp_kind.reads != "attention"
 
     def _freeze(self) -> None:
         """Say which parameters get gradients.
@@ -81,7 +85,7 @@ class EarlyExitModule(L.LightningModule):
             model.ramps[:-1].requires_grad_(self.trains_ramps)
             return
         model.ramps[:-1].requires_grad_(True)
-        if not self.is_cached:
+        if not self.is_frozen:
             model.backbone.requires_grad_(True)
             model.backbone.layers[-1].requires_grad_(False)  # no trained ramp is above it
 
@@ -92,7 +96,7 @@ class EarlyExitModule(L.LightningModule):
         (Lightning #20105), so this is said outright.
         """
         self.train()
-        if self.is_cached:
+        if self.is_frozen:
             self.model.backbone.eval()
         if self.stage == 2:
             self.model.ramps[-1].eval()
@@ -138,14 +142,29 @@ class EarlyExitModule(L.LightningModule):
         labels_B = batch["labels"]
         states_BR = self.states(batch)
         logits_BLC = self.model.ramp_logits(states_BR)
-        loss_of = self.objective.at(self.global_step, int(self.trainer.estimated_stepping_batches))
+        loss_of = objectives.final if self._final_alone else self.objective.loss
         loss = loss_of(logits_BLC, labels_B) + self._taught(batch, logits_BLC)
         predicts = self.model.ramp_kind.predicts
-        if predicts is not None and self.trains_ramps and loss_of is not objectives.final:
+        if predicts is not None and self.trains_ramps:
             unsure_BL = self.model.unsure(states_BR)
-            loss = loss + objectives.exit_loss(unsure_BL, logits_BLC, labels_B, predicts)
+            exit_loss = objectives.exit_loss(unsure_BL, logits_BLC, labels_B, predicts)
+            # Not left out: with several processes all parameters must be in every step's loss.
+            loss = loss + (0 if self._final_alone else 1) * exit_loss
         self.log("train/loss", loss, prog_bar=True, batch_size=len(labels_B))
         return loss
+
+    @property
+    def _final_alone(self) -> bool:
+        """Is it the final classifier's turn?"""
+        num_steps = int(self.trainer.estimated_stepping_batches)
+        return self.objective.alone(self.global_step, num_steps)
+
+    def on_after_backward(self) -> None:
+        # Gradients of 0 would still move the ramps (momentum), or hurry them later (AdamW counts
+        # its steps).
+        if self._final_alone:
+            for parameter in self.model.ramps[:-1].parameters():
+                parameter.grad = None
 
     def validation_step(
         self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0

@@ -10,6 +10,7 @@ cross-entropy).
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +91,24 @@ def _labelled(labels_B: Tensor) -> Tensor:
     return ~labels_B.isnan() if labels_B.is_floating_point() else labels_B != UNLABELLED
 
 
+def student(logits_BLC: Tensor, labels_B: Tensor, *, label_weight: float) -> Tensor:
+    """What a student learns from the labels: label_weight loss(L), over the rows that have one."""
+    known_B = _labelled(labels_B)
+    if not known_B.any():  # nothing, but with a way back
+        return 0 * logits_BLC.sum()
+    return label_weight * final(logits_BLC[known_B], labels_B[known_B])
+
+
+def taught(
+    logits_BLC: Tensor, teacher_BC: Tensor, *, temperature: float, label_weight: float
+) -> Tensor:
+    """What it learns from a larger model's final classifier: (1 - label_weight) T² KL(teacher || L)
+    (DistilBERT, Sanh et al. 2019; in the authors' code run_squad_w_distillation.py, where the two
+    weights are alpha_squad and alpha_ce)."""
+    apart_B1 = _apart(logits_BLC[:, -1:], teacher_BC[:, None], temperature)
+    return (1 - label_weight) * apart_B1.mean()
+
+
 def exit_loss(unsure_BL: Tensor, logits_BLC: Tensor, labels_B: Tensor, predicts: str) -> Tensor:
     """What a learned exit score is to learn: sum over the ramps before the last of the mean squared
     difference from 1 where the ramp is off and 0 where not (BERxiT, Xin et al., EACL 2021, section
@@ -140,9 +159,13 @@ def detached(num_layers: int) -> Flow:
     return Flow([1.0] * num_layers, [0.0] * num_layers)
 
 
+def _never(step: int, num_steps: int) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Objective:
-    """How the ramps are trained.
+    """How the ramps are trained. It goes to other processes (ddp_spawn), so: named functions.
 
     Attributes:
         name: in results and messages.
@@ -159,55 +182,42 @@ class Objective:
     name: str
     loss: Loss
     stages: tuple[int, ...] = (1,)
-    alone: Callable[[int, int], bool] = lambda step, num_steps: False
+    alone: Callable[[int, int], bool] = _never
     flow: Callable[[int], Flow] | None = None
     unlabelled: bool = False
     taught: Callable[[Tensor, Tensor], Tensor] | None = None
 
-    def at(self, step: int, num_steps: int) -> Loss:
-        """The loss of this optimizer step, counted from 0."""
-        return final if self.alone(step, num_steps) else self.loss
+
+def _in_turns(step: int, num_steps: int) -> bool:
+    return step % 2 == 0
 
 
-def _alternating() -> Objective:
-    """BERxiT, section 3.2: the final classifier alone and everything together, in turns."""
-    return Objective("alternating", joint, alone=lambda step, num_steps: step % 2 == 0)
+def _at_first(final_share: float, step: int, num_steps: int) -> bool:
+    return step < round(final_share * num_steps)
 
 
 def _mixed(final_share: float = 0.5) -> Objective:
     """The backbone first, then everything together (Kubaty et al., ICML 2025, "mixed")."""
     _check("final_share", final_share, 0, 1)
-    return Objective("mixed", joint, alone=lambda step, num_steps: step < final_share * num_steps)
+    return Objective("mixed", joint, alone=partial(_at_first, final_share))
 
 
 def _distill(temperature: float = 1.0, label_weight: float = 0.0) -> Objective:
-    _check("temperature", temperature, 0.01, 100)
-    _check("label_weight", label_weight, 0, 1)
-
-    def loss(logits_BLC: Tensor, labels_B: Tensor) -> Tensor:
-        return distill(logits_BLC, labels_B, temperature=temperature, label_weight=label_weight)
-
+    _check_weights(temperature, label_weight)
+    loss = partial(distill, temperature=temperature, label_weight=label_weight)
     return Objective("distill", loss, (1, 2), unlabelled=True)
 
 
 def _student(temperature: float = 2.0, label_weight: float = 0.5) -> Objective:
-    """The final classifier learns from the labels and from a larger model's: label_weight loss(L) +
-    (1 - label_weight) T² KL(teacher || L) (DistilBERT, Sanh et al. 2019; in the authors' code
-    run_squad_w_distillation.py, where the two weights are alpha_squad and alpha_ce)."""
+    _check_weights(temperature, label_weight)
+    loss = partial(student, label_weight=label_weight)
+    from_teacher = partial(taught, temperature=temperature, label_weight=label_weight)
+    return Objective("student", loss, unlabelled=True, taught=from_teacher)
+
+
+def _check_weights(temperature: float, label_weight: float) -> None:
     _check("temperature", temperature, 0.01, 100)
     _check("label_weight", label_weight, 0, 1)
-
-    def loss(logits_BLC: Tensor, labels_B: Tensor) -> Tensor:
-        known_B = _labelled(labels_B)
-        if not known_B.any():  # nothing, but with a way back
-            return 0 * logits_BLC.sum()
-        return label_weight * final(logits_BLC[known_B], labels_B[known_B])
-
-    def taught(logits_BLC: Tensor, teacher_BC: Tensor) -> Tensor:
-        apart_B1 = _apart(logits_BLC[:, -1:], teacher_BC[:, None], temperature)
-        return (1 - label_weight) * apart_B1.mean()
-
-    return Objective("student", loss, unlabelled=True, taught=taught)
 
 
 # Options are keyword arguments; their values stand in conf/objective/.
@@ -216,7 +226,8 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "ramps": lambda: Objective("ramps", ramps, stages=(2,)),
     "joint": lambda: Objective("joint", joint),
     "weighted": lambda: Objective("weighted", weighted),
-    "alternating": _alternating,
+    # BERxiT, section 3.2: the final classifier alone and everything together, in turns.
+    "alternating": lambda: Objective("alternating", joint, alone=_in_turns),
     "mixed": _mixed,
     "distill": _distill,
     "equilibrium": lambda: Objective("equilibrium", joint, flow=equilibrium),
@@ -238,7 +249,7 @@ def build(values: Mapping[str, Any], stage: int) -> Objective:
     """
     name = values.get("name")
     here = [known for known in OBJECTIVES if stage in OBJECTIVES[known]().stages]
-    if name not in OBJECTIVES:
+    if not isinstance(name, str) or name not in OBJECTIVES:
         raise unknown("objective", name, here, "objective")
     options = {key: value for key, value in values.items() if key != "name"}
     known = inspect.signature(OBJECTIVES[name]).parameters
