@@ -172,6 +172,7 @@ class Architecture:
     run: layer, states, context -> states.
     after: encoder, layer's number, states before and after it, context -> the states handed on.
     first_position: configuration -> the number of the first token's position.
+    first_is_special: is layer 1 made differently from the others?
     """
 
     layers: str = "encoder.layer"
@@ -182,6 +183,7 @@ class Architecture:
     run: Callable[[Any, Tensor, Any], Tensor] = _run
     after: Callable[[Any, int, Tensor, Tensor, Any], Tensor] = _nothing
     first_position: Callable[[Mapping[str, Any]], int] = lambda config: 0
+    first_is_special: bool = False
 
 
 _ROBERTA = Architecture(
@@ -207,7 +209,11 @@ ARCHITECTURES = {
         after=_convolution,
     ),
     "modernbert": Architecture(
-        "layers", context=_modernbert_context, run=_run_modernbert, after=_final_norm
+        "layers",
+        context=_modernbert_context,
+        run=_run_modernbert,
+        after=_final_norm,
+        first_is_special=True,  # it has no norm before its attention
     ),
 }
 
@@ -224,6 +230,34 @@ def architecture(model_type: str) -> Architecture:
             f"{', '.join(ARCHITECTURES)} (backbone=..., or backbone.path=a model of these types)"
         )
     return ARCHITECTURES[model_type]
+
+
+def keep_layers(encoder: Any, layers: list[int], flag: str) -> None:
+    """Leave only these of the layers, from 1, and change the configuration to match.
+
+    What belongs to a place and not to a layer stays there: a norm after the last layer
+    (ModernBERT), a convolution after the first (DeBERTa).
+
+    Raises:
+        UserError: these are not some of its layers in their order, or it cannot be cut like that.
+    """
+    config, kind = encoder.config, architecture(encoder.config.model_type)
+    there = encoder.get_submodule(kind.layers)
+    given = layers if isinstance(layers, list) else []
+    kept = [index for index in range(len(there)) if index + 1 in given]
+    if not kept or [index + 1 for index in kept] != given:
+        raise UserError(
+            f"{flag}={layers} must be a list of layers from 1 to {len(there)}, in their order "
+            f"(every other one: {flag}=[{','.join(map(str, range(1, len(there) + 1, 2)))}])"
+        )
+    if kind.first_is_special and kept[0] != 0:
+        raise UserError(
+            f"{flag}={layers}: layer 1 of a {config.model_type} is unlike the others and must stay"
+        )
+    encoder.set_submodule(kind.layers, nn.ModuleList(there[index] for index in kept))
+    config.num_hidden_layers = len(kept)
+    if types := getattr(config, "layer_types", None):  # ModernBERT: how far each layer looks
+        config.layer_types = [types[index] for index in kept]
 
 
 def longest_input(config: Mapping[str, Any]) -> int:

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from deebert import architectures
 from deebert.architectures import Architecture, LayerParts, architecture, longest_input
 from deebert.errors import UserError
 
@@ -81,6 +82,10 @@ class Backbone(nn.Module):
     def longest_input(self) -> int:
         """Tokens that it takes at most."""
         return longest_input(self.config)
+
+    def keep_layers(self, layers: list[int], flag: str) -> None:
+        """Leave only these layers, from 1 (`architectures.keep_layers`)."""
+        architectures.keep_layers(self.encoder, layers, flag)
 
     def embed(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None

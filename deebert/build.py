@@ -49,6 +49,12 @@ def data_module(
             f"data.max_length={values['max_length']}: backbone {config['backbone']['name']} takes "
             f"{longest} tokens at most (data.max_length)"
         )
+    unlabelled = values.get("unlabelled") or []
+    if not isinstance(unlabelled, list) or len(set(map(str, unlabelled))) < len(unlabelled):
+        raise UserError(
+            f"data.unlabelled={unlabelled} must be a list of different splits: data.unlabelled="
+            "[test]"
+        )
     # A path that goes into a checkpoint must hold from another working directory too.
     for place in (values, config["task"]):
         if place.get("root"):
@@ -60,6 +66,7 @@ def data_module(
         max_length=values["max_length"],
         limit_train=values["limit_train"],
         calibration_size=values["calibration_size"],
+        unlabelled=[str(split) for split in unlabelled],
         batch_size=batch_size,
         eval_batch_size=values["eval_batch_size"],
         num_workers=values["num_workers"],

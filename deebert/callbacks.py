@@ -23,6 +23,7 @@ from deebert.checkpoints import fingerprint
 from deebert.evaluation import Question, evaluate
 from deebert.layers import layer_table
 from deebert.module import EarlyExitModule
+from deebert.objectives import FINAL_ALONE, Loss
 from deebert.records import Record
 from deebert.tasks import Task
 
@@ -122,7 +123,7 @@ class EarlyExitEvaluation(Callback):
             list(self.thresholds or curves.default_thresholds(task.num_labels)),
         )
         header = report.header(config)
-        trained = header["objective"] != "final"
+        trained = header["objective"] not in FINAL_ALONE
         self.results = header | evaluate(reported, task, question, held_out, trained=trained)
         self.results["ckpt"] = self.ckpt or trainer.default_root_dir
         if trainer.state.fn == "fit":
@@ -134,7 +135,7 @@ class EarlyExitEvaluation(Callback):
                 table = layer_table(pl_module.model, loader, task)
                 part["analysis"] |= {"layers": table["layers"], "cka": table["cka"]}
         for i, (record, evaluation) in enumerate(zip(reported, evaluations, strict=True)):
-            scalars = _scalars(record, evaluation, pl_module.objective)
+            scalars = _scalars(record, evaluation, pl_module.objective.loss)
             name = prefix if i == 0 else record.split.replace("validation", prefix)
             pl_module.log_dict(
                 {f"{name}/{key}": value for key, value in scalars.items()}, sync_dist=True
@@ -218,14 +219,12 @@ def _gathered(trainer: L.Trainer, batches: list[dict[str, Tensor]]) -> list[dict
     return [batch for part in parts for batch in part]
 
 
-def _scalars(
-    record: Record, evaluation: dict[str, Any], objective: Callable[[Tensor, Tensor], Tensor]
-) -> dict[str, float]:
+def _scalars(record: Record, evaluation: dict[str, Any], loss: Loss) -> dict[str, float]:
     scalars: dict[str, float] = {}
     if record.labels_N is not None:
         full = evaluation["exits"][-1]
         scalars |= {"score": full["score"], **full["scores"]}
-        scalars["loss"] = objective(record.logits_NLC, record.labels_N).item()
+        scalars["loss"] = loss(record.logits_NLC, record.labels_N).item()
         scores = [ramp["score"] for ramp in evaluation["exits"]]
         scalars["mean_ramp_score"] = sum(scores) / len(scores)
         for ramp in evaluation["exits"]:

@@ -39,7 +39,7 @@ class Checkpoint(Origin):
     def model(self) -> EarlyExitModel:
         """The trained model, in eval mode."""
         task = Task.from_config(self.config["task"])
-        model = EarlyExitModel(self.architecture, task.num_labels)
+        model = EarlyExitModel(self.architecture, task.num_labels, self.config["ramp"])
         try:
             model.load_state_dict(
                 {name.removeprefix("model."): value for name, value in self.weights.items()}
@@ -89,7 +89,7 @@ def read(path: Path, flag: str) -> Checkpoint:
         hparams = content["hyper_parameters"]
         checkpoint = Checkpoint(
             path,
-            hparams["config"],
+            of_today(hparams["config"]),
             hparams["architecture"],
             hparams["tokenizer"],
             content["state_dict"],
@@ -102,6 +102,12 @@ def read(path: Path, flag: str) -> Checkpoint:
             "run folder or checkpoints/best.ckpt of a `python train.py` run"
         ) from error
     return checkpoint
+
+
+def of_today(config: dict[str, Any]) -> dict[str, Any]:
+    """A saved run's configuration, also of one from before there were some of its choices."""
+    name = config["stages"][str(config["stage"])].get("objective")
+    return {"objective": {"name": name}, "ramp": {}, "teacher": None} | config
 
 
 def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:

@@ -118,7 +118,7 @@ def judged(rule: Rule, record: Record) -> Verdict:
 
     So that full depth is the same for all rules, and what a promise is measured against.
     """
-    verdict = rule(record.logits_NLC)
+    verdict = rule(record.logits_NLC, record.unsure_NL)
     answers = torch.cat([verdict.answer_NLC[:, :-1], record.logits_NLC[:, -1:]], 1)
     return Verdict(verdict.score_NL, answers)
 

@@ -5,7 +5,8 @@ the result on disk, and deals the batches out to one or more processes.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deebert import backbones, sources
 from deebert.errors import UserError
+from deebert.objectives import UNLABELLED
 from deebert.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -94,6 +96,7 @@ class TextDataModule(L.LightningDataModule):
         limit_train: number of training rows to use (the same ones for every seed), or None.
         calibration_size: training rows kept out of training for choosing thresholds, the same ones
             for every seed, read as the split "calibration"; None for `calibration_size_of`.
+        unlabelled: splits whose rows are trained on, too, without their labels.
         batch_size, eval_batch_size: rows a step and device.
         num_workers: loader processes.
         seed: of the order of the training rows.
@@ -108,6 +111,7 @@ class TextDataModule(L.LightningDataModule):
         max_length: int,
         limit_train: int | None,
         calibration_size: int | None,
+        unlabelled: Sequence[str] = (),
         batch_size: int,
         eval_batch_size: int,
         num_workers: int,
@@ -120,6 +124,7 @@ class TextDataModule(L.LightningDataModule):
         self.max_length = max_length
         self.limit_train = limit_train
         self._calibration_size = calibration_size
+        self.unlabelled = unlabelled
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
@@ -138,8 +143,38 @@ class TextDataModule(L.LightningDataModule):
     def tokens(self, split: str) -> datasets.Dataset:
         """A split as token ids, from the cache on disk where these texts were tokenized before."""
         if split not in self._tokens:
-            self._tokens[split] = _tokenize(self._rows(split), self.tokenizer, self.max_length)
+            self._tokens[split] = (
+                self._with_unlabelled()
+                if self.unlabelled and split == self.train_split
+                else _tokenize(self._rows(split), self.tokenizer, self.max_length)
+            )
         return self._tokens[split]
+
+    @property
+    def train_split(self) -> str | None:
+        """What is trained on: "train", or "train+test" with the rows of test, labels hidden."""
+        if self.task.train is None:
+            return None
+        return "+".join((self.task.train, *self.unlabelled))
+
+    def _with_unlabelled(self) -> datasets.Dataset:
+        assert self.task.train is not None
+        labelled = self.tokens(self.task.train)
+        kind = labelled.features["label"]
+        hidden = math.nan if self.task.is_regression else UNLABELLED
+        parts = [labelled]
+        for split in self.unlabelled:
+            if split in (self.task.train, CALIBRATION, *self.task.validation):
+                raise UserError(
+                    f"data.unlabelled=[{split}]: its rows are trained on with their labels, held "
+                    f"out or reported; choose from: {', '.join(self.task.test)}, or a file of your "
+                    "own under data.root"
+                )
+            rows = self.tokens(split)
+            if "label" in rows.column_names:
+                rows = rows.remove_columns("label")
+            parts.append(rows.add_column("label", [hidden] * len(rows), feature=kind))
+        return datasets.concatenate_datasets(parts)
 
     def _rows(self, split: str) -> datasets.Dataset:
         train = self.task.train
@@ -193,17 +228,17 @@ class TextDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Tokenize in one process; the others then find the cache."""
         fitting = self.trainer is None or self.trainer.state.fn == "fit"
-        train = (self.task.train,) if self.task.train and fitting else ()
+        train = (self.train_split,) if self.train_split and fitting else ()
         for split in (*train, *self.eval_splits):
             self.tokens(split)
 
     def train_dataloader(self) -> DataLoader:
-        if self.task.train is None:
+        if self.train_split is None:
             raise UserError(
                 f"task {self.task.name} has no training split; score it with a checkpoint of "
                 f"{self.task.checkpoint_task}: python evaluate.py ckpt=... task={self.task.name}"
             )
-        return self.loader(self.task.train, shuffle=True)
+        return self.loader(self.train_split, shuffle=True)
 
     def val_dataloader(self) -> list[DataLoader]:
         return [self.loader(split) for split in self.eval_splits]

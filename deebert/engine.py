@@ -6,7 +6,7 @@ What makes the saving on paper one on the clock, and more:
 - compaction: after a ramp only the inputs that stay go on;
 - first token first: a ramp reads the first token only, so the other tokens of a layer are computed
   after its ramp was asked, for the inputs that stay (`split`). An input that leaves at layer k
-  costs about k - 5/6 layers, at the last layer, too;
+  costs about k - 5/6 layers, at the last layer, too. Not for ramps that read all tokens;
 - regrouping: few survivors wait for those of the next batches;
 - a ramp at which nothing can leave is not evaluated.
 
@@ -245,6 +245,7 @@ class Engine:
         self.regroup_below = min(REGROUP_BELOW[kind], self.token_budget)
         self.longest_input = model.backbone.longest_input
         self.first_token_from = FIRST_TOKEN_FROM[kind]
+        self.kind = model.ramp_kind
         backbone = model.backbone
         parts = [backbone.parts(index) for index in range(len(model.ramps))]
         self.layers: list[SplitLayer | OnnxLayer | None] = [
@@ -262,7 +263,10 @@ class Engine:
         self.limits = exits.limits(thresholds, len(self.layers))
         asked = (self.limits > 0).nonzero().flatten().tolist()
         self.asked = frozenset(asked)  # ramps that an input may leave at
-        self.evaluated = frozenset(range(max(asked) + 1) if asked and rule.looks_back else asked)
+        # Ramps whose logits something needs: the rule, or the ramp after them.
+        back = rule.looks_back or self.kind.sees_previous
+        self.evaluated = frozenset(range(max(asked) + 1) if asked and back else asked)
+        self.remembers = bool(back and asked)
         self._warned = False
 
     def at(self, thresholds: Sequence[float] | float, rule: Rule | None = None) -> "Engine":
@@ -364,12 +368,11 @@ class Engine:
         there = {name: values.to(self.device) for name, values in tokens.items()}
         hidden_BSH = self.model.backbone.embeddings(**there)
         size = (len(rows), len(self.layers), self.rule.num_labels)
-        remembers = all_ramps or (self.rule.looks_back and self.evaluated)
         return _Group(
             torch.tensor(rows),
             tokens["attention_mask"].sum(1),
             hidden_BSH,
-            torch.full(size, torch.nan) if remembers else None,
+            torch.full(size, torch.nan) if all_ramps or self.remembers else None,
         )
 
     def _layer(self, layer: int, group: _Group, out: Answers) -> _Group | None:
@@ -387,13 +390,17 @@ class Engine:
                 group.hidden_BSH = self.model.backbone.run_layer(
                     layer, hidden_BSH, group.context
                 ).float()
-        elif last or (layer in self.asked and group.num_tokens >= self.first_token_from):
+        elif last or (
+            layer in self.asked
+            and not self.kind.reads_tokens
+            and group.num_tokens >= self.first_token_from
+        ):
             return self._first_token_first(layer, run, group, out)
         else:
             group.hidden_BSH = run(hidden_BSH, group.key_mask_B11S)
         if not asks:
             return group
-        stay_B = self._ask(layer, group, group.hidden_BSH[:, 0], out)
+        stay_B = self._ask(layer, group, hidden_BSH, group.hidden_BSH, out)
         if stay_B is None:
             return group
         return group.kept(stay_B)[0] if stay_B.any() else None
@@ -404,7 +411,7 @@ class Engine:
         mask = group.key_mask_B11S
         keys, values = run.keys_values(group.hidden_BSH)
         first_B1H = run.first(group.hidden_BSH, keys, values, mask)
-        stay_B = self._ask(layer, group, first_B1H[:, 0], out)
+        stay_B = self._ask(layer, group, group.hidden_BSH, first_B1H, out)
         if stay_B is not None:
             if not stay_B.any():
                 return None
@@ -415,14 +422,24 @@ class Engine:
         group.hidden_BSH = torch.cat([first_B1H, others], 1)
         return group
 
-    def _ask(self, layer: int, group: _Group, first_BH: Tensor, out: Answers) -> Tensor | None:
-        """Evaluate a ramp, write down the answers of the inputs that leave.
+    def _ask(
+        self, layer: int, group: _Group, before_BSH: Tensor, after_BTH: Tensor, out: Answers
+    ) -> Tensor | None:
+        """Evaluate a ramp on the states before and after its layer (of the first token at least),
+        write down the answers of the inputs that leave.
 
         Returns:
             Which inputs stay, (B,); None for all.
         """
+        ramp = self.model.all_ramps[layer]
+        mask_BS = None if ramp.kind.reads == "first" else group.attention_mask_BS
+        features_BF = ramp.read(before_BSH, after_BTH, mask_BS).float()
+        previous_BC = None
+        if ramp.kind.sees_previous and layer:
+            assert group.ramps_BLC is not None
+            previous_BC = group.ramps_BLC[:, layer - 1].to(self.device)
         # The one decision that a GPU is waited for.
-        logits_BC = self.model.ramps[layer](first_BH.float()).cpu()
+        logits_BC = ramp(features_BF, previous_BC).cpu()
         if group.ramps_BLC is not None:
             group.ramps_BLC[:, layer] = logits_BC
         if layer == len(self.layers) - 1:  # the final classifier answers, alone
@@ -433,7 +450,10 @@ class Engine:
                 assert group.ramps_BLC is not None
                 verdict = self.rule(group.ramps_BLC[:, : layer + 1])
             else:
-                verdict = self.rule(logits_BC[:, None], first=layer)
+                unsure_BL = None
+                if self.rule.reads == "unsure":
+                    unsure_BL = ramp.unsure(features_BF).cpu()[:, None]
+                verdict = self.rule(logits_BC[:, None], unsure_BL, first=layer)
             score_B, answer_BC = verdict.score_NL[:, -1], verdict.answer_NLC[:, -1]
             leave_B = score_B < self.limits[layer].to(score_B.dtype)
             # A rule that counts votes has a score for NaN, too; it is nobody's answer.

@@ -120,7 +120,7 @@ def _examples(record: Record, task: Task, rule: Rule) -> dict[str, Any]:
     layer_N = exit_layer(verdict.score_NL, curves.thresholds_for(verdict.score_NL, [0.4])[0])
     predictions_N = curves.answered(verdict, task, layer_N)
     # Among those that leave at the same layer the surer ones first; the last ramp is not asked.
-    asked_N = layer_N.clamp_max(record.num_layers - 1)
+    asked_N = layer_N.clamp_max(max(record.num_layers - 1, 1))
     score_N = verdict.score_NL.gather(1, asked_N[:, None] - 1).squeeze(1)
     order = sorted(range(len(record)), key=lambda row: (layer_N[row].item(), score_N[row].item()))
 

@@ -111,6 +111,14 @@ def vote(logits_NLC: Tensor) -> Verdict:
     return Verdict(1 / votes_NLC.amax(-1).float(), votes_NLC + tie_break_NLC)
 
 
+def learned(unsure_NL: Tensor) -> Tensor:
+    """What the model has learned to say of itself: (N, L) -> (N, L), between 0 and 1.
+
+    BERxiT's learning to exit, or CATs' agreement with the final classifier (`ramps.RampKind`).
+    """
+    return unsure_NL
+
+
 def _check_patience(patience: int) -> None:
     if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
         raise UserError(f"exit.score.patience={patience} must be a whole number of 1 or more")
@@ -142,6 +150,10 @@ def _largest_of_last(values_NL: Tensor, count: int) -> Tensor:
 
 
 Score = Callable[[Tensor], Tensor | Verdict]
+NOT_LEARNED = (
+    "exit={} needs a learned score, and these ramps have none: train them with ramp.predicts=wrong "
+    "or disagrees, or use another exit rule"
+)
 
 
 @dataclass(frozen=True)
@@ -155,9 +167,10 @@ class Rule:
         num_labels: C; 1 for a regression.
         largest: from about here on everything leaves at the first ramps; None for 1, or ln C
             where that is more.
-        regression: does it fit a regression (and nothing else)?
+        regression: does it fit a regression (and nothing else)? None: it fits all.
         looks_back: does a ramp's score depend on the ramps before it, too? Where it does not, the
             engine evaluates only ramps that an input may leave at.
+        reads: what `score` is given: `logits`, or `unsure`, the learned exit scores (N, L).
         temperatures: (L,) divides the logits of each ramp first; None for 1.
         options: what else tells this rule from others of its name, for results.json.
     """
@@ -166,13 +179,14 @@ class Rule:
     score: Score
     num_labels: int
     largest: float | None = None
-    regression: bool = False
+    regression: bool | None = False
     looks_back: bool = True
+    reads: str = "logits"
     temperatures: Tensor | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.regression != (self.num_labels == 1):
+        if self.regression is not None and self.regression != (self.num_labels == 1):
             why = (
                 f"exit={self.name} needs classes; a regression has one output, whose entropy is "
                 "always 0: use exit=change"
@@ -180,20 +194,32 @@ class Rule:
                 else f"exit={self.name} is for a regression; use exit=entropy, or another"
             )
             raise UserError(why)
+        if self.reads == "unsure" and self.looks_back:
+            raise UserError(
+                f"exit={self.name}: a rule on learned scores judges each ramp alone; say "
+                "exit.looks_back=false"
+            )
 
-    def __call__(self, logits_NLC: Tensor, first: int = 0) -> Verdict:
+    def __call__(
+        self, logits_NLC: Tensor, unsure_NL: Tensor | None = None, first: int = 0
+    ) -> Verdict:
         """Scores and answers of every ramp, or of the first so many.
 
         Args:
+            unsure_NL: learned exit scores, where the model has them.
             first: how many ramps come before these (only where the rule does not look back).
 
         Raises:
-            UserError: the rule's function gives something else than scores (N, L).
+            UserError: the rule's function gives something else than scores (N, L), or it reads
+                learned scores and there are none.
         """
         if self.temperatures is not None:
             temperatures_L = self.temperatures[first : first + logits_NLC.shape[1]]
             logits_NLC = logits_NLC / temperatures_L[:, None]
-        found = self.score(logits_NLC)
+        read = logits_NLC if self.reads == "logits" else unsure_NL
+        if read is None:
+            raise UserError(NOT_LEARNED.format(self.name))
+        found = self.score(read)
         verdict = found if isinstance(found, Verdict) else Verdict(found, logits_NLC)
         shape = logits_NLC.shape[:2]
         if not isinstance(verdict.score_NL, Tensor) or verdict.score_NL.shape != shape:

@@ -4,7 +4,7 @@ With the backbone frozen and in eval mode, a ramp's input never changes, so each
 ramp reads is computed once and the ramps train on the cache. The states lie in a memory-mapped file
 (4 bytes x rows x layers x width; MNLI under BERT-base: 14 GB), so they need not fit in memory.
 
-Knows nothing of tasks or losses.
+Knows nothing of tasks or losses. Shapes: N rows, R features that all ramps read together.
 """
 
 import contextlib
@@ -20,23 +20,23 @@ from torch.utils.data import DataLoader, Dataset
 
 from deebert.data import LengthBatches, TextDataModule
 from deebert.errors import UserError
-from deebert.model import INPUTS, EarlyExitModel, Ramp
+from deebert.model import INPUTS, EarlyExitModel
 
 
 class StateDataset(Dataset[dict[str, Tensor]]):
     """Frozen states and the facts of their rows; indexed by a list of rows."""
 
-    def __init__(self, states_NLH: Tensor, facts: dict[str, Tensor]) -> None:
-        self.states_NLH = states_NLH
+    def __init__(self, states_NR: Tensor, facts: dict[str, Tensor]) -> None:
+        self.states_NR = states_NR
         self.facts = facts
 
     def __len__(self) -> int:
-        return len(self.states_NLH)
+        return len(self.states_NR)
 
     def __getitem__(self, rows: list[int]) -> dict[str, Tensor]:
         index = torch.tensor(rows)
         return {
-            "states": self.states_NLH[index],
+            "states": self.states_NR[index],
             **{name: values[index] for name, values in self.facts.items()},
         }
 
@@ -75,40 +75,42 @@ class FrozenStates(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Run the backbone over every split; each process does so for itself."""
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        train = [self.data.task.train] if self.data.task.train else []
+        train = [self.data.train_split] if self.data.train_split else []
         for split in (*train, *self.eval_splits):
             if split not in self._cache:
                 self._cache[split] = self._compute(split, device)
-                if self.standardize and split == self.data.task.train:
-                    states = self._cache[split].states_NLH.unbind(1)
-                    for ramp, states_NH in zip(self.model.ramps[:-1], states[:-1], strict=True):
-                        assert isinstance(ramp, Ramp)
-                        ramp.standardize(states_NH)
+                if self.standardize and split == self.data.train_split:
+                    self._standardize(self._cache[split].states_NR)
+
+    def _standardize(self, states_NR: Tensor) -> None:
+        ramps, features = self.model.all_ramps, self.model.features(states_NR)
+        for ramp, features_NF in zip(ramps[:-1], features[:-1], strict=True):
+            ramp.standardize(features_NF)
 
     @torch.no_grad()
     def _compute(self, split: str, device: torch.device) -> StateDataset:
         self.model.to(device).eval()
         loader = self.data.loader(split)
-        width = self.model.backbone.hidden_size
-        size = (len(self.data.tokens(split)), len(self.model.ramps), width)
-        states_NLH = _mapped(self.folder, size)
+        width = sum(ramp.num_features for ramp in self.model.all_ramps)
+        size = (len(self.data.tokens(split)), width)
+        states_NR = _mapped(self.folder, size)
         facts: dict[str, Tensor] = {}
         position = 0
         for batch in loader:
             inputs = {name: batch[name].to(device) for name in INPUTS if name in batch}
-            states_BLH = self.model.states(**inputs)
-            end = position + len(states_BLH)
-            states_NLH[position:end] = states_BLH.float().cpu()
+            states_BR = self.model.states(**inputs)
+            end = position + len(states_BR)
+            states_NR[position:end] = states_BR.float().cpu()
             for name in set(batch) - set(INPUTS):
                 values = batch[name]
                 facts.setdefault(name, values.new_empty(size[0]))[position:end] = values
             position = end
         assert position == size[0]
-        return StateDataset(states_NLH, facts)
+        return StateDataset(states_NR, facts)
 
     def train_dataloader(self) -> DataLoader:
-        assert self.data.task.train is not None
-        return self._loader(self.data.task.train, self.data.batch_size, shuffle=True)
+        assert self.data.train_split is not None
+        return self._loader(self.data.train_split, self.data.batch_size, shuffle=True)
 
     def val_dataloader(self) -> list[DataLoader]:
         size = self.data.eval_batch_size

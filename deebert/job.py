@@ -7,7 +7,7 @@ Knows Hydra and checkpoints; builds nothing.
 import logging
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,9 +17,10 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from deebert import checkpoints, curves, records
+from deebert import checkpoints, curves, objectives, records
 from deebert.checkpoints import Checkpoint, Origin
 from deebert.errors import UserError, unknown
+from deebert.objectives import PAPER
 
 log = logging.getLogger(__name__)
 
@@ -84,8 +85,8 @@ def complete(cfg: DictConfig, job: Job) -> Checkpoint | None:
         origin = checkpoints.read(
             checkpoints.find(str(cfg.resume), "resume", "last.ckpt"), "resume"
         )
-        fixed = ("stage", "stages", "task", "backbone", "seed")
-        _inherit(cfg, origin, job, fixed=fixed, taken=("data", "thresholds"))
+        fixed = ("stage", "stages", "objective", "ramp", "task", "backbone", "seed")
+        _inherit(cfg, origin, job, fixed=fixed, taken=("data", "thresholds", "teacher"))
         for key in ("trainer", "callbacks"):
             _inherit_values(cfg, key, origin.config[key], job)
         epochs = cfg.stages[str(cfg.stage)].epochs
@@ -97,34 +98,76 @@ def complete(cfg: DictConfig, job: Job) -> Checkpoint | None:
         return origin
     if type(cfg.stage) is not int or cfg.stage not in STAGES:
         raise unknown("stage", cfg.stage, STAGES, "stage")
+    if "objective" in cfg and cfg.objective.get("name") is None:
+        cfg.objective.name = "student" if cfg.teacher else PAPER[cfg.stage]
     if cfg.stage == 1:
         if cfg.ckpt:
             raise UserError(
-                f"ckpt={cfg.ckpt} with stage=1: stage 1 starts from backbone=...; a checkpoint is "
-                "for stage=2, and resume=RUN goes on with an interrupted run"
+                f"ckpt={cfg.ckpt} with stage=1: stage 1 starts from backbone=... (or teacher=RUN); "
+                "a checkpoint is for stage=2, and resume=RUN goes on with an interrupted run"
             )
-        return None
+        return _complete_student(cfg, job) if cfg.teacher else None
+    if cfg.teacher:
+        raise UserError(f"teacher={cfg.teacher} with stage=2: a student learns in stage=1")
     if not cfg.ckpt:
         raise UserError(
             "stage=2 needs ckpt=RUN, the run folder or checkpoint of a stage-1 run: "
             "python train.py stage=2 ckpt=runs/..."
         )
-    origin = checkpoints.read(checkpoints.find(str(cfg.ckpt), "ckpt", "best.ckpt"), "ckpt")
-    if origin.config["stage"] != 1:
+    origin = _of_stage_1(
+        cfg,
+        "ckpt",
+        "stage=2 starts from a stage-1 checkpoint (to go on with an interrupted stage 2: "
+        "resume=RUN)",
+    )
+    # A recipe that the user names now (experiment=...) is not overruled by the one of then.
+    recipe = () if job.said("experiment") else ("stages", "ramp")
+    unlabelled = cfg.data.unlabelled  # what stage 1 has learned from is no matter of stage 2
+    _inherit(cfg, origin, job, fixed=("task", "backbone"), taken=("data", "seed", *recipe))
+    with open_dict(cfg):
+        cfg.data.unlabelled = unlabelled
+    return origin
+
+
+def _complete_student(cfg: DictConfig, job: Job) -> Checkpoint:
+    """Find the teacher, and take from it what the command line does not say, but for its layers."""
+    if (layers := cfg.backbone.layers) is None:
         raise UserError(
-            f"ckpt={cfg.ckpt} is of stage {origin.config['stage']}; stage=2 starts from a stage-1 "
-            "checkpoint (to go on with an interrupted stage 2: resume=RUN)"
+            f"teacher={cfg.teacher} needs backbone.layers=[...]: the layers of the teacher, from "
+            "1, that its student starts from"
         )
+    origin, unlabelled = read_teacher(cfg), cfg.data.unlabelled
+    job = replace(job, explicit=job.explicit - {"backbone.layers"})
+    _inherit(cfg, origin, job, fixed=("task", "backbone"), taken=("data", "seed"))
+    with open_dict(cfg):
+        cfg.data.unlabelled = unlabelled
+        cfg.backbone.layers = layers
+        cfg.teacher = str(Path(cfg.teacher).absolute())  # holds from another working directory too
+    return origin
+
+
+def read_teacher(cfg: DictConfig) -> Checkpoint:
+    """The run that a student learns from.
+
+    Raises:
+        UserError: it is missing, unreadable or of the wrong stage.
+    """
+    return _of_stage_1(cfg, "teacher", "a student learns from a stage-1 run")
+
+
+def _of_stage_1(cfg: DictConfig, flag: str, why: str) -> Checkpoint:
+    given = str(cfg[flag])
+    origin = checkpoints.read(checkpoints.find(given, flag, "best.ckpt"), flag)
+    if origin.config["stage"] != 1:
+        raise UserError(f"{flag}={given} is of stage {origin.config['stage']}; {why}")
     if origin.epochs_done < (epochs := origin.config["stages"]["1"]["epochs"]):
         log.warning(
-            "ckpt=%s stopped after epoch %d of %d (resume=RUN would finish it); taken as it is",
-            cfg.ckpt,
+            "%s=%s stopped after epoch %d of %d (resume=RUN would finish it); taken as it is",
+            flag,
+            given,
             origin.epochs_done,
             epochs,
         )
-    # A recipe that the user names now (experiment=...) is not overruled by the one of then.
-    taken = ("data", "seed") if job.said("experiment") else ("data", "seed", "stages")
-    _inherit(cfg, origin, job, fixed=("task", "backbone"), taken=taken)
     return origin
 
 
@@ -165,7 +208,7 @@ def _evaluated(cfg: DictConfig) -> Origin:
             f"record={cfg.record} is of another checkpoint than ckpt={cfg.ckpt}: its weights have "
             f"the fingerprint {header['checkpoint']}, not {found.fingerprint}"
         )
-    return Origin(folder, header["config"])
+    return Origin(folder, checkpoints.of_today(header["config"]))
 
 
 def _inherit(
@@ -267,20 +310,21 @@ def check(config: dict[str, Any]) -> None:
         raise UserError(f"data.root={data['root']} must be a folder")
     if "stage" in config:
         _check_training(config)
+        _check_objective(config)
 
 
 def _check_training(config: dict[str, Any]) -> None:
     stage = config["stage"]
     recipe, flag = config["stages"].get(str(stage)), f"stages.{stage}"
     if not isinstance(recipe, dict):
-        raise UserError(f"{flag}={recipe} must hold a recipe (objective, epochs, lr, ...)")
+        raise UserError(f"{flag}={recipe} must hold a recipe (epochs, batch_size, lr, ...)")
     _whole(f"{flag}.epochs", recipe["epochs"], 1)
     _whole(f"{flag}.batch_size", recipe["batch_size"], 1)
-    for key, low, high in (("lr", 0, 1), ("warmup", 0, 1), ("weight_decay", 0, 1)):
+    for key in ("lr", "warmup", "weight_decay", *({"layer_drop"} & recipe.keys())):
         value = recipe[key]
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not low <= value <= high or (key == "lr" and value == 0):
-            raise UserError(f"{flag}.{key}={value} must be a number between {low} and {high}")
+        if not number or not 0 <= value <= 1 or (key == "lr" and value == 0):
+            raise UserError(f"{flag}.{key}={value} must be a number between 0 and 1")
     if config["trainer"]["max_epochs"] != recipe["epochs"]:
         raise UserError(
             f"trainer.max_epochs={config['trainer']['max_epochs']}: the number of epochs is part "
@@ -293,6 +337,11 @@ def _check_training(config: dict[str, Any]) -> None:
     for key in ("cache", "standardize"):
         if not isinstance(recipe[key], bool):
             raise UserError(f"{flag}.{key}={recipe[key]} must be true or false")
+    if recipe["standardize"] and config["ramp"].get("reads") == "attention":
+        raise UserError(
+            "stages.2.standardize=true needs frozen states, and ramp=attention learns what it "
+            "reads: use another ramp, or stages.2.standardize=false"
+        )
     if recipe["standardize"] and not recipe["cache"]:
         raise UserError(
             "stages.2.standardize=true needs the frozen states: leave stages.2.cache=true"
@@ -302,6 +351,25 @@ def _check_training(config: dict[str, Any]) -> None:
         raise UserError(
             "callbacks.best.monitor=val/score is the score at full depth, which stage 2 does not "
             "change; use callbacks.best.monitor=val/mean_ramp_score"
+        )
+
+
+def _check_objective(config: dict[str, Any]) -> None:
+    """Does the objective fit what it is given to learn from?"""
+    objective = objectives.build(config["objective"], config["stage"])
+    if config["teacher"] and not objective.taught:
+        raise UserError(
+            f"teacher={config['teacher']} with objective={objective.name}: nothing would be "
+            "learned from it; use objective=student"
+        )
+    if objective.taught and not config["teacher"]:
+        raise UserError(f"objective={objective.name} needs teacher=RUN, a stage-1 run")
+    splits = config["data"].get("unlabelled")
+    if splits and not objective.unlabelled:
+        able = [name for name, build in objectives.OBJECTIVES.items() if build().unlabelled]
+        raise UserError(
+            f"data.unlabelled={splits} with objective={objective.name}, which learns from labels "
+            f"alone; choose one of: {', '.join(able)} (objective=...)"
         )
 
 

@@ -1,65 +1,23 @@
 """DeeBERT: a backbone with an off-ramp after each layer (paper, section 3.1).
 
 Knows nothing of training or tasks.
-Shapes: B batch, S tokens, H hidden, L layers (= ramps), C labels.
+Shapes: B batch, S tokens, H hidden, L layers (= ramps), C labels; F features that a ramp reads (H,
+unless `conf/ramp/` says otherwise) and R, those of all ramps together.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from typing import Any, cast
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from deebert import backbones
-from deebert.errors import UserError
+from deebert import backbones, ramps
+from deebert.objectives import Flow
+from deebert.ramps import Ramp, RampKind
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-
-
-class Ramp(nn.Module):
-    """Pooler (linear and tanh on the first token), dropout, linear: (B, H) -> (B, C).
-
-    `shift` and `scale` are applied to the input first. They are 0 and 1, the paper's ramp, unless
-    `standardize` sets them.
-    """
-
-    shift: Tensor
-    scale: Tensor
-
-    def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
-        super().__init__()
-        self.pooler = nn.Linear(hidden_size, hidden_size)
-        self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(hidden_size, num_labels)
-        for linear in (self.pooler, self.classifier):
-            nn.init.normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
-        self.register_buffer("shift", torch.zeros(hidden_size))
-        self.register_buffer("scale", torch.ones(()))
-
-    @torch.no_grad()
-    def standardize(self, states_NH: Tensor) -> None:
-        """Make the states that this ramp will read vary around 0 with a variance of 1.
-
-        In early layers the first token of different inputs is almost the same vector (MiniLM, layer
-        1: entries of about 1 that vary by 0.001): what tells inputs apart is there, but too faint
-        for the optimizer. One scale for all features, so that none that is mere rounding noise is
-        blown up. shift and scale could be folded into the pooler: it stays the paper's ramp.
-        """
-        deviation = states_NH.var(0, correction=0).mean().sqrt()
-        if not deviation > 0:
-            raise UserError(
-                "stages.2.standardize=true: what a ramp reads does not vary over the "
-                f"{len(states_NH)} training rows; use more rows, or stages.2.standardize=false"
-            )
-        self.shift.copy_(states_NH.mean(0))
-        self.scale.copy_(1 / deviation)
-
-    def forward(self, first_BH: Tensor) -> Tensor:
-        return self.classifier(
-            self.dropout(torch.tanh(self.pooler((first_BH - self.shift) * self.scale)))
-        )
 
 
 class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
@@ -71,31 +29,88 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
     Args:
         config: plain values of the backbone's Hugging Face configuration, `model_type` among them.
         num_labels: number of classes, 1 for regression.
+        ramp: plain values of the kind of the ramps before the last (`ramps.RampKind`); None for
+            the paper's.
     """
 
-    def __init__(self, config: Mapping[str, Any], num_labels: int) -> None:
+    ramps: nn.ModuleList
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        num_labels: int,
+        ramp: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbones.from_config(config)
-        self.ramps = nn.ModuleList(
-            Ramp(self.backbone.hidden_size, num_labels, self.backbone.classifier_dropout)
-            for _ in self.backbone.layers
-        )
+        self.num_labels = num_labels
+        self.new_ramps(RampKind.from_config(ramp or {}))
 
     @classmethod
-    def from_backbone(cls, spec: Mapping[str, Any], num_labels: int) -> "EarlyExitModel":
+    def from_backbone(
+        cls, spec: Mapping[str, Any], num_labels: int, ramp: Mapping[str, Any] | None = None
+    ) -> "EarlyExitModel":
         """Start from the pretrained backbone that `conf/backbone/` names.
 
-        Every ramp's pooler starts as a copy of the *pretrained* pooler, also in stage 2: stage 1
-        does not touch it (original: init_highway_pooler).
+        The pooler of every ramp on the first token starts as a copy of the *pretrained* pooler,
+        also in stage 2: stage 1 does not touch it (original: init_highway_pooler). One that reads
+        something else starts from small random weights.
         """
         backbone, pooler = backbones.pretrained(spec)
-        model = cls(backbone.config, num_labels)
+        if spec.get("layers") is not None:
+            backbone.keep_layers(spec["layers"], "backbone.layers")
+        model = cls(backbone.config, num_labels, ramp)
         model.backbone = backbone
         if pooler is not None:
-            for ramp in model.ramps:
-                assert isinstance(ramp, Ramp)
-                ramp.pooler.load_state_dict(pooler.state_dict())
+            for each in model.all_ramps:
+                if each.kind.reads == "first":
+                    each.pooler.load_state_dict(pooler.state_dict())
         return model
+
+    def new_ramps(self, kind: RampKind) -> None:
+        """Put untrained ramps of this kind after each layer; an existing final classifier stays."""
+        before = self.all_ramps if hasattr(self, "ramps") else []
+        backbone = self.backbone
+        self.ramps = ramps.make(
+            backbone.hidden_size,
+            self.num_labels,
+            backbone.classifier_dropout,
+            len(backbone.layers),
+            kind,
+        )
+        for new, old in zip(self.all_ramps, before, strict=bool(before)):
+            if new.kind.reads == old.kind.reads == "first":  # perhaps the pretrained one
+                new.pooler.load_state_dict(old.pooler.state_dict())
+        if before:
+            self.ramps[-1] = before[-1]
+
+    def save_pretrained(self, save_directory: Any, **options: Any) -> Any:
+        """Write safetensors, and config.json of what the model is now: `new_ramps` and
+        `keep_layers` change it after it was made."""
+        now = {"config": self.config, "num_labels": self.num_labels, "ramp": asdict(self.ramp_kind)}
+        return super().save_pretrained(save_directory, config=now, **options)
+
+    def keep_layers(self, layers: list[int], flag: str) -> None:
+        """Leave only these layers, from 1: a shallower model with the weights of this one.
+
+        The ramps stay with their layers, but on the last one that is left is the final classifier.
+
+        Raises:
+            UserError: these are not some of its layers in their order; `flag` said so.
+        """
+        self.backbone.keep_layers(layers, flag)
+        ramps = self.all_ramps
+        self.ramps = nn.ModuleList([*(ramps[layer - 1] for layer in layers[:-1]), ramps[-1]])
+
+    @property
+    def all_ramps(self) -> list[Ramp]:
+        """The ramps, the final classifier at the end."""
+        return cast(list[Ramp], list(self.ramps))
+
+    @property
+    def ramp_kind(self) -> RampKind:
+        """What the ramps before the last are made of."""
+        return self.all_ramps[0].kind
 
     @property
     def config(self) -> dict[str, Any]:
@@ -107,24 +122,76 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
         input_ids: Tensor,
         attention_mask: Tensor,
         token_type_ids: Tensor | None = None,
+        *,
+        flow: Flow | None = None,
+        skipped: Collection[int] = (),
     ) -> Tensor:
-        """The first token's state after each layer: (B, S) ids and mask -> (B, L, H)."""
-        hidden_BSH, context = self.backbone.embed(input_ids, attention_mask, token_type_ids)
-        states = []
-        for index in range(len(self.ramps)):
-            hidden_BSH = self.backbone.run_layer(index, hidden_BSH, context)
-            states.append(hidden_BSH[:, 0])
-        return torch.stack(states, dim=1)
+        """What the ramps read, one after the other: (B, S) ids and mask -> (B, R).
 
-    def ramp_logits(self, states_BLH: Tensor) -> Tensor:
-        """Each ramp on its layer's state: (B, l, H) for the first l layers -> (B, l, C)."""
-        states = states_BLH.unbind(1)
-        return torch.stack(
-            [ramp(state) for ramp, state in zip(self.ramps, states, strict=False)], 1
-        )
+        Args:
+            flow: what becomes of gradients on their way back; None: they flow as they are.
+            skipped: layers, from 0, that do nothing; their ramps read the states of the layer
+                before, unchanged.
+        """
+        hidden_BSH, context = self.backbone.embed(input_ids, attention_mask, token_type_ids)
+        features = []
+        for index, ramp in enumerate(self.all_ramps):
+            before_BSH = hidden_BSH
+            run = self.backbone.skip_layer if index in skipped else self.backbone.run_layer
+            hidden_BSH = run(index, before_BSH, context)
+            to_ramp_BSH = hidden_BSH
+            if flow is not None:
+                to_ramp_BSH = _scale_gradient(hidden_BSH, flow.ramp_L[index])
+                before_BSH = _scale_gradient(before_BSH, flow.ramp_L[index])
+                hidden_BSH = _scale_gradient(hidden_BSH, flow.onward_L[index])
+            features.append(ramp.read(before_BSH, to_ramp_BSH, attention_mask))
+        return torch.cat(features, -1)
+
+    def ramp_logits(self, states_BR: Tensor) -> Tensor:
+        """Each ramp on what it reads: (B, R) -> (B, L, C)."""
+        logits: list[Tensor] = []
+        for ramp, features_BF in zip(self.ramps, self.features(states_BR), strict=True):
+            logits.append(ramp(features_BF, logits[-1] if logits else None))
+        return torch.stack(logits, 1)
+
+    def unsure(self, states_BR: Tensor) -> Tensor:
+        """The learned exit score of each ramp, 0 for the final classifier: (B, R) -> (B, L)."""
+        of_each = zip(self.all_ramps[:-1], self.features(states_BR)[:-1], strict=True)
+        scores = [ramp.unsure(features_BF) for ramp, features_BF in of_each]
+        return torch.stack([*scores, torch.zeros_like(scores[0])], 1)
+
+    def features(self, states_BR: Tensor) -> tuple[Tensor, ...]:
+        """What `states` gave, apart: (B, R) -> (B, F) for each ramp."""
+        return states_BR.split([ramp.num_features for ramp in self.all_ramps], -1)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        *,
+        flow: Flow | None = None,
     ) -> Tensor:
         """Logits of every ramp: (B, S) ids and mask -> (B, L, C)."""
-        return self.ramp_logits(self.states(input_ids, attention_mask, token_type_ids))
+        return self.ramp_logits(self.states(input_ids, attention_mask, token_type_ids, flow=flow))
+
+
+def _scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x itself, whose gradient is multiplied on its way back."""
+    if factor == 1:
+        return x
+    if factor == 0:
+        return x.detach()
+    scaled: Tensor = _ScaledGradient.apply(x, factor)
+    return scaled
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0] * ctx.factor, None

@@ -1,7 +1,8 @@
 """The LightningModule: which parameters each stage trains, on which loss, with which optimizer.
 
-Stage 1 fine-tunes the backbone and the final classifier; stage 2 freezes both and trains the other
-ramps (paper, section 3.2). Knows nothing of exits, thresholds or files.
+Stage 1 fine-tunes the backbone, the final classifier and, if the objective asks for it, the other
+ramps; stage 2 freezes the first two and trains the other ramps (paper, section 3.2). Knows nothing
+of exits, thresholds or files.
 """
 
 from collections.abc import Mapping
@@ -13,9 +14,9 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import get_linear_schedule_with_warmup
 
-from deebert.errors import UserError, unknown
+from deebert import objectives
+from deebert.errors import UserError
 from deebert.model import INPUTS, EarlyExitModel
-from deebert.objectives import OBJECTIVES
 
 
 class EarlyExitModule(L.LightningModule):
@@ -23,16 +24,21 @@ class EarlyExitModule(L.LightningModule):
 
     Args:
         model: what to train.
-        config: the run's configuration as plain values; `stage`, `seed` and `stages` are read here,
-            the rest makes the checkpoint self-describing.
+        config: the run's configuration as plain values; `stage`, `seed`, `stages` and `objective`
+            are read here, the rest makes the checkpoint self-describing.
         tokenizer: the tokenizer's files as text, for the checkpoint.
+        teacher: the model that a student learns from; frozen, and no part of the checkpoint.
 
     Raises:
-        UserError: the objective is unknown.
+        UserError: the objective is unknown, or not for this stage.
     """
 
     def __init__(
-        self, model: EarlyExitModel, config: Mapping[str, Any], tokenizer: Mapping[str, str]
+        self,
+        model: EarlyExitModel,
+        config: Mapping[str, Any],
+        tokenizer: Mapping[str, str],
+        teacher: EarlyExitModel | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(
@@ -43,16 +49,27 @@ class EarlyExitModule(L.LightningModule):
         self.stage = config["stage"]
         self.seed = config["seed"]
         self.recipe = config["stages"][str(self.stage)]
-        name = self.recipe["objective"]
-        if name not in OBJECTIVES:
-            raise unknown("objective", name, OBJECTIVES, f"stages.{self.stage}.objective")
-        self.objective = OBJECTIVES[name]
+        self.objective = objectives.build(config["objective"], self.stage)
+        flow = self.objective.flow
+        self.flow = flow(len(model.ramps)) if flow else None
+        self.trains_ramps = self.objective.name not in objectives.FINAL_ALONE
+        self.layer_drop = self.recipe.get("layer_drop", 0.0)  # stage 1's alone
+        # In a tuple, or torch would take its weights for this module's.
+        self._teacher: tuple[EarlyExitModel, ...] = (teacher,) if teacher else ()
         self._freeze()
 
     @property
-    def is_cached(self) -> bool:
-        """Does this stage train on frozen states that are computed once?"""
+    def is_frozen(self) -> bool:
+        """Is the backbone left alone, in eval mode and without gradients?"""
         return self.stage == 2 and self.recipe["cache"]
+
+    @property
+    def is_cached(self) -> bool:
+        """Does this stage train on frozen states that are computed once?
+
+        Not where ramps learn what they read: there is no state yet to be kept.
+        """
+        return self.is_frozen and self.model.ramp_kind.reads != "attention"
 
     def _freeze(self) -> None:
         """Say which parameters get gradients.
@@ -65,9 +82,10 @@ class EarlyExitModule(L.LightningModule):
         if self.stage == 1:
             model.backbone.requires_grad_(True)
             model.ramps[-1].requires_grad_(True)
+            model.ramps[:-1].requires_grad_(self.trains_ramps)
             return
         model.ramps[:-1].requires_grad_(True)
-        if not self.is_cached:
+        if not self.is_frozen:
             model.backbone.requires_grad_(True)
             model.backbone.layers[-1].requires_grad_(False)  # no trained ramp is above it
 
@@ -78,13 +96,15 @@ class EarlyExitModule(L.LightningModule):
         (Lightning #20105), so this is said outright.
         """
         self.train()
-        if self.is_cached:
+        if self.is_frozen:
             self.model.backbone.eval()
         if self.stage == 2:
             self.model.ramps[-1].eval()
 
     def on_fit_start(self) -> None:
         self._set_modes()
+        for teacher in self._teacher:
+            teacher.eval().to(self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout depends on (seed, epoch, process) only, so a resumed run repeats the unbroken one.
@@ -92,23 +112,71 @@ class EarlyExitModule(L.LightningModule):
         if batch_idx == 0:
             torch.manual_seed((self.seed * 100_003 + self.current_epoch) * 1009 + self.global_rank)
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Logits of every ramp for a batch of tokens or of frozen states: -> (B, L, C)."""
+    def states(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the ramps read, from a batch of tokens or of frozen states: -> (B, R)."""
         if "states" in batch:
-            return self.model.ramp_logits(batch["states"])
-        return self.model(**{name: batch[name] for name in INPUTS if name in batch})
+            return batch["states"]
+        return self.model.states(**_tokens(batch), flow=self.flow, skipped=self._dropped())
+
+    def _dropped(self) -> list[int]:
+        """LayerDrop (Fan et al., ICLR 2020): the layers, from 0, that this batch goes past.
+
+        The ramp of such a layer is trained nevertheless, where the objective trains ramps: on what
+        the layer before it has handed on.
+        """
+        if not self.layer_drop or not self.training:
+            return []
+        dropped_L = torch.rand(len(self.model.ramps)) < self.layer_drop
+        return dropped_L.nonzero().flatten().tolist()
+
+    def _taught(self, batch: Mapping[str, Tensor], logits_BLC: Tensor) -> Tensor | float:
+        """What a student's loss has beside the labels'."""
+        if self.objective.taught is None:
+            return 0.0
+        [teacher] = self._teacher
+        with torch.no_grad():
+            teacher_BC = teacher(**_tokens(batch))[:, -1]
+        return self.objective.taught(logits_BLC, teacher_BC)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self.objective(self(batch), batch["labels"])
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        labels_B = batch["labels"]
+        states_BR = self.states(batch)
+        logits_BLC = self.model.ramp_logits(states_BR)
+        loss_of = objectives.final if self._final_alone else self.objective.loss
+        loss = loss_of(logits_BLC, labels_B) + self._taught(batch, logits_BLC)
+        predicts = self.model.ramp_kind.predicts
+        if predicts is not None and self.trains_ramps:
+            unsure_BL = self.model.unsure(states_BR)
+            exit_loss = objectives.exit_loss(unsure_BL, logits_BLC, labels_B, predicts)
+            # Not left out: with several processes all parameters must be in every step's loss.
+            loss = loss + (0 if self._final_alone else 1) * exit_loss
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(labels_B))
         return loss
+
+    @property
+    def _final_alone(self) -> bool:
+        """Is it the final classifier's turn?"""
+        num_steps = int(self.trainer.estimated_stepping_batches)
+        return self.objective.alone(self.global_step, num_steps)
+
+    def on_after_backward(self) -> None:
+        # Gradients of 0 would still move the ramps (momentum), or hurry them later (AdamW counts
+        # its steps).
+        if self._final_alone:
+            for parameter in self.model.ramps[:-1].parameters():
+                parameter.grad = None
 
     def validation_step(
         self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Tensor]:
-        """What a record is made of: logits (B, L, C), labels, index, length, group."""
+        """What a record is made of: logits (B, L, C), learned exit scores (B, L) where there are
+        some, labels, index, length, group."""
+        states_BR = self.states(batch)
         facts = ("labels", "index", "length", "group")
-        return {"logits": self(batch), **{name: batch[name] for name in facts if name in batch}}
+        found = {"logits": self.model.ramp_logits(states_BR)}
+        if self.model.ramp_kind.predicts is not None:
+            found["unsure"] = self.model.unsure(states_BR)
+        return found | {name: batch[name] for name in facts if name in batch}
 
     test_step = validation_step
 
@@ -149,3 +217,7 @@ class EarlyExitModule(L.LightningModule):
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
         self.zero_grad()  # also what gets gradients without being optimized
+
+
+def _tokens(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: batch[name] for name in INPUTS if name in batch}

@@ -20,6 +20,7 @@ from deebert.speed import Protocol
 from deebert.tasks import Task
 
 WISHES = ("target_saving", "target_speedup", "max_drop")
+READS = ("logits", "unsure")
 
 
 def check(config: dict[str, Any]) -> None:
@@ -30,6 +31,8 @@ def check(config: dict[str, Any]) -> None:
     """
     if config["analysis"] and config["record"]:
         raise UserError("analysis=true runs the model, which a record has not: give ckpt= alone")
+    if config["layers"] is not None and config["record"]:
+        raise UserError(f"layers={config['layers']} cuts the model, which a record has not")
     if config["split"] is not None and not isinstance(config["split"], str):
         raise UserError(f"split={config['split']} must be the name of one split")
     if not isinstance(config["calibration"], str):
@@ -138,19 +141,22 @@ def _rule(values: dict[str, Any], score: Score, task: Task) -> Rule:
     largest, regression = values.get("largest"), values.get("regression", False)
     if largest is not None and not (_is_number(largest) and largest > 0):
         raise UserError(f"exit.largest={largest} must be a number above 0, or null")
-    if not isinstance(regression, bool):
-        raise UserError(f"exit.regression={regression} must be true or false")
+    if regression is not None and not isinstance(regression, bool):
+        raise UserError(f"exit.regression={regression} must be true, false, or null for either")
     if not callable(score):
         raise UserError(f"exit.score={values['score']} must name a function (_target_, _partial_)")
     told = {name: v for name, v in values["score"].items() if not str(name).startswith("_")}
     looks_back = values.get("looks_back", True)
     if not isinstance(looks_back, bool):
         raise UserError(f"exit.looks_back={looks_back} must be true or false")
+    if (reads := values.get("reads", "logits")) not in READS:
+        raise unknown("exit.reads", reads, READS, "exit.reads")
     rule = Rule(
-        str(values["name"]), score, task.num_labels, largest, regression, looks_back, options=told
-    )
+        str(values["name"]), score, task.num_labels, largest, regression, looks_back, reads,
+        options=told,
+    )  # fmt: skip
     try:
-        rule(torch.zeros(2, 4, task.num_labels))
+        rule(torch.zeros(2, 4, task.num_labels), torch.zeros(2, 4))
         alone = rule.looks_back or _judges_alone(rule)
     except UserError:
         raise
@@ -167,8 +173,10 @@ def _rule(values: dict[str, Any], score: Score, task: Task) -> Rule:
 
 def _judges_alone(rule: Rule) -> bool:
     """Is a ramp judged the same without the ramps before it?"""
-    logits_NLC = torch.randn(8, 4, rule.num_labels, generator=torch.Generator().manual_seed(0))
-    together, alone = rule(logits_NLC), rule(logits_NLC[:, -1:])
+    generator = torch.Generator().manual_seed(0)
+    logits_NLC = torch.randn(8, 4, rule.num_labels, generator=generator)
+    unsure_NL = torch.rand(8, 4, generator=generator)
+    together, alone = rule(logits_NLC, unsure_NL), rule(logits_NLC[:, -1:], unsure_NL[:, -1:])
     return torch.allclose(together.score_NL[:, -1:], alone.score_NL) and torch.allclose(
         together.answer_NLC[:, -1:], alone.answer_NLC
     )
@@ -178,12 +186,20 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def check_model(question: Question, config: dict[str, Any], num_layers: int) -> None:
+def check_model(
+    question: Question, config: dict[str, Any], num_layers: int, *, learned: bool
+) -> None:
     """What can be known before the model has run.
 
+    Args:
+        learned: have the ramps a learned exit score?
+
     Raises:
-        UserError: thresholds or temperatures are not as many as the ramps.
+        UserError: thresholds or temperatures are not as many as the ramps, or the exit rule reads
+            what is not there.
     """
+    if question.rule.reads == "unsure" and not learned:
+        raise UserError(exits.NOT_LEARNED.format(question.rule.name))
     check_lengths(question.thresholds, num_layers)
     temperatures = question.rule.temperatures
     if temperatures is not None and len(temperatures) != num_layers:

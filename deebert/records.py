@@ -32,6 +32,7 @@ class Record:
         index_N: (N,) position of the row in its split.
         length_N: (N,) number of tokens.
         group_N: (N,) the task's group column (difficulty grade), or None.
+        unsure_NL: (N, L) learned exit scores, or None where the ramps have none.
     """
 
     split: str
@@ -40,6 +41,7 @@ class Record:
     index_N: Tensor
     length_N: Tensor
     group_N: Tensor | None = None
+    unsure_NL: Tensor | None = None
 
     @property
     def num_layers(self) -> int:
@@ -86,6 +88,7 @@ class Record:
             joined["index"][rows],
             joined["length"][rows],
             joined["group"][rows] if "group" in joined else None,
+            joined["unsure"][rows].float() if "unsure" in joined else None,
         )
 
     def save(self, folder: Path, header: Mapping[str, Any]) -> None:
@@ -132,11 +135,14 @@ def _wrong(header: dict[str, Any], tensors: dict[str, Tensor], file: Path) -> st
         return f"the file was renamed, it is of split {header['split']!r}"
     if not {"task", "stage", "stages", "seed", "backbone", "data"} <= set(config):
         return "its configuration is incomplete"
-    if logits.ndim != 3 or logits.dtype != torch.float32 or not len(logits) or logits.shape[1] < 2:
+    if logits.ndim != 3 or logits.dtype != torch.float32 or not len(logits) or not logits.shape[1]:
         return f"its logits are {tuple(logits.shape)} {logits.dtype}, not (rows, ramps, labels)"
     num_labels = len(config["task"]["labels"] or "1")  # a regression has one output
     if logits.shape[2] != num_labels:
         return f"it has {logits.shape[2]} outputs a ramp, and its task {num_labels}"
+    unsure = tensors.get("unsure_NL")
+    if unsure is not None and unsure.shape != logits.shape[:2]:
+        return f"its learned exit scores are {tuple(unsure.shape)}, not (rows, ramps)"
     if {len(values) for values in tensors.values()} != {len(logits)}:
         return "its columns are of different lengths"
     if labels is not None and num_labels > 1 and not 0 <= labels.min() <= labels.max() < num_labels:

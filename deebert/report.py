@@ -36,13 +36,14 @@ PACKAGES = (
 
 def header(config: dict[str, Any]) -> dict[str, Any]:
     """What a run is, from its configuration, and where it ran."""
-    recipe = config["stages"][str(config["stage"])]
+    layers = config["backbone"].get("layers")
     return {
         "schema": SCHEMA,
         "task": config["task"]["name"],
         "backbone": config["backbone"]["name"],
+        **({"layers": layers} if layers else {}),  # only these of the pretrained ones
         "stage": config["stage"],
-        "objective": recipe["objective"],
+        "objective": config["objective"]["name"],
         "seed": config["seed"],
         "metric": config["task"]["metrics"][0],
         "environment": environment(),
@@ -139,7 +140,8 @@ def markdown(results: dict[str, Any]) -> str:
 
 def title(results: dict[str, Any]) -> str:
     """What was run, in a line."""
+    cut = f" (layers {', '.join(map(str, results['layers']))})" if "layers" in results else ""
     return (
-        f"{results['task']}, {results['backbone']}, stage {results['stage']}, "
+        f"{results['task']}, {results['backbone']}{cut}, stage {results['stage']}, "
         f"seed {results['seed']}"
     )

@@ -18,16 +18,19 @@ from deebert.data import CALIBRATION
 from deebert.errors import UserError
 from deebert.evaluation import Question
 from deebert.frozen import FrozenStates
-from deebert.job import Job, check, complete, complete_evaluation, plain
+from deebert.job import Job, check, complete, complete_evaluation, plain, read_teacher
 from deebert.model import EarlyExitModel
 from deebert.module import EarlyExitModule
+from deebert.objectives import FINAL_ALONE
+from deebert.ramps import RampKind
 from deebert.tasks import Task
 
 log = logging.getLogger(__name__)
 
 # What makes a checkpoint self-describing, and a run resumable.
 REMEMBERED = (
-    "task", "backbone", "data", "stage", "stages", "seed", "trainer", "callbacks", "thresholds",
+    "task", "backbone", "ramp", "data", "stage", "stages", "objective", "seed", "trainer",
+    "callbacks", "thresholds", "teacher",
 )  # fmt: skip
 
 
@@ -44,16 +47,25 @@ def train(cfg: DictConfig) -> float | None:
     check(config)
     L.seed_everything(config["seed"], workers=True, verbose=False)
     task = Task.from_config(config["task"])
+    teacher = None
     if origin:
         tokenizer, model = origin.tokenizer(), origin.model()
         tokenizer_files = origin.tokenizer_files
+        if config["teacher"] and config["resume"]:
+            teacher = read_teacher(cfg).model()
+        elif config["teacher"]:
+            teacher = origin.model()
+            _cut(model, config, origin, "backbone.layers", config["backbone"]["layers"])
+        if (kind := RampKind.from_config(config["ramp"])) != model.ramp_kind:
+            model.new_ramps(kind)
     else:
         tokenizer = backbones.tokenizer(config["backbone"])
         tokenizer_files = backbones.tokenizer_files(tokenizer)
-        model = EarlyExitModel.from_backbone(config["backbone"], task.num_labels)
-    if len(model.ramps) < 2:
+        model = EarlyExitModel.from_backbone(config["backbone"], task.num_labels, config["ramp"])
+    if len(model.ramps) < 2 and config["objective"]["name"] not in FINAL_ALONE:
         raise UserError(
-            f"backbone {config['backbone']['name']} has one layer: nothing to leave early"
+            f"backbone {config['backbone']['name']} has one layer: nothing to leave early (it can "
+            "be trained with stage=1 objective=final)"
         )
     recipe = config["stages"][str(config["stage"])]
     data = build.data_module(task, tokenizer, config, model.config, recipe["batch_size"])
@@ -61,7 +73,7 @@ def train(cfg: DictConfig) -> float | None:
     data.train_dataloader()
     build.remember_held_out(config, data)
     remembered = {key: config[key] for key in REMEMBERED}
-    module = EarlyExitModule(model, remembered, tokenizer_files)
+    module = EarlyExitModule(model, remembered, tokenizer_files, teacher)
     source: L.LightningDataModule = data
     if module.is_cached:
         source = FrozenStates(data, model, job.folder, standardize=recipe["standardize"])
@@ -100,7 +112,10 @@ def evaluate(cfg: DictConfig) -> float | None:
     if not isinstance(origin, Checkpoint):
         return _evaluate_records(config, task, asked, origin, job)
     model = origin.model()
-    question.check_model(asked, config, len(model.ramps))
+    if config["layers"] is not None:
+        _cut(model, config, origin, "layers", config["layers"])
+    learned = model.ramp_kind.predicts is not None
+    question.check_model(asked, config, len(model.ramps), learned=learned)
     data = build.data_module(task, origin.tokenizer(), config, origin.architecture, 1)
     if config["split"]:
         data.eval_splits = (config["split"],)
@@ -113,21 +128,22 @@ def evaluate(cfg: DictConfig) -> float | None:
         data.eval_splits = (*data.eval_splits, chosen_on)
     for split in data.eval_splits:
         data.tokens(split)
-    if task.train in data.eval_splits:
-        log.warning("split=%s: the model was trained on these rows", task.train)
+        if split in (task.train, *data.unlabelled):
+            log.warning("split=%s: the model was trained on these rows", split)
     if asked.wish and config["calibration"] != "auto":  # auto may yet choose other rows
         named = chosen_on or data.eval_splits[0]
         columns = data.tokens(named)
         labelled = "label" in columns.column_names
         calibrate.check(len(columns), labelled, named, task, asked.wish)
-    remembered = origin.config | {"task": config["task"], "data": config["data"]}
+    remembered = origin.config | {key: config[key] for key in ("task", "data", "backbone")}
     module = EarlyExitModule(model, remembered, origin.tokenizer_files)
     callback = EarlyExitEvaluation(None, asked, chosen_on, config["analysis"], str(config["ckpt"]))
     protocol = question.protocol(config)
-    if protocol and report.header(origin.config)["objective"] == "final":
+    untrained = report.header(origin.config)["objective"] in FINAL_ALONE
+    if protocol and untrained and config["threshold"] != 0:
         raise UserError(
             "timing= needs trained ramps, and this checkpoint is of stage 1: train them with "
-            "python train.py stage=2 ckpt=RUN"
+            "python train.py stage=2 ckpt=RUN, or time full depth alone: threshold=0"
         )
     if protocol and str(config["trainer"]["precision"]) not in ("32-true", "32"):
         raise UserError(
@@ -148,6 +164,15 @@ def evaluate(cfg: DictConfig) -> float | None:
     return _result(trainer.is_global_zero, job)
 
 
+def _cut(
+    model: EarlyExitModel, config: dict[str, Any], origin: Checkpoint, flag: str, layers: list[int]
+) -> None:
+    """Leave only these layers of a checkpoint's, and write down which of the pretrained ones."""
+    model.keep_layers(layers, flag)
+    before = origin.config["backbone"].get("layers")
+    config["backbone"]["layers"] = [before[layer - 1] for layer in layers] if before else layers
+
+
 def _evaluate_records(
     config: dict[str, Any], task: Task, asked: Question, origin: Origin, job: Job
 ) -> float | None:
@@ -162,11 +187,12 @@ def _evaluate_records(
     if not reported:
         splits = ", ".join(record.split for record in found)
         raise UserError(f"split={wanted}: {origin.path} has records of: {splits} (split=...)")
-    question.check_model(asked, config, reported[0].num_layers)
+    learned = reported[0].unsure_NL is not None
+    question.check_model(asked, config, reported[0].num_layers, learned=learned)
     if len({record.logits_NLC.shape[1:] for record in found}) > 1:
         raise UserError(f"record={config['record']}: its records have different numbers of ramps")
     header = report.header(origin.config)
-    trained = header["objective"] != "final"
+    trained = header["objective"] not in FINAL_ALONE
     answer = evaluation.evaluate(reported, task, asked, held_out, trained=trained)
     results = header | {"record": str(config["record"])} | answer
     report.save(results, job.folder)

@@ -18,7 +18,7 @@ COLUMNS = (
     "metric", *MEASURED,
 )  # fmt: skip
 TIMED = ("seconds", "time_saving")  # columns where any job was timed
-ORIGINS = ("ckpt", "record")  # of an evaluation; each seed has its own
+ORIGINS = ("ckpt", "record", "teacher")  # each seed has its own
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     """One row per finished job, split and threshold of its curve.
 
     A job that was told a wish (a saving, say) has one row, as measured; one whose ramps are
-    untrained (objective=final) has full depth only. Columns: `job`, the overrides that differ
-    between jobs and are no column yet, then COLUMNS, then, if any job was timed, TIMED: on the
-    headline split, of the first precision and batch size that the job timed; None elsewhere.
+    untrained (objective=final, student) has full depth only. Columns: `job`, the overrides that
+    differ between jobs and are no column yet, then COLUMNS, then, if any job was timed, TIMED: on
+    the headline split, of the first precision and batch size that the job timed; None elsewhere.
     """
     return rows_of(jobs_of(folder))
 
@@ -176,7 +176,9 @@ def _times(results: dict[str, Any]) -> dict[float | str | None, dict[str, Any]]:
 
 
 def _points(part: dict[str, Any], objective: str) -> list[dict[str, Any]]:
-    if objective != "final":
+    from deebert.objectives import FINAL_ALONE  # heavy: only where there are results
+
+    if objective not in FINAL_ALONE:
         points: list[dict[str, Any]] = part["curve"]
         return points
     # Exits at untrained ramps mean nothing; threshold 0 never exits.

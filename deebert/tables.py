@@ -6,6 +6,8 @@ Rounds and words what was measured; draws nothing, reads no file. Knows nothing 
 from collections.abc import Iterable
 from typing import Any
 
+from deebert.objectives import FINAL_ALONE
+
 Table = tuple[str, list[str], list[list[str]]]  # title, column names, rows
 PERCENTILES = ("p50", "p95", "p99")
 SECONDS = ("seconds", "seconds_full_depth")
@@ -34,7 +36,7 @@ def tables(results: dict[str, Any]) -> Iterable[Table]:
                 for ramp in part["exits"]
             ],
         )
-        if results["objective"] == "final":
+        if results["objective"] in FINAL_ALONE:
             continue  # exits at untrained ramps mean nothing
         groups = list(part["curve"][0].get("mean_exit_layer", {}))
         yield (
@@ -168,7 +170,7 @@ def more_tables(results: dict[str, Any]) -> Iterable[Table]:
 def notes(results: dict[str, Any]) -> list[str]:
     """What a reader of the tables must know."""
     found = []
-    if results["objective"] == "final":
+    if results["objective"] in FINAL_ALONE:
         found.append("Only the last ramp is trained so far; exits are worth a look after stage 2.")
     if results["metric"] in ("spearman", "pearson"):
         found.append("A regression has no entropy: it leaves when its value stops changing.")

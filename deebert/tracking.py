@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deebert.objectives import FINAL_ALONE
+
 if TYPE_CHECKING:
     import wandb
 
@@ -63,7 +65,7 @@ def log_final(run: "wandb.Run", results: Mapping[str, Any], picture: Path) -> No
     """
     import wandb
 
-    if results["objective"] != "final":  # exits at untrained ramps mean nothing
+    if results["objective"] not in FINAL_ALONE:  # exits at untrained ramps mean nothing
         _log_curve(run, "curve", results)
         for other in results.get("other_splits", []):
             _log_curve(run, f"curve_{other['split']}", other)

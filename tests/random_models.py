@@ -4,9 +4,11 @@ import functools
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from test_backbones import DEBERTA_V3, tiny
 from torch import Tensor, nn
 
@@ -31,15 +33,27 @@ MORE = {  # what the published models of a type have switched on, or call otherw
 NUM_LAYERS = 4
 
 
-def model_of(model_type: str, num_labels: int = 3) -> EarlyExitModel:
-    """Random weights: large enough for inputs to differ, not so large that rounding grows."""
+CONF = Path(__file__).parent.parent / "conf"
+RAMPS = sorted(file.stem for file in (CONF / "ramp").glob("*.yaml"))
+
+
+def model_of(model_type: str, num_labels: int = 3, ramp: str = "first") -> EarlyExitModel:
+    """Random weights: large enough for inputs to differ, not so large that rounding grows.
+
+    Ramps as conf/ramp/ names them, with a learned exit score.
+    """
     torch.manual_seed(5)
     size = {"num_hidden_layers": NUM_LAYERS, "initializer_range": 0.15}
     spec = tiny(model_type, **size, **MORE.get(model_type, {}))
-    model = EarlyExitModel.from_backbone(spec, num_labels).eval().requires_grad_(False)
-    for ramp in model.ramps:
-        nn.init.normal_(ramp.pooler.weight, std=0.2)
-        nn.init.normal_(ramp.classifier.weight, std=0.3)
+    kind = OmegaConf.to_container(OmegaConf.load(CONF / "ramp" / f"{ramp}.yaml"))
+    kind["predicts"] = "wrong"
+    model = EarlyExitModel.from_backbone(spec, num_labels, kind).eval().requires_grad_(False)
+    for each in model.all_ramps:
+        nn.init.normal_(each.pooler.weight, std=0.2)
+        nn.init.normal_(each.classifier.weight, std=0.3)
+    for name, weight in model.ramps.named_parameters():
+        if name.endswith(("attention.weight", "exit_head.weight")):
+            nn.init.normal_(weight, std=0.3)
     return model
 
 
@@ -57,12 +71,16 @@ def inputs_of(model_type: str, lengths: list[int], seed: int = 0) -> list[dict]:
 @torch.no_grad()
 def record_of(model: EarlyExitModel, inputs: list[dict]) -> Record:
     """Every ramp of each input, alone and unpadded, through the model's own forward pass."""
-    logits = [
-        model(ids := torch.tensor([given["input_ids"]]), torch.ones_like(ids), types(given))[0]
-        for given in inputs
-    ]
+    states = torch.cat(
+        [
+            model.states(ids := torch.tensor([given["input_ids"]]), torch.ones_like(ids), types(given))
+            for given in inputs
+        ]
+    )  # fmt: skip
     lengths = torch.tensor([len(given["input_ids"]) for given in inputs])
-    return Record("validation", torch.stack(logits), None, torch.arange(len(inputs)), lengths)
+    index = torch.arange(len(inputs))
+    unsure = None if model.ramp_kind.predicts is None else model.unsure(states)
+    return Record("validation", model.ramp_logits(states), None, index, lengths, unsure_NL=unsure)
 
 
 def types(given: dict) -> Tensor | None:
@@ -70,9 +88,11 @@ def types(given: dict) -> Tensor | None:
 
 
 @functools.cache
-def world(model_type: str, num_labels: int = 3) -> tuple[EarlyExitModel, list[dict], Record]:
+def world(
+    model_type: str, num_labels: int = 3, ramp: str = "first"
+) -> tuple[EarlyExitModel, list[dict], Record]:
     """A model, inputs of 1 to 40 tokens, and their record."""
-    model = model_of(model_type, num_labels)
+    model = model_of(model_type, num_labels, ramp)
     inputs = inputs_of(model_type, [1 + i * 7 % 40 for i in range(80)])
     record = record_of(model, inputs)
     if num_labels == 1:
@@ -86,14 +106,17 @@ def world(model_type: str, num_labels: int = 3) -> tuple[EarlyExitModel, list[di
 
 
 def rule_of(name: str, num_labels: int = 3, **more: object) -> Rule:
-    looks_back = name not in ("entropy", "probability", "margin")
+    looks_back = name not in ("entropy", "probability", "margin", "learned")
+    reads = "unsure" if name == "learned" else "logits"
     return Rule(
-        name, getattr(exits, name), num_labels, regression=num_labels == 1, looks_back=looks_back, **more
+        name, getattr(exits, name), num_labels, regression=num_labels == 1, looks_back=looks_back,
+        reads=reads, **more,
     )  # fmt: skip
 
 
 CLASS_RULES = (
     "entropy", "probability", "margin", "patience", "confident_patience", "ensemble", "vote",
+    "learned",
 )  # fmt: skip
 
 

@@ -1,10 +1,15 @@
 """Every configuration composes, and every choice is used by somebody."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+
+from deebert import objectives
+from deebert.objectives import OBJECTIVES
+from deebert.ramps import PAPER, RampKind, make
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -33,12 +38,42 @@ def test_every_backbone(backbone: str) -> None:
     assert ("path" in cfg.backbone) != ("config" in cfg.backbone)
 
 
+@pytest.mark.parametrize("name", choices("objective"))
+def test_every_objective(name: str) -> None:
+    """It builds in its stages, and its options and their defaults are those of the code."""
+    values = OmegaConf.to_container(composed(f"objective={name}").objective)
+    if name == "paper":
+        assert values == {"name": None}
+        return
+    assert values["name"] == name
+    defaults = inspect.signature(OBJECTIVES[name]).parameters
+    assert values == {"name": name} | {key: known.default for key, known in defaults.items()}
+    for stage in OBJECTIVES[name]().stages:
+        assert objectives.build(values, stage).name == name
+
+
+@pytest.mark.parametrize("name", choices("ramp"))
+def test_every_ramp(name: str) -> None:
+    """It builds, says all that there is to say, and is no other one's double."""
+    values = OmegaConf.to_container(composed(f"ramp={name}").ramp)
+    kind = RampKind.from_config(values)
+    assert list(values) == list(RampKind.__dataclass_fields__)
+    others = [OmegaConf.to_container(composed(f"ramp={other}").ramp) for other in choices("ramp")]
+    assert others.count(values) == 1
+    assert (kind == PAPER) == (name == "first")
+    ramps = make(8, 2, 0.1, 3, kind)
+    assert [ramp.kind for ramp in ramps] == [kind, kind, PAPER]
+
+
 def test_the_choices_that_the_project_promises() -> None:
     assert choices("task") == sorted(
         ["sst2", "mrpc", "qnli", "rte", "qqp", "mnli", "cola", "stsb", "wnli", "ax", "demo"]
     )
     promised = "bert-base bert-large roberta-base roberta-large distilbert minilm tiny"
     assert choices("backbone") == sorted(promised.split())
+    assert choices("objective") == sorted([*OBJECTIVES, "paper"])
+    promised = "first mean first_and_mean attention shared cascade"
+    assert set(choices("ramp")) >= set(promised.split())
     assert choices("experiment") == ["deebert_paper", "demo"]
 
 
@@ -59,7 +94,7 @@ def test_an_experiment_overrides_the_defaults() -> None:
     cfg = composed("experiment=demo")
     assert (cfg.task.name, cfg.backbone.name) == ("demo", "minilm")
     assert cfg.stages["1"].lr == 8e-5
-    assert cfg.stages["1"].objective == "final"
+    assert cfg.objective.name is None, "the paper's, in either stage"
     assert composed("experiment=demo", "stages.1.lr=7").stages["1"].lr == 7
 
 

@@ -19,6 +19,7 @@ from random_models import (
     INT8,
     NUM_LAYERS,
     PRECISIONS,
+    RAMPS,
     SPLIT,
     calls,
     inputs_of,
@@ -63,13 +64,17 @@ def test_the_original_s_exits_and_predictions(name: str, token_budget: int | Non
         assert torch.equal(answers.logits_NC.argmax(-1), expected)
 
 
-@pytest.mark.parametrize("model_type", [*SPLIT, *WHOLE])
+KINDS = [(model_type, "first") for model_type in (*SPLIT, *WHOLE)]
+KINDS += [("bert", ramp) for ramp in RAMPS if ramp != "first"] + [("modernbert", "attention")]
+
+
+@pytest.mark.parametrize(("model_type", "ramp"), KINDS)
 @settings(max_examples=24, derandomize=True, deadline=None)
 @given(data=st.data())
-def test_equals_the_record(model_type: str, data: st.DataObject) -> None:
+def test_equals_the_record(model_type: str, ramp: str, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from([*CLASS_RULES, "change"]))
     num_labels = 1 if name == "change" else 3
-    model, pool, record = world(model_type, num_labels)
+    model, pool, record = world(model_type, num_labels, ramp)
     rows = data.draw(st.lists(st.integers(0, len(pool) - 1), min_size=1, max_size=24))
     temperatures = None
     if num_labels > 1 and data.draw(st.booleans()):

@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from deebert import flops
 from deebert.model import EarlyExitModel
+from deebert.ramps import READS, RampKind
 
 BERT = {
     "model_type": "bert",
@@ -75,13 +76,31 @@ def test_layers_and_ramps_equal_the_counted_ones(config, exit_layer, asked):
     assert flops.plain(SIZES, 16, exit_layer, asked) == counted(run)
 
 
+@pytest.mark.parametrize("reads", READS)
+@pytest.mark.parametrize("sees_previous", [False, True])
+def test_every_kind_of_ramp_equals_the_counted_one(reads, sees_previous):
+    kind = RampKind(reads=reads, sees_previous=sees_previous)
+    sizes = SIZES._replace(ramp=kind)
+    model = EarlyExitModel(BERT, 3, vars(kind)).eval()
+    hidden_BSH, mask_BS = torch.randn(1, 16, 24), torch.ones(1, 16, dtype=torch.long)
+
+    def run() -> None:
+        for each in model.all_ramps:
+            each(each.read(hidden_BSH, hidden_BSH, mask_BS), torch.zeros(1, 3))
+
+    assert flops.ramps(sizes, 16, 4, range(1, 5)) == counted(run)
+    deep = flops.plain(sizes, 16, 2, (1, 2))
+    waits = flops.first_token_first(sizes, 16, 2, (1, 2)) < deep
+    assert waits == (reads in ("first", "first_and_mean"))
+
+
 @pytest.mark.parametrize("num_tokens", [1, 13])
 @pytest.mark.parametrize("exit_layer", [1, 3, 4])
 def test_first_token_first_equals_the_layers_written_by_hand(num_tokens, exit_layer):
     model = EarlyExitModel({**BERT, "attn_implementation": "eager"}, 3).eval()
     inputs = tokens(1, num_tokens)
     with torch.no_grad():
-        states_LH = model.states(**inputs)[0]
+        states_LH = model.states(**inputs)[0].unflatten(0, (4, 24))
 
     def run() -> None:
         hidden_SH = model.backbone.embed(**inputs)[0][0]

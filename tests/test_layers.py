@@ -119,7 +119,7 @@ def test_padding_does_not_matter() -> None:
 def test_cka_of_the_first_tokens() -> None:
     model = build().eval()
     table = layer_table(model, batches(), STSB)
-    states = torch.cat([model.states(*inputs(batch)) for batch in batches()])
+    states = torch.cat([model.states(*inputs(batch)) for batch in batches()]).unflatten(1, (3, -1))
     n = 24
 
     def hsic(i: int, j: int) -> torch.Tensor:

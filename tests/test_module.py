@@ -13,56 +13,83 @@ from deebert.errors import UserError
 from deebert.frozen import FrozenStates
 from deebert.model import EarlyExitModel
 from deebert.module import EarlyExitModule
+from deebert.objectives import PAPER, UNLABELLED
 from deebert.tasks import Task
 
 CONF = Path(__file__).parent.parent / "conf"
 KINDS = ("stage 1", "stage 2 cached", "stage 2 faithful")
+JOINT = ("joint", "weighted", "distill", "equilibrium", "detached", "alternating", "mixed")
 
 
 def plain(group: str, name: str) -> dict:
     return OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
 
 
-def build(kind: str, glue: Path, **recipe: object) -> tuple[EarlyExitModule, TextDataModule]:
+def build(
+    kind: str, glue: Path, *, objective: str | None = None, ramp: str = "first", batch_size: int = 8,
+    **recipe: object,
+) -> tuple[EarlyExitModule, TextDataModule]:  # fmt: skip
     torch.manual_seed(0)
     stage = int(kind[6])
     stages = OmegaConf.to_container(OmegaConf.load(CONF / "train.yaml"))["stages"]
     stages[str(stage)] |= {"lr": 1e-3, "epochs": 2, **recipe}
     stages["2"]["cache"] = "faithful" not in kind
-    config = {"stage": stage, "stages": stages, "seed": 3, "task": plain("task", "mrpc")}
+    config = {
+        "stage": stage, "stages": stages, "seed": 3, "task": plain("task", "mrpc"), "data": {},
+        "objective": plain("objective", objective or PAPER[stage]), "ramp": plain("ramp", ramp),
+    }  # fmt: skip
     spec = plain("backbone", "tiny")
     tokenizer = backbones.tokenizer(spec)
     data = TextDataModule(
         Task.from_config(config["task"]), tokenizer, root=str(glue), max_length=64, limit_train=None, calibration_size=None,
-        batch_size=8, eval_batch_size=64, num_workers=0, seed=3,
+        batch_size=batch_size, eval_batch_size=64, num_workers=0, seed=3,
     )  # fmt: skip
-    model = EarlyExitModel.from_backbone(spec, 2)
+    model = EarlyExitModel.from_backbone(spec, 2, config["ramp"])
     return EarlyExitModule(model, config, backbones.tokenizer_files(tokenizer)), data
 
 
 class Spy(L.Callback):
-    """Notes modes and gradients of a step."""
+    """Notes the modes of the last step, and in every step which parameters have gradients."""
+
+    def __init__(self) -> None:
+        self.steps: list[set[str]] = []
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, module: EarlyExitModule, *_: object
     ) -> None:
         self.modes = {name: part.training for name, part in module.model.named_modules()}
-        self.gradients = {
-            name
-            for name, parameter in module.model.named_parameters()
-            if parameter.grad is not None and parameter.grad.abs().sum() > 0
-        }
+        self.steps.append(
+            {
+                name
+                for name, parameter in module.model.named_parameters()
+                if parameter.grad is not None and parameter.grad.abs().sum() > 0
+            }
+        )
 
 
-def fit(module: EarlyExitModule, data: L.LightningDataModule, path: Path, **options: object) -> Spy:
+class SaveAndStop(L.Callback):
+    """After the first epoch, as if interrupted there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: object) -> None:
+        trainer.save_checkpoint(self.path)
+        trainer.should_stop = True
+
+
+def fit(
+    module: EarlyExitModule, data: L.LightningDataModule, path: Path, *more: L.Callback,
+    ckpt_path: Path | None = None, **options: object,
+) -> Spy:  # fmt: skip
     spy = Spy()
     trainer = L.Trainer(
-        default_root_dir=path, logger=False, enable_checkpointing=False, callbacks=[spy],
+        default_root_dir=path, logger=False, enable_checkpointing=False, callbacks=[spy, *more],
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, barebones=False,
         accelerator="cpu", use_distributed_sampler=False,
         **({"max_epochs": 2, "limit_val_batches": 1, "gradient_clip_val": 1.0} | options),
     )  # fmt: skip
-    trainer.fit(module, datamodule=data)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return spy
 
 
@@ -78,9 +105,18 @@ pytestmark = pytest.mark.filterwarnings(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_trains_and_in_which_mode(kind: str, glue: Path, tmp_path: Path) -> None:
-    module, data = build(kind, glue)
+@pytest.mark.parametrize(
+    ("kind", "objective"),
+    [
+        *((kind, PAPER[int(kind[6])]) for kind in KINDS),
+        *(("stage 1", objective) for objective in JOINT),
+        *((kind, "distill") for kind in KINDS[1:]),
+    ],
+)
+def test_what_trains_and_in_which_mode(
+    kind: str, objective: str, glue: Path, tmp_path: Path
+) -> None:
+    module, data = build(kind, glue, objective=objective, batch_size=32)  # 3 steps an epoch
     before = {name: value.clone() for name, value in module.model.named_parameters()}
     # The second epoch comes after a validation, which puts everything in eval mode for a while.
     spy = fit(module, source(module, data, tmp_path), tmp_path)
@@ -94,12 +130,21 @@ def test_what_trains_and_in_which_mode(kind: str, glue: Path, tmp_path: Path) ->
     last = {name for name in ramps if name.startswith("ramps.2.")}
     backbone = set(before) - ramps
     top = {name for name in backbone if ".layer.2." in name}
-    trained = backbone | last if kind == "stage 1" else ramps - last
+    final = backbone | last  # what the final classifier's loss moves
+    trained = ramps - last
+    if kind == "stage 1":
+        trained = final if objective == "final" else set(before)
     # Unused word pieces have no gradient, but the table as a whole does.
     assert changed == trained
-    assert spy.gradients <= trained | (backbone - top if "faithful" in kind else set())
-    never = {name for name in trained | spy.gradients if name not in spy.gradients}
-    assert all(name.endswith(("key.bias", "LayerNorm.bias")) for name in never), never
+    if "faithful" not in kind:
+        assert {n for n, p in module.model.named_parameters() if p.requires_grad} == trained
+    alone = {"final": range(6), "alternating": (0, 2, 4), "mixed": (0, 1, 2)}.get(objective, ())
+    assert len(spy.steps) == 6
+    for step, gradients in enumerate(spy.steps):
+        expected = final if step in alone else trained
+        assert gradients <= expected | (backbone - top if "faithful" in kind else set())
+        never = expected - gradients
+        assert all(name.endswith(("key.bias", "LayerNorm.bias")) for name in never), (step, never)
 
     dropout = {name: mode for name, mode in spy.modes.items() if name.endswith("dropout")}
     assert dropout
@@ -181,10 +226,10 @@ def test_cached_states_are_the_model_s(glue: Path, tmp_path: Path) -> None:
     tokens = {i: row for b in data.loader("train") for i, row in zip(b["index"].tolist(), zip(b["input_ids"], b["attention_mask"], b["token_type_ids"], b["labels"], strict=True), strict=True)}  # fmt: skip
     seen = 0
     for batch in frozen.train_dataloader():
-        for state_LH, index, label in zip(batch["states"], batch["index"].tolist(), batch["labels"], strict=True):  # fmt: skip
+        for state_R, index, label in zip(batch["states"], batch["index"].tolist(), batch["labels"], strict=True):  # fmt: skip
             ids, mask, types, expected_label = tokens[index]
             expected = module.model.states(ids[None], mask[None], types[None])[0]
-            torch.testing.assert_close(state_LH, expected, atol=1e-5, rtol=0)
+            torch.testing.assert_close(state_R, expected, atol=1e-5, rtol=0)
             assert label == expected_label
             seen += 1
     assert seen == 96
@@ -215,8 +260,9 @@ def test_standardized_ramps_read_states_of_mean_0_and_variance_1(
     module, data = build("stage 2 cached", glue)
     frozen = FrozenStates(data, module.model, tmp_path, standardize=True)
     frozen.setup("fit")
-    ramps, states = module.model.ramps, frozen._cache["train"].states_NLH
-    for ramp, states_NH in zip(ramps[:-1], states.unbind(1)[:-1], strict=True):
+    ramps, states_NR = module.model.ramps, frozen._cache["train"].states_NR
+    assert states_NR.shape == (96, 3 * 32)
+    for ramp, states_NH in zip(ramps[:-1], states_NR.split(32, -1)[:-1], strict=True):
         read = (states_NH - ramp.shift) * ramp.scale
         assert read.mean(0).abs().max() < 1e-3
         assert read.var(0, correction=0).mean().item() == pytest.approx(1, abs=1e-3)
@@ -231,6 +277,125 @@ def test_standardized_ramps_read_states_of_mean_0_and_variance_1(
     assert ramps[-1].shift.abs().sum() == 0
 
 
-def test_an_unknown_objective_names_the_known(glue: Path) -> None:
-    with pytest.raises(UserError, match=r"'sum' is unknown; choose one of: final, ramps"):
-        build("stage 1", glue, objective="sum")
+# Share of ramp k's gradient in what reaches the embeddings, layer 1, 2, 3, by hand for L = 3: its
+# own factor times the onward ones on the way down.
+SHARES = {
+    "equilibrium": [(1 / 3, 1 / 3, 0, 0), (2 / 3 / 2, 2 / 3 / 2, 1 / 2, 0), (2 / 3 / 2, 2 / 3 / 2, 1 / 2, 1)],
+    "detached": [(1, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)],
+}  # fmt: skip
+
+
+def tokens() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    mask = (torch.arange(12) < torch.tensor([12, 7, 3, 9])[:, None]).long()
+    return {"input_ids": torch.randint(5, 60, (4, 12)) * mask, "attention_mask": mask}
+
+
+def gradients(loss: torch.Tensor, model: EarlyExitModel) -> dict[str, torch.Tensor]:
+    found = torch.autograd.grad(
+        loss, list(model.parameters()), retain_graph=True, allow_unused=True
+    )
+    named = zip(model.named_parameters(), found, strict=True)
+    return {n: torch.zeros_like(p) if grad is None else grad for (n, p), grad in named}
+
+
+def layer_of(name: str) -> int:
+    """0 for the embeddings."""
+    return int(name.split(".layer.")[1].split(".")[0]) + 1 if ".layer." in name else 0
+
+
+@pytest.mark.parametrize("objective", SHARES)
+@pytest.mark.parametrize("ramp", ["first", "mean", "first_and_mean", "attention"])
+def test_gradients_flow_as_worked_out_by_hand(objective: str, ramp: str, glue: Path) -> None:
+    module, _ = build("stage 1", glue, objective=objective, ramp=ramp)
+    model, labels = module.model.eval(), torch.tensor([0, 1, 1, 0])
+    for each in model.all_ramps:  # large enough for every ramp's gradient to count
+        torch.nn.init.normal_(each.pooler.weight, std=0.3)
+        torch.nn.init.normal_(each.classifier.weight, std=0.5)
+    logits = model(**tokens())
+    flowing = model.ramp_logits(module.states(tokens()))
+    assert torch.equal(flowing, logits), "forward it changes nothing"
+    cross_entropy = torch.nn.functional.cross_entropy
+    singles = [gradients(cross_entropy(logits[:, k], labels), model) for k in range(3)]
+    found = gradients(module.objective.loss(flowing, labels), model)
+    counted = 0
+    for name, gradient in found.items():
+        if name.startswith("ramps."):  # a ramp's own parameters know of no flow
+            expected = singles[int(name.split(".")[1])][name]
+        else:
+            shares = [SHARES[objective][k][layer_of(name)] for k in range(3)]
+            expected = sum(s * single[name] for s, single in zip(shares, singles, strict=True))
+        torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-3, msg=name)
+        counted += int(gradient.abs().max() > 1e-4)
+    assert counted > 30, "gradients are large enough to tell"
+
+
+def test_distillation_moves_the_backbone_but_not_the_teacher(glue: Path) -> None:
+    """Without labels, in stage 1: neither the final classifier nor the layer below it alone."""
+    module, _ = build("stage 1", glue, objective="distill")
+    logits = module.model.eval()(**tokens())
+    found = gradients(module.objective.loss(logits, torch.full((4,), UNLABELLED)), module.model)
+    moved = {name for name, gradient in found.items() if gradient.abs().sum() > 0}
+    still = {name for name in found if name.startswith("ramps.2.") or ".layer.2." in name}
+    assert not moved & still
+    assert all(name.endswith("key.bias") for name in set(found) - still - moved)
+
+
+@pytest.mark.parametrize(("objective", "alone"), [("alternating", (0, 2, 4)), ("mixed", (0, 1, 2))])
+def test_ramps_rest_while_the_final_classifier_learns_alone(
+    objective: str, alone: tuple[int, ...], glue: Path, tmp_path: Path
+) -> None:
+    """Neither weight decay nor Adam's moments move them, nor does Adam take the time for gradients
+    of 0: the steps after it would be several times as long as the learning rate says."""
+    module, data = build("stage 1", glue, objective=objective, batch_size=32, weight_decay=0.5)
+    weight = module.model.ramps[0].classifier.weight
+    moved: list[float] = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, *_: object) -> None:
+            self.before = weight.detach().clone()
+
+        def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+            moved.append((weight - self.before).abs().max().item())
+            if len(moved) == 6:
+                self.steps = trainer.optimizers[0].state[weight]["step"].item()
+
+    watch = Watch()
+    fit(module, data, tmp_path, watch)
+    assert [step for step in range(6) if moved[step] == 0] == list(alone)
+    assert watch.steps == 3
+
+
+@pytest.mark.parametrize(("objective", "turns"), [("alternating", (1, 0, 1)), ("mixed", (1, 1, 1))])
+def test_a_resumed_run_goes_on_with_the_turns_of_the_unbroken_one(
+    objective: str, turns: tuple[int, ...], glue: Path, tmp_path: Path
+) -> None:
+    """3 steps an epoch: counted from its start, the second epoch's turns would be others."""
+
+    def started() -> tuple[EarlyExitModule, TextDataModule]:
+        return build("stage 1", glue, objective=objective, batch_size=32)
+
+    part, data = started()
+    assert len(fit(part, data, tmp_path, SaveAndStop(tmp_path / "x.ckpt")).steps) == 3
+    rest, data = started()
+    spy = fit(rest, data, tmp_path, ckpt_path=tmp_path / "x.ckpt")
+    asked = ["ramps.0.classifier.weight" in gradients for gradients in spy.steps]
+    assert asked == [bool(turn) for turn in turns]
+    unbroken, data = started()
+    assert len(fit(unbroken, data, tmp_path).steps) == 6
+    for name, value in rest.state_dict().items():
+        assert torch.equal(value, unbroken.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective", "says"),
+    [
+        ("stage 1", "ramps", "objective=ramps is for stage=2; in stage=1 choose one of: final, "),
+        ("stage 2 cached", "joint", "objective=joint is for stage=1; in stage=2 choose one of: ramps, "),
+    ],
+)  # fmt: skip
+def test_an_objective_of_the_other_stage_is_refused(
+    kind: str, objective: str, says: str, glue: Path
+) -> None:
+    with pytest.raises(UserError, match=says):
+        build(kind, glue, objective=objective)

@@ -93,7 +93,7 @@ def test_a_failing_job_is_listed_and_the_others_are_there(
 ) -> None:
     """Hydra doesn't call on_multirun_end then; seeds are averaged all the same."""
     with pytest.raises(CommandFailed, match="stage 3 is unknown"):
-        run("train.py", "-m", "task=mrpc", "stage=3,1", "seed=1,2", *FAST, f"data.root={glue}", "stages.1.objective=ramps", f"hydra.sweep.dir={tmp_path}")  # fmt: skip
+        run("train.py", "-m", "task=mrpc", "stage=3,1", "seed=1,2", *FAST, f"data.root={glue}", "objective=joint", f"hydra.sweep.dir={tmp_path}")  # fmt: skip
     rows = table(tmp_path)
     runs = {job: results(tmp_path / job) for job in ("2", "3")}
     assert numbers(rows) == numbers(point for found in runs.values() for point in found["curve"])

@@ -1,0 +1,170 @@
+"""An epoch of stage 1 against the original's loop, in turns: seconds and scores.
+
+    python benchmarks/training.py --root DIR [--turns 3] [--epochs 1] [--train "OVERRIDES"]
+
+The original (castorini/DeeBERT, run_highway_glue.py): every input padded to 128 tokens, attention
+step by step, all ramps evaluated in each step although only the final classifier learns, AdamW
+parameter by parameter, 8 rows a step, float32. Ours is `python train.py stage=1` as it comes, with
+the same batch size, learning rate and epochs. Each turn is a process of its own; the seconds are
+those of training and of the validation at its end, without start-up and tokenizing.
+Writes benchmarks/training.json and training.md.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+LR, BATCH_SIZE, PADDED = 8e-5, 8, 128
+
+
+def original(root: str, epochs: int, seed: int) -> dict[str, Any]:
+    """The original's loop on MRPC with the packaged MiniLM: seconds, and the score."""
+    import torch
+    from omegaconf import OmegaConf
+    from torch.nn.functional import cross_entropy
+    from transformers import get_linear_schedule_with_warmup
+
+    from deebert import backbones, sources
+    from deebert.ramps import Ramp
+    from deebert.tasks import Task
+
+    def plain(group: str, name: str) -> Any:
+        return OmegaConf.to_container(OmegaConf.load(HERE.parent / "conf" / group / f"{name}.yaml"))
+
+    torch.manual_seed(seed)
+    task, spec = Task.from_config(plain("task", "mrpc")), plain("backbone", "minilm")
+    tokenizer, (backbone, pooler) = backbones.tokenizer(spec), backbones.pretrained(spec)
+    encoder = backbone.encoder
+    encoder.set_attn_implementation("eager")
+    ramps = torch.nn.ModuleList(
+        Ramp(backbone.hidden_size, 2, backbone.classifier_dropout)
+        for _ in range(len(backbone.layers) + 1)  # the original has one after the last layer, too
+    )
+    for ramp in ramps:
+        ramp.pooler.load_state_dict(pooler.state_dict())
+
+    def tensors(split: str) -> torch.utils.data.TensorDataset:
+        rows = sources.load(task, split, root)
+        encoded = tokenizer(
+            rows["text_a"][:], rows["text_b"][:], truncation="longest_first", max_length=PADDED,
+            padding="max_length", return_tensors="pt",
+        )  # fmt: skip
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        labels = torch.tensor(rows["label"][:])
+        return torch.utils.data.TensorDataset(*(encoded[name] for name in names), labels)
+
+    def logits_of(ids: Any, mask: Any, types: Any) -> list[Any]:
+        states = encoder(ids, mask, types, output_hidden_states=True).hidden_states[1:]
+        return [ramp(state[:, 0]) for ramp, state in zip(ramps, [*states, states[-1]], strict=True)]
+
+    train = torch.utils.data.DataLoader(tensors("train"), BATCH_SIZE, shuffle=True)
+    validation = torch.utils.data.DataLoader(tensors("validation"), BATCH_SIZE)
+    trained = [*encoder.parameters(), *ramps[-1].parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, foreach=False, fused=False)
+    schedule = get_linear_schedule_with_warmup(optimizer, 0, epochs * len(train))
+    start = time.perf_counter()
+    for _ in range(epochs):
+        encoder.train()
+        ramps.train()
+        for ids, mask, types, labels_B in train:
+            cross_entropy(logits_of(ids, mask, types)[-1], labels_B).backward()
+            torch.nn.utils.clip_grad_norm_([*encoder.parameters(), *ramps.parameters()], 1.0)
+            optimizer.step()
+            schedule.step()
+            encoder.zero_grad()
+            ramps.zero_grad()
+    encoder.eval()
+    ramps.eval()
+    with torch.no_grad():
+        right = [
+            logits_of(ids, mask, types)[-1].argmax(-1) == labels_B
+            for ids, mask, types, labels_B in validation
+        ]
+    seconds = time.perf_counter() - start
+    return {"seed": seed, "seconds": seconds, "accuracy": torch.cat(right).double().mean().item()}
+
+
+def ours(root: str, epochs: int, seed: int, more: list[str]) -> dict[str, Any]:
+    """The same through `python train.py`."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable, "train.py", "task=mrpc", "stage=1", "backbone=minilm", "logger=csv",
+            f"data.root={root}", "data.calibration_size=0", f"seed={seed}",
+            f"stages.1.epochs={epochs}", f"stages.1.batch_size={BATCH_SIZE}", f"stages.1.lr={LR}",
+            f"hydra.run.dir={folder}/run", *more,
+        ]  # fmt: skip
+        subprocess.run(command, cwd=HERE.parent, check=True, capture_output=True)
+        results = json.loads(Path(folder, "run", "results.json").read_text())
+        said = re.search(r"trained in ([\d.]+) s", Path(folder, "run", "train.log").read_text())
+    assert said
+    return {
+        "seed": seed,
+        "seconds": float(said[1]),
+        "accuracy": results["exits"][-1]["scores"]["accuracy"],
+        "environment": results["environment"],
+    }
+
+
+def report(turns: dict[str, list[dict[str, Any]]], epochs: int) -> str:
+    """The Markdown table."""
+    ratios = [
+        slow["seconds"] / fast["seconds"]
+        for slow, fast in zip(turns["original"], turns["deebert"], strict=True)
+    ]
+    about = turns["deebert"][0]["environment"]
+    lines = [
+        "# An epoch of stage 1 against the original's loop",
+        "",
+        f"MRPC (3,668 rows), packaged MiniLM, {BATCH_SIZE} rows a step, lr {LR}, {epochs} epoch(s) "
+        f"and a validation, float32, {about['threads']} CPU threads, {len(ratios)} turns with a "
+        "seed each. Command: `python benchmarks/training.py --root DIR`",
+        "",
+        "| | seconds | accuracy |",
+        "|---|---:|---:|",
+    ]
+    for name, rows in turns.items():
+        seconds = statistics.median(row["seconds"] for row in rows)
+        scores = ", ".join(f"{row['accuracy']:.3f}" for row in rows)
+        lines.append(f"| {name} | {seconds:.1f} | {scores} |")
+    listed = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    lines += ["", f"Times faster, turn by turn: {listed}; median {statistics.median(ratios):.2f}."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", required=True, help="folder with the GLUE files (data.root)")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--train", default="", help="more overrides for train.py")
+    parser.add_argument("--original", type=int, help=argparse.SUPPRESS)  # a turn of it: its seed
+    given = parser.parse_args()
+    root = str(Path(given.root).absolute())
+    if given.original is not None:
+        print(json.dumps(original(root, given.epochs, given.original)))
+        return
+    turns: dict[str, list[dict[str, Any]]] = {"original": [], "deebert": []}
+    for seed in range(1, given.turns + 1):
+        command = [sys.executable, __file__, "--root", root, "--epochs", str(given.epochs)]
+        done = subprocess.run(
+            [*command, "--original", str(seed)], check=True, capture_output=True, text=True
+        )
+        turns["original"].append(json.loads(done.stdout.splitlines()[-1]))
+        turns["deebert"].append(ours(root, given.epochs, seed, given.train.split()))
+        print({name: rows[-1]["seconds"] for name, rows in turns.items()}, flush=True)
+    (HERE / "training.json").write_text(json.dumps(turns, indent=1) + "\n")
+    text = report(turns, given.epochs)
+    (HERE / "training.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
