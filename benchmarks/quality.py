@@ -1,0 +1,292 @@
+"""Ways to train the ramps, against each other and against models without early exit, on GLUE.
+
+    python benchmarks/quality.py --root DIR [--tasks mrpc rte ...] [--recipes two_stage joint ...]
+        [--seeds 1 2 3] [--out runs/quality] [--report-only]
+
+A recipe is a chain of commands, each of which goes on from the run of the one before; a cell is a
+recipe on a task with a seed. Recipes that begin alike share these runs. A finished cell is kept in
+quality.json and not made again unless its commands or rows change, so this can be stopped at any
+time. A cell that fails is told at the end, and tried again at the next start.
+Knows nothing of how to train; what is measured comes from the records that the runs leave.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import quality_report
+from omegaconf import OmegaConf
+from quality_report import GRID, WISHES
+
+from deebert import calibrate, curves, exits, records, report, sources
+from deebert.calibrate import Wish
+from deebert.errors import UserError
+from deebert.records import Record
+from deebert.tasks import Task
+
+HERE = Path(__file__).parent
+PYTHON = [sys.executable]
+if shutil.which("setpriv"):  # a training that outlives a killed benchmark would slow the next one
+    PYTHON = ["setpriv", "--pdeathsig", "KILL", *PYTHON]
+# Task: epochs of stage 1, and most rows to train on: what two CPU cores can do.
+TASKS: dict[str, tuple[int, int | None]] = {
+    "mrpc": (3, None),
+    "rte": (4, None),
+    "cola": (3, None),
+    "sst2": (1, 20_000),
+    "mnli": (1, 10_000),
+    "qqp": (1, 10_000),
+}
+VALIDATION_ROWS = 2000  # at most
+STAGE1 = (
+    "train.py stage=1 backbone=minilm stages.1.batch_size=16 stages.1.lr=8e-5 stages.1.warmup=0.1 "
+    "data.calibration_size=0"
+)
+STAGE2 = "train.py stage=2 ckpt={last} stages.2.batch_size=16 stages.2.lr=1e-3"
+CACHED = f"{STAGE2} stages.2.epochs=10 stages.2.standardize=true"
+# Of every training: one look at the validation rows, at the end, and one checkpoint.
+TRAINING = "++trainer.check_val_every_n_epoch=${trainer.max_epochs} ~callbacks.last"
+OBJECTIVES = ("joint", "weighted", "alternating", "mixed", "distill", "equilibrium", "detached")
+CUT = "backbone.layers=[{}]"
+FIRST = {depth: CUT.format(",".join(map(str, range(1, depth + 1)))) for depth in range(1, 6)}
+SPREAD = {2: "3,6", 3: "2,4,6", 4: "1,3,4,6"}  # every other one, as the two papers
+DROPPING, PRUNED = f"{STAGE1} stages.1.layer_drop=0.2", "evaluate.py ckpt={last} layers"
+STUDENT = f"{STAGE1} teacher={{last}}"
+
+# {last} is the folder of the run before; `commands` adds the task, the seed and TRAINING.
+RECIPES: dict[str, tuple[str, ...]] = {
+    "plain": (STAGE1,),  # fine-tuning without ramps: what everything is held against
+    "two_stage": (STAGE1, f"{CACHED} ramp=first"),
+    "two_stage_mean": (STAGE1, f"{CACHED} ramp=mean"),
+    "two_stage_first_and_mean": (STAGE1, f"{CACHED} ramp=first_and_mean"),
+    # Cannot be cached, so each epoch runs the backbone: as many as the paper has.
+    "two_stage_attention": (STAGE1, f"{STAGE2} stages.2.epochs=3 ramp=attention"),
+    "two_stage_cascade": (STAGE1, f"{CACHED} ramp=cascade"),
+    "two_stage_distill": (STAGE1, f"{CACHED} ramp=first objective=distill"),
+    "two_stage_mean_distill": (STAGE1, f"{CACHED} ramp=mean objective=distill"),
+    **{name: (f"{STAGE1} objective={name} ramp=first",) for name in OBJECTIVES},
+    **{
+        f"{name}_{ramp}": (f"{STAGE1} objective={name} ramp={ramp}",)
+        for name in OBJECTIVES
+        for ramp in ("mean", "first_and_mean")
+    },
+    "weighted_shared": (f"{STAGE1} objective=weighted ramp=shared",),  # PABEE
+    # Without early exit, a point each: the first layers alone, LayerDrop, a student.
+    **{f"cut_{k}": (f"{STAGE1} {first}",) for k, first in FIRST.items()},
+    **{f"layer_drop_{k}": (DROPPING, f"{PRUNED}=[{few}]") for k, few in SPREAD.items()},
+    **{f"student_{k}": (STAGE1, f"{STUDENT} {CUT.format(few)}") for k, few in SPREAD.items()},
+}
+# Runs that others go on from: their checkpoints (0.3 GB) stay.
+BEGUN = {steps[:end] for steps in RECIPES.values() for end in range(1, len(steps))}
+
+
+def commands(recipe: str, task: str, seed: int, overrides: list[str]) -> list[str]:
+    """A recipe's commands for a task and seed, without the folders of data and runs."""
+    lines = []
+    for line in RECIPES[recipe]:
+        if line.startswith(STAGE1):  # the others take these from their checkpoint
+            line += f" task={task} seed={seed} stages.1.epochs={TASKS[task][0]}"
+        if line.startswith("train.py"):
+            line = " ".join([line, TRAINING, *overrides])
+        lines.append(f"{line} logger=csv")
+    return lines
+
+
+@cache
+def subset(name: str, root: str, out: Path) -> tuple[Path, dict[str, Any]]:
+    """The rows of a task that are used: their folder, how many they are, and their digest."""
+    values: Any = OmegaConf.to_object(
+        OmegaConf.load(HERE.parent / "conf" / "task" / f"{name}.yaml")
+    )
+    task = Task.from_config(values)
+    frames: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
+    for split in filter(None, (task.train, *task.validation)):
+        if split != task.train and not sources.exists(task, split, root):
+            continue  # not all have MNLI's second one
+        data = sources.load(task, split, root)
+        most = TASKS[name][1] if split == task.train else VALIDATION_ROWS
+        chosen = sorted(np.random.default_rng(0).permutation(len(data))[:most].tolist())
+        names = {"label": task.label} | dict(zip(("text_a", "text_b"), task.columns, strict=False))
+        frames[split] = data.select(chosen).to_pandas().rename(columns=names)
+        rows[split] = len(chosen)
+    digest = _digest("".join(frame.to_csv() for frame in frames.values()))
+    folder = out / "data" / f"{name}-{digest}"
+    if not folder.exists():
+        part = folder.with_suffix(".part")
+        part.mkdir(parents=True, exist_ok=True)
+        for split, frame in frames.items():
+            frame.to_parquet(part / f"{split}.parquet")
+        part.rename(folder)
+    return folder, rows | {"digest": digest}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class Runs:
+    """Run folders by the commands that made them. A folder gets its name when it is complete."""
+
+    def __init__(self, out: Path, again: bool) -> None:
+        self.out, self.again = out, again
+        self.made: dict[Path, str] = {}  # at this start, and why it failed ("": it did not)
+
+    def folder(self, lines: list[str], name: str, data: Path, weights: bool) -> Path:
+        """The run folder of the last of these commands, made if it (or its weights) is not there.
+
+        Raises:
+            UserError: this command or one before it failed, with its last line.
+        """
+        folder = self.out / f"{name}-{_digest('|'.join([data.name, *lines]))}"
+        if self.made.get(folder):
+            raise UserError(self.made[folder])
+        there = (folder / "checkpoints" if weights else folder).exists()
+        if there and (folder in self.made or not self.again):
+            return folder
+        line = lines[-1]
+        if "{last}" in line:
+            line = line.replace("{last}", str(self.folder(lines[:-1], name, data, True)))
+        part, log = folder.with_suffix(".part"), folder.with_suffix(".log")
+        shutil.rmtree(part, ignore_errors=True)
+        command = [*line.split(), f"data.root={data}", f"hydra.run.dir={part}"]
+        print(f"  {shlex.join(command)}", flush=True)
+        with log.open("w") as to:
+            code = subprocess.run(
+                [*PYTHON, *command], cwd=HERE.parent, stdout=to, stderr=to
+            ).returncode
+        if code:
+            said = [f"exit code {code}", *log.read_text().splitlines()]  # Hydra indents details
+            told = [t for t in said if t and t[0] != " " and "HYDRA_FULL" not in t]
+            self.made[folder] = told[-1].removeprefix("Error: ")
+            raise UserError(self.made[folder])
+        if not weights:
+            shutil.rmtree(part / "checkpoints", ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        self.made[part.rename(folder)] = ""
+        return folder
+
+
+def trade_off(record: Record, task: Task) -> dict[str, Any]:
+    """Score against saving, by the default rule, with thresholds chosen on other rows.
+
+    Returns:
+        `ramps`: metrics of each; `wishes`: by target saving, the saving and metrics found with
+        cross-fitted thresholds; `curve`: scores at the savings of GRID, on straight lines between
+        such points, full depth and the first ramp for all; `area`: the mean of these lines.
+    """
+    ramps, most = curves.ramp_table(record, task), 1 - 1 / record.num_layers
+    points, wishes = {0.0: ramps[-1]["score"], most: ramps[0]["score"]}, {}
+    for saving in [saving for saving in GRID[1:] if saving < most]:
+        wish, rule = Wish(target_saving=saving), exits.default(task.num_labels)
+        seen = calibrate.calibration(None, [record], task, rule, wish)["measured"]
+        points[seen["expected_saving"]] = seen["score"]
+        if saving in WISHES:
+            wishes[str(saving)] = {"saving": seen["expected_saving"], **seen["scores"]}
+    savings, scores = zip(*sorted(points.items()), strict=True)
+    curve = np.interp(np.array(GRID), savings, scores)
+    area = ((curve[1:] + curve[:-1]) / 2).mean().item()
+    found = {"wishes": wishes, "curve": curve.tolist(), "area": area}
+    return {"ramps": [ramp["scores"] for ramp in ramps], **found}
+
+
+def cell(runs: Runs, recipe: str, lines: list[str], name: str, data: Path) -> dict[str, Any]:
+    """Make the runs of a cell; what the last one's record says, and the seconds of each."""
+    folder, seconds = runs.folder(lines, name, data, RECIPES[recipe] in BEGUN), []
+    for end in range(1, len(lines) + 1):
+        log = runs.folder(lines[:end], name, data, end < len(lines)) / "train.log"
+        said = re.findall(r"trained in ([\d.]+) s", log.read_text() if log.exists() else "")
+        seconds.append(float(said[-1]) if said else 0.0)
+    results = json.loads((folder / "results.json").read_text())
+    found = {name: results[name] for name in ("metric", "num_layers")}
+    found |= {"full": results["exits"][-1]["scores"], "seconds": seconds}
+    if "trade_off" not in results:  # its ramps are not trained
+        return found
+    record, header = records.load(folder / "records" / f"{results['split']}.safetensors")
+    return found | trade_off(record, Task.from_config(header["config"]["task"]))
+
+
+def save(found: dict[str, Any], file: Path) -> None:
+    """A line a cell; a reader never sees half of it."""
+    rounded = json.loads(json.dumps(found), parse_float=lambda text: round(float(text), 5))
+    kinds = []
+    for kind, entries in rounded.items():
+        lines = [f"{json.dumps(key)}: {json.dumps(entries[key])}" for key in sorted(entries)]
+        kinds.append(f'"{kind}": {{\n' + ",\n".join(lines) + "\n}")
+    part = file.with_suffix(".part")
+    part.write_text("{" + ",\n".join(kinds) + "}\n")
+    part.replace(file)
+
+
+def run_all(given: argparse.Namespace, found: dict[str, Any], file: Path) -> list[str]:
+    """Make all cells that are asked for and not there; returns those that failed."""
+    out, failed = given.out.absolute(), []
+    out.mkdir(parents=True, exist_ok=True)
+    runs = Runs(out, given.again)
+    start = {"command": given.command, "environment": report.environment()}
+    number = _digest(json.dumps(start))
+    recipes = dict.fromkeys(["plain", *given.recipes])  # all is told in % of plain
+    for seed, task, recipe in product(given.seeds, given.tasks, recipes):
+        new: dict[str, Any] = {"task": task, "recipe": recipe, "seed": seed}
+        key, kind = f"{task} {recipe} {seed}", "cells"
+        try:
+            data, rows = subset(task, str(Path(given.root).absolute()), out)
+            lines = commands(recipe, task, seed, given.overrides)
+            new |= {"commands": lines, "rows": rows}
+            if not given.again and new.items() <= found["cells"].get(key, {}).items():
+                continue
+            print(key, flush=True)
+            new |= cell(runs, recipe, lines, f"{task}-{seed}", data)
+        except (UserError, OSError) as error:
+            new["error"], kind = str(error), "failed"
+            failed.append(f"failed: {key}: {error}")
+            print(f"  failed: {error}", flush=True)
+        found["failed"].pop(key, None)
+        found[kind][key] = new | {"start": number}
+        found["starts"][number] = start
+        save(found, file)
+    return failed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", help="folder with the GLUE files (data.root)")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "runs" / "quality", help="runs")
+    parser.add_argument("--results", type=Path, default=HERE, help="folder of quality.json")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--overrides", nargs="*", default=[], help="for every train.py")
+    parser.add_argument("--again", action="store_true", help="make finished cells again, too")
+    parser.add_argument("--report-only", action="store_true", help="only write the report again")
+    given = parser.parse_args(arguments)
+    if not given.root and not given.report_only:
+        parser.error("--root=DIR is missing: the folder with the GLUE files")
+    given.command = shlex.join(["python", *(sys.argv if arguments is None else arguments)])
+    file, failed = given.results / "quality.json", []
+    # Commands and machines; the last line of cells that failed; those that are finished.
+    found: dict[str, Any] = {"starts": {}, "failed": {}, "cells": {}}
+    if file.exists():
+        found = json.loads(file.read_text())
+    try:
+        if not given.report_only:
+            failed = run_all(given, found, file)
+    except KeyboardInterrupt:
+        failed = ["stopped: the same command goes on from here"]
+    quality_report.write(found, given.results)
+    print("\n".join(failed))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

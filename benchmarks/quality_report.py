@@ -1,0 +1,242 @@
+"""quality.json -> quality.md and quality.png: which recipe is better, where, and how sure that is.
+
+All that is printed is computed here from the cells. Knows nothing of models or records.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+
+GRID = [step / 50 for step in range(41)]  # savings from 0 to 0.8
+WISHES = (0.3, 0.4, 0.5, 0.6, 0.7)
+REFERENCE = "two_stage"
+FEW = 3  # seeds; with fewer, a row is a screening
+BEST = 4  # recipes in the picture, beside the reference
+Cell = dict[str, Any]
+Value = Callable[[Cell], float | None]
+
+READING = """\
+Scores are the task's headline metric on validation rows. *area*: the mean score over savings from 0
+to 80 % of the layers, on straight lines between points 2 % apart. There, and in the columns
+*at ...*, thresholds of the entropy were chosen for that saving on other rows than those they are
+scored on (cross-fitted in 5 folds). *%*: of the score of plain fine-tuning, without ramps, of the
+same task and seed. *area - two_stage*: paired by seed, and how many seeds are better. ±: sample
+standard deviation over seeds. **screening**: fewer than 3 seeds, so that a difference may be
+chance. *seconds*: of training, all runs of the recipe, on a machine that may have done more."""
+BASELINES = """\
+Without early exit, a point each; beside it the recipe that scores best at the same saving and with
+the same seeds (chosen by looking, which flatters it a little):"""
+
+
+class TaskCells:
+    """The cells of a task, by recipe and seed."""
+
+    def __init__(self, name: str, cells: list[Cell]) -> None:
+        self.name = name
+        self.of: dict[str, dict[int, Cell]] = {}
+        for cell in cells:
+            if cell["task"] == name:
+                self.of.setdefault(cell["recipe"], {})[cell["seed"]] = cell
+        self.plain = self.of.get("plain", {})
+        kinds = {recipe: "area" in next(iter(of.values())) for recipe, of in self.of.items()}
+        exits = [recipe for recipe in kinds if kinds[recipe]]
+        self.exits = sorted(exits, key=lambda recipe: -mean(self.values(recipe, area)))
+        self.points = sorted(recipe for recipe in kinds if not kinds[recipe])
+
+    def values(self, recipe: str, value: Value) -> list[float]:
+        found = [value(cell) for cell in self.of[recipe].values()]
+        return [each for each in found if each is not None]
+
+    def relative(self, recipe: str, value: Value) -> list[float]:
+        """In % of plain fine-tuning with the same seed, where that is there and not 0."""
+
+        def share(cell: Cell) -> float | None:
+            full = score(self.plain[cell["seed"]]) if cell["seed"] in self.plain else 0
+            found = value(cell)
+            return None if found is None or full == 0 else 100 * found / full
+
+        return self.values(recipe, share)
+
+    def differences(self, recipe: str) -> list[float]:
+        """Area less the reference's, of the seeds that both have."""
+        theirs = {} if recipe == REFERENCE else self.of.get(REFERENCE, {})
+        mine = self.of[recipe]
+        return [mine[seed]["area"] - theirs[seed]["area"] for seed in mine if seed in theirs]
+
+    def saving(self, recipe: str) -> float:
+        """Of a baseline that has fewer layers than plain fine-tuning."""
+        [mine, full] = (next(iter(cells.values())) for cells in (self.of[recipe], self.plain))
+        return 1 - mine["num_layers"] / full["num_layers"]
+
+    def best_at(self, saving: float, seeds: set[int]) -> tuple[float, str]:
+        """The highest mean score at a saving among recipes with these seeds, and whose it is."""
+        found = [(mean(at(self.of[r][s], saving) for s in seeds), r)
+                 for r in self.exits if seeds <= self.of[r].keys()]  # fmt: skip
+        return max(found, default=(math.nan, "-"))
+
+
+def score(cell: Cell) -> float:
+    return cell["full"][cell["metric"]]
+
+
+def area(cell: Cell) -> float:
+    return cell["area"]
+
+
+def seconds(cell: Cell) -> float:
+    return sum(cell["seconds"])
+
+
+def wished(saving: float) -> Value:
+    return lambda cell: cell["wishes"].get(str(saving), {}).get(cell["metric"])
+
+
+def at(cell: Cell, saving: float) -> float:
+    """The score at a saving, on the curve; it ends where all leave at the first ramp."""
+    most, inside = 1 - 1 / cell["num_layers"], [s for s in GRID if s < 1 - 1 / cell["num_layers"]]
+    scores = [*cell["curve"][: len(inside)], cell["ramps"][0][cell["metric"]]]
+    return float(np.interp(saving, [*inside, most], scores))
+
+
+def spread(values: list[float], form: str = ".3f") -> str:
+    """Mean and sample standard deviation."""
+    if not values:
+        return "-"
+    deviation = f" ± {stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{deviation}"
+
+
+def seeds(number: int) -> str:
+    return str(number) if number >= FEW else f"{number}, screening"
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def exit_table(task: TaskCells) -> list[str]:
+    columns = ["recipe", "seeds", "full depth", "%", "area", "%", f"area - {REFERENCE}"]
+    rows = []
+    for recipe in task.exits:
+        differences = task.differences(recipe)
+        wins = sum(value > 0 for value in differences)
+        told = f"{spread(differences, '+.3f')} ({wins} of {len(differences)})"
+        row = [recipe, seeds(len(task.of[recipe]))]
+        for value in (score, area):
+            row += [spread(task.values(recipe, value)), spread(task.relative(recipe, value), ".1f")]
+        row.append(told if differences else "-")
+        row += [spread(task.relative(recipe, wished(wish)), ".1f") for wish in WISHES]
+        rows.append([*row, spread(task.values(recipe, seconds), ".0f")])
+    return markdown([*columns, *(f"at {wish:.0%}, %" for wish in WISHES), "seconds"], rows)
+
+
+def point_table(task: TaskCells) -> list[str]:
+    columns = ["baseline", "seeds", "saving", "score", "%", "seconds"]
+    rows = []
+    for recipe in task.points:
+        saving, mine = task.saving(recipe), task.values(recipe, score)
+        best, whose = task.best_at(saving, set(task.of[recipe]))
+        relative = spread(task.relative(recipe, score), ".1f")
+        took = spread(task.values(recipe, seconds), ".0f")
+        row = [recipe, seeds(len(mine)), f"{saving:.1%}", spread(mine), relative, took]
+        verdict = {1: "yes", 0: "equal", -1: "**no**"}.get(np.sign(best - mean(mine)), "-")
+        rows.append([*row, whose, f"{best:.3f}", verdict])
+    return markdown([*columns, "best recipe there", "its score", "is it better?"], rows)
+
+
+def over_tasks(tasks: list[TaskCells]) -> list[dict[str, Any]]:
+    """Each recipe over the tasks it was run on: those of most tasks first, then of most area."""
+    found = []
+    for recipe in dict.fromkeys(recipe for task in tasks for recipe in task.exits):
+        theirs = [task for task in tasks if recipe in task.exits and task.relative(recipe, area)]
+        paired = [each for task in theirs if (each := task.differences(recipe))]
+        halves = [each for task in theirs if (each := task.relative(recipe, wished(0.5)))]
+        if theirs:
+            row: dict[str, Any] = {"recipe": recipe, "tasks": len(theirs)}
+            row["seeds"] = min(len(task.of[recipe]) for task in theirs)
+            row["better"] = f"{sum(mean(each) > 0 for each in paired)} of {len(paired)}"
+            row["area"] = mean(mean(task.relative(recipe, area)) for task in theirs)
+            found.append(row | {"half": spread([mean(map(mean, halves))] if halves else [], ".1f")})
+    return sorted(found, key=lambda row: (-row["tasks"], -row["area"]))
+
+
+def summary(tasks: list[TaskCells]) -> list[str]:
+    columns = ["recipe", "tasks", "fewest seeds", f"tasks with more area than {REFERENCE}"]
+    rows = []
+    for row in over_tasks(tasks):
+        better = "-" if row["recipe"] == REFERENCE else row["better"]
+        first = [row["recipe"], str(row["tasks"]), seeds(row["seeds"])]
+        rows.append([*first, better, f"{row['area']:.1f}", row["half"]])
+    return markdown([*columns, "area, %, mean over tasks", "at 50%, %, mean over tasks"], rows)
+
+
+def conditions(start: dict[str, Any], number: int) -> str:
+    where = start["environment"]
+    versions, commit = where["versions"], (where["git_commit"] or "unknown")[:7]
+    return (
+        f"- `{start['command']}`: {number} cells; {where['threads']} threads of {where['cpus']} "
+        f"CPU cores ({where['device']}), torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, Python {where['python']}, commit {commit}"
+    )
+
+
+def write(found: dict[str, Any], folder: Path) -> None:
+    """quality.md and quality.png."""
+    cells = sorted(found["cells"].values(), key=lambda cell: cell["seed"])
+    names = sorted({cell["task"] for cell in cells if cell["recipe"] == "plain"})
+    tasks = [TaskCells(name, cells) for name in names]
+    lines = ["# Ways to train the ramps", "", READING, "", "![score against saving](quality.png)"]
+    lines += ["", "## Over tasks", "", *summary(tasks)]
+    for task in tasks:
+        one = next(iter(task.plain.values()))
+        rows = ", ".join(f"{n} of {split}" for split, n in one["rows"].items() if split != "digest")
+        lines += ["", f"## {task.name}, {one['metric']}", "", f"Rows: {rows}.", ""]
+        lines += [*exit_table(task), "", BASELINES, "", *point_table(task)]
+    lines += ["", "## How it was made", ""]
+    for number, start in found["starts"].items():
+        if made := sum(cell["start"] == number for cell in cells):
+            lines.append(conditions(start, made))
+    lines += ["", "The commands of each recipe, here of one task and seed:", ""]
+    told = {cell["recipe"]: cell["commands"] for cell in reversed(cells)}
+    lines += [f"- {recipe}: `{'`, `'.join(told[recipe])}`" for recipe in sorted(told)]
+    lines += [f"- **failed** {key}: {cell['error']}" for key, cell in found["failed"].items()]
+    (folder / "quality.md").write_text("\n".join(lines) + "\n")
+    if tasks:
+        picture(tasks, folder / "quality.png")
+
+
+def picture(tasks: list[TaskCells], file: Path) -> None:
+    """Score against saving, a panel a task: the reference, the best recipes, and the baselines."""
+    import matplotlib  # slow to import: only when something is drawn
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    best = [row["recipe"] for row in over_tasks(tasks) if row["recipe"] != REFERENCE][:BEST]
+    height, width = math.ceil(len(tasks) / 3), min(3, len(tasks))
+    size = (4.6 * width + 2, 3.8 * height)
+    figure, axes = plt.subplots(height, width, figsize=size, layout="constrained", squeeze=False)
+    handles: dict[str, Any] = {}
+    for axis, task in zip(axes.flat, tasks, strict=False):
+        for i, recipe in enumerate([REFERENCE, *best]):
+            if recipe in task.exits:
+                curve = np.mean([cell["curve"] for cell in task.of[recipe].values()], 0)
+                savings = [100 * saving for saving in GRID]
+                handles[recipe] = axis.plot(savings, curve, color=f"C{i}")[0]
+        for kind, mark in {"plain": "o", "cut": "x", "layer_drop": "^", "student": "s"}.items():
+            for recipe in [recipe for recipe in task.points if recipe.startswith(kind)]:
+                point = 100 * task.saving(recipe), mean(task.values(recipe, score))
+                handles[kind] = axis.plot(*point, linestyle="", marker=mark, color="0.3")[0]
+        metric = next(iter(task.plain.values()))["metric"]
+        axis.set(xlabel="saving (% of layers)", ylabel=metric, title=task.name)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(tasks) :]:
+        axis.set_visible(False)
+    figure.legend(handles.values(), handles.keys(), fontsize="small", loc="outside right upper")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
