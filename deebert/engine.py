@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from deebert import exits, onnx_layer
+from deebert.architectures import LayerParts
 from deebert.batching import by_length, padded
 from deebert.errors import UserError, unknown
 from deebert.exits import Rule
@@ -111,17 +112,17 @@ class _Group:
         return self.hidden_BSH.shape[0] * self.hidden_BSH.shape[1]
 
     @cached_property
-    def attention_mask_BS(self) -> Tensor:
-        """True at real tokens."""
-        positions_S = torch.arange(self.hidden_BSH.shape[1])
-        return (positions_S < self.length_B[:, None]).to(self.hidden_BSH.device)
+    def mask_BS(self) -> Tensor | None:
+        """True at real tokens; None: all are."""
+        longest = self.hidden_BSH.shape[1]
+        if self.length_B.min() == longest:
+            return None
+        return (torch.arange(longest) < self.length_B[:, None]).to(self.hidden_BSH.device)
 
     @cached_property
     def key_mask_B11S(self) -> Tensor | None:
         """Which tokens may be attended to; None for all."""
-        if self.length_B.min() == self.hidden_BSH.shape[1]:
-            return None
-        return self.attention_mask_BS[:, None, None]
+        return None if self.mask_BS is None else self.mask_BS[:, None, None]
 
     def kept(self, keep_B: Tensor) -> tuple["_Group", Tensor, int]:
         """Those of the inputs, their number in this group, and how many tokens the longest has."""
@@ -245,18 +246,17 @@ class Engine:
         self.regroup_below = min(REGROUP_BELOW[kind], self.token_budget)
         self.longest_input = model.backbone.longest_input
         self.first_token_from = FIRST_TOKEN_FROM[kind]
-        self.kind = model.ramp_kind
+        self.ramps, self.kind = model.all_ramps, model.ramp_kind
         backbone = model.backbone
         parts = [backbone.parts(index) for index in range(len(model.ramps))]
-        self.layers: list[SplitLayer | OnnxLayer | None] = [
-            None
-            if part is None
-            else OnnxLayer(part, backbone.num_heads, precision)
-            if runtime == "onnx"
-            else SplitLayer(part, backbone.num_heads, precision, self.device)
-            for part in parts
-        ]
+        self.layers = [None if part is None else self._made(part) for part in parts]
         self._set(rule, thresholds)
+
+    def _made(self, parts: LayerParts) -> SplitLayer | OnnxLayer:
+        num_heads, exact_first = self.model.backbone.num_heads, not self.kind.reads_tokens
+        if self.runtime == "onnx":
+            return OnnxLayer(parts, num_heads, self.precision, exact_first=exact_first)
+        return SplitLayer(parts, num_heads, self.precision, self.device, exact_first=exact_first)
 
     def _set(self, rule: Rule, thresholds: Sequence[float] | float) -> None:
         self.rule = rule
@@ -382,8 +382,10 @@ class Engine:
         asks = last or layer in self.evaluated or out.ramps_NLC is not None
         if run is None:
             if group.context is None:
-                mask_BS = group.attention_mask_BS.long()
-                group.context = self.model.backbone.context(hidden_BSH, mask_BS)
+                real_BS = torch.ones(hidden_BSH.shape[:2], dtype=torch.long, device=self.device)
+                if group.mask_BS is not None:
+                    real_BS = group.mask_BS.long()
+                group.context = self.model.backbone.context(hidden_BSH, real_BS)
             with torch.autocast(
                 self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
             ):
@@ -431,9 +433,8 @@ class Engine:
         Returns:
             Which inputs stay, (B,); None for all.
         """
-        ramp = self.model.all_ramps[layer]
-        mask_BS = None if ramp.kind.reads == "first" else group.attention_mask_BS
-        features_BF = ramp.read(before_BSH, after_BTH, mask_BS).float()
+        ramp = self.ramps[layer]
+        features_BF = ramp.read(before_BSH, after_BTH, group.mask_BS).float()
         previous_BC = None
         if ramp.kind.sees_previous and layer:
             assert group.ramps_BLC is not None

@@ -5,7 +5,7 @@ With one short input at a time (MiniLM, 25 tokens, 2 threads) six layers take it
 time that it is run. Knows nothing of ramps or exits.
 
 In int8 one scale stands for all tokens of a call, so an answer depends a little on what else is in
-the batch. As in `SplitLayer` the first token, and all keys and values, stay float32.
+the batch.
 Shapes: B batch, S tokens, T of them that are computed, H hidden, A heads, D width of a head.
 """
 
@@ -59,8 +59,12 @@ class OnnxLayer:
     ONNX Runtime do, and together they take twice as long (`alone`).
     """
 
-    def __init__(self, parts: LayerParts, num_heads: int, precision: str) -> None:
-        self.parts, self.num_heads, self.precision = parts, num_heads, precision
+    def __init__(
+        self, parts: LayerParts, num_heads: int, precision: str, *, exact_first: bool = True
+    ) -> None:
+        self.parts, self.num_heads = parts, num_heads
+        self.int8 = precision == "int8"  # of the tokens but the first
+        self.first_int8 = self.int8 and not exact_first  # and of all keys and values
         _share_threads()  # now: while it runs, torch has one thread
         if type(parts.activation).__name__ not in ACTIVATIONS:
             raise UserError(
@@ -98,9 +102,9 @@ class OnnxLayer:
     @cached_property
     def _whole(self) -> "_Part":
         graph = _Graph(self.parts, self.num_heads)
-        keys, values = graph.keys_values("hidden")
-        if self.precision == "float32":
-            new = graph.tokens("hidden", keys, values, int8=False)
+        keys, values = graph.keys_values("hidden", self.first_int8)
+        if self.int8 == self.first_int8:
+            new = graph.tokens("hidden", keys, values, self.int8)
         else:
             first = graph.tokens(graph.cut("hidden", 0, 1), keys, values, int8=False)
             others = graph.tokens(graph.cut("hidden", 1, MANY), keys, values, int8=True)
@@ -110,15 +114,15 @@ class OnnxLayer:
     @cached_property
     def _keys_values(self) -> "_Part":
         graph = _Graph(self.parts, self.num_heads)
-        return _Part(graph, ("hidden",), graph.keys_values("hidden"))
+        return _Part(graph, ("hidden",), graph.keys_values("hidden", self.first_int8))
 
     @cached_property
     def _first(self) -> "_Part":
-        return self._some(int8=False)
+        return self._some(self.first_int8)
 
     @cached_property
     def _others(self) -> "_Part":
-        return self._first if self.precision == "float32" else self._some(int8=True)
+        return self._first if self.int8 == self.first_int8 else self._some(self.int8)
 
     def _some(self, int8: bool) -> "_Part":
         graph = _Graph(self.parts, self.num_heads)
@@ -176,8 +180,9 @@ class _Graph:
         self.nodes: list[Any] = []
         self.constants: dict[str, np.ndarray] = {}
 
-    def keys_values(self, hidden: str) -> list[str]:
-        return [self.linear(hidden, linear) for linear in (self.parts.key, self.parts.value)]
+    def keys_values(self, hidden: str, int8: bool) -> list[str]:
+        linear = self.linear_int8 if int8 else self.linear
+        return [linear(hidden, each) for each in (self.parts.key, self.parts.value)]
 
     def tokens(self, hidden: str, keys: str, values: str, int8: bool) -> str:
         """The new states of the tokens that `hidden` holds: (B, T, H) -> (B, T, H)."""

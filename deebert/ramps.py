@@ -112,17 +112,18 @@ class Ramp(nn.Module):
         Args:
             before_BSH: the states that went into the layer.
             after_BTH: those that came out; the first token is enough unless `kind.reads_tokens`.
-            mask_BS: True or 1 at real tokens; not looked at by `first`.
+            mask_BS: True or 1 at real tokens; None: all are.
         """
         reads = self.kind.reads
         if reads == "first":
             return after_BTH[:, 0]
-        assert mask_BS is not None
         if reads == "mean":
             return _mean(after_BTH, mask_BS)
         if reads == "first_and_mean":
             return torch.cat([after_BTH[:, 0], _mean(before_BSH, mask_BS)], -1)
-        score_BT = self.attention(after_BTH).squeeze(-1).masked_fill(~mask_BS.bool(), -torch.inf)
+        score_BT = self.attention(after_BTH).squeeze(-1)
+        if mask_BS is not None:
+            score_BT = score_BT.masked_fill(~mask_BS.bool(), -torch.inf)
         return (score_BT.softmax(-1)[:, None] @ after_BTH).squeeze(1)
 
     @torch.no_grad()
@@ -184,8 +185,10 @@ def _share(logits_BC: Tensor) -> Tensor:
     return logits_BC if logits_BC.shape[-1] == 1 else logits_BC.softmax(-1)
 
 
-def _mean(states_BSH: Tensor, mask_BS: Tensor) -> Tensor:
+def _mean(states_BSH: Tensor, mask_BS: Tensor | None) -> Tensor:
     """The mean over the real tokens: (B, S, H) -> (B, H)."""
+    if mask_BS is None:
+        return states_BSH.mean(1)
     mask_BS1 = mask_BS[..., None].to(states_BSH.dtype)
     return (states_BSH * mask_BS1).sum(1) / mask_BS1.sum(1)
 

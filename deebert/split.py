@@ -35,21 +35,32 @@ class SplitLayer:
     layer's work), but queries, attention, output and feed-forward of the first token alone; the
     other tokens can wait until it is known that the input goes on.
 
-    The first token is computed in float32 in every precision, and the states between layers are
-    float32: in early layers the first tokens of different inputs differ by a thousandth of their
-    size, which neither bfloat16 nor int8 can tell apart. It is one token of many.
+    The states between layers are float32 in every precision.
+
+    Args:
+        exact_first: compute the first token in float32 in every precision. In early layers the
+            first tokens of different inputs differ by a thousandth of their size, which neither
+            bfloat16 nor int8 can tell apart. It is one token of many. Not needed where ramps read
+            all tokens: their mean is not as faint.
     """
 
     def __init__(
-        self, parts: LayerParts, num_heads: int, precision: str, device: torch.device
+        self,
+        parts: LayerParts,
+        num_heads: int,
+        precision: str,
+        device: torch.device,
+        *,
+        exact_first: bool = True,
     ) -> None:
         self.num_heads = num_heads
         # In int8 they would shift what the first token takes from all others, by several times what
         # tells inputs apart in early layers: half of the exits would be wrong.
-        exact_keys = "float32" if precision == "int8" else precision
+        exact_keys = "float32" if precision == "int8" and exact_first else precision
         self.key_value = linear_map(_stacked(parts.key, parts.value), exact_keys, device)
-        self.exact = Maps.of(parts, "float32", device)
-        self.fast = self.exact if precision == "float32" else Maps.of(parts, precision, device)
+        self.fast = Maps.of(parts, precision, device)
+        same = precision == "float32" or not exact_first
+        self.exact = self.fast if same else Maps.of(parts, "float32", device)
         self.activation = parts.activation
         self.attention_norm = parts.attention_norm
         self.norm = parts.norm
@@ -71,7 +82,8 @@ class SplitLayer:
         self, hidden_BSH: Tensor, keys_BASD: Tensor, values_BASD: Tensor, mask_B11S: Tensor | None
     ) -> Tensor:
         """The new state of the first token: (B, S, H) -> (B, 1, H)."""
-        keys_BASD, values_BASD = keys_BASD.float(), values_BASD.float()
+        if self.exact is not self.fast:
+            keys_BASD, values_BASD = keys_BASD.float(), values_BASD.float()
         return self._tokens(self.exact, hidden_BSH[:, :1], keys_BASD, values_BASD, mask_B11S)
 
     def others(

@@ -48,6 +48,7 @@ def model_of(model_type: str, num_labels: int = 3, ramp: str = "first") -> Early
     kind = OmegaConf.to_container(OmegaConf.load(CONF / "ramp" / f"{ramp}.yaml"))
     kind["predicts"] = "wrong"
     model = EarlyExitModel.from_backbone(spec, num_labels, kind).eval().requires_grad_(False)
+    torch.manual_seed(5)
     for each in model.all_ramps:
         nn.init.normal_(each.pooler.weight, std=0.2)
         nn.init.normal_(each.classifier.weight, std=0.3)
