@@ -59,6 +59,12 @@ class Subject:
     record: Record
     onnx: dict[str, Path]
 
+    @property
+    def name(self) -> str:
+        """Of the task, and of the kind of ramps where it is not the paper's."""
+        reads = self.model.ramp_kind.reads
+        return self.task.name if reads == "first" else f"{self.task.name}, ramps on {reads}"
+
     @cached_property
     def rule(self) -> exits.Rule:
         return exits.default(self.task.num_labels)
@@ -366,7 +372,7 @@ def main() -> None:
                 print(f"{subject.task.name}, {part}: {len(subject.inputs)} rows", flush=True)
                 start = time.perf_counter()
                 rows = PARTS[part](subject, given)
-                found.setdefault(subject.task.name, {})[part] = {
+                found.setdefault(subject.name, {})[part] = {
                     "command": f"python {shlex.join(sys.argv)}",
                     "metric": subject.task.metrics[0],
                     "full_score": subject.full_score,

@@ -40,7 +40,7 @@ class Clock:
         UserError: a precision cannot be had; better said before the model has run.
         """
         for precision in self.protocol.precisions:
-            engine.check(self.model, precision, self.device)
+            engine.check(self.model, precision, self.device, self.protocol.runtime)
 
     def with_costs(self, question: Question, split: str) -> Question:
         """The question, with the measured cost of each layer if it asks for a speed-up.

@@ -12,6 +12,7 @@ from deebert import curves, exits
 from deebert.calibrate import Wish
 from deebert.checkpoints import Origin
 from deebert.data import CALIBRATION, TextDataModule
+from deebert.engine import RUNTIMES
 from deebert.errors import UserError, unknown
 from deebert.evaluation import Question, check_lengths
 from deebert.exits import Rule, Score
@@ -60,7 +61,8 @@ def check(config: dict[str, Any]) -> None:
             if config[flag] is True:
                 raise UserError(f"{flag}=true needs target_saving= or max_drop=")
     if protocol(config) is None:
-        for flag, unset in (("precision", "float32"), ("repeats", 5), ("threads", None)):
+        unsaid = {"precision": "float32", "runtime": "torch", "repeats": 5, "threads": None}
+        for flag, unset in unsaid.items():
             if config[flag] != unset:
                 raise UserError(f"{flag}={config[flag]} is of what is timed: add timing=all")
         return
@@ -113,6 +115,8 @@ def protocol(config: dict[str, Any]) -> Protocol | None:
     for precision in precisions:
         if precision not in PRECISIONS:
             raise unknown("precision", precision, PRECISIONS, "precision")
+    if config["runtime"] not in RUNTIMES:
+        raise unknown("runtime", config["runtime"], RUNTIMES, "runtime")
     for flag, listed in (("timing", sizes), ("precision", precisions)):
         if not listed:
             raise UserError(f"{flag}=[] is empty; leave it out, or name something to time")
@@ -123,6 +127,7 @@ def protocol(config: dict[str, Any]) -> Protocol | None:
     return Protocol(
         tuple(None if size == "all" else size for size in sizes),
         tuple(precisions),
+        config["runtime"],
         config["repeats"],
         config["threads"],
     )

@@ -79,12 +79,14 @@ class Protocol:
     Attributes:
         batch_sizes: inputs of a request; None: all inputs in one, sorted by length.
         precisions: of the layers.
+        runtime: what computes the engine's layers.
         repeats: turns.
         threads: of the processor; None: as torch has them (for `timing.undisturbed`).
     """
 
     batch_sizes: tuple[int | None, ...] = (None,)
     precisions: tuple[str, ...] = ("float32",)
+    runtime: str = "torch"
     repeats: int = 5
     threads: int | None = None
 
@@ -129,8 +131,8 @@ def measure(
     Returns:
         Dicts as results.json holds them under `timing`.
 
-        - `precision`, `batch_size` (None: all), `protocol`, `threads`, `device`, `repeats`,
-          `num_rows`, `threshold`;
+        - `precision`, `runtime`, `batch_size` (None: all), `protocol`, `threads`, `device`,
+          `repeats`, `num_rows`, `threshold`;
         - `seconds` of the engine, `seconds_full_depth` of the library's own forward pass
           (`FullDepth`; for int8, which the library has not, of the engine), `seconds_threshold_0`
           of the engine without exits;
@@ -142,7 +144,9 @@ def measure(
     """
     found = []
     for precision in protocol.precisions:
-        engine = Engine(model, rule, 0.0, precision=precision, device=device)
+        engine = Engine(
+            model, rule, 0.0, precision=precision, runtime=protocol.runtime, device=device
+        )
         library = None if precision == "int8" else FullDepth(model, precision, device)
         for batch_size in protocol.batch_sizes:
             rows_N = torch.arange(len(inputs))
@@ -161,6 +165,7 @@ def measure(
                 if batch_size
                 else "all inputs, in batches of similar length",
                 "precision": precision,
+                "runtime": protocol.runtime,
                 "batch_size": batch_size,
                 "threads": torch.get_num_threads(),
                 "device": str(device),
@@ -252,7 +257,14 @@ def layer_costs(
     """
     [precision], [batch_size] = protocol.precisions, protocol.batch_sizes
     num_layers = len(model.ramps)
-    engine = Engine(model, forced(num_labels), 0.0, precision=precision, device=device)
+    engine = Engine(
+        model,
+        forced(num_labels),
+        0.0,
+        precision=precision,
+        runtime=protocol.runtime,
+        device=device,
+    )
     systems: dict[str, Any] = {
         str(layer): engine.at(leaving_at(layer, num_layers)) for layer in range(1, num_layers + 1)
     }

@@ -109,7 +109,7 @@ def _clock(results: dict[str, Any]) -> Table:
         ],
         [
             [
-                case["precision"],
+                _arithmetic(case),
                 _request(case),
                 _timed_threshold(case["threshold"], results),
                 _number(case["score"]),
@@ -219,7 +219,12 @@ def _about_the_clock(results: dict[str, Any]) -> list[str]:
 
 
 def _named(case: dict[str, Any]) -> str:
-    return f"{case['precision']}, {_request(case)}"
+    return f"{_arithmetic(case)}, {_request(case)}"
+
+
+def _arithmetic(case: dict[str, Any]) -> str:
+    runtime = case.get("runtime", "torch")
+    return case["precision"] if runtime == "torch" else f"{case['precision']} ({runtime})"
 
 
 def _listed(values: dict[str, str]) -> str:

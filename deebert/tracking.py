@@ -129,8 +129,9 @@ def _log_timing(run: "wandb.Run", timing: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _case(case: Mapping[str, Any]) -> str:
-    """What was timed, but for the threshold: "float32/all", "bfloat16/8"."""
-    return f"{case['precision']}/{case['batch_size'] or 'all'}"
+    """What was timed, but for the threshold: "float32/all", "onnx-int8/8"."""
+    runtime = "" if case.get("runtime", "torch") == "torch" else f"{case['runtime']}-"
+    return f"{runtime}{case['precision']}/{case['batch_size'] or 'all'}"
 
 
 def _timed(case: Mapping[str, Any]) -> dict[str, Any]:

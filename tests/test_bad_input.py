@@ -196,6 +196,8 @@ def bad_input(tmp_path: Path, glue: Path, stage1: Path, stage2: Path) -> dict[st
         "speed-up of a record": (evaluate, (f"record={stage2}", "target_speedup=2"), "timing= and target_speedup= run the model"),
         "speed-up per ramp": (evaluate, (f"ckpt={stage2}", "target_speedup=2", "per_ramp=true"), "per_ramp=true needs target_saving="),
         "speed-up too large": (evaluate, (f"ckpt={stage2}", "target_speedup=1000", "repeats=1"), "target_speedup=1000 is more than exit=entropy can reach: about"),
+        "runtime": (evaluate, (f"ckpt={stage2}", "threshold=0.1", "timing=1", "runtime=tvm"), "runtime 'tvm' is unknown; choose one of: torch, onnx"),
+        "runtime of nothing": (evaluate, (f"ckpt={stage2}", "threshold=0.1", "runtime=onnx"), "runtime=onnx is of what is timed: add timing=all"),
         "precision of nothing": (evaluate, (f"ckpt={stage2}", "threshold=0.1", "precision=int8"), "precision=int8 is of what is timed: add timing=all"),
         "timing untrained ramps": (evaluate, (f"ckpt={stage1}", "threshold=0.1", "timing=all"), "timing= needs trained ramps"),
         "timing in another precision": (evaluate, (f"ckpt={stage2}", "threshold=0.1", "timing=all", "trainer.precision=bf16-mixed"), "trainer.precision=bf16-mixed with timing=: leave it out"),

@@ -59,6 +59,7 @@ def test_every_question_is_answered(
         printed = str(refusal)
     answers = (
         "Score against saving|cannot be promised by 40|can reach: about|one for each of the 2 ramps"
+        "|these ramps have none|a list of layers from 1 to 3"
     )
     assert re.search(answers, printed)
 

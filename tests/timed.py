@@ -20,6 +20,7 @@ def timed(
         if batch_size is None
         else "requests of so many inputs, one after the other",
         "precision": precision,
+        "runtime": "torch",
         "batch_size": batch_size,
         "threads": 1,
         "device": "cpu",
