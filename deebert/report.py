@@ -44,6 +44,7 @@ def header(config: dict[str, Any]) -> dict[str, Any]:
         **({"layers": layers} if layers else {}),  # only these of the pretrained ones
         "stage": config["stage"],
         "objective": config["objective"]["name"],
+        "ramp": config["ramp"],
         "seed": config["seed"],
         "metric": config["task"]["metrics"][0],
         "environment": environment(),

@@ -325,4 +325,5 @@ def test_resume_goes_on_with_objective_and_ramp(
     assert said(rest)["objective"] == {"name": "mixed", "final_share": 0.25}
     assert said(rest)["ramp"] == plain("ramp", "shared")
     assert results(rest)["objective"] == "mixed"
+    assert results(rest)["ramp"] == plain("ramp", "shared")
     assert results(rest)["epoch"] == 2
