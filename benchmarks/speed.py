@@ -15,7 +15,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -90,8 +90,7 @@ class Subject:
             for precision in self.onnx
         }
 
-    @cached_property
-    def points(self) -> dict[Engine, dict[str, float]]:
+    def points(self, engines: Iterable[Engine], batched: bool) -> dict[Engine, dict[str, float]]:
         """Thresholds by engine and by what they were chosen for.
 
         Chosen on the rows that are timed: speed is measured here, nothing is promised.
@@ -100,17 +99,21 @@ class Subject:
         found = curves.thresholds_for(verdict.score_NL, list(SAVINGS))
         shared = {f"{s:.0%} saving": t for s, t in zip(SAVINGS, found, strict=True)}
         return {
-            engine: shared | {speed_report.ONE_POINT: self._one_point(engine)}
-            for engine in (*self.engines.values(), *self.onnx_engines.values())
+            engine: shared | {speed_report.ONE_POINT: self._one_point(engine, batched)}
+            for engine in engines
         }
 
-    def _one_point(self, engine: Engine) -> float:
-        """The threshold that saves most at a point below full depth, in this precision."""
+    def _one_point(self, engine: Engine, batched: bool) -> float:
+        """The threshold that saves most at a point below full depth, in this precision.
+
+        What int8 says in ONNX Runtime depends a little on what else is in the batch.
+        """
         record = self.record
         if engine.precision != "float32":
-            ramps_NLC = engine.run(self.inputs, all_ramps=True).ramps_NLC
-            assert ramps_NLC is not None
-            record = replace(record, logits_NLC=ramps_NLC)
+            given = [self.inputs] if batched else [[one] for one in self.inputs]
+            found = [engine.run(inputs, all_ramps=True).ramps_NLC for inputs in given]
+            logits_NLC = torch.cat([ramps_NLC for ramps_NLC in found if ramps_NLC is not None])
+            record = replace(record, logits_NLC=logits_NLC)
         score_NL = curves.judged(self.rule, record).score_NL
         candidates = curves.thresholds_for(score_NL, np.linspace(0, 1, 401).tolist())
         points = curves.curve(record, self.task, self.rule, [*sorted(set(candidates))])
@@ -157,6 +160,10 @@ def systems(subject: Subject, letters: str, batched: bool) -> Iterator[System]:
     model, engines = subject.model, subject.engines
     budget, pad = engines["float32"].token_budget, model.backbone.pad_token_id
     num_layers = len(model.ramps)
+    ours = [*(engines.values() if set("ad") & set(letters) else ())]
+    points = subject.points(ours, batched)
+    if "g" in letters:
+        points |= subject.points(subject.onnx_engines.values(), batched)
     for precision in engines:
         if precision != "int8":  # which the library has not
             yield System("b", speed_report.PLAIN, rivals.plain(model, precision, budget), precision)
@@ -165,13 +172,13 @@ def systems(subject: Subject, letters: str, batched: bool) -> Iterator[System]:
             name = f"{speed_report.PLAIN}, batches of {other} tokens"
             yield System("b", name, rivals.plain(model, "float32", other))
     if "a" in letters and not batched:
-        for point, threshold in {"no exit": 0.0, **subject.points[engines["float32"]]}.items():
+        for point, threshold in {"no exit": 0.0, **points[engines["float32"]]}.items():
             run = rivals.original(model, threshold)
             yield System("a", "original protocol", run, point=point, threshold=threshold)
     for precision, engine in engines.items():
         if "c" in letters:
             yield System("c", "engine, no exit", engine.run, precision, "no exit", 0.0)
-        for point, threshold in subject.points[engine].items() if "d" in letters else ():
+        for point, threshold in points[engine].items() if "d" in letters else ():
             run = engine.at(threshold).run
             yield System("d", "engine", run, precision, point, threshold)
     for depth in range(2, num_layers) if "e" in letters else ():
@@ -180,7 +187,7 @@ def systems(subject: Subject, letters: str, batched: bool) -> Iterator[System]:
         run = rivals.onnx_runtime(file, pad, budget)
         yield System("f", "ONNX Runtime", run, precision)
     for precision, engine in subject.onnx_engines.items() if "g" in letters else ():
-        for point, threshold in {"no exit": 0.0, **subject.points[engine]}.items():
+        for point, threshold in {"no exit": 0.0, **points[engine]}.items():
             run = engine.at(threshold).run
             yield System("g", "engine, ONNX Runtime", run, precision, point, threshold)
 

@@ -11,7 +11,8 @@ What makes the saving on paper one on the clock, and more:
 - a ramp at which nothing can leave is not evaluated.
 
 It gives what the record of all ramps gives, to rounding: same exit layer, same answer, whatever the
-batch. Knows nothing of tasks, texts or clocks.
+batch (but for int8 in ONNX Runtime, where a batch has one scale). Knows nothing of tasks, texts or
+clocks.
 Shapes: N inputs, B of them in a group, S tokens, H hidden, L layers (= ramps), C labels.
 """
 
@@ -190,17 +191,18 @@ def check(
     """
     if runtime not in RUNTIMES:
         raise unknown("runtime", runtime, RUNTIMES, "runtime")
-    if runtime == "onnx":
-        onnx_layer.check(precision, device)
-    else:
+    if runtime == "torch":
         check_precision(precision, device)
-    if (precision == "int8" or runtime == "onnx") and model.backbone.parts(0) is None:
+    parts = model.backbone.parts(0)
+    if (precision == "int8" or runtime == "onnx") and parts is None:
         wanted = "runtime=onnx" if runtime == "onnx" else "precision=int8"
         raise UserError(
             f"{wanted} needs layers that can be split, which "
             f"{model.config['model_type']} has not; use runtime=torch and "
             "precision=float32 or bfloat16"
         )
+    if runtime == "onnx" and parts is not None:
+        onnx_layer.check(parts, precision, device)
 
 
 class Engine:

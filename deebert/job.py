@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from deebert import checkpoints, curves, objectives, records
 from deebert.checkpoints import Checkpoint, Origin
 from deebert.errors import UserError, unknown
-from deebert.objectives import PAPER
+from deebert.objectives import FINAL_ALONE, PAPER
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,8 @@ def complete(cfg: DictConfig, job: Job) -> Checkpoint | None:
         )
         fixed = ("stage", "stages", "objective", "ramp", "task", "backbone", "seed")
         _inherit(cfg, origin, job, fixed=fixed, taken=("data", "thresholds", "teacher"))
+        if cfg.teacher:
+            _refuse_another_teacher(cfg)
         for key in ("trainer", "callbacks"):
             _inherit_values(cfg, key, origin.config[key], job)
         epochs = cfg.stages[str(cfg.stage)].epochs
@@ -121,9 +123,9 @@ def complete(cfg: DictConfig, job: Job) -> Checkpoint | None:
         "resume=RUN)",
     )
     # A recipe that the user names now (experiment=...) is not overruled by the one of then.
-    recipe = () if job.said("experiment") else ("stages", "ramp")
+    recipe = () if job.said("experiment") else ("stages",)
     unlabelled = cfg.data.unlabelled  # what stage 1 has learned from is no matter of stage 2
-    _inherit(cfg, origin, job, fixed=("task", "backbone"), taken=("data", "seed", *recipe))
+    _inherit(cfg, origin, job, fixed=("task", "backbone"), taken=("data", "seed", "ramp", *recipe))
     with open_dict(cfg):
         cfg.data.unlabelled = unlabelled
     return origin
@@ -153,6 +155,17 @@ def read_teacher(cfg: DictConfig) -> Checkpoint:
         UserError: it is missing, unreadable or of the wrong stage.
     """
     return _of_stage_1(cfg, "teacher", "a student learns from a stage-1 run")
+
+
+def _refuse_another_teacher(cfg: DictConfig) -> None:
+    """A resumed student goes on with its teacher, or one of the same kind from another place."""
+    teacher = read_teacher(cfg)
+    for key in ("task", "backbone"):
+        if teacher.config[key]["name"] != cfg[key].name:
+            raise UserError(
+                f"teacher={cfg.teacher} was trained with {key}={teacher.config[key]['name']}, and "
+                f"resume={cfg.resume} with {key}={cfg[key].name}; give the teacher it had"
+            )
 
 
 def _of_stage_1(cfg: DictConfig, flag: str, why: str) -> Checkpoint:
@@ -332,6 +345,12 @@ def _check_training(config: dict[str, Any]) -> None:
         )
     if config["thresholds"] is not None:
         curves.check_thresholds(config["thresholds"], "thresholds")
+    monitor = ((config["callbacks"] or {}).get("best") or {}).get("monitor")
+    if monitor == "val/score" and config["objective"]["name"] not in FINAL_ALONE:
+        raise UserError(
+            "callbacks.best.monitor=val/score is the score at full depth, which says nothing of "
+            "the ramps that are trained; use callbacks.best.monitor=val/mean_ramp_score"
+        )
     if stage != 2:
         return
     for key in ("cache", "standardize"):
@@ -345,12 +364,6 @@ def _check_training(config: dict[str, Any]) -> None:
     if recipe["standardize"] and not recipe["cache"]:
         raise UserError(
             "stages.2.standardize=true needs the frozen states: leave stages.2.cache=true"
-        )
-    monitor = ((config["callbacks"] or {}).get("best") or {}).get("monitor")
-    if monitor == "val/score":
-        raise UserError(
-            "callbacks.best.monitor=val/score is the score at full depth, which stage 2 does not "
-            "change; use callbacks.best.monitor=val/mean_ramp_score"
         )
 
 

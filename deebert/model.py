@@ -79,16 +79,24 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
             kind,
         )
         for new, old in zip(self.all_ramps, before, strict=bool(before)):
-            if new.kind.reads == old.kind.reads == "first":  # perhaps the pretrained one
-                new.pooler.load_state_dict(old.pooler.state_dict())
+            if new.kind.reads == old.kind.reads:  # what fits stays: trained, or pretrained
+                there = new.state_dict()
+                fits = {
+                    name: values
+                    for name, values in old.state_dict().items()
+                    if name in there and there[name].shape == values.shape
+                }
+                new.load_state_dict(there | fits)
         if before:
             self.ramps[-1] = before[-1]
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> Any:
         """Write safetensors, and config.json of what the model is now: `new_ramps` and
         `keep_layers` change it after it was made."""
-        now = {"config": self.config, "num_labels": self.num_labels, "ramp": asdict(self.ramp_kind)}
-        return super().save_pretrained(save_directory, config=now, **options)
+        options["config"] = {
+            "config": self.config, "num_labels": self.num_labels, "ramp": asdict(self.ramp_kind)
+        }  # fmt: skip
+        return super().save_pretrained(save_directory, **options)
 
     def keep_layers(self, layers: list[int], flag: str) -> None:
         """Leave only these layers, from 1: a shallower model with the weights of this one.

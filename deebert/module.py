@@ -142,6 +142,8 @@ class EarlyExitModule(L.LightningModule):
         labels_B = batch["labels"]
         states_BR = self.states(batch)
         logits_BLC = self.model.ramp_logits(states_BR)
+        if self.stage == 2:  # the final classifier has learned: nothing goes back from it
+            logits_BLC = torch.cat([logits_BLC[:, :-1], logits_BLC[:, -1:].detach()], 1)
         loss_of = objectives.final if self._final_alone else self.objective.loss
         loss = loss_of(logits_BLC, labels_B) + self._taught(batch, logits_BLC)
         predicts = self.model.ramp_kind.predicts

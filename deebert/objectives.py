@@ -63,8 +63,9 @@ def distill(
 
     loss(L) + sum over k < L of [label_weight loss(k) + (1 - label_weight) T² KL(p_L || p_k)], with
     probabilities at temperature T and no gradient into p_L. FastBERT (Liu et al., ACL 2020) is
-    label_weight 0, T 1; T² keeps gradients alike at any T (Hinton et al. 2015). For a regression
-    the second term is the squared difference of the values.
+    label_weight 0, T 1 in stage 2 (the direction of KL is its code's); T² keeps gradients alike at
+    any T (Hinton et al. 2015). For a regression the second term is the squared difference of the
+    values.
 
     Args:
         labels_B: UNLABELLED (or NaN, for a regression) where a row has no label.

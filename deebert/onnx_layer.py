@@ -36,9 +36,9 @@ ACTIVATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def check(precision: str, device: torch.device) -> None:
+def check(parts: LayerParts, precision: str, device: torch.device) -> None:
     """Raises:
-    UserError: ONNX Runtime is not there, or not for this precision or device.
+    UserError: ONNX Runtime is not there, or not for this precision, device or kind of layer.
     """
     if device.type != "cpu" or precision not in PRECISIONS:
         raise UserError(
@@ -50,6 +50,15 @@ def check(precision: str, device: torch.device) -> None:
         import onnxruntime  # noqa: F401
     except ImportError as error:
         raise UserError(f'runtime=onnx: {error}; pip install "deebert[onnx]"') from error
+    if type(parts.activation).__name__ not in ACTIVATIONS:
+        raise UserError(
+            f"runtime=onnx does not know {type(parts.activation).__name__}; use runtime=torch"
+        )
+    if (there := _share_threads()) != (wanted := torch.get_num_threads()):
+        raise UserError(
+            f"runtime=onnx: its {there} threads were started in this process for an earlier run, "
+            f"and cannot become {wanted}; use threads={there}, or a process of its own"
+        )
 
 
 class OnnxLayer:
@@ -65,11 +74,6 @@ class OnnxLayer:
         self.parts, self.num_heads = parts, num_heads
         self.int8 = precision == "int8"  # of the tokens but the first
         self.first_int8 = self.int8 and not exact_first  # and of all keys and values
-        _share_threads()  # now: while it runs, torch has one thread
-        if type(parts.activation).__name__ not in ACTIVATIONS:
-            raise UserError(
-                f"runtime=onnx does not know {type(parts.activation).__name__}; use runtime=torch"
-            )
 
     def __call__(self, hidden_BSH: Tensor, mask_B11S: Tensor | None) -> Tensor:
         """All tokens: (B, S, H) -> (B, S, H). `mask_B11S` is True at real tokens; None: all are."""
@@ -131,11 +135,17 @@ class OnnxLayer:
 
 
 @cache
-def _share_threads() -> None:
-    """One pool for all parts, or each would have its own, spinning; it is made once a process."""
+def _share_threads() -> int:
+    """One pool for all parts, or each would have its own, spinning; it is made once a process.
+
+    Returns:
+        How many threads it has.
+    """
     import onnxruntime
 
-    onnxruntime.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
+    threads = torch.get_num_threads()
+    onnxruntime.set_global_thread_pool_sizes(threads, 1)
+    return threads
 
 
 def session(model: Path | bytes) -> Any:

@@ -81,6 +81,11 @@ def asked(config: dict[str, Any], task: Task, score: Score | None) -> Question:
         score: what `exit.score` names; None for the task's default rule.
     """
     rule = exits.default(task.num_labels) if score is None else _rule(config["exit"], score, task)
+    if rule.reads == "unsure" and config["temperature"] is not False:
+        raise UserError(
+            f"temperature={config['temperature']}: exit={rule.name} judges by a learned score, "
+            "which no temperature changes; leave it out"
+        )
     if isinstance(config["temperature"], list):
         temperatures = torch.tensor(config["temperature"], dtype=torch.float32)
         rule = replace(rule, temperatures=temperatures)

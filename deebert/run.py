@@ -81,6 +81,12 @@ def train(cfg: DictConfig) -> float | None:
     with build.closing():
         trainer = build.trainer(cfg, config, job, f"stage{config['stage']}")
         build.refuse_unsafe_sweep(trainer, job)
+        finds_unused = "find_unused" in str(config["trainer"]["strategy"])
+        if recipe.get("layer_drop") and trainer.world_size > 1 and not finds_unused:
+            raise UserError(
+                f"stages.1.layer_drop={recipe['layer_drop']} with several devices leaves "
+                "parameters unused: say trainer.strategy=ddp_find_unused_parameters_true"
+            )
         start = time.perf_counter()
         trainer.fit(module, datamodule=source, ckpt_path=resume)
         log.info("trained in %.1f s", time.perf_counter() - start)

@@ -134,8 +134,8 @@ def measure(
         - `precision`, `runtime`, `batch_size` (None: all), `protocol`, `threads`, `device`,
           `repeats`, `num_rows`, `threshold`;
         - `seconds` of the engine, `seconds_full_depth` of the library's own forward pass
-          (`FullDepth`; for int8, which the library has not, of the engine), `seconds_threshold_0`
-          of the engine without exits;
+          (`FullDepth`; for int8 and ONNX Runtime, which the library has not, of the engine),
+          `seconds_threshold_0` of the engine without exits;
         - `time_saving` and `time_speed_up` against full depth, `expected_saving` (of layers);
         - `samples_per_second`, `latency_ms`, `latency_ms_full_depth` (of a request);
         - `score` and `score_full_depth` of what the engine answered, `exit_counts`;
@@ -147,7 +147,9 @@ def measure(
         engine = Engine(
             model, rule, 0.0, precision=precision, runtime=protocol.runtime, device=device
         )
-        library = None if precision == "int8" else FullDepth(model, precision, device)
+        # Saved is what leaving early saves, not what another kind of arithmetic does.
+        bare = precision == "int8" or protocol.runtime != "torch"
+        library = None if bare else FullDepth(model, precision, device)
         for batch_size in protocol.batch_sizes:
             rows_N = torch.arange(len(inputs))
             if batch_size is not None and len(inputs) > REQUEST_ROWS:
@@ -268,7 +270,8 @@ def layer_costs(
     systems: dict[str, Any] = {
         str(layer): engine.at(leaving_at(layer, num_layers)) for layer in range(1, num_layers + 1)
     }
-    systems["full"] = engine if precision == "int8" else FullDepth(model, precision, device)
+    bare = precision == "int8" or protocol.runtime != "torch"
+    systems["full"] = engine if bare else FullDepth(model, precision, device)
     timings = compare(
         {name: _by_fold([system]) for name, system in systems.items()},
         requests(inputs, torch.zeros(len(inputs), dtype=torch.long), batch_size),

@@ -172,7 +172,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     found = []
     if results["objective"] in FINAL_ALONE:
         found.append("Only the last ramp is trained so far; exits are worth a look after stage 2.")
-    if results["metric"] in ("spearman", "pearson"):
+    if results["exit"]["name"] == "change":
         found.append("A regression has no entropy: it leaves when its value stops changing.")
     if results["exits"][0]["score"] is None:
         found.append("This split has no labels: saving only, no scores.")
@@ -200,14 +200,14 @@ def _about_the_clock(results: dict[str, Any]) -> list[str]:
     bare = {
         _named(case): f"{case['seconds_full_depth'] / case['seconds_threshold_0']:.2f}x"
         for case in timing
-        if case["precision"] != "int8"
+        if case["precision"] != "int8" and case.get("runtime", "torch") == "torch"
     }
     without = f" The engine's own speed-up, without any exit: {_listed(bare)}." if bare else ""
     lines = [
         "On the clock full depth is the library's own forward pass of the same weights, in the "
-        "same batches; for int8, which the library has not, the engine without exits. All of them "
-        f"took turns (medians of {first['repeats']} turns, threads: {first['threads']}, device: "
-        f"{first['device']}).{fewer}{without}"
+        "same batches; for int8 and onnx, which the library has not, the engine without exits. "
+        f"All of them took turns (medians of {first['repeats']} turns, threads: "
+        f"{first['threads']}, device: {first['device']}).{fewer}{without}"
     ]
     calibration = results.get("calibration", {"wish": {}})
     if (asked := calibration["wish"].get("target_speedup")) is not None:

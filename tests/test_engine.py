@@ -304,7 +304,9 @@ def test_settings_that_are_none() -> None:
 @pytest.mark.skipif(not INT8, reason="torch without fbgemm")
 @pytest.mark.parametrize("model_type", WHOLE)
 def test_int8_needs_layers_that_can_be_split(model_type: str) -> None:
-    with pytest.raises(UserError, match=f"{model_type} has not; use runtime=torch and precision=float32"):
+    with pytest.raises(
+        UserError, match=f"{model_type} has not; use runtime=torch and precision=float32"
+    ):
         Engine(world(model_type)[0], exits.default(3), 0.1, precision="int8")
 
 

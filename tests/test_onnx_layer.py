@@ -11,9 +11,6 @@ from deebert.errors import UserError
 from deebert.onnx_layer import OnnxLayer
 from deebert.split import SplitLayer
 
-pytest.importorskip("onnxruntime")
-pytest.importorskip("onnx")
-
 TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
 
 

@@ -88,7 +88,8 @@ def test_the_numbers_of_a_row(measured: dict[str, Any], capfd: pytest.CaptureFix
     results = measured | {"timing": [timed(folds)], "calibration": calibration, "num_rows": 10}
     _, [row] = clock(results)
     assert row == {
-        "precision": "float32", "runtime": "torch",
+        "precision": "float32",
+        "runtime": "torch",
         "inputs a request": "all",
         "threshold": "cross-fitted",
         "accuracy": "0.8391",

@@ -45,13 +45,13 @@ def test_timing_gives_seconds_beside_the_saving(run: Run, stage2: Path, tmp_path
 
 
 def test_layers_in_onnx_runtime(run: Run, stage2: Path, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
     run(
         "evaluate.py", f"ckpt={stage2}", "threshold=0.69", "timing=all", "runtime=onnx",
         "repeats=1", "logger=csv", f"hydra.run.dir={tmp_path}",
     )  # fmt: skip
     [case] = results(tmp_path)["timing"]
     assert case["runtime"] == "onnx"
+    assert case["seconds_full_depth"] == case["seconds_threshold_0"]  # not torch's
     assert case["equal_exits"] == case["equal_predictions"] == 1
     assert "float32 (onnx)" in (tmp_path / "results.md").read_text()
 
