@@ -1,7 +1,7 @@
 """A transformer layer in ONNX Runtime, run in the parts that `SplitLayer` is run in.
 
-With one short input at a time (MiniLM, 25 tokens, 2 threads) six layers take it about 7 ms, torch
-15. Each part of a layer is a graph of its own, made of ONNX Runtime's fused operators the first
+Made for short requests, where it takes less than half of torch's time (benchmarks/speed.md). Each
+part of a layer is a graph of its own, made of ONNX Runtime's fused operators the first
 time that it is run. Knows nothing of ramps or exits.
 
 In int8 one scale stands for all tokens of a call, so an answer depends a little on what else is in
