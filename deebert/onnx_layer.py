@@ -1,6 +1,6 @@
 """A transformer layer in ONNX Runtime, run in the parts that `SplitLayer` is run in.
 
-Made for short requests, where it takes less than half of torch's time (benchmarks/speed.md). Each
+Made for short requests, where it takes about half of torch's time (benchmarks/speed.md). Each
 part of a layer is a graph of its own, made of ONNX Runtime's fused operators the first
 time that it is run. Knows nothing of ramps or exits.
 

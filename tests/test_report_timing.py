@@ -89,7 +89,6 @@ def test_the_numbers_of_a_row(measured: dict[str, Any], capfd: pytest.CaptureFix
     _, [row] = clock(results)
     assert row == {
         "precision": "float32",
-        "runtime": "torch",
         "inputs a request": "all",
         "threshold": "cross-fitted",
         "accuracy": "0.8391",

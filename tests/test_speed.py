@@ -146,7 +146,7 @@ def test_exits_can_be_forced(num_labels: int) -> None:
 
 TASK = Task("x", ("text",), ("a", "b", "c"), ("accuracy",))
 KEYS = {
-    "precision", "batch_size", "protocol", "threads", "device", "repeats", "num_rows", "threshold", "seconds",
+    "precision", "runtime", "batch_size", "protocol", "threads", "device", "repeats", "num_rows", "threshold", "seconds",
     "seconds_full_depth", "seconds_threshold_0", "time_saving", "time_speed_up", "expected_saving", "samples_per_second",
     "latency_ms", "latency_ms_full_depth", "score", "score_full_depth", "exit_counts", "equal_exits",
     "equal_predictions",
