@@ -204,9 +204,7 @@ def main() -> None:
             "environment": report.environment(),
             "rows": rows,
         }
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(found, indent=1) + "\n")
-        part.replace(file)
+        report.replace_text(file, json.dumps(found, indent=1) + "\n")
         (given.out / "growth.md").write_text(markdown(found))
 
 

@@ -217,15 +217,13 @@ def cell(runs: Runs, recipe: str, lines: list[str], name: str, data: Path) -> di
 
 
 def save(found: dict[str, Any], file: Path) -> None:
-    """A line a cell; a reader never sees half of it."""
+    """A line a cell."""
     rounded = json.loads(json.dumps(found), parse_float=lambda text: round(float(text), 5))
     kinds = []
     for kind, entries in rounded.items():
         lines = [f"{json.dumps(key)}: {json.dumps(entries[key])}" for key in sorted(entries)]
         kinds.append(f'"{kind}": {{\n' + ",\n".join(lines) + "\n}")
-    part = file.with_suffix(".part")
-    part.write_text("{" + ",\n".join(kinds) + "}\n")
-    part.replace(file)
+    report.replace_text(file, "{" + ",\n".join(kinds) + "}\n")
 
 
 def run_all(given: argparse.Namespace, found: dict[str, Any], file: Path) -> list[str]:

@@ -392,9 +392,7 @@ def main() -> None:
                     "environment": report.environment(),
                     "rows": rows,
                 }
-                part_file = file.with_suffix(".part")
-                part_file.write_text(json.dumps(found, indent=1) + "\n")
-                part_file.replace(file)
+                report.replace_text(file, json.dumps(found, indent=1) + "\n")
                 speed_report.write(found, given.out)
     speed_report.write(found, given.out)
 

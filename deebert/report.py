@@ -79,10 +79,15 @@ def environment() -> dict[str, Any]:
 
 
 def save_json(results: dict[str, Any], folder: Path) -> None:
-    """Write results.json; a reader never sees half of it."""
-    part = folder / "results.json.part"
-    part.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
-    part.replace(folder / "results.json")
+    """Write results.json."""
+    replace_text(folder / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file; a reader never sees half of it."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text)
+    part.replace(file)
 
 
 def save(results: dict[str, Any], folder: Path) -> None:

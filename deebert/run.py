@@ -145,7 +145,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     module = EarlyExitModule(model, remembered, origin.tokenizer_files)
     callback = EarlyExitEvaluation(None, asked, chosen_on, config["analysis"], str(config["ckpt"]))
     protocol = question.protocol(config)
-    untrained = report.header(origin.config)["objective"] in FINAL_ALONE
+    untrained = origin.config["objective"]["name"] in FINAL_ALONE
     if protocol and untrained and config["threshold"] != 0:
         raise UserError(
             "timing= needs trained ramps, and this checkpoint is of stage 1: train them with "

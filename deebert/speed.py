@@ -144,12 +144,8 @@ def measure(
     """
     found = []
     for precision in protocol.precisions:
-        engine = Engine(
-            model, rule, 0.0, precision=precision, runtime=protocol.runtime, device=device
-        )
-        # Saved is what leaving early saves, not what another kind of arithmetic does.
-        bare = precision == "int8" or protocol.runtime != "torch"
-        library = None if bare else FullDepth(model, precision, device)
+        engine = _engine(model, rule, precision, protocol, device)
+        library = _library(model, engine)
         for batch_size in protocol.batch_sizes:
             rows_N = torch.arange(len(inputs))
             if batch_size is not None and len(inputs) > REQUEST_ROWS:
@@ -190,6 +186,21 @@ def measure(
                 for i, (case, several) in enumerate(zip(cases, engines, strict=True))
             ]
     return found
+
+
+def _engine(
+    model: EarlyExitModel, rule: Rule, precision: str, protocol: Protocol, device: Any
+) -> Engine:
+    """Without exits."""
+    return Engine(model, rule, 0.0, precision=precision, runtime=protocol.runtime, device=device)
+
+
+def _library(model: EarlyExitModel, engine: Engine) -> FullDepth | None:
+    """The library in the engine's arithmetic, or None where it has not got it: then full depth is
+    the engine, as saved is what leaving early saves, not what other arithmetic does."""
+    if engine.precision == "int8" or engine.runtime != "torch":
+        return None
+    return FullDepth(model, engine.precision, engine.device)
 
 
 def _by_fold(engines: Sequence[Any]) -> Callable[[Request], Any]:
@@ -259,19 +270,11 @@ def layer_costs(
     """
     [precision], [batch_size] = protocol.precisions, protocol.batch_sizes
     num_layers = len(model.ramps)
-    engine = Engine(
-        model,
-        forced(num_labels),
-        0.0,
-        precision=precision,
-        runtime=protocol.runtime,
-        device=device,
-    )
+    engine = _engine(model, forced(num_labels), precision, protocol, device)
     systems: dict[str, Any] = {
         str(layer): engine.at(leaving_at(layer, num_layers)) for layer in range(1, num_layers + 1)
     }
-    bare = precision == "int8" or protocol.runtime != "torch"
-    systems["full"] = engine if bare else FullDepth(model, precision, device)
+    systems["full"] = _library(model, engine) or engine
     timings = compare(
         {name: _by_fold([system]) for name, system in systems.items()},
         requests(inputs, torch.zeros(len(inputs), dtype=torch.long), batch_size),
