@@ -272,7 +272,7 @@ def wishes(subject: Subject, given: argparse.Namespace) -> list[Any]:
     inputs = subject.inputs
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
     ours, theirs = order[: len(order) // 2], order[len(order) // 2 :]
-    protocol = speed.Protocol((None,), ("float32",), given.repeats)
+    protocol = speed.Protocol(repeats=given.repeats)
     half = [inputs[row] for row in ours.tolist()]
     costs = tuple(speed.layer_costs(subject.model, half, subject.task.num_labels, protocol))
     print(f"  costs of the layers: {' '.join(f'{cost:.3f}' for cost in costs)}", flush=True)

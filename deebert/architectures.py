@@ -37,6 +37,42 @@ class LayerParts:
     norm: nn.LayerNorm
 
 
+@dataclass(frozen=True)
+class EmbeddingParts:
+    """What the states before layer 1 are made of: projection(norm(words + types + positions)).
+
+    Attributes:
+        types: of tokens; None where there are none.
+        typed: are types taken from the inputs? All are the first type where not.
+        padding: RoBERTa counts positions from behind this id, and skips tokens that are it; None:
+            from 0.
+        projection: ELECTRA's, where words are embedded in another size than the layers'.
+    """
+
+    words: nn.Embedding
+    types: nn.Embedding | None
+    typed: bool
+    positions: nn.Embedding
+    padding: int | None
+    norm: nn.LayerNorm
+    projection: nn.Linear | None
+
+
+def embedding_parts(encoder: Any) -> EmbeddingParts:
+    """Of encoders whose layers have parts; all of them name theirs alike."""
+    kind, made_of = architecture(encoder.config.model_type), encoder.embeddings
+    first = kind.first_position(encoder.config.to_dict())
+    return EmbeddingParts(
+        words=made_of.word_embeddings,
+        types=getattr(made_of, "token_type_embeddings", None),
+        typed=kind.embed is not _embed,
+        positions=made_of.position_embeddings,
+        padding=first - 1 if first else None,
+        norm=made_of.LayerNorm,
+        projection=getattr(encoder, "embeddings_project", None),
+    )
+
+
 def _bert_parts(layer: Any) -> LayerParts:
     attention, feed_forward = layer.attention, layer.intermediate
     return LayerParts(

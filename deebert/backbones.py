@@ -7,6 +7,7 @@ Shapes: B batch, S tokens, H hidden.
 
 import hashlib
 import importlib.util
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,13 @@ from transformers import (
 )
 
 from deebert import architectures
-from deebert.architectures import Architecture, LayerParts, architecture, longest_input
+from deebert.architectures import (
+    Architecture,
+    EmbeddingParts,
+    LayerParts,
+    architecture,
+    longest_input,
+)
 from deebert.errors import UserError
 
 
@@ -113,6 +120,11 @@ class Backbone(nn.Module):
         """What `run_layer` gives if the layer does nothing: a norm after the last layer remains."""
         return self.architecture.after(self.encoder, index, hidden_BSH, hidden_BSH, context)
 
+    @property
+    def embedding_parts(self) -> EmbeddingParts:
+        """What `embeddings` is made of, where layers can be split."""
+        return architectures.embedding_parts(self.encoder)
+
     def parts(self, index: int) -> LayerParts | None:
         """What layer number `index` is made of, or None where it can only be run as a whole."""
         parts = self.architecture.parts
@@ -179,13 +191,36 @@ def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         return {path.name: path.read_text("utf-8") for path in sorted(Path(folder).iterdir())}
 
 
-def tokenizer_from_files(files: Mapping[str, str]) -> PreTrainedTokenizerBase:
-    """The tokenizer that `tokenizer_files` wrote down."""
+def tokenizer_from_files(files: Mapping[str, str | bytes]) -> PreTrainedTokenizerBase:
+    """The tokenizer that `tokenizer_files` wrote down, or that lies in somebody's folder.
+
+    Raises:
+        UserError: these files make no tokenizer.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        for name, text in files.items():
-            # A checkpoint is somebody's file: its names may not lead out of the folder.
-            (Path(folder) / Path(name).name).write_text(text, "utf-8")
-        return AutoTokenizer.from_pretrained(folder)
+        try:
+            for given, text in files.items():
+                # A checkpoint is somebody's file: its names may not lead out of the folder.
+                name = Path(given).name
+                text = _harmless(text) if name == "tokenizer_config.json" else text
+                content = text.encode() if isinstance(text, str) else text
+                (Path(folder) / name).write_bytes(content)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # damaged files fail in many ways
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"the tokenizer cannot be loaded: {reason}") from error
+
+
+def _harmless(text: str | bytes) -> str:
+    """tokenizer_config.json without what names code, or files that may lie elsewhere."""
+    values = json.loads(text)
+    named = {"auto_map", "init_inputs", "name_or_path"}
+    kept = {
+        key: value
+        for key, value in values.items()
+        if key not in named and not key.endswith(("_file", "_files"))
+    }
+    return json.dumps(kept)
 
 
 def random_config(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,7 +262,7 @@ def _locate(spec: Mapping[str, Any]) -> str:
 
 def _load(loader: Any, path: str, spec: Mapping[str, Any]) -> Any:
     try:
-        return loader(path)
+        return loader(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise

@@ -20,9 +20,10 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from omegaconf import DictConfig
 
 from deebert import backbones
-from deebert.data import CALIBRATION, TextDataModule
+from deebert.data import TextDataModule
 from deebert.errors import UserError
 from deebert.job import Job
+from deebert.records import HELD_OUT
 from deebert.tasks import Task
 
 # Lightning's advice that does not apply here.
@@ -82,7 +83,7 @@ def remember_held_out(config: dict[str, Any], data: TextDataModule) -> None:
     """
     values = config["data"]
     size = data.calibration_size
-    found = data.fingerprint(CALIBRATION) if size else None
+    found = data.fingerprint(HELD_OUT) if size else None
     expected = values.get("calibration_rows")
     if expected and found != expected:
         raise UserError(

@@ -313,9 +313,9 @@ def calibration(
         layer_N, predictions_N = choice(reported, task)
         split = held_out.split
     temperatures = choice.rule.temperatures
-    expected = _expected(seen, task, choice, len(reported))
+    promised = expected(seen, task, choice, len(reported))
     if wish.costs is not None:
-        expected |= {
+        promised |= {
             "time_speed_up": expected_speedup(seen, choice(seen, task)[0], wish),
             "costs": list(wish.costs),
         }
@@ -326,7 +326,7 @@ def calibration(
         "thresholds": choice.thresholds,
         "calibration_split": split,
         "num_calibration": promising_rows(len(seen), wish),
-        "expected": expected,
+        "expected": promised,
         "measured": measured(reported, task, layer_N, predictions_N),
     }
     if held_out is None:
@@ -371,7 +371,7 @@ def _cross_fitted(
     return layer_N, predictions_N, chosen
 
 
-def _expected(record: Record, task: Task, choice: Choice, num_new: int) -> dict[str, Any]:
+def expected(record: Record, task: Task, choice: Choice, num_new: int) -> dict[str, Any]:
     """Score and saving on the rows chosen on, with intervals for so many new rows."""
     layer_N, predictions_N = choice(record, task)
     found = measured(record, task, layer_N, predictions_N)

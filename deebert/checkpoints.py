@@ -7,6 +7,7 @@ plain values beside the weights; it loads with `weights_only=True`. Knows nothin
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from deebert import backbones
 from deebert.errors import UserError
 from deebert.model import EarlyExitModel
+from deebert.objectives import FINAL_ALONE
 from deebert.tasks import Task
 
 
@@ -25,6 +27,11 @@ class Origin:
 
     path: Path
     config: dict[str, Any]  # of the run that wrote it
+
+    @property
+    def ramps_trained(self) -> bool:
+        """Do the ramps before the last say anything?"""
+        return self.config["objective"]["name"] not in FINAL_ALONE
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Checkpoint(Origin):
         task = Task.from_config(self.config["task"])
         model = EarlyExitModel(self.architecture, task.num_labels, self.config["ramp"])
         try:
-            model.load_state_dict(
+            model.load_weights(
                 {name.removeprefix("model."): value for name, value in self.weights.items()}
             )
         except RuntimeError as error:
@@ -49,7 +56,7 @@ class Checkpoint(Origin):
             raise UserError(f"{self.path}: its weights do not fit its shape ({reason})") from error
         return model.eval()
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Says which weights these are; records carry it."""
         return fingerprint(

@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from deebert import backbones, sources
+from deebert import backbones, sources, tokens
 from deebert.errors import UserError
 from deebert.objectives import UNLABELLED
+from deebert.records import HELD_OUT
 from deebert.tasks import Task
 
 log = logging.getLogger(__name__)
 
 POOL = 50  # batches that are shuffled together and then sorted by length
-CALIBRATION = "calibration"  # the part of the training split that no stage sees
 
 
 class LengthBatches(Sampler[list[int]]):
@@ -164,7 +164,7 @@ class TextDataModule(L.LightningDataModule):
         hidden = math.nan if self.task.is_regression else UNLABELLED
         parts = [labelled]
         for split in self.unlabelled:
-            if split in (self.task.train, CALIBRATION, *self.task.validation):
+            if split in (self.task.train, HELD_OUT, *self.task.validation):
                 raise UserError(
                     f"data.unlabelled=[{split}]: its rows are trained on with their labels, held "
                     f"out or reported; choose from: {', '.join(self.task.test)}, or a file of your "
@@ -178,7 +178,7 @@ class TextDataModule(L.LightningDataModule):
 
     def _rows(self, split: str) -> datasets.Dataset:
         train = self.task.train
-        if split not in (train, CALIBRATION) or train is None:
+        if split not in (train, HELD_OUT) or train is None:
             return sources.load(self.task, split, self.root)
         rows = sources.load(self.task, train, self.root)
         held_out = self._calibration_size
@@ -193,11 +193,11 @@ class TextDataModule(L.LightningDataModule):
         rows_left = len(rows) - held_out
         if held_out or self.limit_train is not None:
             rows = rows.shuffle(seed=0)  # not the run's seed: all seeds see the same rows
-        if split == CALIBRATION and not held_out:
+        if split == HELD_OUT and not held_out:
             raise UserError(
                 "split=calibration: no training row was held out (data.calibration_size=0)"
             )
-        if split == CALIBRATION:
+        if split == HELD_OUT:
             return rows.select(range(rows_left, len(rows)))
         return rows.select(range(min(self.limit_train or rows_left, rows_left)))
 
@@ -299,9 +299,7 @@ def _tokenize(
     texts = [name for name in ("text_a", "text_b") if name in rows.column_names]
 
     def encode(batch: Mapping[str, Any]) -> dict[str, Any]:
-        encoded = tokenizer(
-            *(batch[name] for name in texts), truncation="longest_first", max_length=max_length
-        )
+        encoded = tokens.encode(tokenizer, [batch[name] for name in texts], max_length)
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
 
     # Named by content: the hash that datasets takes of a fast tokenizer changes with each call.

@@ -36,7 +36,8 @@ from deebert.errors import UserError, unknown
 from deebert.exits import Rule
 from deebert.kernels import check_precision
 from deebert.model import EarlyExitModel
-from deebert.onnx_layer import OnnxLayer
+from deebert.onnx_layer import OnnxEmbeddings, OnnxLayer
+from deebert.ramps import Ramp
 from deebert.split import SplitLayer
 
 log = logging.getLogger(__name__)
@@ -251,13 +252,19 @@ class Engine:
         self.ramps, self.kind = model.all_ramps, model.ramp_kind
         backbone = model.backbone
         parts = [backbone.parts(index) for index in range(len(model.ramps))]
-        self.layers = [None if part is None else self._made(part) for part in parts]
+        self.embeddings: Any = backbone.embeddings
+        if runtime == "onnx":
+            self.embeddings = OnnxEmbeddings(backbone.embedding_parts)
+        self.layers = [
+            None if part is None else self._made(part, ramp)
+            for part, ramp in zip(parts, self.ramps, strict=True)
+        ]
         self._set(rule, thresholds)
 
-    def _made(self, parts: LayerParts) -> SplitLayer | OnnxLayer:
+    def _made(self, parts: LayerParts, ramp: Ramp) -> SplitLayer | OnnxLayer:
         num_heads, exact_first = self.model.backbone.num_heads, not self.kind.reads_tokens
         if self.runtime == "onnx":
-            return OnnxLayer(parts, num_heads, self.precision, exact_first=exact_first)
+            return OnnxLayer(parts, num_heads, self.precision, ramp, exact_first=exact_first)
         return SplitLayer(parts, num_heads, self.precision, self.device, exact_first=exact_first)
 
     def _set(self, rule: Rule, thresholds: Sequence[float] | float) -> None:
@@ -368,7 +375,7 @@ class Engine:
     def _embed(self, inputs: list[Mapping[str, Any]], rows: list[int], all_ramps: bool) -> _Group:
         tokens = padded(inputs, self.model.backbone.pad_token_id)
         there = {name: values.to(self.device) for name, values in tokens.items()}
-        hidden_BSH = self.model.backbone.embeddings(**there)
+        hidden_BSH = self.embeddings(**there)
         size = (len(rows), len(self.layers), self.rule.num_labels)
         return _Group(
             torch.tensor(rows),
@@ -379,35 +386,44 @@ class Engine:
 
     def _layer(self, layer: int, group: _Group, out: Answers) -> _Group | None:
         """Run one layer (0-based) and its ramp; the inputs that go on, or None."""
-        run, hidden_BSH = self.layers[layer], group.hidden_BSH
+        run, hidden_BSH, mask = self.layers[layer], group.hidden_BSH, group.key_mask_B11S
         last = layer == len(self.layers) - 1
         asks = last or layer in self.evaluated or out.ramps_NLC is not None
+        judged = None
         if run is None:
-            if group.context is None:
-                real_BS = torch.ones(hidden_BSH.shape[:2], dtype=torch.long, device=self.device)
-                if group.mask_BS is not None:
-                    real_BS = group.mask_BS.long()
-                group.context = self.model.backbone.context(hidden_BSH, real_BS)
-            with torch.autocast(
-                self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
-            ):
-                group.hidden_BSH = self.model.backbone.run_layer(
-                    layer, hidden_BSH, group.context
-                ).float()
+            group.hidden_BSH = self._whole_layer(layer, group)
+        elif last and isinstance(run, OnnxLayer):
+            judged = run.answer(hidden_BSH, mask), None
         elif last or (
             layer in self.asked
             and not self.kind.reads_tokens
             and group.num_tokens >= self.first_token_from
         ):
             return self._first_token_first(layer, run, group, out)
+        elif asks and isinstance(run, OnnxLayer):
+            group.hidden_BSH, *judged = run.with_ramp(hidden_BSH, mask, self._previous(layer, group))
         else:
-            group.hidden_BSH = run(hidden_BSH, group.key_mask_B11S)
+            group.hidden_BSH = run(hidden_BSH, mask)
         if not asks:
             return group
-        stay_B = self._ask(layer, group, hidden_BSH, group.hidden_BSH, out)
+        if judged is None:
+            judged = self._judge(layer, group, hidden_BSH, group.hidden_BSH)
+        stay_B = self._ask(layer, group, *judged, out)
         if stay_B is None:
             return group
         return group.kept(stay_B)[0] if stay_B.any() else None
+
+    def _whole_layer(self, layer: int, group: _Group) -> Tensor:
+        """A layer that cannot be split, by the library."""
+        backbone, hidden_BSH = self.model.backbone, group.hidden_BSH
+        if group.context is None:
+            real_BS = torch.ones(hidden_BSH.shape[:2], dtype=torch.long, device=self.device)
+            if group.mask_BS is not None:
+                real_BS = group.mask_BS.long()
+            group.context = backbone.context(hidden_BSH, real_BS)
+        bfloat16 = self.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+            return backbone.run_layer(layer, hidden_BSH, group.context).float()
 
     def _first_token_first(
         self, layer: int, run: SplitLayer | OnnxLayer, group: _Group, out: Answers
@@ -415,7 +431,8 @@ class Engine:
         mask = group.key_mask_B11S
         keys, values = run.keys_values(group.hidden_BSH)
         first_B1H = run.first(group.hidden_BSH, keys, values, mask)
-        stay_B = self._ask(layer, group, group.hidden_BSH, first_B1H, out)
+        judged = self._judge(layer, group, group.hidden_BSH, first_B1H)
+        stay_B = self._ask(layer, group, *judged, out)
         if stay_B is not None:
             if not stay_B.any():
                 return None
@@ -426,23 +443,32 @@ class Engine:
         group.hidden_BSH = torch.cat([first_B1H, others], 1)
         return group
 
+    def _judge(
+        self, layer: int, group: _Group, before_BSH: Tensor, after_BTH: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """What a ramp says of the states before and after its layer (of the first token at
+        least): logits and, where it is learned, an exit score."""
+        ramp = self.ramps[layer]
+        features_BF = ramp.read(before_BSH, after_BTH, group.mask_BS).float()
+        return ramp.judge(features_BF, self._previous(layer, group))
+
+    def _previous(self, layer: int, group: _Group) -> Tensor | None:
+        """The logits of the ramp before, where this one sees them."""
+        if not self.ramps[layer].kind.sees_previous or layer == 0:
+            return None
+        assert group.ramps_BLC is not None
+        return group.ramps_BLC[:, layer - 1].to(self.device)
+
     def _ask(
-        self, layer: int, group: _Group, before_BSH: Tensor, after_BTH: Tensor, out: Answers
+        self, layer: int, group: _Group, logits_BC: Tensor, unsure_B: Tensor | None, out: Answers
     ) -> Tensor | None:
-        """Evaluate a ramp on the states before and after its layer (of the first token at least),
-        write down the answers of the inputs that leave.
+        """Decide by what a ramp has said, and write down the answers of the inputs that leave.
 
         Returns:
             Which inputs stay, (B,); None for all.
         """
-        ramp = self.ramps[layer]
-        features_BF = ramp.read(before_BSH, after_BTH, group.mask_BS).float()
-        previous_BC = None
-        if ramp.kind.sees_previous and layer:
-            assert group.ramps_BLC is not None
-            previous_BC = group.ramps_BLC[:, layer - 1].to(self.device)
         # The one decision that a GPU is waited for.
-        logits_BC = ramp(features_BF, previous_BC).cpu()
+        logits_BC = logits_BC.cpu()
         if group.ramps_BLC is not None:
             group.ramps_BLC[:, layer] = logits_BC
         if layer == len(self.layers) - 1:  # the final classifier answers, alone
@@ -453,9 +479,7 @@ class Engine:
                 assert group.ramps_BLC is not None
                 verdict = self.rule(group.ramps_BLC[:, : layer + 1])
             else:
-                unsure_BL = None
-                if self.rule.reads == "unsure":
-                    unsure_BL = ramp.unsure(features_BF).cpu()[:, None]
+                unsure_BL = None if unsure_B is None else unsure_B.cpu()[:, None]
                 verdict = self.rule(logits_BC[:, None], unsure_BL, first=layer)
             score_B, answer_BC = verdict.score_NL[:, -1], verdict.answer_NLC[:, -1]
             leave_B = score_B < self.limits[layer].to(score_B.dtype)

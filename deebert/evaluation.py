@@ -73,7 +73,7 @@ def evaluate(
             "a wish needs trained ramps, and this checkpoint is of stage 1: train them with "
             "python train.py stage=2 ckpt=RUN"
         )
-    source, why = _source(held_out, records[0], question)
+    source, why = source(held_out, records[0], question)
     if why:
         log.warning(why)
     found = calibrate.calibration(source, records, task, question.rule, question.wish)
@@ -150,7 +150,7 @@ def _default_thresholds(record: Record, rule: Rule) -> list[Thresholds]:
     return list(dict.fromkeys(curves.thresholds_for(score_NL, CURVE_SAVINGS)))
 
 
-def _source(
+def source(
     held_out: Record | None, reported: Record, question: Question
 ) -> tuple[Record | None, str | None]:
     """The rows to choose thresholds on (None: cross-fit), and a warning.

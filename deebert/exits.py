@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deebert.errors import UserError
+from deebert.errors import UserError, unknown
 
 
 class Verdict(NamedTuple):
@@ -241,11 +241,36 @@ class Rule:
         return replace(self, temperatures=torch.tensor(found))
 
 
+# The rules of conf/exit/ for whoever has no Hydra: what their files say beside the name.
+RULES: dict[str, dict[str, Any]] = {
+    "entropy": {"score": entropy, "looks_back": False},
+    "probability": {"score": probability, "largest": 1.0, "looks_back": False},
+    "margin": {"score": margin, "largest": 1.0, "looks_back": False},
+    "patience": {"score": patience, "largest": 1.0},
+    "confident_patience": {"score": confident_patience, "options": {"patience": 2}},
+    "ensemble": {"score": ensemble},
+    "vote": {"score": vote, "largest": 1.0},
+    "change": {"score": change, "regression": True, "options": {"patience": 1}},
+    "learned": {
+        "score": learned, "largest": 1.0, "regression": None, "looks_back": False, "reads": "unsure"
+    },
+}  # fmt: skip
+
+
+def named(name: str, num_labels: int) -> Rule:
+    """The rule of this name.
+
+    Raises:
+        UserError: there is none, or it does not fit the number of labels.
+    """
+    if name not in RULES:
+        raise unknown("exit", name, sorted(RULES), "exit")
+    return Rule(name, num_labels=num_labels, **RULES[name])
+
+
 def default(num_labels: int) -> Rule:
     """The paper's rule; for a regression, which has no entropy, PABEE's."""
-    if num_labels == 1:
-        return Rule("change", change, 1, regression=True)
-    return Rule("entropy", entropy, num_labels, looks_back=False)
+    return named("change" if num_labels == 1 else "entropy", num_labels)
 
 
 def _temperature(logits_NC: Tensor, labels_N: Tensor) -> float:

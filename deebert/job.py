@@ -17,7 +17,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from deebert import checkpoints, curves, objectives, records
+from deebert import checkpoints, curves, objectives, origins, records
 from deebert.checkpoints import Checkpoint, Origin
 from deebert.errors import UserError, unknown
 from deebert.objectives import FINAL_ALONE, PAPER
@@ -113,8 +113,8 @@ def complete(cfg: DictConfig, job: Job) -> Checkpoint | None:
         raise UserError(f"teacher={cfg.teacher} with stage=2: a student learns in stage=1")
     if not cfg.ckpt:
         raise UserError(
-            "stage=2 needs ckpt=RUN, the run folder or checkpoint of a stage-1 run: "
-            "python train.py stage=2 ckpt=runs/..."
+            "stage=2 needs ckpt=RUN, the run folder or checkpoint of a stage-1 run, or a "
+            "fine-tuned classifier (folder or hub id): python train.py stage=2 ckpt=runs/..."
         )
     origin = _of_stage_1(
         cfg,
@@ -144,7 +144,8 @@ def _complete_student(cfg: DictConfig, job: Job) -> Checkpoint:
     with open_dict(cfg):
         cfg.data.unlabelled = unlabelled
         cfg.backbone.layers = layers
-        cfg.teacher = str(Path(cfg.teacher).absolute())  # holds from another working directory too
+        if Path(cfg.teacher).exists():  # a path must hold from another working directory too
+            cfg.teacher = str(Path(cfg.teacher).absolute())
     return origin
 
 
@@ -170,7 +171,9 @@ def _refuse_another_teacher(cfg: DictConfig) -> None:
 
 def _of_stage_1(cfg: DictConfig, flag: str, why: str) -> Checkpoint:
     given = str(cfg[flag])
-    origin = checkpoints.read(checkpoints.find(given, flag, "best.ckpt"), flag)
+    origin = origins.checkpoint(given, flag, said=_said(cfg))
+    if not origin.path.is_file():  # no run that could be gone on with: ramps may be trained anew
+        return origin
     if origin.config["stage"] != 1:
         raise UserError(f"{flag}={given} is of stage {origin.config['stage']}; {why}")
     if origin.epochs_done < (epochs := origin.config["stages"]["1"]["epochs"]):
@@ -182,6 +185,17 @@ def _of_stage_1(cfg: DictConfig, flag: str, why: str) -> Checkpoint:
             epochs,
         )
     return origin
+
+
+def _said(cfg: DictConfig) -> dict[str, Any]:
+    """What a published classifier does not say itself, as this job has it."""
+    blocks = {key: cfg.get(key) for key in ("task", "data", "stages")}
+    found: dict[str, Any] = {
+        key: OmegaConf.to_container(block, resolve=True)
+        for key, block in blocks.items()
+        if isinstance(block, DictConfig)
+    }
+    return found | ({"seed": cfg.seed} if "seed" in cfg else {})
 
 
 def complete_evaluation(cfg: DictConfig, job: Job) -> Origin:
@@ -204,7 +218,7 @@ def _evaluated(cfg: DictConfig) -> Origin:
         )
     found = None
     if cfg.ckpt:
-        found = checkpoints.read(checkpoints.find(str(cfg.ckpt), "ckpt", "best.ckpt"), "ckpt")
+        found = origins.checkpoint(str(cfg.ckpt), "ckpt", said=_said(cfg))
         if not cfg.record:
             return found
     folder = Path(str(cfg.record))

@@ -98,6 +98,22 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
         }  # fmt: skip
         return super().save_pretrained(save_directory, **options)
 
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """As `load_state_dict`, also from a file that holds shared parameters once, under one of
+        their names (safetensors).
+
+        Raises:
+            RuntimeError: a weight is missing, unknown or of another shape.
+        """
+        shared: dict[int, list[str]] = {}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            shared.setdefault(id(parameter), []).append(name)
+        filled = dict(weights)
+        for names in shared.values():
+            there = next((weights[name] for name in names if name in weights), None)
+            filled |= {name: there for name in names if there is not None and name not in filled}
+        self.load_state_dict(filled)
+
     def keep_layers(self, layers: list[int], flag: str) -> None:
         """Leave only these layers, from 1: a shallower model with the weights of this one.
 

@@ -11,12 +11,13 @@ import torch
 from deebert import curves, exits
 from deebert.calibrate import Wish
 from deebert.checkpoints import Origin
-from deebert.data import CALIBRATION, TextDataModule
+from deebert.data import TextDataModule
 from deebert.engine import RUNTIMES
 from deebert.errors import UserError, unknown
 from deebert.evaluation import Question, check_lengths
 from deebert.exits import Rule, Score
 from deebert.kernels import PRECISIONS
+from deebert.records import HELD_OUT
 from deebert.speed import Protocol
 from deebert.tasks import Task
 
@@ -237,5 +238,5 @@ def calibration_split(config: dict[str, Any], data: TextDataModule, origin: Orig
         return named
     # Another task's rows (ax with an MNLI checkpoint) have no held-out part.
     same = config["task"]["name"] == origin.config["task"]["name"]
-    reported = CALIBRATION in data.eval_splits
-    return CALIBRATION if same and not reported and data.calibration_size else None
+    reported = HELD_OUT in data.eval_splits
+    return HELD_OUT if same and not reported and data.calibration_size else None

@@ -160,23 +160,36 @@ class Ramp(nn.Module):
             previous_BC: logits of the ramp before; only where `kind.sees_previous`, and None for
                 the first ramp, which sees equal probabilities.
         """
-        pooled_BH = self.dropout(self._pooled(features_BF))
-        if not self.kind.sees_previous:
-            return self.classifier(pooled_BH)
-        if previous_BC is None:
-            previous_BC = pooled_BH.new_zeros(len(pooled_BH), self.classifier.out_features)
-        return self.classifier(torch.cat([pooled_BH, _share(previous_BC).to(pooled_BH)], -1))
+        return self._logits(self._pooled(features_BF), previous_BC)
+
+    def judge(
+        self, features_BF: Tensor, previous_BC: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits as `forward`, and the learned exit score as `unsure`, or None where none is."""
+        pooled_BH = self._pooled(features_BF)
+        unsure_B = None if self.kind.predicts is None else self._unsure(pooled_BH)
+        return self._logits(pooled_BH, previous_BC), unsure_B
 
     def unsure(self, features_BF: Tensor) -> Tensor:
         """The learned exit score, between 0 and 1; only where `kind.predicts`: (B, F) -> (B,).
 
         It learns from what the ramp pools, and the ramp nothing from it.
         """
-        pooled_BH = self._pooled(features_BF).detach()
-        return torch.sigmoid(self.exit_head(pooled_BH).float()).squeeze(-1)
+        return self._unsure(self._pooled(features_BF))
 
     def _pooled(self, features_BF: Tensor) -> Tensor:
         return torch.tanh(self.pooler((features_BF - self.shift) * self.scale))
+
+    def _logits(self, pooled_BH: Tensor, previous_BC: Tensor | None) -> Tensor:
+        pooled_BH = self.dropout(pooled_BH)
+        if not self.kind.sees_previous:
+            return self.classifier(pooled_BH)
+        if previous_BC is None:
+            previous_BC = pooled_BH.new_zeros(len(pooled_BH), self.classifier.out_features)
+        return self.classifier(torch.cat([pooled_BH, _share(previous_BC).to(pooled_BH)], -1))
+
+    def _unsure(self, pooled_BH: Tensor) -> Tensor:
+        return torch.sigmoid(self.exit_head(pooled_BH.detach()).float()).squeeze(-1)
 
 
 def _share(logits_BC: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from deebert.errors import UserError
 
 SCHEMA = 1
+HELD_OUT = "calibration"  # the part of the training split that no stage sees
 
 
 @dataclass(frozen=True)

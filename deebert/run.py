@@ -14,7 +14,6 @@ from deebert import backbones, build, calibrate, evaluation, question, records, 
 from deebert.callbacks import EarlyExitEvaluation
 from deebert.checkpoints import Checkpoint, Origin
 from deebert.clock import Clock
-from deebert.data import CALIBRATION
 from deebert.errors import UserError
 from deebert.evaluation import Question
 from deebert.frozen import FrozenStates
@@ -23,6 +22,7 @@ from deebert.model import EarlyExitModel
 from deebert.module import EarlyExitModule
 from deebert.objectives import FINAL_ALONE
 from deebert.ramps import RampKind
+from deebert.records import HELD_OUT
 from deebert.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     elif not data.eval_splits:
         data.eval_splits = task.test
     chosen_on = question.calibration_split(config, data, origin)
-    if chosen_on == CALIBRATION:
+    if chosen_on == HELD_OUT:
         build.remember_held_out(config, data)
     if chosen_on:
         data.eval_splits = (*data.eval_splits, chosen_on)
@@ -145,8 +145,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     module = EarlyExitModule(model, remembered, origin.tokenizer_files)
     callback = EarlyExitEvaluation(None, asked, chosen_on, config["analysis"], str(config["ckpt"]))
     protocol = question.protocol(config)
-    untrained = origin.config["objective"]["name"] in FINAL_ALONE
-    if protocol and untrained and config["threshold"] != 0:
+    if protocol and not origin.ramps_trained and config["threshold"] != 0:
         raise UserError(
             "timing= needs trained ramps, and this checkpoint is of stage 1: train them with "
             "python train.py stage=2 ckpt=RUN, or time full depth alone: threshold=0"
@@ -185,10 +184,10 @@ def _evaluate_records(
     """The same from saved logits: neither model nor data is needed."""
     found = [records.load(file)[0] for file in sorted(origin.path.glob("*.safetensors"))]
     wanted = config["split"]
-    named = CALIBRATION if config["calibration"] in ("auto", "heldout") else config["calibration"]
+    named = HELD_OUT if config["calibration"] in ("auto", "heldout") else config["calibration"]
     held_out = next((r for r in found if r.split == named and r.split != wanted), None)
     reported = [
-        r for r in found if (r.split == wanted if wanted else r.split not in (CALIBRATION, named))
+        r for r in found if (r.split == wanted if wanted else r.split not in (HELD_OUT, named))
     ]
     if not reported:
         splits = ", ".join(record.split for record in found)
@@ -198,8 +197,7 @@ def _evaluate_records(
     if len({record.logits_NLC.shape[1:] for record in found}) > 1:
         raise UserError(f"record={config['record']}: its records have different numbers of ramps")
     header = report.header(origin.config)
-    trained = header["objective"] not in FINAL_ALONE
-    answer = evaluation.evaluate(reported, task, asked, held_out, trained=trained)
+    answer = evaluation.evaluate(reported, task, asked, held_out, trained=origin.ramps_trained)
     results = header | {"record": str(config["record"])} | answer
     report.save(results, job.folder)
     return _result(True, job)

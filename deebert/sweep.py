@@ -9,7 +9,6 @@ import argparse
 import csv
 import io
 import logging
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from deebert import ranks
 from deebert.errors import UserError
 from deebert.sweep_rows import COLUMNS, ORIGINS, Job, Mean, jobs_of, over_seeds, rows_of
 
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _keep(config: DictConfig) -> bool:
     """Write the summary if this is the process to do it; did it work?"""
-    if int(os.environ.get("LOCAL_RANK", 0)):
+    if not ranks.is_first():
         return False
     try:
         write(_folder(config))

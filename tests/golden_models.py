@@ -7,6 +7,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from deebert import published
 from deebert.model import EarlyExitModel
 
 FOLDER = Path(__file__).parent / "golden"
@@ -31,10 +32,4 @@ def load(name: str) -> tuple[EarlyExitModel, dict[str, Tensor], dict[str, Any]]:
 
 def renamed_key(key: str, kind: str, last: int) -> str:
     """The original's name of a parameter -> ours; "" for its last ramp, which nothing trains."""
-    key = key.removeprefix(f"{kind}.").replace("pooler.dense", "pooler")
-    if key.startswith("encoder.highway."):
-        number, _, rest = key.removeprefix("encoder.highway.").partition(".")
-        return f"ramps.{number}.{rest}" if int(number) < last else ""
-    if key.startswith(("pooler.", "classifier.")):
-        return f"ramps.{last}.{key}"
-    return f"backbone.encoder.{key}"
+    return published.our_name(key, published.DEEBERT[kind], last) or ""

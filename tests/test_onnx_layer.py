@@ -4,11 +4,12 @@ import sys
 
 import pytest
 import torch
-from random_models import CPU, inputs_of, model_of, rule_of
+from random_models import CPU, RAMPS, inputs_of, model_of, rule_of
 
+from deebert.batching import padded
 from deebert.engine import Engine
 from deebert.errors import UserError
-from deebert.onnx_layer import OnnxLayer
+from deebert.onnx_layer import OnnxEmbeddings, OnnxLayer
 from deebert.split import SplitLayer
 
 TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
@@ -20,7 +21,7 @@ TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
 def test_layer_equals_torch(model_type, precision):
     backbone = model_of(model_type).backbone
     parts = backbone.parts(1)
-    ours = OnnxLayer(parts, backbone.num_heads, precision)
+    ours = OnnxLayer(parts, backbone.num_heads, precision, ramp=None)
     exact = SplitLayer(parts, backbone.num_heads, "float32", CPU)
     random = torch.Generator().manual_seed(3)
     for lengths in ([1], [7], [1, 2], [3, 9, 5], [40] * 20, [*range(1, 41)]):
@@ -42,11 +43,61 @@ def test_layer_equals_torch(model_type, precision):
 
 
 @pytest.mark.parametrize("model_type", TYPES)
-def test_engine_equals_the_record(model_type):
-    model = model_of(model_type)
+@torch.inference_mode()
+def test_embeddings_equal_torch(model_type):
+    backbone = model_of(model_type).backbone
+    inputs = inputs_of(model_type, [1, 9, 4])
+    inputs[2]["input_ids"][1] = backbone.pad_token_id  # RoBERTa does not count it
+    tokens = padded(inputs, backbone.pad_token_id)
+    ours = OnnxEmbeddings(backbone.embedding_parts)
+    near = {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(ours(**tokens), backbone.embeddings(**tokens), **near)
+    if "token_type_ids" in tokens:
+        tokens["token_type_ids"] = torch.ones_like(tokens["token_type_ids"]).triu()
+        torch.testing.assert_close(ours(**tokens), backbone.embeddings(**tokens), **near)
+
+
+@pytest.mark.parametrize("num_labels", [1, 3])
+@pytest.mark.parametrize("kind", RAMPS)
+@torch.inference_mode()
+def test_layer_with_its_ramp(kind, num_labels):
+    model = model_of("bert", num_labels, kind)
+    hidden_BSH = torch.randn(4, 9, model.backbone.hidden_size)
+    real_BS = torch.arange(9) < torch.tensor([[1], [9], [4], [2]])
+    previous_BC = torch.randn(4, num_labels)
+    parts = model.backbone.parts(1)
+    exact = SplitLayer(parts, model.backbone.num_heads, "float32", CPU)
+    near = {"rtol": 1e-4, "atol": 1e-5}
+    for ramp in (model.all_ramps[1], model.all_ramps[-1]):
+        ramp.shift.normal_()
+        ramp.scale.fill_(3.0)
+        ours = OnnxLayer(parts, model.backbone.num_heads, "float32", ramp)
+        for mask_BS in (real_BS, None):
+            mask = None if mask_BS is None else mask_BS[:, None, None]
+            after_BSH = exact(hidden_BSH, mask)
+            features_BF = ramp.read(hidden_BSH, after_BSH, mask_BS)
+            for previous in (None, previous_BC):
+                logits_BC, unsure_B = ramp.judge(features_BF, previous)
+                new_BSH, found_BC, found_B = ours.with_ramp(hidden_BSH, mask, previous)
+                torch.testing.assert_close(new_BSH, after_BSH, **near)
+                torch.testing.assert_close(found_BC, logits_BC, **near)
+                assert (found_B is None) == (unsure_B is None)
+                if unsure_B is not None:
+                    torch.testing.assert_close(found_B, unsure_B, **near)
+            if ramp is model.all_ramps[-1]:
+                torch.testing.assert_close(ours.answer(hidden_BSH, mask), logits_BC, **near)
+
+
+CASES = [(model_type, "first", "entropy") for model_type in TYPES]
+CASES += [("bert", kind, rule) for kind in RAMPS for rule in ("entropy", "patience", "learned")]
+
+
+@pytest.mark.parametrize(("model_type", "kind", "name"), CASES)
+def test_engine_equals_torch(model_type, kind, name):
+    model = model_of(model_type, ramp=kind)
     inputs = inputs_of(model_type, [1 + i * 7 % 40 for i in range(40)])
-    rule = rule_of("entropy")
-    for threshold in (0.0, 0.7):
+    rule = rule_of(name)
+    for threshold in (0.0, 0.5):
         exact = Engine(model, rule, threshold).run(inputs, all_ramps=True)
         for batches in ([inputs], [[given] for given in inputs]):
             engine = Engine(model, rule, threshold, runtime="onnx")

@@ -11,10 +11,11 @@ from test_module import build, fit
 from torch import Tensor
 
 from deebert import checkpoints, demo, objectives
-from deebert.data import CALIBRATION, TextDataModule
+from deebert.data import TextDataModule
 from deebert.errors import UserError
 from deebert.frozen import FrozenStates
 from deebert.objectives import UNLABELLED, exit_loss
+from deebert.records import HELD_OUT
 
 Run = Callable[..., str]
 
@@ -52,7 +53,7 @@ def ramps_after(glue: Path, path: Path, label_weight: float, *unlabelled: str) -
 def test_their_labels_are_hidden_and_nothing_else_changes(glue: Path) -> None:
     _, data = build("stage 1", glue)
     plain, more = told(data, held_out=20), told(data, "test", held_out=20)
-    for split in ("train", "validation", CALIBRATION, "test"):
+    for split in ("train", "validation", HELD_OUT, "test"):
         assert more.fingerprint(split) == plain.fingerprint(split)
     labels = torch.cat([batch["labels"] for batch in more.train_dataloader()])
     assert labels.dtype == torch.long
@@ -63,7 +64,7 @@ def test_their_labels_are_hidden_and_nothing_else_changes(glue: Path) -> None:
     assert more.calibration_size == 20
 
 
-@pytest.mark.parametrize("split", ["train", "validation", CALIBRATION])
+@pytest.mark.parametrize("split", ["train", "validation", HELD_OUT])
 def test_rows_that_have_another_use_are_refused(glue: Path, split: str) -> None:
     _, data = build("stage 1", glue)
     with pytest.raises(UserError, match=rf"data.unlabelled=\[{split}\]: .* choose from: test, or"):

@@ -1,0 +1,217 @@
+"""What stands between the network and the service: the token, the sizes, and what is counted.
+
+An ASGI middleware, so that a body is refused before it is read into memory and a request without
+the token before anything else is looked at. Knows nothing of texts or models.
+"""
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deebert.metrics import Metrics
+from deebert.requests import noted, trouble
+
+log = logging.getLogger(__name__)
+
+# Without the token: what asks whether the service lives, and the page that tells how to use it.
+OPEN = ("/health", "/docs", "/openapi.json")
+BODY_SECONDS = 30  # for a body to come
+DROPPED = 16  # times the limit: so much of a body that is too large is read, and thrown away,
+DROP_SECONDS = 5  # for so long
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What is let in.
+
+    Attributes:
+        paths: that there are.
+        takes: path that takes a body of JSON.
+        max_body: of it, in bytes.
+        max_waiting: requests at `takes` that may be under way at once.
+    """
+
+    paths: Sequence[str]
+    takes: str
+    max_body: int
+    max_waiting: int
+    token: str | None
+
+
+class TurnedAway(Exception):
+    """A request that is not let in."""
+
+    def __init__(self, status: int, reason: str, **headers: str) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class Door:
+    """Lets requests in, one by one, and counts them.
+
+    Attributes:
+        taken, answered: requests at `admission.takes` that were let in, and those that have all of
+            their answer.
+    """
+
+    def __init__(self, app: ASGIApp, admission: Admission, metrics: Metrics) -> None:
+        self.app, self.admission, self.metrics = app, admission, metrics
+        self.taken = self.answered = self.waiting = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            log.info("answered %d of %d requests that were taken", self.answered, self.taken)
+            return
+        if scope["type"] != "http":  # a websocket: nothing here speaks it
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        start, said = time.perf_counter(), 500
+        path = scope["path"] if scope["path"] in self.admission.paths else "other"
+
+        async def seen(message: Message) -> None:
+            nonlocal said
+            if message["type"] == "http.response.start":
+                said = message["status"]
+            await send(message)
+
+        self.metrics.in_progress.inc()
+        try:
+            await self._pass(scope, receive, seen)
+        finally:
+            self.metrics.in_progress.dec()
+            self.metrics.request(path, said, time.perf_counter() - start)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        counts = scope["path"] == self.admission.takes and scope["method"] == "POST"
+        try:
+            self._check_token(scope["path"], headers)
+            if counts:
+                self._check_room()
+                _check_kind(headers)
+            body = await self._body(headers, receive)
+        except TurnedAway as error:
+            response = Response(trouble(str(error)), error.status, error.headers, "application/json")
+            await response(scope, receive, send)
+            return
+        if not counts:
+            await self.app(scope, _replayed(body, receive), send)
+            return
+        self.taken += 1
+        self.waiting += 1
+        try:
+            await self.app(scope, _replayed(body, receive), send)
+            self.answered += 1
+        finally:
+            self.waiting -= 1
+
+    def _check_token(self, path: str, headers: Headers) -> None:
+        token = self.admission.token
+        if token is None or path in OPEN:
+            return
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            given = headers.get("x-api-key", "")
+        # Headers come as Latin-1. The time that comparing takes doesn't tell where they differ.
+        if not hmac.compare_digest(given.strip().encode("latin-1"), token.encode()):
+            what = "is wrong" if given else "is missing"
+            raise TurnedAway(
+                401,
+                f"the token {what}; send the header 'Authorization: Bearer TOKEN'",
+                www_authenticate="Bearer",
+            )
+
+    def _check_room(self) -> None:
+        if self.waiting >= self.admission.max_waiting:
+            reason = f"{self.admission.max_waiting} requests are waiting already; come again later"
+            raise TurnedAway(503, reason, retry_after="1")
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+        """All of it.
+
+        Raises:
+            TurnedAway: it is too large, or does not come.
+        """
+        most = self.admission.max_body
+        too_large = f"the body has more than {most} bytes, the most that is taken"
+        said = headers.get("content-length", "")
+        if "expect" in headers and said.isdecimal() and int(said) > most:
+            raise TurnedAway(413, too_large, connection="close")  # nothing was sent yet
+        content, parts = bytearray(), _parts(receive)
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in parts:
+                    content += part
+                    if len(content) > most:
+                        break
+                else:
+                    return bytes(content)
+        except TimeoutError as error:
+            late = f"the body has not come within {BODY_SECONDS} s"
+            raise TurnedAway(408, late, connection="close") from error
+        content.clear()
+        if await _thrown_away(parts, DROPPED * most):
+            raise TurnedAway(413, too_large)
+        raise TurnedAway(413, too_large, connection="close")
+
+
+async def _parts(receive: Receive) -> AsyncIterator[bytes]:
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise TurnedAway(400, "the body has ended too early")
+        yield message.get("body", b"")
+        more = message.get("more_body", False)
+
+
+async def _thrown_away(parts: AsyncIterator[bytes], most: int) -> bool:
+    """Read on to the end of a body, but not for ever: a client that is still sending would not see
+    its answer. Was that the end?"""
+    dropped = 0
+    try:
+        async with asyncio.timeout(DROP_SECONDS):
+            async for part in parts:
+                dropped += len(part)
+                if dropped > most:
+                    return False
+    except TimeoutError:
+        return False
+    return True
+
+
+def _check_kind(headers: Headers) -> None:
+    """Raises:
+    TurnedAway: the body is not said to be JSON in UTF-8.
+    """
+    given = headers.get("content-type", "")
+    kind, _, rest = given.partition(";")
+    charset = rest.strip().lower().removeprefix("charset=").strip("\"'")
+    if kind.strip().lower() != "application/json" or charset not in ("", "utf-8", "utf8"):
+        wanted = "send JSON in UTF-8 with 'Content-Type: application/json'"
+        raise TurnedAway(415, f"Content-Type is {noted(given)}; {wanted}")
+    if coding := headers.get("content-encoding"):
+        raise TurnedAway(415, f"Content-Encoding {noted(coding)} is not read; send it as it is")
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """The body as one message; what comes after it is asked for where it comes from."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay

@@ -1,0 +1,108 @@
+"""Requests that came together -> a reply for each, in as few runs of the model as can be.
+
+Requests with the same exit rule and thresholds run together, whatever they called their wish. One
+that cannot be answered leaves the others alone. Knows nothing of HTTP or processes.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from deebert import requests
+from deebert.classifier import Asked, EarlyExitClassifier, Predictions, Tokens
+from deebert.errors import UserError
+from deebert.requests import Refused, Work
+
+log = logging.getLogger(__name__)
+
+OK, OUR_FAULT = 200, 500
+
+
+@dataclass(frozen=True)
+class Reply:
+    """HTTP's status and content (JSON), and where the texts have left."""
+
+    status: int
+    content: bytes
+    exit_layers: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A request (by its place) as the model takes it."""
+
+    place: int
+    tokens: list[Tokens]
+    asked: Asked
+
+
+def replies(
+    classifier: EarlyExitClassifier,
+    works: Sequence[Work | Refused],
+    default: Mapping[str, Any],
+) -> list[Reply]:
+    """One for each, in their order.
+
+    Args:
+        works: what there is to do, or why not.
+        default: the wish of those that have none.
+    """
+    found: dict[int, Reply] = {}
+    groups: dict[Any, list[_Ready]] = {}
+    for place, work in enumerate(works):
+        try:
+            if isinstance(work, Refused):
+                raise work
+            asked = classifier.ask(**(work.wish or default))
+            tokens = classifier.encode(work.texts)
+        except UserError as error:
+            found[place] = refusal(error)
+        except Exception:
+            found[place] = failure()
+        else:
+            # Of the same rule (temperatures fitted for a wish make another one) and thresholds.
+            key = id(asked.rule), repr(asked.thresholds)
+            groups.setdefault(key, []).append(_Ready(place, tokens, asked))
+    for group in groups.values():
+        try:
+            answers = classifier.answer([each for one in group for each in one.tokens], group[0].asked)
+        except Exception:
+            found |= dict.fromkeys((one.place for one in group), failure())
+            continue
+        start = 0
+        for one in group:
+            end = start + len(one.tokens)
+            found[one.place] = _reply(_part(answers, start, end), one.asked)
+            start = end
+    return [found[place] for place in range(len(works))]
+
+
+def refusal(error: UserError) -> Reply:
+    """Of a request that cannot be answered."""
+    status = error.status if isinstance(error, Refused) else requests.UNFIT
+    return Reply(status, requests.trouble(str(error)))
+
+
+def failure() -> Reply:
+    """While an exception is handled that nobody who asks can help; it is logged."""
+    log.exception("a request could not be answered")
+    return Reply(OUR_FAULT, requests.trouble("the service failed here; its log says how"))
+
+
+def _reply(found: Predictions, asked: Asked) -> Reply:
+    try:
+        return Reply(OK, requests.answer(found, asked), found.exit_layers)
+    except ValueError:
+        log.warning("an answer is not finite (are the model's weights?)")
+        return Reply(OUR_FAULT, requests.trouble("the model's answer is NaN or infinity"))
+
+
+def _part(found: Predictions, start: int, end: int) -> Predictions:
+    shares_NC = found.probabilities_NC
+    return replace(
+        found,
+        labels=found.labels[start:end],
+        probabilities_NC=None if shares_NC is None else shares_NC[start:end],
+        exit_layers=found.exit_layers[start:end],
+    )

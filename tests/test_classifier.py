@@ -1,0 +1,268 @@
+"""A trained model used from Python: answers, wishes, what is saved, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+
+from deebert import EarlyExitClassifier, card, checkpoints, records
+from deebert.errors import UserError
+from deebert.exits import RULES, entropy, exit_layer
+
+PAIRS = [("a fine film", "no film"), ("red", "red"), ("one two three four", "two"), ("x", "y z")]
+
+
+@pytest.fixture(scope="module")
+def classifier(stage2: Path) -> EarlyExitClassifier:
+    return EarlyExitClassifier.from_pretrained(stage2)
+
+
+def test_answers_as_the_model(classifier: EarlyExitClassifier) -> None:
+    tokens = classifier.tokenizer(
+        [a for a, _ in PAIRS], [b for _, b in PAIRS], padding=True, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        logits_NLC = classifier.model(**tokens)
+    for threshold in (0.0, 0.68, 0.7):
+        layer_N = exit_layer(entropy(logits_NLC), threshold)
+        expected_NC = logits_NLC[torch.arange(4), layer_N - 1].softmax(-1)
+        found = classifier.predict(PAIRS, threshold=threshold)
+        assert found.exit_layers == layer_N.tolist()
+        torch.testing.assert_close(found.probabilities_NC, expected_NC, atol=1e-5, rtol=0)
+        assert found.labels == [classifier.labels[i] for i in expected_NC.argmax(-1)]
+        assert found.saving == pytest.approx(1 - layer_N.float().mean().item() / 3)
+        assert [each["exit_layer"] for each in found] == found.exit_layers
+        assert found[1]["probability"] == pytest.approx(expected_NC[1].max().item(), abs=1e-5)
+
+
+def test_one_text_or_many_in_every_form(classifier: EarlyExitClassifier) -> None:
+    [one] = classifier.predict(PAIRS[0])
+    for same in ([PAIRS[0]], [list(PAIRS[0])], {"sentence1": "a fine film", "sentence2": "no film"}):
+        assert [*classifier.predict(same)] == [pytest.approx(one)]
+    assert one["exit_layer"] == 3, "without a wish all layers run"
+    streamed = classifier.stream(iter([*PAIRS] * 3000), threshold=0.68)
+    assert [len(part) for part in streamed] == [8192, 3808]
+
+
+def test_grants_wishes_from_the_record(classifier: EarlyExitClassifier, stage2: Path) -> None:
+    asked = classifier.ask(target_saving=0.4)
+    [record] = classifier.saved.records.values()
+    layer_N = exit_layer(entropy(record.logits_NLC), asked.thresholds)
+    saving = 1 - layer_N.float().mean().item() / 3
+    assert asked.split == "validation"
+    assert asked.expected["expected_saving"] == pytest.approx(saving)
+    assert saving == pytest.approx(0.4, abs=1 / len(record))
+    low, high = asked.expected["interval"]
+    assert low < saving < high
+    assert classifier.ask(target_saving=0.4) is asked
+    disagreeing = classifier.ask(max_drop=0.5, loss="disagreement", confidence=0.9)
+    assert disagreeing.expected["disagreement"] <= 0.5
+    faster = classifier.ask(target_speedup=1.05)
+    assert faster.thresholds >= 0
+    patient = classifier.ask(target_saving=0.1, exit="patience")
+    assert patient.rule.name == "patience"
+
+
+def test_saved_and_loaded_it_is_the_same(classifier: EarlyExitClassifier, tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    classifier.save_pretrained(folder, target_saving=0.4)
+    again = EarlyExitClassifier.from_pretrained(folder)
+    assert again.ask().thresholds == classifier.ask(target_saving=0.4).thresholds
+    expected, found = classifier.predict(PAIRS, target_saving=0.4), again.predict(PAIRS)
+    assert torch.equal(found.probabilities_NC, expected.probabilities_NC)
+    assert found.exit_layers == expected.exit_layers
+    again.save_pretrained(tmp_path / "twice")
+    for file in folder.rglob("*"):
+        if file.is_file() and file.name not in ("deebert.json", "README.md"):
+            assert file.read_bytes() == (tmp_path / "twice" / file.relative_to(folder)).read_bytes()
+    about = json.loads((tmp_path / "twice" / "deebert.json").read_text())
+    assert about["wish"] == {"target_saving": 0.4}, "the wish stays"
+    everything = "".join(p.read_text() for p in folder.glob("*.json"))
+    assert "/tmp" not in everything, "no folder of this machine"
+    assert str(ROOT) not in everything
+
+
+def test_the_card(classifier: EarlyExitClassifier) -> None:
+    text = card.card(classifier.saved, classifier.task)
+    [record] = classifier.saved.records.values()
+    score = classifier.task.score(record.logits_NLC[:, -1].argmax(-1), record.labels_N)
+    assert f"{score:.4f} |" in text
+    assert "| 40." in text
+    assert text.startswith("---\nlibrary_name: deebert\n")
+    assert "from deebert import EarlyExitClassifier" in text
+
+
+def test_loads_without_the_training_libraries(
+    classifier: EarlyExitClassifier, tmp_path: Path
+) -> None:
+    """In a fresh process, elsewhere, from a folder that cannot be written to."""
+    folder = tmp_path / "saved"
+    classifier.save_pretrained(folder)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    program = """
+import sys
+from deebert import EarlyExitClassifier
+classifier = EarlyExitClassifier.from_pretrained(sys.argv[1])
+print(classifier.predict(("a fine film", "no film"), target_saving=0.4).labels)
+heavy = {"lightning", "hydra", "omegaconf", "datasets", "wandb", "torchmetrics", "matplotlib", "pandas"}
+print(sorted(heavy & set(sys.modules)))
+"""
+    command = [sys.executable, "-c", program, str(folder)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    labels, heavy = done.stdout.splitlines()
+    assert labels == str(classifier.predict(PAIRS[0], target_saving=0.4).labels)
+    assert heavy == "[]"
+
+
+@pytest.mark.parametrize(
+    ("texts", "wish", "says"),
+    [
+        ([], {}, "no texts"),
+        (["one text"], {}, "takes a pair of texts: sentence1, sentence2"),
+        ([("a", None)], {}, "not a text"),
+        ([("a", "b", "c")], {}, "has 3 texts"),
+        ([{"sentence1": "a"}], {}, "lacks 'sentence2'"),
+        ([7], {}, "an input is 7, not a text"),
+        (PAIRS, {"target_saving": 1.5}, "target_saving=1.5 must be in"),
+        (PAIRS, {"target_saving": "half"}, "target_saving=half must be in"),
+        (PAIRS, {"target_saving": 0.3, "threshold": 0.1}, "ask for one of them"),
+        (PAIRS, {"threshold": -1}, "threshold=-1"),
+        (PAIRS, {"threshold": [0.1]}, "2"),
+        (PAIRS, {"saving": 0.4}, "saving=0.4 needs target_saving"),
+        (PAIRS, {"saving": 0.4, "target_saving": 0.4}, "saving= is no part of a wish"),
+        (PAIRS, {"confidence": 0.9}, "confidence=0.9 needs"),
+        (PAIRS, {"exit": "luck", "threshold": 0.1}, "exit 'luck' is unknown"),
+        (PAIRS, {"exit": "change", "threshold": 0.1}, "is for a regression"),
+        (PAIRS, {"exit": "learned", "threshold": 0.1}, "needs a learned score"),
+        (PAIRS, {"max_drop": 0.001}, "cannot be promised"),
+    ],
+)
+def test_bad_input(classifier: EarlyExitClassifier, texts: list, wish: dict, says: str) -> None:
+    with pytest.raises(UserError, match=says) as error:
+        classifier.predict(texts, **wish)
+    assert "\n" not in str(error.value)
+
+
+def test_untrained_ramps_grant_nothing(stage1: Path) -> None:
+    classifier = EarlyExitClassifier.from_pretrained(stage1)
+    assert classifier.predict(PAIRS).exit_layers == [3] * 4
+    with pytest.raises(UserError, match="its ramps say nothing yet"):
+        classifier.ask(target_saving=0.4)
+
+
+def test_without_a_record(stage2: Path) -> None:
+    classifier = EarlyExitClassifier.from_pretrained(stage2 / "checkpoints" / "best.ckpt")
+    object.__setattr__(classifier.saved, "records", {})
+    assert len(classifier.predict(PAIRS, threshold=0.1)) == 4
+    with pytest.raises(UserError, match="no records to choose thresholds on"):
+        classifier.ask(target_saving=0.4)
+
+
+def damaged(folder: Path, name: str, change) -> None:
+    about = json.loads((folder / name).read_text())
+    change(about)
+    (folder / name).write_text(json.dumps(about))
+
+
+HOSTILE = {
+    "a weight of another shape": "do not fit its shape",
+    "a weight is missing": "do not fit its shape",
+    "no weights": "model.safetensors is missing",
+    "weights that are pickled": "cannot be read as safetensors",
+    "a tokenizer outside": "would lie outside the folder",
+    "a task that names code": "key '_target_' is unknown",
+    "another schema": "schema 7",
+    "not JSON": "is damaged",
+    "a number": "is damaged",
+    "an unknown model": "is not supported",
+    "a record of other weights": "other weights",
+    "a rule that is no name": "is no name",
+    "an unknown rule": "exit 'os.system' is unknown",
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_refuses_a_damaged_or_hostile_folder(
+    what: str, classifier: EarlyExitClassifier, tmp_path: Path
+) -> None:
+    folder = tmp_path / "saved"
+    classifier.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(iter(weights))
+    if what == "a weight of another shape":
+        save_file(weights | {name: torch.zeros(3)}, folder / "model.safetensors")
+    elif what == "a weight is missing":
+        del weights[name]
+        save_file(weights, folder / "model.safetensors")
+    elif what == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif what == "weights that are pickled":
+        torch.save(weights, folder / "model.safetensors")
+    elif what == "a tokenizer outside":
+        damaged(folder, "deebert.json", lambda a: a.update(tokenizer=["../../secret"]))
+    elif what == "a task that names code":
+        damaged(
+            folder, "deebert.json", lambda a: a["config"]["task"].update(_target_="os.system")
+        )
+    elif what == "another schema":
+        damaged(folder, "deebert.json", lambda a: a.update(schema=7))
+    elif what == "not JSON":
+        (folder / "deebert.json").write_text("{")
+    elif what == "a number":
+        (folder / "deebert.json").write_text("7")
+    elif what == "an unknown model":
+        damaged(folder, "config.json", lambda a: a["config"].update(model_type="gpt2"))
+    elif what == "a record of other weights":
+        save_file(weights | {name: weights[name] + 1}, folder / "model.safetensors")
+    elif what == "a rule that is no name":
+        damaged(folder, "deebert.json", lambda a: a.update(exit={"_target_": "os.system"}))
+    else:
+        damaged(folder, "deebert.json", lambda a: a.update(exit="os.system"))
+    with pytest.raises(UserError, match=HOSTILE[what]) as error:
+        EarlyExitClassifier.from_pretrained(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    for source in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match="run folder"):
+            EarlyExitClassifier.from_pretrained(source)
+
+
+def test_rules_are_those_of_conf() -> None:
+    from omegaconf import OmegaConf
+
+    folder = ROOT / "conf" / "exit"
+    base = OmegaConf.to_container(OmegaConf.load(folder / "entropy.yaml"))
+    assert {file.stem for file in folder.glob("*.yaml")} == set(RULES)
+    for name, rule in RULES.items():
+        values = base | OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"))
+        assert values["score"]["_target_"] == f"deebert.exits.{rule['score'].__name__}"
+        told = {k: v for k, v in values["score"].items() if not k.startswith("_")}
+        assert told == rule.get("options", {})
+        expected = {"largest": None, "regression": False, "looks_back": True, "reads": "logits"}
+        expected |= {key: rule[key] for key in expected if key in rule}
+        assert {key: values[key] for key in expected} == expected
+
+
+def test_shared_parameters_come_back(tmp_path: Path, stage2: Path) -> None:
+    """safetensors holds them once."""
+    from random_models import model_of
+
+    model = model_of("bert", 2, "shared")
+    model.save_pretrained(tmp_path)
+    loaded = model_of("bert", 2, "shared")
+    for parameter in loaded.parameters():
+        parameter.zero_()
+    loaded.load_weights(load_file(tmp_path / "model.safetensors"))
+    expected = model.state_dict()
+    assert all(torch.equal(values, expected[name]) for name, values in loaded.state_dict().items())
+    assert checkpoints.fingerprint(loaded.state_dict()) == checkpoints.fingerprint(expected)
+    assert records.HELD_OUT == "calibration"

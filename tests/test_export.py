@@ -1,0 +1,417 @@
+"""An exported model answers as the engine does, where there is no torch, transformers or deebert."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from random_models import CLASS_RULES, RAMPS, inputs_of, middles, model_of, world
+from transformers import RobertaTokenizer
+
+from deebert import EarlyExitClassifier, demo, exits, export, onnx_runner, tokens
+from deebert.classifier import Asked
+from deebert.engine import Engine
+from deebert.errors import UserError
+from deebert.onnx_runner import Runner, RunnerError
+from deebert.tasks import Task
+
+TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+# Runs a file where nothing can be imported but what the runner may need.
+ALONE = """
+import runpy, sys
+known = {*sys.stdlib_module_names, "numpy", "onnxruntime", "tokenizers"}
+class Alone:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in known:
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+sys.meta_path.insert(0, Alone())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+ODD = [("", "x"), ("naïve café 北京 \U0001f600", "don't"), ("[SEP] <s>", " \t\n"), ("a " * 90, "b " * 70)]
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Of a few to more tokens than the model takes."""
+    rows = [row["review"] for row in demo.rows("test")]
+    return ODD + [(" ".join(rows[i : i + i % 3]), " ".join(rows[i : i + i % 5])) for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def classifier(stage2: Path) -> EarlyExitClassifier:
+    return EarlyExitClassifier.from_pretrained(stage2)
+
+
+@pytest.fixture(scope="module")
+def exported(stage2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """By the command."""
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    command = [sys.executable, "-m", "deebert.export", f"model={stage2}", f"output={folder}"]
+    done = subprocess.run(
+        [*command, "target_saving=0.35"], cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    assert "can be asked for target_saving=0.1, 0.2, 0.3, 0.35, 0.4" in done.stdout
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "README.md", "deebert.json", "embeddings.onnx", "layer_1.onnx", "layer_2.onnx",
+        "layer_3.onnx", "runner.py", "tokenizer.json",
+    ]  # fmt: skip
+    return folder
+
+
+def answers(runner: Path, folder: Path, lines: list, *options: str) -> subprocess.CompletedProcess:
+    """What the runner says, in a process of its own, elsewhere."""
+    given = "".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines)
+    command = [sys.executable, "-c", ALONE, str(runner), str(folder), *options]
+    return subprocess.run(
+        command, cwd=runner.parent, input=given, capture_output=True, text=True, timeout=280
+    )
+
+
+@pytest.mark.parametrize("wish", [{}, {"target_saving": 0.2}, {"threshold": None}])
+def test_alone_it_answers_as_the_engine(
+    wish: dict, exported: Path, classifier: EarlyExitClassifier, tmp_path: Path
+) -> None:
+    runner = tmp_path / "elsewhere" / "answer.py"
+    runner.parent.mkdir()
+    shutil.copy(exported / "runner.py", runner)
+    texts = pairs()
+    if "threshold" in wish:
+        every = classifier.engine.at(0.0).run(classifier.encode(texts), all_ramps=True).ramps_NLC
+        between = middles(exits.entropy(every[:, :-1]).flatten())
+        wish["threshold"] = between[len(between) // 2]
+    expected = classifier.predict(texts, **(wish or {"target_saving": 0.35}))
+    done = answers(runner, exported, texts, *(f"{name}={value}" for name, value in wish.items()))
+    assert (done.returncode, done.stderr) == (0, "")
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [each["exit_layer"] for each in found] == expected.exit_layers
+    assert len(set(expected.exit_layers)) > 1
+    assert [each["label"] for each in found] == expected.labels
+    shares = [each["probability"] for each in found]
+    assert shares == pytest.approx([each["probability"] for each in expected], abs=1e-4)
+
+
+def test_readme_says_how(exported: Path, classifier: EarlyExitClassifier) -> None:
+    """Its command and its Python, as they stand there."""
+    lines = (exported / "README.md").read_text().splitlines()
+    code = [line.strip() for line in lines if line.startswith("    ")]
+    assert code[0] == "pip install numpy onnxruntime tokenizers"
+    done = subprocess.run(
+        code[1].replace("python", sys.executable), shell=True, cwd=exported, capture_output=True,
+        text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    [expected] = classifier.predict([("a text", "and another")], target_saving=0.3)
+    assert json.loads(done.stdout) == pytest.approx(expected, abs=1e-4)
+    program = "\n".join(code[2:]).replace("THIS_FOLDER", ".").replace("Runner(\"", "print(Runner(\"")
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program})"], cwd=exported, capture_output=True, text=True, timeout=280
+    )
+    assert done.stdout.startswith("[{'label':"), done.stderr
+    table = [line.split("|")[1:4] for line in lines if line.startswith("| 0")]
+    for saving, expected_saving, score in table:
+        told = classifier.ask(target_saving=float(saving)).expected
+        assert float(expected_saving) == pytest.approx(told["expected_saving"], abs=1e-3)
+        assert float(score) == pytest.approx(told["score"], abs=1e-4)
+    assert len(table) > 4
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"target_saving": 0.3, "temperature": True},
+        {"target_saving": 0.3, "per_ramp": True},
+        {"target_saving": 0.1, "exit": "patience"},
+        {"max_drop": 0.5, "exit": "ensemble"},
+        {"threshold": [0.69, 0.6]},
+    ],
+)
+def test_wishes_of_every_kind(
+    wish: dict, classifier: EarlyExitClassifier, tmp_path: Path
+) -> None:
+    found = export.export(classifier, tmp_path / "model", **wish)
+    assert found.difference < 1e-5
+    expected = classifier.predict(pairs(), **wish)
+    answers = Runner(tmp_path / "model").predict(pairs())
+    assert [each["exit_layer"] for each in answers] == expected.exit_layers
+    shares = [each["probability"] for each in answers]
+    assert shares == pytest.approx([each["probability"] for each in expected], abs=1e-4)
+    same = {name: wish[name] for name in ("exit", "temperature", "per_ramp") if name in wish}
+    for saving in found.savings:
+        asked = Runner(tmp_path / "model").ask(target_saving=saving)
+        granted = classifier.ask(target_saving=saving, **same)
+        assert asked["thresholds"] == granted.thresholds
+        scales = granted.rule.temperatures
+        assert asked["temperatures"] == (None if scales is None else scales.tolist())
+
+
+def test_texts_in_every_form(exported: Path, classifier: EarlyExitClassifier) -> None:
+    runner = Runner(exported, threads=1)
+    [one] = runner.predict(("a fine film", "no film"))
+    named = {"sentence1": "a fine film", "sentence2": "no film", "label": 1}
+    for same in ([("a fine film", "no film")], [["a fine film", "no film"]], named, [named]):
+        assert runner.predict(same) == [one]
+    assert runner.predict(pairs(), threshold=0)[5]["exit_layer"] == 3
+
+
+def written(folder: Path, model, rule: exits.Rule, precision: str = "float32") -> Runner:
+    """An export without a tokenizer, at full depth."""
+    labels = None if rule.num_labels == 1 else [f"class {i}" for i in range(rule.num_labels)]
+    metric = "pearson" if labels is None else "accuracy"
+    values = {"name": "made-up", "columns": ["text"], "labels": labels, "metrics": [metric]}
+    about = export.described(model, Task.from_config(values), Asked(rule, 0.0, {}), precision)
+    folder.mkdir()
+    export.write(folder, model, about)
+    return Runner(folder)
+
+
+CASES = [(model_type, 3, "first", "entropy") for model_type in TYPES]
+CASES += [("bert", 3, ramp, rule) for ramp in RAMPS for rule in ("entropy", "patience", "learned")]
+CASES += [("bert", 3, "cascade", rule) for rule in CLASS_RULES]
+CASES += [("bert", 1, ramp, rule) for ramp in ("cascade", "mean") for rule in ("change", "learned")]
+
+
+@pytest.mark.parametrize(("model_type", "num_labels", "ramp", "name"), [*dict.fromkeys(CASES)])
+def test_runner_equals_engine(
+    model_type: str, num_labels: int, ramp: str, name: str, tmp_path: Path, monkeypatch
+) -> None:
+    model, inputs, record = world(model_type, num_labels, ramp)
+    rule = exits.named(name, num_labels)
+    runner = written(tmp_path / "model", model, rule)
+    scores_NL = rule(record.logits_NLC, record.unsure_NL).score_NL[:, :-1]
+    between = middles(scores_NL.flatten())[2:]
+    chosen = sorted({between[i * (len(between) - 1) // 3] for i in range(4)})
+    layers = set()
+    for threshold in (0.0, math.inf, *chosen, [chosen[0], 0.0, chosen[-1]]):
+        expected = Engine(model, rule, threshold).run(inputs, all_ramps=True)
+        for budget, window in ((2048, 8192), (100, 8192), (2048, 13)):
+            monkeypatch.setattr(onnx_runner, "TOKEN_BUDGET", budget)
+            monkeypatch.setattr(onnx_runner, "WINDOW", window)
+            found = runner.run(inputs, threshold)
+            assert found.layer_N.tolist() == expected.layer_N.tolist()
+            torch.testing.assert_close(torch.from_numpy(found.logits_NC), expected.logits_NC, **CLOSE)
+            ramps_NLC = torch.from_numpy(found.ramps_NLC)
+            torch.testing.assert_close(ramps_NLC, expected.ramps_NLC, equal_nan=True, **CLOSE)
+        layers |= set(found.layer_N.tolist())
+    assert len(layers) > 2
+
+
+@pytest.mark.parametrize("ramp", ["first", "mean"])
+@pytest.mark.parametrize("model_type", ["bert", "distilbert"])
+def test_int8(model_type: str, ramp: str, tmp_path: Path) -> None:
+    model, inputs, record = world(model_type, 3, ramp)
+    rule = exits.named("entropy", 3)
+    runner = written(tmp_path / "model", model, rule, "int8")
+    exact = written(tmp_path / "exact", model, rule)
+    size, full_size = ((tmp_path / name / "layer_1.onnx").stat().st_size for name in ("model", "exact"))
+    assert size < full_size
+    for at_once in (inputs, inputs[:1]):
+        found_NLC = torch.from_numpy(runner.run(at_once, 0.0).ramps_NLC)
+        expected_NLC = record.logits_NLC[: len(at_once)]
+        torch.testing.assert_close(found_NLC, expected_NLC, rtol=0, atol=0.1)
+        assert not np.array_equal(found_NLC, exact.run(at_once, 0.0).ramps_NLC)
+    # One at a time a batch's one scale is the same for both.
+    engine = Engine(model, rule, 0.9, precision="int8", runtime="onnx")
+    for each in inputs[:20]:
+        expected, found = engine.run([each]), runner.run([each], 0.9)
+        assert found.layer_N.tolist() == expected.layer_N.tolist()
+        torch.testing.assert_close(torch.from_numpy(found.logits_NC), expected.logits_NC, **CLOSE)
+
+
+@pytest.mark.parametrize("num_labels", [1, 2, 5])
+def test_rules_are_those_of_exits(num_labels: int) -> None:
+    assert set(onnx_runner.RULES) == set(exits.RULES)
+    random = torch.Generator().manual_seed(2)
+    logits_NLC = 3 * torch.randn(300, 6, num_labels, generator=random)
+    logits_NLC[:20] *= 1e4  # so sure that shares underflow
+    logits_NLC[20:40] = logits_NLC[20:40].round()  # ties
+    unsure_NL = torch.rand(300, 6, generator=random)
+    for name, ours in onnx_runner.RULES.items():
+        if exits.RULES[name].get("regression", False) not in (None, num_labels == 1):
+            continue
+        rule = exits.named(name, num_labels)
+        told = [dict(rule.options)]
+        told += [{"patience": patience} for patience in (1, 3)] if rule.options else []
+        for options in told:
+            again = exits.Rule(
+                name, lambda read, rule=rule, options=options: rule.score(read, **options), num_labels,
+                regression=rule.regression, looks_back=rule.looks_back, reads=rule.reads,
+            )  # fmt: skip
+            expected = again(logits_NLC, unsure_NL)
+            for ramps in range(1, 7):
+                score_N, answer_NC = ours(
+                    logits_NLC[:, :ramps].numpy(), unsure_NL[:, ramps - 1].numpy(), **options
+                )
+                there = expected.score_NL[:, ramps - 1].numpy()
+                np.testing.assert_allclose(score_N, there, rtol=1e-5, atol=1e-6, err_msg=name)
+                there = expected.answer_NLC[:, ramps - 1].numpy()
+                np.testing.assert_allclose(answer_NC, there, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_nan_is_answered_at_full_depth(tmp_path: Path) -> None:
+    model = model_of("bert")
+    model.all_ramps[0].classifier.bias.fill_(torch.nan)
+    for name in ("entropy", "vote"):
+        runner = written(tmp_path / name, model, exits.named(name, 3))
+        found = runner.run(inputs_of("bert", [3, 9]), [math.inf, 0.0, 0.0])
+        assert found.layer_N.tolist() == [4, 4]
+        assert np.isfinite(found.logits_NC).all()
+
+
+def test_longer_than_the_model_takes(tmp_path: Path) -> None:
+    model, rule = model_of("bert"), exits.named("entropy", 3)
+    inputs = inputs_of("bert", [500, 3])
+    found = written(tmp_path / "model", model, rule).run(inputs, 0.5)
+    expected = Engine(model, rule, 0.5).run(inputs)
+    torch.testing.assert_close(torch.from_numpy(found.logits_NC), expected.logits_NC, **CLOSE)
+
+
+def byte_level() -> RobertaTokenizer:
+    """With merges, leading spaces and no token types; cuts at the left."""
+    vocab = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])}
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    vocab |= {letter: len(vocab) + i for i, letter in enumerate(bytes_to_unicode().values())}
+    merges = [("Ġ", "a"), ("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n")]
+    for left, right in merges:
+        vocab.setdefault(left + right, len(vocab))
+    tokenizer = RobertaTokenizer(vocab=vocab, merges=merges)
+    tokenizer.truncation_side = "left"
+    return tokenizer
+
+
+@pytest.mark.parametrize("max_length", [8, 64])
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("kind", ["stage2", "byte level"])
+def test_tokens_are_the_project_s(
+    kind: str, columns: int, max_length: int, classifier: EarlyExitClassifier, tmp_path: Path
+) -> None:
+    tokenizer = byte_level() if kind == "byte level" else classifier.tokenizer
+    texts = list(zip(*pairs(), strict=True))[:columns]
+    expected = tokens.encode(tokenizer, texts, max_length)
+    runner = written(tmp_path / "model", model_of("bert"), exits.named("entropy", 3))
+    runner.about["token_type_ids"] = "token_type_ids" in expected
+    export.write_tokenizer(tmp_path / "model", tokenizer, max_length)
+    found = runner.encode(list(zip(*texts, strict=True)))
+    for name in found[0]:
+        assert [each[name] for each in found] == expected[name]
+    assert set(found[0]) == set(expected) - {"attention_mask"}
+    assert max(len(each["input_ids"]) for each in found) == max_length
+
+
+WRONG = {
+    "a folder that is not there": ("MISSING", [], [["a", "b"]], "is not there; write one with python -m"),
+    "a saving that is not there": ("", ["target_saving=0.33"], [["a", "b"]], "target_saving=0.33 is not in this export, which has: 0.1, 0.2, 0.3, 0.35"),
+    "an option that is none": ("", ["speed=2"], [["a", "b"]], "option 'speed=2' is unknown; choose one of: threshold"),
+    "a threshold that is none": ("", ["threshold=high"], [["a", "b"]], "threshold=high: 'high' is no number"),
+    "too many thresholds": ("", ["threshold=[0.1,0.2,0.3]"], [["a", "b"]], "a list of 2, one for each ramp but the last"),
+    "two wishes": ("", ["threshold=0.1", "target_saving=0.3"], [["a", "b"]], "ask for one of them"),
+    "no threads": ("", ["threads=0"], [["a", "b"]], "threads=0"),
+    "no JSON": ("", [], [["a", "b"], "{'a'"], "line 2 is no JSON"),
+    "nested deeply": ("", [], [["a", "b"], "[" * 100_000], "line 2 is no JSON"),
+    "a text where a pair is read": ("", [], [["a", "b"], '"a"'], "line 2: 'a' is not a pair of texts (sentence1, sentence2)"),
+    "half a letter": ("", [], [["a", "b"], '["\\ud800", "b"]'], "line 2: ['\\ud800', 'b'] is not Unicode"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_refused_in_one_line(what: str, exported: Path) -> None:
+    where, options, lines, says = WRONG[what]
+    done = answers(exported / "runner.py", exported / where, lines, *options)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: "), done.stderr
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stdout.count("\n") == ("line 2" in says), "what came before is answered"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("deebert.json", "{", "cannot be read"),
+        ("deebert.json", '{"schema": 1}', "is of no export"),
+        ("deebert.json", '{"format": "deebert-onnx", "schema": 9}', "has schema 9"),
+        ("layer_2.onnx", "nonsense", "layer_2.onnx cannot be loaded"),
+        ("layer_2.onnx", None, "layer_2.onnx cannot be loaded"),
+        ("tokenizer.json", "{}", "tokenizer.json cannot be read"),
+    ],
+)
+def test_a_damaged_export(
+    file: str, content: str | None, says: str, exported: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(exported, folder)
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_text(content)
+    with pytest.raises(RunnerError, match=says) as error:
+        Runner(folder).predict([("a", "b")])
+    assert "\n" not in str(error.value)
+
+
+def test_missing_packages_in_one_line(exported: Path) -> None:
+    alone = ALONE.replace('"tokenizers"', "")
+    command = [sys.executable, "-c", alone, str(exported / "runner.py"), str(exported)]
+    done = subprocess.run(command, capture_output=True, text=True, input="", timeout=280)
+    assert done.returncode == 2
+    assert done.stderr == "Error: tokenizers is blocked; pip install numpy onnxruntime tokenizers\n"
+
+
+def test_what_is_not_exported(classifier: EarlyExitClassifier, tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "model"
+
+    def refused(says: str, **more: object) -> None:
+        with pytest.raises(UserError, match=says) as error:
+            export.export(classifier, folder, **more)
+        assert "\n" not in str(error.value)
+        assert not [*tmp_path.glob(".*")], "nothing half made is left"
+
+    refused("precision 'bfloat16' is unknown; choose one of: float32, int8", precision="bfloat16")
+    refused("target_speedup=1.5: what layers cost", target_speedup=1.5)
+    refused("target_saving=0.9 is more than", target_saving=0.9)
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "mine").write_text("dear")
+    refused("is there; choose another, or give overwrite=true")
+    refused("is no export; overwrite=true replaces nothing else", overwrite=True)
+    assert (folder / "mine").read_text() == "dear"
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    refused(r'pip install "deebert\[onnx\]"', overwrite=True)
+    monkeypatch.undo()
+    for model_type in ("mpnet", "deberta-v2", "modernbert"):
+        with pytest.raises(UserError, match=r"'.*' cannot be exported.*supported: bert, roberta"):
+            export.check(model_of(model_type), "float32")
+
+
+def test_replaces_an_export(
+    classifier: EarlyExitClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    export.export(classifier, folder, threshold=0.2)
+    before = (folder / "deebert.json").read_text()
+    monkeypatch.setattr(export, "CLOSE", -1.0)
+    with pytest.raises(UserError, match="its logits differ by"):
+        export.export(classifier, folder, overwrite=True, threshold=0.6)
+    assert (folder / "deebert.json").read_text() == before, "what was there stays"
+    monkeypatch.undo()
+    export.export(classifier, folder, overwrite=True, threshold=0.6)
+    assert Runner(folder).ask()["thresholds"] == 0.6
+    assert [each.name for each in tmp_path.iterdir()] == ["model"]
+
+
+def test_without_trained_ramps(stage1: Path, tmp_path: Path, caplog) -> None:
+    classifier = EarlyExitClassifier.from_pretrained(stage1)
+    found = export.export(classifier, tmp_path / "model")
+    assert found.savings == []
+    assert "its ramps say nothing yet" in caplog.text
+    runner = Runner(tmp_path / "model")
+    assert [each["exit_layer"] for each in runner.predict(pairs())] == [3] * len(pairs())
+    with pytest.raises(RunnerError, match="which has: none"):
+        runner.ask(target_saving=0.3)
