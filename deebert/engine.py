@@ -49,8 +49,11 @@ WINDOW = 8192  # inputs that are sorted by length together; nothing is kept from
 # Tokens in a batch, measured on 2 CPU cores (benchmarks/speed.md): matrix products are at their
 # fastest from a few hundred rows on, and larger states no longer fit the caches.
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
-# Below these a group is too small to be run alone while others may come.
-REGROUP_BELOW = {"cpu": 1024, "cuda": 8192}
+# Below these a group is too small to be run alone while others may come: with 500 tokens a layer
+# takes 6 % more time a token than with 2,000, with 230 tokens 20 %.
+REGROUP_BELOW = {"cpu": 512, "cuda": 8192}
+# What a layer costs whatever the size of the group, in tokens: so much padding a merger may add.
+GROUP_COSTS = {"cpu": 96, "cuda": 2048}
 # First token first reads a layer's weights twice; below so many tokens that costs more than it can
 # save.
 FIRST_TOKEN_FROM = {"cpu": 64, "cuda": 512}
@@ -147,15 +150,15 @@ def _give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _joined(groups: list[_Group]) -> list[_Group]:
-    """Merged into few: into one, unless more than a third of its tokens would be padding."""
+def _joined(groups: list[_Group], group_costs: int) -> list[_Group]:
+    """Merged into few, where the padding that it adds costs less than a group of its own."""
     merged: list[list[_Group]] = []
     for group in sorted(groups, key=lambda group: group.hidden_BSH.shape[1]):
         if merged:
             together = [*merged[-1], group]
             num_rows = sum(len(each.rows_B) for each in together)
             own = sum(each.num_tokens for each in together)
-            if num_rows * group.hidden_BSH.shape[1] <= 1.5 * own:
+            if num_rows * group.hidden_BSH.shape[1] - own <= group_costs * len(merged[-1]):
                 merged[-1] = together
                 continue
         merged.append([group])
@@ -247,6 +250,7 @@ class Engine:
         kind = kind_of(self.device)
         self.token_budget = token_budget or TOKEN_BUDGET[kind]
         self.regroup_below = min(REGROUP_BELOW[kind], self.token_budget)
+        self.group_costs = GROUP_COSTS[kind]
         self.longest_input = model.backbone.longest_input
         self.first_token_from = FIRST_TOKEN_FROM[kind]
         self.ramps, self.kind = model.all_ramps, model.ramp_kind
@@ -269,8 +273,8 @@ class Engine:
 
     def _set(self, rule: Rule, thresholds: Sequence[float] | float) -> None:
         self.rule = rule
-        self.limits = exits.limits(thresholds, len(self.layers))
-        asked = (self.limits > 0).nonzero().flatten().tolist()
+        self.limits = exits.limits(thresholds, len(self.layers)).unbind()
+        asked = [layer for layer, limit in enumerate(self.limits) if limit > 0]
         self.asked = frozenset(asked)  # ramps that an input may leave at
         # Ramps whose logits something needs: the rule, or the ramp after them.
         back = rule.looks_back or self.kind.sees_previous
@@ -335,7 +339,7 @@ class Engine:
                 0, self._embed([window[row] for row in rows], rows, all_ramps), waiting, out
             )
         for layer in range(num_layers):  # no more will come
-            for group in _joined(waiting[layer]):
+            for group in _joined(waiting[layer], self.group_costs):
                 left = self._layer(layer, group, out)
                 if left is not None:
                     waiting[layer + 1].append(left)
@@ -350,7 +354,7 @@ class Engine:
             waiting[layer].append(group)
             if sum(each.num_tokens for each in waiting[layer]) < self.regroup_below:
                 return
-            groups, waiting[layer] = _joined(waiting[layer]), []
+            groups, waiting[layer] = _joined(waiting[layer], self.group_costs), []
         for each in groups:
             left = self._layer(layer, each, out)
             if left is not None:
@@ -472,8 +476,7 @@ class Engine:
         if group.ramps_BLC is not None:
             group.ramps_BLC[:, layer] = logits_BC
         if layer == len(self.layers) - 1:  # the final classifier answers, alone
-            leave_B = torch.ones(len(logits_BC), dtype=torch.bool)
-            answer_BC = logits_BC
+            leave_B, answer_BC = torch.ones(len(logits_BC), dtype=torch.bool), logits_BC
         elif layer in self.asked:
             if self.rule.looks_back:
                 assert group.ramps_BLC is not None
@@ -484,7 +487,8 @@ class Engine:
             score_B, answer_BC = verdict.score_NL[:, -1], verdict.answer_NLC[:, -1]
             leave_B = score_B < self.limits[layer].to(score_B.dtype)
             # A rule that counts votes has a score for NaN, too; it is nobody's answer.
-            leave_B &= answer_BC.isfinite().all(-1)
+            if leave_B.any():
+                leave_B &= answer_BC.isfinite().all(-1)
         else:
             return None
         if not leave_B.any():

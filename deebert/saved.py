@@ -77,7 +77,7 @@ def write(saved: Saved, model: EarlyExitModel, folder: Path, card: str) -> None:
 
 def public(config: Mapping[str, Any]) -> dict[str, Any]:
     """A run's configuration without this machine's folders."""
-    kept = {name: config[name] for name in KEPT if name in config}
+    kept: dict[str, Any] = {name: config[name] for name in KEPT if name in config}
     kept["task"] = {k: v for k, v in config["task"].items() if k != "root"}
     kept["data"] = {k: v for k, v in config["data"].items() if k != "root"} | {"root": None}
     kept["backbone"] = dict(config["backbone"])
@@ -95,22 +95,26 @@ def read(folder: Path, flag: str) -> Saved:
         kind = f" ({type(error).__name__})" if error else ""
         return UserError(f"{flag}={folder}: {what}{kind}; save the model again from its run")
 
+    weights = folder / "model.safetensors"
+    if not weights.is_file():  # safetensors does not say which file it misses
+        raise wrong(f"{weights.name} is missing")
     try:
         about = json.loads((folder / FILE).read_text("utf-8"))
         if about["schema"] != SCHEMA:
             raise wrong(f"{FILE} has schema {about['schema']}, not {SCHEMA}")
         shape = json.loads((folder / "config.json").read_text("utf-8"))
-        config = about["config"] | {"ramp": shape["ramp"] or {}}
+        config = about["config"]
         files = {
             name: (folder / name).read_text("utf-8")
             for name in map(_inside, about["tokenizer"])
         }
         checkpoint = Checkpoint(
             folder,
-            checkpoints.of_today(config),
+            public(checkpoints.of_today(config)),
             shape["config"],
             files,
-            load_file(folder / "model.safetensors"),
+            # Copies: the library maps the file, which would pull them from under us if it changed.
+            {name: w.clone() for name, w in load_file(weights).items()},
             int(about["epochs_done"]),
         )
         rule, wish = about["exit"], about["wish"]
