@@ -104,7 +104,7 @@ def service(run: str, window_ms: int, threads: int | None) -> Iterator[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = [f"model={run}", f"port={port}", f"batch_window_ms={window_ms}"]
+    options = [f"model={run}", f"port={port}", f"batch_window_ms={window_ms}", "speedups=true"]
     options += [] if threads is None else [f"threads={threads}"]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
@@ -191,7 +191,9 @@ def turn(
     seconds, each_seconds, answers = load(port, bodies, at_once)
     batches_after, together_after = batches(port)
     told = [isinstance(answer, dict) for answer in answers]
-    pairs = [pair for pair, there in zip(zip(asked, answers, strict=True), told, strict=True) if there]
+    pairs = [
+        pair for pair, there in zip(zip(asked, answers, strict=True), told, strict=True) if there
+    ]
     saved = [answer["saving"] * len(each.texts) for each, answer in pairs]
     p50, p95, p99 = np.percentile(np.array(each_seconds) * 1e3, [50, 95, 99]).tolist()
     return {
@@ -227,7 +229,9 @@ def markdown(found: dict[str, Any]) -> str:
         if not turns:
             continue
         rate = num / median(each["seconds"] for each in turns)
-        latency = [median(each["latency_ms"][name] for each in turns) for name in ("p50", "p95", "p99")]
+        latency = [
+            median(each["latency_ms"][name] for each in turns) for name in ("p50", "p95", "p99")
+        ]
         rows.append([
             f"{window} ms", f"{rate:.1f}", f"{rate * texts / num:.0f}",
             *(f"{value:.0f}" for value in latency),
@@ -240,8 +244,13 @@ def markdown(found: dict[str, Any]) -> str:
         "offline, one after the other", f"{num / seconds:.1f}", f"{texts / seconds:.0f}",
         *["-"] * 3, "1.0", *["-"] * 3,
     ])  # fmt: skip
-    lines += [f"| {' | '.join(map(str, row))} |" for row in (columns, ["---:"] * len(columns), *rows)]
-    lines += ["", "The wishes: " + ", ".join(f"`{json.dumps(wish)}`" for wish in found["wishes"]) + "."]
+    lines += [
+        f"| {' | '.join(map(str, row))} |" for row in (columns, ["---:"] * len(columns), *rows)
+    ]
+    lines += [
+        "",
+        "The wishes: " + ", ".join(f"`{json.dumps(wish)}`" for wish in found["wishes"]) + ".",
+    ]
     return "\n".join(lines) + "\n"
 
 

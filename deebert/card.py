@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deebert import curves, exits
+from deebert.checkpoints import Checkpoint
 from deebert.records import HELD_OUT, Record
 from deebert.saved import Saved
 from deebert.tasks import Task
@@ -18,12 +19,16 @@ HUB_METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spear
 def card(what: Saved, task: Task) -> str:
     """Markdown with the hub's header."""
     config = what.checkpoint.config
-    lines = [_header(config, task), f"# {config['backbone']['name']} on {task.name}, early exit", ""]
+    lines = [
+        _header(config, task),
+        f"# {config['backbone']['name']} on {task.name}, early exit",
+        "",
+    ]
     lines += [_what_it_is(config, task), "", "## Use it", "", _use(task), ""]
     for record in what.records.values():
         if record.split != HELD_OUT and record.labels_N is not None:
             lines += _scores(record, task, what)
-    lines += ["## How it was trained", "", _training(config)]
+    lines += ["## How it was trained", "", _training(what.checkpoint)]
     return "\n".join(lines)
 
 
@@ -86,8 +91,11 @@ def _points(score: float) -> str:
     return f"{score:.4f}"
 
 
-def _training(config: Mapping[str, Any]) -> str:
+def _training(origin: Checkpoint) -> str:
+    config = origin.config
     recipe = config["stages"][str(config["stage"])]
+    if not origin.epochs_done:  # trained by somebody else
+        return f"Published: {config['backbone'].get('path') or config['backbone']['name']}\n"
     told = {
         "backbone": config["backbone"].get("path") or config["backbone"]["name"],
         "stage": config["stage"],

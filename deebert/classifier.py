@@ -21,7 +21,6 @@ from torch import Tensor
 
 from deebert import calibrate, card, evaluation, exits, origins, saved, speed, tokens
 from deebert.calibrate import Wish
-from deebert.checkpoints import Checkpoint
 from deebert.curves import Thresholds, check_thresholds
 from deebert.engine import WINDOW, Engine
 from deebert.errors import UserError
@@ -128,7 +127,7 @@ class EarlyExitClassifier:
         cls,
         source: str | Path,
         *,
-        task: str | None = None,
+        task: str | Mapping[str, Any] | None = None,
         precision: str = "float32",
         runtime: str = "torch",
         device: torch.device | str = "cpu",
@@ -139,7 +138,8 @@ class EarlyExitClassifier:
             source: a run folder (or checkpoint file), a folder of `save_pretrained`, or the id of
                 such a repository on the Hugging Face hub; also one of the published DeeBERT
                 checkpoints (folder or id).
-            task: what a published checkpoint was trained for, where it does not say.
+            task: what a published checkpoint was trained for, where it does not say: a name in
+                conf/task/, or what such a file holds.
 
         Raises:
             UserError: nothing that can be loaded is there.
@@ -345,8 +345,11 @@ class EarlyExitClassifier:
         """What leaving at each layer costs here, on inputs as long as the record's."""
         lengths = self._calibration_rows.length_N
         chosen = lengths[torch.linspace(0, len(lengths) - 1, min(COST_ROWS, len(lengths))).long()]
-        unknown = self.tokenizer.unk_token_id or 0  # what a token is does not change its cost
-        inputs = [{"input_ids": [unknown] * max(1, int(length))} for length in chosen]
+        random = torch.Generator().manual_seed(0)  # different ones leave at different layers
+        inputs = [
+            {"input_ids": torch.randint(len(self.tokenizer), (int(n),), generator=random).tolist()}
+            for n in chosen.clamp_min(1)
+        ]
         protocol = Protocol(
             precisions=(self.engine.precision,), runtime=self.engine.runtime, repeats=3
         )

@@ -7,12 +7,14 @@ nothing of models.
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from deebert.errors import UserError, unknown
+
+Options = TypeVar("Options")  # a command's dataclass
 
 
 def option(default: Any, meaning: str) -> Any:
@@ -51,7 +53,7 @@ def wish_of(options: WishOptions) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def parse[Options](kind: type[Options], arguments: Sequence[str]) -> Options:
+def parse(kind: type[Options], arguments: Sequence[str]) -> Options:
     """Values of a command line.
 
     Raises:
@@ -92,9 +94,7 @@ def usage(kind: type, command: str, example: str) -> str:
     return "\n".join(lines)
 
 
-def main[Options](
-    kind: type[Options], run: Callable[[Options], None], command: str, example: str
-) -> None:
+def main(kind: type[Options], run: Callable[[Options], None], command: str, example: str) -> None:
     """Run a command; a user's mistake ends it with one line and exit code 2."""
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):

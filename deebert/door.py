@@ -36,12 +36,14 @@ class Admission:
         takes: path that takes a body of JSON.
         max_body: of it, in bytes.
         max_waiting: requests at `takes` that may be under way at once.
+        max_seconds: that each of them may take.
     """
 
     paths: Sequence[str]
     takes: str
     max_body: int
     max_waiting: int
+    max_seconds: float
     token: str | None
 
 
@@ -71,46 +73,43 @@ class Door:
             await self.app(scope, receive, send)
             log.info("answered %d of %d requests that were taken", self.answered, self.taken)
             return
-        if scope["type"] != "http":  # a websocket: nothing here speaks it
-            await send({"type": "websocket.close", "code": 1008})
-            return
-        start, said = time.perf_counter(), 500
+        start, sent = time.perf_counter(), _Sent(send)
         path = scope["path"] if scope["path"] in self.admission.paths else "other"
-
-        async def seen(message: Message) -> None:
-            nonlocal said
-            if message["type"] == "http.response.start":
-                said = message["status"]
-            await send(message)
-
         self.metrics.in_progress.inc()
         try:
-            await self._pass(scope, receive, seen)
+            await self._pass(scope, receive, sent)
+        except TurnedAway as error:
+            if sent.status is None:
+                content = trouble(str(error))
+                response = Response(content, error.status, error.headers, "application/json")
+                await response(scope, receive, sent)
         finally:
             self.metrics.in_progress.dec()
-            self.metrics.request(path, said, time.perf_counter() - start)
+            self.metrics.request(path, sent.status or 500, time.perf_counter() - start)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises:
+        TurnedAway: it is not let in, or takes too long.
+        """
         headers = Headers(scope=scope)
         counts = scope["path"] == self.admission.takes and scope["method"] == "POST"
-        try:
-            self._check_token(scope["path"], headers)
-            if counts:
-                self._check_room()
-                _check_kind(headers)
-            body = await self._body(headers, receive)
-        except TurnedAway as error:
-            response = Response(trouble(str(error)), error.status, error.headers, "application/json")
-            await response(scope, receive, send)
-            return
+        self._check_token(scope["path"], headers)
+        if counts:
+            self._check_room()
+            _check_kind(headers)
+        body = await self._body(headers, receive)
         if not counts:
             await self.app(scope, _replayed(body, receive), send)
             return
         self.taken += 1
         self.waiting += 1
+        most = self.admission.max_seconds
         try:
-            await self.app(scope, _replayed(body, receive), send)
+            async with asyncio.timeout(most):
+                await self.app(scope, _replayed(body, receive), send)
             self.answered += 1
+        except TimeoutError as error:
+            raise TurnedAway(504, f"no answer was found within {most} s") from error
         finally:
             self.waiting -= 1
 
@@ -162,6 +161,19 @@ class Door:
         if await _thrown_away(parts, DROPPED * most):
             raise TurnedAway(413, too_large)
         raise TurnedAway(413, too_large, connection="close")
+
+
+class _Sent:
+    """Sends, and remembers the status."""
+
+    def __init__(self, send: Send) -> None:
+        self.send = send
+        self.status: int | None = None
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        await self.send(message)
 
 
 async def _parts(receive: Receive) -> AsyncIterator[bytes]:

@@ -405,7 +405,9 @@ class Engine:
         ):
             return self._first_token_first(layer, run, group, out)
         elif asks and isinstance(run, OnnxLayer):
-            group.hidden_BSH, *judged = run.with_ramp(hidden_BSH, mask, self._previous(layer, group))
+            group.hidden_BSH, *judged = run.with_ramp(
+                hidden_BSH, mask, self._previous(layer, group)
+            )
         else:
             group.hidden_BSH = run(hidden_BSH, mask)
         if not asks:

@@ -73,10 +73,10 @@ def evaluate(
             "a wish needs trained ramps, and this checkpoint is of stage 1: train them with "
             "python train.py stage=2 ckpt=RUN"
         )
-    source, why = source(held_out, records[0], question)
+    rows, why = source(held_out, records[0], question)
     if why:
         log.warning(why)
-    found = calibrate.calibration(source, records, task, question.rule, question.wish)
+    found = calibrate.calibration(rows, records, task, question.rule, question.wish)
     notes = [why] if why else []
     wished, expected = question.wish.target_saving, found["expected"]["expected_saving"]
     if wished is not None and not question.wish.per_ramp and expected > wished + 0.01:

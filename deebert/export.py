@@ -1,4 +1,4 @@
-"""A trained model as a folder of ONNX graphs that answers without torch: `python -m deebert.export`.
+"""A trained model as a folder of ONNX graphs that needs no torch: `python -m deebert.export ...`
 
     embeddings.onnx              ids -> states
     layer_1.onnx, ...            states -> states and the ramp's logits; the last one: logits alone
@@ -183,7 +183,7 @@ def _asked(classifier: EarlyExitClassifier, wish: Mapping[str, Any]) -> Asked:
     if "target_speedup" in wanted:
         speedup = wanted["target_speedup"]
         raise UserError(
-            f"target_speedup={speedup}: what layers cost is known of the engine, not of an export's "
+            f"target_speedup={speedup}: what layers cost is known of the engine, not of the "
             "runner, which pays for each layer alike; give target_saving="
         )
     return classifier.ask(**wish)
@@ -193,7 +193,7 @@ def _savings(classifier: EarlyExitClassifier, asked: Asked) -> list[dict[str, An
     """What the runner can be asked for: with the same rule, in tenths and as it was asked."""
     same = {n: v for n, v in asked.wish.items() if n in ("exit", "per_ramp", "temperature")}
     wished = asked.wish.get("target_saving")
-    found = []
+    found: list[dict[str, Any]] = []
     for saving in sorted({*SAVINGS, *([] if wished is None else [float(wished)])}):
         try:
             granted = classifier.ask(target_saving=saving, **same)
@@ -206,6 +206,9 @@ def _savings(classifier: EarlyExitClassifier, asked: Asked) -> list[dict[str, An
 
 
 def check(model: EarlyExitModel, precision: str) -> None:
+    """Raises:
+    UserError: this model cannot be exported, or not so, or not without more packages.
+    """
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS, "precision")
     try:
@@ -289,13 +292,14 @@ def _difference(folder: Path, classifier: EarlyExitClassifier) -> float:
 def _write_readme(folder: Path, about: Mapping[str, Any]) -> None:
     task = about["task"]
     text = '"a text"' if len(task["columns"]) == 1 else '["a text", "and another"]'
+    reads = " and ".join(task["columns"])
     answer = "a number" if task["labels"] is None else f"one of: {', '.join(task['labels'])}"
     savings = [each["target_saving"] for each in about["savings"]]
     wish = "threshold=0.1" if not savings else f"target_saving={savings[len(savings) // 2]}"
     lines = [
         f"# An early-exit {about['model_type']} for {task['name']}, in ONNX",
         "",
-        f"Written by `python -m deebert.export`. It reads {' and '.join(task['columns'])} and answers",
+        f"Written by `python -m deebert.export`. It reads {reads} and answers",
         f"with {answer}. Easy inputs leave after a few of its {about['num_layers']} layers.",
         "",
         "    pip install numpy onnxruntime tokenizers",
@@ -311,7 +315,11 @@ def _write_readme(folder: Path, about: Mapping[str, Any]) -> None:
         f"`{json.dumps(about['asked']['wish'] or 'full depth')}`.",
     ]
     if savings:
-        lines += ["", "| target_saving | expected saving of layers | expected score |", "|---|---|---|"]
+        lines += [
+            "",
+            "| target_saving | expected saving of layers | expected score |",
+            "|---|---|---|",
+        ]
     for each in about["savings"]:
         score = f"{each['score']:.4f}" if "score" in each else ""
         lines.append(f"| {each['target_saving']} | {each['expected_saving']:.3f} | {score} |")

@@ -32,6 +32,7 @@ TOKENIZER = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+FEWEST_PIECES = 10  # of a vocabulary that texts can be written in
 
 
 def values(folder: Path) -> dict[str, Any]:
@@ -113,9 +114,15 @@ def tokenizer_files(folder: Path, model_type: str, vocab_size: int) -> dict[str,
     there = {name: (folder / name).read_bytes() for name in TOKENIZER if (folder / name).is_file()}
     kind = json.dumps({"model_type": model_type})  # for folders that say it nowhere else
     tokenizer = backbones.tokenizer_from_files({**there, "config.json": kind.encode()})
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if not 0 <= largest < vocab_size:
-        raise UserError(f"its tokenizer has ids up to {largest}, and its model {vocab_size} of them")
+    vocabulary = tokenizer.get_vocab()
+    # The library makes up a vocabulary of special tokens where it finds none of the type's own.
+    if len(set(vocabulary) - set(tokenizer.all_special_tokens)) < FEWEST_PIECES:
+        raise UserError(f"its tokenizer knows no words: it holds no vocabulary of a {model_type}")
+    largest = max(vocabulary.values())
+    if largest >= vocab_size:
+        raise UserError(
+            f"its tokenizer has ids up to {largest}, and its model {vocab_size} of them"
+        )
     if tokenizer.pad_token is None:
         raise UserError("its tokenizer has no padding token")
     return backbones.tokenizer_files(tokenizer)

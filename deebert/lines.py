@@ -119,7 +119,8 @@ def csv_records(lines: Iterator[Line]) -> Iterator[Record]:
     Where a quote goes wrong, only the line that the record begins in is lost and the next one is
     read anew: a quote that is never closed would otherwise take the rest of the file with it.
     """
-    csv.field_size_limit(2 * LONGEST + 1)  # of all readers, alas; the lines keep ours shorter
+    # Of all readers, alas; what ours are given is kept shorter.
+    csv.field_size_limit(max(csv.field_size_limit(), 2 * LONGEST + 1))
     feed = _Feed(lines)
     reader = csv.reader(feed, strict=True)
     while True:

@@ -101,7 +101,8 @@ def check(parts: LayerParts) -> None:
     """
     if type(parts.activation).__name__ not in ACTIVATIONS:
         raise UserError(
-            f"runtime=onnx does not know {type(parts.activation).__name__}; use runtime=torch"
+            f"the activation {type(parts.activation).__name__} has no ONNX graph here, as have "
+            f"{', '.join(ACTIVATIONS)}; use runtime=torch"
         )
 
 
@@ -132,7 +133,10 @@ class _Graph:
             place = self.op("Mul", self.op("CumSum", real, self.whole(1)), real)
             place = self.op("Add", place, self.whole(parts.padding))
             places = self.op("Gather", positions, place)
-        gain, bias = self.constant(_values(parts.norm.weight)), self.constant(_values(parts.norm.bias))
+        gain, bias = (
+            self.constant(_values(parts.norm.weight)),
+            self.constant(_values(parts.norm.bias)),
+        )
         states = self.op(
             "LayerNormalization", self.op("Add", states, places), gain, bias, epsilon=parts.norm.eps
         )
@@ -174,7 +178,9 @@ class _Graph:
         reads = ramp.kind.reads
         if reads in ("first", "first_and_mean"):
             first = self.op("Gather", after, self.whole(0), axis=1)
-            return first if reads == "first" else self.op("Concat", first, self.mean(before), axis=1)
+            return (
+                first if reads == "first" else self.op("Concat", first, self.mean(before), axis=1)
+            )
         if reads == "mean":
             return self.mean(after)
         score = self.linear(after, ramp.attention)  # (B, S, 1)

@@ -1,4 +1,4 @@
-"""A model's blocks in ONNX Runtime: embeddings, and layers in the parts that `SplitLayer` is run in.
+"""A model's blocks in ONNX Runtime: embeddings, and layers in the parts of `SplitLayer`.
 
 Made for short requests, where it takes about half of torch's time (benchmarks/speed.md). Each block
 is a graph of its own (`onnx_graphs`), made ready the first time that it is run. Knows nothing of

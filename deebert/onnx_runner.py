@@ -224,10 +224,14 @@ class Runner:
 
     def encode(self, rows: Sequence[tuple[str, ...]]) -> list[dict[str, list[int]]]:
         """What `checked` gave -> what `run` takes, one for each."""
-        found = self._tokenizer.encode_batch([row if len(row) == 2 else row[0] for row in rows])
+        if len(self.columns) == 2:
+            found = self._pairs(rows)
+        else:
+            single = self._tokenizer.encode_batch([text for (text,) in rows])
+            found = [(each.ids, each.type_ids) for each in single]
         if not self.about["token_type_ids"]:
-            return [{"input_ids": each.ids} for each in found]
-        return [{"input_ids": each.ids, "token_type_ids": each.type_ids} for each in found]
+            return [{"input_ids": ids} for ids, _ in found]
+        return [{"input_ids": ids, "token_type_ids": types} for ids, types in found]
 
     def ask(
         self,
@@ -351,10 +355,61 @@ class Runner:
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         file = self.folder / "tokenizer.json"
-        try:  # it also says how texts are cut
-            return Tokenizer.from_file(str(file))
+        try:
+            found = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing more special
             raise RunnerError(f"{file} cannot be read: {_line(error)}") from error
+        if found.truncation is None:
+            raise RunnerError(f"{file} does not say how texts are cut; export the model again")
+        return found
+
+    @cached_property
+    def _pairs(self) -> "_Pairs":
+        return _Pairs(self._tokenizer)
+
+
+class _Pairs:
+    """Pairs of texts -> their ids and types; the longer text of a pair is cut first.
+
+    By hand: the library's own cutting keeps every combination of what it cuts off, in time and
+    memory that grow with the square of the texts.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        cut = tokenizer.truncation or {}
+        self.at_the_left = cut["direction"] == "left"
+        self.tokenizer = Tokenizer.from_str(tokenizer.to_str())
+        self.tokenizer.no_truncation()
+        self.room = cut["max_length"] - self.tokenizer.num_special_tokens_to_add(is_pair=True)
+        found = self.tokenizer.encode("a", "a")
+        around = list(zip(found.ids, found.type_ids, found.sequence_ids, strict=True))
+        # What stands around and between the texts; a text of several tokens stands there once.
+        self.layout = [
+            (token, kind, part)
+            for i, (token, kind, part) in enumerate(around)
+            if part is None or i == 0 or part != around[i - 1][2]
+        ]
+
+    def __call__(self, rows: Sequence[tuple[str, ...]]) -> list[tuple[list[int], list[int]]]:
+        columns = [
+            [found.ids for found in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+            for texts in map(list, zip(*rows, strict=True))
+        ]
+        return [self._joined(first, second) for first, second in zip(*columns, strict=True)]
+
+    def _joined(self, first: list[int], second: list[int]) -> tuple[list[int], list[int]]:
+        stay = _longest_first(len(first), len(second), self.room)
+        texts = [
+            text[len(text) - most :] if self.at_the_left else text[:most]
+            for text, most in zip((first, second), stay, strict=True)
+        ]
+        ids: list[int] = []
+        types: list[int] = []
+        for token, kind, part in self.layout:
+            there = [token] if part is None else texts[part]
+            ids += there
+            types += [kind] * len(there)
+        return ids, types
 
 
 class _Block:
@@ -363,6 +418,9 @@ class _Block:
     def __init__(self, file: Path, threads: int | None) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
+        # Each graph has threads of its own. Those that wait by spinning take the processor from the
+        # others: 15 times slower for one input at a time on a busy machine of 2 cores.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self.session = self._made(file, options)
         except Exception as error:  # ONNX Runtime's have no class in common
@@ -371,13 +429,16 @@ class _Block:
         self.outputs = [found.name for found in self.session.get_outputs()]
 
     def _made(self, file: Path, options: Any) -> Any:
+        # Its fallback would only try the same again, and print about it.
+        how = {"providers": ["CPUExecutionProvider"], "enable_fallback": False}
         try:
-            return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        except Exception as error:
+            return onnxruntime.InferenceSession(file, options, **how)
+        except RuntimeError as error:
             if "global thread pool" not in str(error):
                 raise
-            options.use_per_session_threads = False  # somebody has made one for this process
-            return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+            # Somebody has made one for this process (deebert's engine, with runtime=onnx).
+            options.use_per_session_threads, options.intra_op_num_threads = False, 0
+            return onnxruntime.InferenceSession(file, options, **how)
 
     def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
         """Arrays that the graph does not take are left out."""
@@ -397,6 +458,17 @@ def _about(folder: Path) -> dict[str, Any]:
     if about.get("schema") != SCHEMA:
         raise RunnerError(f"{file} has schema {about.get('schema')}, this runner reads {SCHEMA}")
     return about
+
+
+def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
+    """How many tokens of two texts stay, as `tokenizers` has it."""
+    if first + second <= room:
+        return first, second
+    if first > second:
+        return _longest_first(second, first, room)[::-1]
+    if 2 * first <= room:
+        return first, room - first
+    return room // 2, room - room // 2
 
 
 def _by_length(rows: Iterable[int], inputs: Sequence[Any]) -> Iterator[list[int]]:

@@ -22,9 +22,7 @@ HUB_FILES = ("config.json", saved.FILE, *foreign.TOKENIZER, "records/*.safetenso
 PATIENCE = 10.0  # seconds until the hub must have answered
 
 
-def find(
-    given: str | Path, task: str | Mapping[str, Any] | None = None, flag: str = FLAG
-) -> Saved:
+def find(given: str | Path, task: str | Mapping[str, Any] | None = None, flag: str = FLAG) -> Saved:
     """A model and the records that lie with it.
 
     Args:

@@ -26,8 +26,9 @@ log = logging.getLogger(__name__)
 
 TASKS = Path(__file__).parent.parent / "conf" / "task"  # in a checkout; no part of the package
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
-# How the authors' code numbers MNLI's labels, which their checkpoints don't say; those of the other
-# tasks are in the order of the data (castorini/DeeBERT, run_highway_glue.py and processors/glue.py).
+# How the authors' code numbers MNLI's labels, which their checkpoints do not say; those of
+# their other tasks are in the order of the data (castorini/DeeBERT: examples/run_highway_glue.py,
+# transformers/data/processors/glue.py).
 MNLI = {
     "bert": ("contradiction", "entailment", "neutral"),
     "roberta": ("contradiction", "neutral", "entailment"),
@@ -39,7 +40,7 @@ ONLY = {
     "is_decoder": (False,),
     "problem_type": ("single_label_classification", "regression"),
 }
-DATA = {
+DATA: dict[str, Any] = {
     "root": None, "max_length": 128, "limit_train": None, "unlabelled": [],
     "eval_batch_size": 64, "num_workers": 0,
 }  # fmt: skip
@@ -304,7 +305,9 @@ def _order(
         return [authors.index(label) for label in wanted]
     if len(wanted) > 2:
         listed = ", ".join(task.labels)
-        log.warning("the checkpoint does not name its labels: taken to be %s, in this order", listed)
+        log.warning(
+            "the checkpoint does not name its labels: taken to be %s, in this order", listed
+        )
     return None
 
 

@@ -1,4 +1,4 @@
-"""Which of the processes of one run this is, as whoever started them says: Lightning, torchrun, srun.
+"""Which process of a run this is, as whoever started it says: Lightning, torchrun or SLURM's srun.
 
 For what happens before there is a Trainer to ask. Imports nothing heavy, as every command loads it.
 """

@@ -5,14 +5,16 @@ that cannot be answered leaves the others alone. Knows nothing of HTTP or proces
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deebert import requests
-from deebert.classifier import Asked, EarlyExitClassifier, Predictions, Tokens
 from deebert.errors import UserError
 from deebert.requests import Refused, Work
+
+if TYPE_CHECKING:
+    from deebert.classifier import Asked, EarlyExitClassifier, Predictions, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -33,22 +35,21 @@ class _Ready:
     """A request (by its place) as the model takes it."""
 
     place: int
-    tokens: list[Tokens]
-    asked: Asked
+    tokens: "list[Tokens]"
+    asked: "Asked"
 
 
 def replies(
-    classifier: EarlyExitClassifier,
+    classifier: "EarlyExitClassifier",
     works: Sequence[Work | Refused],
     default: Mapping[str, Any],
-) -> list[Reply]:
-    """One for each, in their order.
+) -> Iterator[tuple[int, Reply]]:
+    """One for each by its place, as soon as it is there.
 
     Args:
         works: what there is to do, or why not.
         default: the wish of those that have none.
     """
-    found: dict[int, Reply] = {}
     groups: dict[Any, list[_Ready]] = {}
     for place, work in enumerate(works):
         try:
@@ -57,40 +58,41 @@ def replies(
             asked = classifier.ask(**(work.wish or default))
             tokens = classifier.encode(work.texts)
         except UserError as error:
-            found[place] = refusal(error)
+            yield place, _refusal(error)
         except Exception:
-            found[place] = failure()
+            yield place, _failure()
         else:
             # Of the same rule (temperatures fitted for a wish make another one) and thresholds.
             key = id(asked.rule), repr(asked.thresholds)
             groups.setdefault(key, []).append(_Ready(place, tokens, asked))
     for group in groups.values():
+        inputs = [each for one in group for each in one.tokens]
         try:
-            answers = classifier.answer([each for one in group for each in one.tokens], group[0].asked)
+            answers = classifier.answer(inputs, group[0].asked)
         except Exception:
-            found |= dict.fromkeys((one.place for one in group), failure())
+            failure = _failure()
+            yield from ((one.place, failure) for one in group)
             continue
         start = 0
         for one in group:
             end = start + len(one.tokens)
-            found[one.place] = _reply(_part(answers, start, end), one.asked)
+            yield one.place, _reply(_part(answers, start, end), one.asked)
             start = end
-    return [found[place] for place in range(len(works))]
 
 
-def refusal(error: UserError) -> Reply:
+def _refusal(error: UserError) -> Reply:
     """Of a request that cannot be answered."""
     status = error.status if isinstance(error, Refused) else requests.UNFIT
     return Reply(status, requests.trouble(str(error)))
 
 
-def failure() -> Reply:
+def _failure() -> Reply:
     """While an exception is handled that nobody who asks can help; it is logged."""
     log.exception("a request could not be answered")
     return Reply(OUR_FAULT, requests.trouble("the service failed here; its log says how"))
 
 
-def _reply(found: Predictions, asked: Asked) -> Reply:
+def _reply(found: "Predictions", asked: "Asked") -> Reply:
     try:
         return Reply(OK, requests.answer(found, asked), found.exit_layers)
     except ValueError:
@@ -98,7 +100,7 @@ def _reply(found: Predictions, asked: Asked) -> Reply:
         return Reply(OUR_FAULT, requests.trouble("the model's answer is NaN or infinity"))
 
 
-def _part(found: Predictions, start: int, end: int) -> Predictions:
+def _part(found: "Predictions", start: int, end: int) -> "Predictions":
     shares_NC = found.probabilities_NC
     return replace(
         found,

@@ -7,13 +7,14 @@ they can't say (limits, the task's columns) is checked here. Knows nothing of HT
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from deebert.classifier import Asked, Predictions
-from deebert.classifier import Text as AnyText
 from deebert.errors import UserError
+
+if TYPE_CHECKING:  # the process that talks HTTP needs no torch
+    from deebert.classifier import Asked, Predictions
 
 TOO_LARGE, UNFIT = 413, 422  # HTTP's words for them
 LONGEST_REASON = 400  # characters
@@ -120,7 +121,7 @@ class Work:
         wish: as `EarlyExitClassifier.ask` takes it; {} for the service's own.
     """
 
-    texts: Sequence[AnyText]
+    texts: Sequence[Any]
     wish: Mapping[str, Any]
 
 
@@ -144,7 +145,7 @@ def work(request: Request, limits: Limits, columns: Sequence[str]) -> Work:
         name = "text" if request.texts is None else f"texts[{place}]"
         _check(name, text, limits.chars, columns)
     wish = {name: getattr(request, name) for name in WISH}
-    return Work(texts, {name: value for name, value in wish.items() if value is not None})  # type: ignore[arg-type]
+    return Work(texts, {name: value for name, value in wish.items() if value is not None})
 
 
 def _check(name: str, text: Any, most: int, columns: Sequence[str]) -> None:
@@ -172,6 +173,8 @@ def reason(errors: Sequence[Mapping[str, Any]]) -> str:
     kind, place = first["type"], first["loc"]
     if kind == "json_invalid":
         return f"the body is not JSON: {first['ctx']['error']} at character {place[-1]}"
+    if kind == "string_unicode":
+        return f"{noted(first['input'])} is no text: it has half of a surrogate pair"
     if len(place) == 1:
         what = "empty" if kind == "missing" else noted(first["input"])
         return f"the body must be a JSON object with text= or texts=, and is {what}"
@@ -190,7 +193,7 @@ def noted(value: Any) -> str:
     return text if len(text) <= NOTED else f"{text[: NOTED - 3]}..."
 
 
-def answer(found: Predictions, asked: Asked) -> bytes:
+def answer(found: "Predictions", asked: "Asked") -> bytes:
     """An `Answer` as JSON.
 
     Raises:
@@ -211,8 +214,9 @@ def answer(found: Predictions, asked: Asked) -> bytes:
     return json.dumps(values, allow_nan=False).encode()
 
 
-def _named(found: Predictions, row: int) -> dict[str, float]:
-    assert found.classes is not None and found.probabilities_NC is not None
+def _named(found: "Predictions", row: int) -> dict[str, float]:
+    assert found.classes is not None
+    assert found.probabilities_NC is not None
     return dict(zip(found.classes, found.probabilities_NC[row].tolist(), strict=True))
 
 

@@ -8,7 +8,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -106,11 +106,11 @@ def opened(given: str, said: str | None = None) -> Iterator[Source]:
     if given == STDIN:
         yield _of_lines(Lines(where, sys.stdin.buffer), kind, None)
         return
-    try:
-        stream = open(given, "rb", PAGE)
-    except OSError as error:
-        raise UserError(f"{where}: it cannot be read ({error.strerror})") from error
-    with stream:
+    with ExitStack() as stack:
+        try:
+            stream = stack.enter_context(open(given, "rb", PAGE))
+        except OSError as error:
+            raise UserError(f"{where}: it cannot be read ({error.strerror})") from error
         if kind == "parquet":
             from deebert import parquet_in  # pyarrow takes half a second
 
@@ -198,7 +198,7 @@ def _json_lines(lines: Lines) -> tuple[tuple[str, ...], tuple[str, ...], Iterato
 
 def _object(text: str) -> tuple[dict[str, Any], str | None]:
     """A line of JSON lines, or why it is none."""
-    too_deep = {}, f"it is nested deeper than {DEEPEST}"
+    too_deep: tuple[dict[str, Any], str] = {}, f"it is nested deeper than {DEEPEST}"
     try:
         found = json.loads(text, parse_constant=_no_number)
         if not isinstance(found, dict):

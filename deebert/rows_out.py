@@ -30,6 +30,11 @@ def format_of(output: Path) -> str:
     return ENDINGS[output.suffix.lower()]
 
 
+def is_free(kind: str) -> bool:
+    """May every row have columns of its own?"""
+    return kind == "jsonl"
+
+
 @dataclass(frozen=True)
 class Layout:
     """How rows are written.
@@ -84,13 +89,17 @@ class Layout:
         import pyarrow as pa
         from pyarrow import parquet
 
-        schemas = [parquet.read_schema(part) for part in parts]
+        schemas = []
+        for part in parts:
+            with part.open("rb") as content:
+                schemas.append(parquet.read_schema(content))
         fields = [_common(name, [schema.field(name) for schema in schemas]) for name in self.names]
         # What marks JSON texts is for us alone.
         plain = pa.schema([field.remove_metadata() for field in fields])
-        with parquet.ParquetWriter(file, plain) as out:
+        with file.open("wb") as sink, parquet.ParquetWriter(sink, plain) as out:
             for part in parts:
-                table = parquet.ParquetFile(part).read()
+                with part.open("rb") as content:
+                    table = parquet.ParquetFile(content).read()
                 if len(table):
                     columns = [_fitted(table, field) for field in fields]
                     out.write_table(pa.Table.from_arrays(columns, schema=plain))
@@ -102,7 +111,7 @@ def json_line(row: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can say of a value: bytes in base64, dates in ISO 8601, NaN and infinity as null."""
+    """What JSON says of a value: bytes in base64, dates in ISO 8601, NaN and infinity as null."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -122,10 +131,11 @@ def _csv_line(values: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    plain = _plain(value)
-    if plain is None:
+    text = value if isinstance(value, str) else _plain(value)
+    if text is None:
         return ""
-    text = plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
+    if not isinstance(text, str):
+        text = json.dumps(text, ensure_ascii=False)
     return '"' + text.replace('"', '""') + '"' if SPECIAL.search(text) else text
 
 

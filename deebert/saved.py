@@ -105,8 +105,7 @@ def read(folder: Path, flag: str) -> Saved:
         shape = json.loads((folder / "config.json").read_text("utf-8"))
         config = about["config"]
         files = {
-            name: (folder / name).read_text("utf-8")
-            for name in map(_inside, about["tokenizer"])
+            name: (folder / name).read_text("utf-8") for name in map(_inside, about["tokenizer"])
         }
         checkpoint = Checkpoint(
             folder,

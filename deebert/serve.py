@@ -32,7 +32,10 @@ class ServeOptions(WishOptions, ModelOptions):
     max_length_chars: int = option(20_000, "characters of a text, at most")
     max_body_bytes: int = option(2**20, "bytes of a request, at most")
     max_waiting: int = option(1000, "requests under way, at most; others are told to come again")
-    speedups: bool = option(True, "measure at the start what layers cost, for target_speedup")
+    speedups: bool = option(
+        False, "measure first what layers cost, so that requests may ask for it"
+    )
+    answer_s: float = option(300.0, "seconds that an answer may take")
     stop_s: float = option(30.0, "seconds that a stop waits for what was taken")
 
 
@@ -43,7 +46,7 @@ def checked(options: ServeOptions) -> ServeOptions:
         UserError: a number is out of its range, or the service would be open to the network.
     """
     for name in ("max_batch", "workers", "max_texts", "max_length_chars", "max_body_bytes",
-                 "max_waiting", "threads", "stop_s"):  # fmt: skip
+                 "max_waiting", "threads", "answer_s", "stop_s"):  # fmt: skip
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UserError(f"{name}={value} must be more than 0")

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from deebert import curves
+from deebert import curves, exits
 from deebert.batching import by_length, padded
 from deebert.curves import Thresholds
 from deebert.engine import TOKEN_BUDGET, Engine, kind_of
@@ -25,6 +26,7 @@ from deebert.timing import Timing, compare
 Inputs = list[Mapping[str, Any]]
 
 REQUEST_ROWS = 1000  # inputs timed in requests of a few, evenly spread over the split
+MIXED = (0.15, 0.3, 0.45, 0.6)  # savings at which it is measured what mixed exits cost more
 FORCED = 1.0  # the score of every ramp where exits are forced
 
 
@@ -266,7 +268,9 @@ def layer_costs(
     """What leaving at each layer costs, as a share of the library's time at full depth: L numbers.
 
     Measured: all inputs are made to leave at layer 1, at layer 2, and so on, with every ramp on the
-    way asked.
+    way asked. Where some leave and some stay an input costs more: groups shrink, are copied and
+    padded anew. How much is measured where the model's own ramps let inputs leave, at the savings
+    of MIXED, and the mean of it is added for every layer.
     """
     [precision], [batch_size] = protocol.precisions, protocol.batch_sizes
     num_layers = len(model.ramps)
@@ -274,13 +278,27 @@ def layer_costs(
     systems: dict[str, Any] = {
         str(layer): engine.at(leaving_at(layer, num_layers)) for layer in range(1, num_layers + 1)
     }
+    rule = exits.default(num_labels)
+    ramps_NLC = engine.run(inputs, all_ramps=True).ramps_NLC
+    assert ramps_NLC is not None
+    score_NL = rule(ramps_NLC).score_NL
+    mixed = {str(t): t for t in curves.thresholds_for(score_NL, list(MIXED))}
+    systems |= {f"mixed {name}": engine.at(t, rule) for name, t in mixed.items()}
     systems["full"] = _library(model, engine) or engine
     timings = compare(
         {name: _by_fold([system]) for name, system in systems.items()},
         requests(inputs, torch.zeros(len(inputs), dtype=torch.long), batch_size),
         protocol.repeats,
     )
-    return [1 - timings[str(layer)].saving(timings["full"]) for layer in range(1, num_layers + 1)]
+    share = {name: 1 - timings[name].saving(timings["full"]) for name in systems}
+    costs_L = np.array([share[str(layer)] for layer in range(1, num_layers + 1)])
+    tokens_N = np.array([len(given["input_ids"]) for given in inputs])
+    more = [
+        share[f"mixed {name}"]
+        - np.average(costs_L[exit_layer(score_NL, t).numpy() - 1], weights=tokens_N)
+        for name, t in mixed.items()
+    ]
+    return (costs_L + max(0.0, float(np.mean(more)))).tolist()
 
 
 def forced(num_labels: int) -> Rule:

@@ -43,7 +43,11 @@ def test_answers_as_the_model(classifier: EarlyExitClassifier) -> None:
 
 def test_one_text_or_many_in_every_form(classifier: EarlyExitClassifier) -> None:
     [one] = classifier.predict(PAIRS[0])
-    for same in ([PAIRS[0]], [list(PAIRS[0])], {"sentence1": "a fine film", "sentence2": "no film"}):
+    for same in (
+        [PAIRS[0]],
+        [list(PAIRS[0])],
+        {"sentence1": "a fine film", "sentence2": "no film"},
+    ):
         assert [*classifier.predict(same)] == [pytest.approx(one)]
     assert one["exit_layer"] == 3, "without a wish all layers run"
     streamed = classifier.stream(iter([*PAIRS] * 3000), threshold=0.68)
@@ -212,9 +216,7 @@ def test_refuses_a_damaged_or_hostile_folder(
     elif what == "a tokenizer outside":
         damaged(folder, "deebert.json", lambda a: a.update(tokenizer=["../../secret"]))
     elif what == "a task that names code":
-        damaged(
-            folder, "deebert.json", lambda a: a["config"]["task"].update(_target_="os.system")
-        )
+        damaged(folder, "deebert.json", lambda a: a["config"]["task"].update(_target_="os.system"))
     elif what == "another schema":
         damaged(folder, "deebert.json", lambda a: a.update(schema=7))
     elif what == "not JSON":

@@ -1,4 +1,7 @@
-"""The README's commands: every one composes; the own task and the offline command are run."""
+"""The commands of README and docs: every one composes; the own task and the offline command are run.
+
+Those of docs/use.md and docs/scale.md are run by the tests of what they are about.
+"""
 
 import json
 import re
@@ -12,7 +15,9 @@ from hydra import compose, initialize_config_dir
 
 from deebert import demo
 
-TEXT = (ROOT / "README.md").read_text()
+PAGES = ("calibrate", "clock", "data", "ramps", "sweeps")
+FILES = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES)]
+TEXT = "\n".join(file.read_text() for file in FILES)
 COMMANDS = sorted(
     {
         line.split("  #")[0].strip()
@@ -22,6 +27,12 @@ COMMANDS = sorted(
     }
     | set(re.findall(r"`(python (?:train|evaluate)\.py [^`]*)`", TEXT))
 )
+
+
+def test_links_lead_somewhere() -> None:
+    for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", file.read_text()):
+            assert (file.parent / link).exists(), f"{file.name}: {link}"
 
 
 def test_commands_are_found() -> None:

@@ -1,5 +1,6 @@
 """The service: real processes on a free port, answers as offline, bad requests, and how it stops."""
 
+import asyncio
 import http.client
 import json
 import os
@@ -21,8 +22,11 @@ import pytest
 from conftest import ROOT, mrpc_rows
 from prometheus_client.parser import text_string_to_metric_families
 
-from deebert import EarlyExitClassifier, serve
+from deebert import EarlyExitClassifier, door, serve
+from deebert.door import Admission, Door
 from deebert.errors import UserError
+from deebert.metrics import Metrics
+from deebert.predictor import described
 from deebert.serve import ServeOptions, checked
 
 PAIRS = [[row["sentence1"], row["sentence2"]] for row in mrpc_rows("validation", 40)]
@@ -49,7 +53,9 @@ class Served:
         """Status, headers and content of an answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
-            connection.request(method, path, body, headers, encode_chunked=isinstance(body, Iterator))
+            connection.request(
+                method, path, body, headers, encode_chunked=isinstance(body, Iterator)
+            )
             response = connection.getresponse()
             return response.status, response.headers, response.read()
         finally:
@@ -71,6 +77,10 @@ class Served:
             if int(fields[3]) == self.process.pid and fields[0] != "Z":
                 found.append(int(stat.parent.name))
         return found
+
+
+def command_line(process: int) -> str:
+    return Path(f"/proc/{process}/cmdline").read_text()
 
 
 @contextmanager
@@ -111,7 +121,9 @@ def served(model: Path, folder: Path, *options: str, **environment: str) -> Iter
 
 @pytest.fixture(scope="module")
 def service(stage2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with served(stage2, tmp_path_factory.mktemp("served"), "batch_window_ms=20") as there:
+    with served(
+        stage2, tmp_path_factory.mktemp("served"), "batch_window_ms=20", "speedups=true"
+    ) as there:
         yield there
 
 
@@ -254,11 +266,11 @@ BAD: dict[str, tuple[Any, int, str]] = {  # what is sent, the status, what is sa
     "half of a character": (b'{"text": ["\xe2\x82", "b"]}', 400, "UTF-8"),
     "Latin-1": ('{"text": ["caf\u00e9", "b"]}'.encode("latin-1"), 400, "UTF-8"),
     "NUL in a text": (b'{"text": ["a\x00", "b"]}', 422, "not JSON: Invalid control character"),
-    "nothing but NUL": (b"\0\0\0\0\0\0", 422, "not JSON"),
+    "nothing but NUL": (b"\0\0\0\0\0\0", 400, "JSON in UTF-8"),
     "a line break in a text": (b'{"text": ["a\n", "b"]}', 422, "not JSON: Invalid control"),
     "half of a surrogate pair": (b'{"text": ["a\\ud800", "b"]}', 422, "surrogate pair"),
     "the same in an object": (b'{"text": {"sentence1": "\\udc00", "sentence2": ""}}', 422, "surrogate"),
-    "the same as a field": (b"{" + ONE.encode() + b', "\\ud800": 1}', 422, r"field '\ud800' is unknown"),
+    "the same as a field": (b"{" + ONE.encode() + b', "\\ud800": 1}', 422, "surrogate pair"),
     "NaN": ("{" + ONE + ', "threshold": NaN}', 422, "threshold is nan; it must be a number"),
     "Infinity": ("{" + ONE + ', "target_saving": Infinity}', 422, "target_saving is inf"),
     "1e999": ("{" + ONE + ', "threshold": 1e999}', 422, "threshold is inf"),
@@ -305,7 +317,7 @@ BAD: dict[str, tuple[Any, int, str]] = {  # what is sent, the status, what is sa
     "threshold true": ({"text": A, "threshold": True}, 422, "threshold is True; it must be a number"),
     "threshold below 0": ({"text": A, "threshold": -0.1}, 422, "threshold=-0.1 is not a threshold"),
     "threshold an object": ({"text": A, "threshold": {"1": 0.1}}, 422, "threshold is {'1': 0.1}"),
-    "three thresholds": ({"text": A, "threshold": [0.1, 0.1, 0.1]}, 422, "3 thresholds"),
+    "three thresholds": ({"text": A, "threshold": [0.1, 0.1, 0.1]}, 422, "has 3 values; give one for all ramps"),
     "no thresholds": ({"text": A, "threshold": []}, 422, "threshold=[] is empty"),
     "a threshold a text": ({"text": A, "threshold": [0.1, "a"]}, 422, "threshold is"),
     "saving above 1": ({"text": A, "target_saving": 1.5}, 422, "target_saving=1.5 must be in [0, 1)"),
@@ -369,7 +381,11 @@ def test_bad_request(what: str, service: Served) -> None:
     headers = JSON
     if body is chunks:
         body, headers = chunks(3 * MOST_BYTES), {**JSON, "Transfer-Encoding": "chunked"}
-    reason(service.send(body=json.dumps(body) if isinstance(body, dict) else body, headers=headers), status, says)
+    reason(
+        service.send(body=json.dumps(body) if isinstance(body, dict) else body, headers=headers),
+        status,
+        says,
+    )
 
 
 @pytest.mark.parametrize("what", STRANGE)
@@ -403,8 +419,16 @@ def test_noise_on_the_wire(service: Served) -> None:
 
 
 def test_only_this_machine_is_listened_to(service: Served) -> None:
-    listening = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"]
-    hosts = {host for host, _, port in (each.partition(":") for each in listening) if int(port, 16) == service.port}
+    listening = [
+        line.split()[1]
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]
+        if line.split()[3] == "0A"
+    ]
+    hosts = {
+        host
+        for host, _, port in (each.partition(":") for each in listening)
+        if int(port, 16) == service.port
+    }
     assert hosts == {"0100007F"}
 
 
@@ -432,7 +456,16 @@ def test_token_then_stops_under_load(stage2: Path, tmp_path: Path) -> None:
         assert there.predict(JSON | {"X-API-Key": TOKEN}, text=A)["wish"] == {"target_saving": 0.4}
         assert there.predict(known, text=A, threshold=0.0)["wish"] == {"threshold": 0.0}
 
-        answered, broken = [1, 1], []
+        refused = there.send(body=json.dumps({"text": A, "target_speedup": 1.1}), headers=known)
+        reason(refused, 422, "target_speedup= is not granted here")
+
+        holding = [each for each in there.processes() if "spawn_main" in command_line(each)]
+        assert len(holding) == 2
+        os.kill(holding[0], signal.SIGKILL)
+        time.sleep(1.5)  # longer than what it waited for can be lost
+        assert there.predict(known, text=A)["answers"]
+
+        answered, broken = [1, 1, 0, 1], []
         enough = threading.Event()
 
         def ask_on() -> None:
@@ -456,11 +489,91 @@ def test_token_then_stops_under_load(stage2: Path, tmp_path: Path) -> None:
                 each.result(60)  # raises if an answer was wrong
         assert there.process.wait(60) == 0, there.log.read_text()
         assert len(broken) == 16
-        assert there.processes() == []
+        end = time.monotonic() + 20  # multiprocessing's tracker sees that the others are gone
+        while left := there.processes():
+            assert time.monotonic() < end, [command_line(each) for each in left]
+            time.sleep(0.05)
     log = there.log.read_text()
     assert f"answered {len(answered)} of {len(answered)} requests that were taken" in log, log
     assert "Traceback" not in log, log
     assert not list(tmp_path.glob("*.py")), "LitServe would leave a client here"
+
+
+def through(door: Door, messages: list[bytes], **headers: str) -> tuple[list[dict], asyncio.Task]:
+    """What it sends for a POST of so many parts, which end with an empty one; and its task."""
+    sent: list[dict] = []
+    parts = [{"type": "http.request", "body": part, "more_body": bool(part)} for part in messages]
+
+    async def receive() -> dict:
+        if not parts:
+            await asyncio.sleep(60)
+        return parts.pop(0)
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    told = {"content-type": "application/json", **headers}.items()
+    scope = {
+        "type": "http", "method": "POST", "path": "/predict",
+        "headers": [(name.encode(), value.encode()) for name, value in told],
+    }  # fmt: skip
+    return sent, asyncio.ensure_future(door(scope, receive, send))
+
+
+async def never(scope: dict, receive: Any, send: Any) -> None:
+    """An application that takes all, and does not answer."""
+    await receive()
+    await asyncio.sleep(60)
+
+
+def opened(**limits: Any) -> Door:
+    values = {"max_body": 100, "max_waiting": 2, "max_seconds": 60.0, "token": None} | limits
+    return Door(never, Admission(("/predict",), "/predict", **values), Metrics(3))
+
+
+def status(sent: list[dict], says: str) -> int:
+    start, content = sent
+    assert says in json.loads(content["body"])["detail"]
+    return start["status"]
+
+
+def test_the_door_is_shut_when_too_many_wait() -> None:
+    async def check() -> None:
+        door = opened()
+        inside = [through(door, [b"{}", b""])[1] for _ in range(2)]
+        await asyncio.sleep(0.01)
+        sent, task = through(door, [b"{}", b""])
+        await task
+        assert status(sent, "2 requests are waiting already") == 503
+        assert (b"retry-after", b"1") in sent[0]["headers"]
+        for each in inside:
+            each.cancel()
+        await asyncio.wait(inside)
+        assert door.waiting == 0
+        assert (door.taken, door.answered) == (2, 0)
+
+    asyncio.run(check())
+
+
+def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither for an answer, nor for a body, nor for the end of one that is too large."""
+    monkeypatch.setattr(door, "BODY_SECONDS", 0.01)
+    monkeypatch.setattr(door, "DROP_SECONDS", 0.01)
+
+    async def check() -> None:
+        for messages, code, says in (
+            ([b"{}", b""], 504, "no answer was found within 0.01 s"),
+            ([b"{"], 408, "has not come within 0.01 s"),
+            ([b"a" * 101], 413, "more than 100 bytes"),
+            ([b"a" * 101] * 20, 413, "more than 100 bytes"),
+        ):
+            sent, task = through(opened(max_seconds=0.01), messages)
+            await task
+            assert status(sent, says) == code
+            if code != 504:
+                assert (b"connection", b"close") in sent[0]["headers"]
+
+    asyncio.run(check())
 
 
 @pytest.mark.parametrize(
@@ -488,26 +601,38 @@ def test_open_with_a_token_or_when_told_so(monkeypatch: pytest.MonkeyPatch) -> N
     assert checked(ServeOptions(model="RUN", token="mine")).token == "mine"
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"model": "missing"}, "model=missing: no such"),
-        ({"target_saving": 1.5}, "target_saving=1.5 must be in"),
-        ({"target_saving": 0.4, "threshold": 0.1}, "ask for one of them"),
-        ({"port": "taken"}, "is taken by another program"),
-    ],
-)
-def test_refused_before_anything_is_started(
-    options: dict[str, Any], says: str, stage2: Path
-) -> None:
+def test_refused_before_anything_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    before = set(Path("/tmp").glob("deebert-serve-*"))
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        if options.get("port") == "taken":
-            options = {"port": other.getsockname()[1]}
-        with pytest.raises(UserError, match=says) as error:
-            serve.run(ServeOptions(**{"model": str(stage2), "port": 8000, **options}))
+        port = other.getsockname()[1]
+        for host, why in (("127.0.0.1", "it is taken"), ("192.0.2.1", "Cannot assign")):
+            with pytest.raises(UserError, match=f"cannot listen at host={host} port={port}: {why}"):
+                serve.run(ServeOptions(model="missing", host=host, port=port, no_token=True))
+    with pytest.raises(UserError, match="model=missing: no such") as error:
+        serve.run(ServeOptions(model="missing", port=port))
     assert "\n" not in str(error.value)
+    assert set(Path("/tmp").glob("deebert-serve-*")) == before
+
+
+def test_a_wish_that_cannot_be_granted_is_refused_at_the_start(stage2: Path, stage1: Path) -> None:
+    for model, wish, says in (
+        (stage2, {"target_saving": 1.5}, "target_saving=1.5 must be in"),
+        (stage2, {"target_saving": 0.4, "threshold": 0.1}, "ask for one of them"),
+        (stage1, {"target_saving": 0.4}, "its ramps say nothing yet"),
+    ):
+        with pytest.raises(UserError, match=says):
+            described(ServeOptions(model=str(model), **wish))
+
+
+def test_what_layers_cost_is_measured_at_the_start(stage2: Path, stage1: Path) -> None:
+    """Where somebody may ask for it, and there is something to measure it on."""
+    assert described(ServeOptions(model=str(stage2))).costs is None
+    for wish in ({"speedups": True}, {"target_speedup": 1.01}):
+        assert len(described(ServeOptions(model=str(stage2), **wish)).costs) == 3
+    assert described(ServeOptions(model=str(stage1), speedups=True)).costs is None
 
 
 def test_a_missing_extra_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
