@@ -19,11 +19,8 @@ HUB_METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spear
 def card(what: Saved, task: Task) -> str:
     """Markdown with the hub's header."""
     config = what.checkpoint.config
-    lines = [
-        _header(config, task),
-        f"# {config['backbone']['name']} on {task.name}, early exit",
-        "",
-    ]
+    title = f"# {config['backbone']['name']} on {task.name}, early exit"
+    lines = [_header(config, task), title, ""]
     lines += [_what_it_is(config, task), "", "## Use it", "", _use(task), ""]
     for record in what.records.values():
         if record.split != HELD_OUT and record.labels_N is not None:
@@ -49,9 +46,9 @@ def _what_it_is(config: Mapping[str, Any], task: Task) -> str:
     classes = "a number" if task.labels is None else f"one of: {', '.join(task.labels)}"
     reads = " and ".join(f"`{column}`" for column in task.columns)
     return (
-        "A classifier with an off-ramp after each layer (DeeBERT, Xin et al., ACL 2020): easy inputs "
-        "leave after a few layers, hard ones run them all, and whoever asks says how much is to be "
-        f"saved. It reads {reads} and answers with {classes}."
+        "A classifier with an off-ramp after each layer (DeeBERT, Xin et al., ACL 2020): easy "
+        "inputs leave after a few layers, hard ones run them all, and whoever asks says how much "
+        f"is to be saved. It reads {reads} and answers with {classes}."
     )
 
 

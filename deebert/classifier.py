@@ -205,7 +205,7 @@ class EarlyExitClassifier:
         if isinstance(given, Mapping):
             if missing := [name for name in names if name not in given]:
                 raise UserError(
-                    f"an input lacks {missing[0]!r}; task {self.task.name} reads: {', '.join(names)}"
+                    f"an input lacks {missing[0]!r}; {self.task.name} reads: {', '.join(names)}"
                 )
             given = tuple(given[name] for name in names)
         if not isinstance(given, list | tuple) or not all(isinstance(each, str) for each in given):
@@ -346,7 +346,7 @@ class EarlyExitClassifier:
         lengths = self._calibration_rows.length_N
         chosen = lengths[torch.linspace(0, len(lengths) - 1, min(COST_ROWS, len(lengths))).long()]
         random = torch.Generator().manual_seed(0)  # different ones leave at different layers
-        inputs = [
+        inputs: list[Tokens] = [
             {"input_ids": torch.randint(len(self.tokenizer), (int(n),), generator=random).tolist()}
             for n in chosen.clamp_min(1)
         ]

@@ -393,7 +393,7 @@ class Engine:
         run, hidden_BSH, mask = self.layers[layer], group.hidden_BSH, group.key_mask_B11S
         last = layer == len(self.layers) - 1
         asks = last or layer in self.evaluated or out.ramps_NLC is not None
-        judged = None
+        judged: tuple[Tensor, Tensor | None] | None = None
         if run is None:
             group.hidden_BSH = self._whole_layer(layer, group)
         elif last and isinstance(run, OnnxLayer):
@@ -405,9 +405,8 @@ class Engine:
         ):
             return self._first_token_first(layer, run, group, out)
         elif asks and isinstance(run, OnnxLayer):
-            group.hidden_BSH, *judged = run.with_ramp(
-                hidden_BSH, mask, self._previous(layer, group)
-            )
+            previous_BC = self._previous(layer, group)
+            group.hidden_BSH, judged = run.with_ramp(hidden_BSH, mask, previous_BC)
         else:
             group.hidden_BSH = run(hidden_BSH, mask)
         if not asks:

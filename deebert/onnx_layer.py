@@ -92,7 +92,7 @@ class OnnxLayer:
 
     def with_ramp(
         self, hidden_BSH: Tensor, mask_B11S: Tensor | None, previous_BC: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
         """All tokens, and what the ramp says: (B, S, H) -> (B, S, H) and as `Ramp.judge`."""
         given = [hidden_BSH, _mask(hidden_BSH, mask_B11S)]
         if self.ramp.kind.sees_previous:
@@ -101,7 +101,7 @@ class OnnxLayer:
                 previous_BC = hidden_BSH.new_zeros(len(hidden_BSH), num_labels)
             given.append(previous_BC)
         new_BSH, logits_BC, *unsure_B1 = self._with_ramp(*given)
-        return new_BSH, logits_BC, unsure_B1[0].squeeze(-1) if unsure_B1 else None
+        return new_BSH, (logits_BC, unsure_B1[0].squeeze(-1) if unsure_B1 else None)
 
     def answer(self, hidden_BSH: Tensor, mask_B11S: Tensor | None) -> Tensor:
         """For the last layer: the final classifier's logits, (B, S, H) -> (B, C)."""

@@ -7,6 +7,7 @@ address can be listened at. No torch in here.
 """
 
 import ctypes
+import errno
 import logging
 import os
 import signal
@@ -66,7 +67,7 @@ def serve(options: Any) -> None:
         if os.getpid() == main:  # LitServe's queues are in one that it forks, and stay to the end
             raise KeyboardInterrupt
 
-    os.register_at_fork(after_in_child=_die_with_parent)
+    others = active_children()
     before = {each: signal.signal(each, stop) for each in SIGNALS}
     try:
         about = _about(options)
@@ -77,10 +78,11 @@ def serve(options: Any) -> None:
     except KeyboardInterrupt:
         log.info("stopped before it has begun")
     finally:
-        for left in active_children():  # of a start that was broken off
-            left.kill()
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for each in active_children():
+            if each not in others:  # of a start that was broken off
+                each.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _die_with_parent() -> None:
@@ -91,6 +93,7 @@ def _die_with_parent() -> None:
 
 def _about(options: Any) -> About:
     """Of a process of its own: this one stays small, and can fork."""
+    others = active_children()
     with ProcessPoolExecutor(
         1,
         get_context("spawn"),
@@ -101,7 +104,8 @@ def _about(options: Any) -> About:
             return pool.submit(described, options).result()
         except KeyboardInterrupt:
             for each in active_children():
-                each.kill()
+                if each not in others:
+                    each.kill()
             raise
 
 
@@ -112,7 +116,9 @@ def _check_address(host: str, port: int) -> None:
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             found.bind(address)
     except OSError as error:
-        why = "it is taken by another program" if error.errno == 98 else error.strerror
+        why = (
+            "it is taken by another program" if error.errno == errno.EADDRINUSE else error.strerror
+        )
         raise UserError(f"cannot listen at host={host} port={port}: {why}") from error
 
 
@@ -224,6 +230,7 @@ def _document(schema: dict[str, Any], with_token: bool) -> None:
 
 
 def _run(server: litserve.LitServer, options: Any) -> None:
+    os.register_at_fork(after_in_child=_die_with_parent)
     with wrap_litserve_start(server, worker_monitor=True), _ended(server):
         _wait_until_ready(server)
         log.info("listening at http://%s:%d, see /docs", options.host, options.port)

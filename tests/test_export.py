@@ -1,5 +1,6 @@
 """An exported model answers as the engine does, where there is no torch, transformers or deebert."""
 
+import itertools
 import json
 import math
 import shutil
@@ -200,19 +201,17 @@ def test_runner_equals_engine(
     scores_NL = rule(record.logits_NLC, record.unsure_NL).score_NL[:, :-1]
     between = middles(scores_NL.flatten())[2:]
     chosen = sorted({between[i * (len(between) - 1) // 3] for i in range(4)})
-    layers = set()
+    layers, engine = set(), Engine(model, rule, 0.0)
+    sizes = itertools.cycle([(2048, 8192), (100, 8192), (2048, 13)])
     for threshold in (0.0, math.inf, *chosen, [chosen[0], 0.0, chosen[-1]]):
-        expected = Engine(model, rule, threshold).run(inputs, all_ramps=True)
-        for budget, window in ((2048, 8192), (100, 8192), (2048, 13)):
-            monkeypatch.setattr(onnx_runner, "TOKEN_BUDGET", budget)
-            monkeypatch.setattr(onnx_runner, "WINDOW", window)
-            found = runner.run(inputs, threshold)
-            assert found.layer_N.tolist() == expected.layer_N.tolist()
-            torch.testing.assert_close(
-                torch.from_numpy(found.logits_NC), expected.logits_NC, **CLOSE
-            )
-            ramps_NLC = torch.from_numpy(found.ramps_NLC)
-            torch.testing.assert_close(ramps_NLC, expected.ramps_NLC, equal_nan=True, **CLOSE)
+        expected = engine.at(threshold).run(inputs, all_ramps=True)
+        for name, value in zip(("TOKEN_BUDGET", "WINDOW"), next(sizes), strict=True):
+            monkeypatch.setattr(onnx_runner, name, value)
+        found = runner.run(inputs, threshold)
+        assert found.layer_N.tolist() == expected.layer_N.tolist()
+        torch.testing.assert_close(torch.from_numpy(found.logits_NC), expected.logits_NC, **CLOSE)
+        ramps_NLC = torch.from_numpy(found.ramps_NLC)
+        torch.testing.assert_close(ramps_NLC, expected.ramps_NLC, equal_nan=True, **CLOSE)
         layers |= set(found.layer_N.tolist())
     assert len(layers) > 2
 

@@ -78,7 +78,7 @@ def test_layer_with_its_ramp(kind, num_labels):
             features_BF = ramp.read(hidden_BSH, after_BSH, mask_BS)
             for previous in (None, previous_BC):
                 logits_BC, unsure_B = ramp.judge(features_BF, previous)
-                new_BSH, found_BC, found_B = ours.with_ramp(hidden_BSH, mask, previous)
+                new_BSH, (found_BC, found_B) = ours.with_ramp(hidden_BSH, mask, previous)
                 torch.testing.assert_close(new_BSH, after_BSH, **near)
                 torch.testing.assert_close(found_BC, logits_BC, **near)
                 assert (found_B is None) == (unsure_B is None)

@@ -343,7 +343,7 @@ def test_thresholds_are_those_of_the_first_start(
     assert "Stopped at 40 rows" in capsys.readouterr().err
     note = parts.parts_of(output) / "job.json"
     about = json.loads(note.read_text())
-    assert about["found"]["thresholds"] > 0
+    assert about["found"]["thresholds"] >= 0  # 0 where the engine alone is fast enough
     about["found"]["thresholds"] = 100.0  # as if it had been that: all leave at once
     note.write_text(json.dumps(about))
     command(*said, "part_rows=20")
