@@ -37,7 +37,7 @@ Tokens = Mapping[str, Any]
 
 WISHES = ("threshold", "target_saving", "target_speedup", "max_drop")
 MOST_ASKED = 1000  # wishes whose thresholds are kept
-COST_ROWS = 200  # made-up inputs of the record's lengths that the cost of layers is measured on
+COST_ROWS = 64  # made-up inputs of the record's lengths that the cost of layers is measured on
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ class EarlyExitClassifier:
             threshold: one for all ramps, or one for each but the last; 0 runs all layers.
             target_saving: share of the layers to save, 0.4 for 40 %.
             target_speedup: how many times faster than full depth, by what layers cost on this
-                machine (measured at the first time, which takes some seconds).
+                machine (measured at the first time: about ten seconds).
             max_drop: how much worse than full depth it may be at most, 0.01 for one point.
             exit: the exit rule; None for the one it was saved with.
             **more: `confidence`, `loss`, `per_ramp`, `temperature` of `calibrate.Wish`.

@@ -62,7 +62,12 @@ for rank in range(nodes * tasks):
     started.append(subprocess.Popen(command, env=os.environ | told))
     while not rank and started[0].poll() is None and not os.path.exists(os.environ["LATE_UNTIL"]):
         time.sleep(0.1)
-sys.exit(max(task.wait() for task in started))
+while any(task.poll() is None for task in started):
+    if any(task.poll() for task in started):
+        for task in started:
+            task.kill()
+    time.sleep(0.1)
+sys.exit(max(abs(task.wait()) for task in started))
 """
 
 
