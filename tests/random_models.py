@@ -138,7 +138,7 @@ def calls(model: EarlyExitModel, run: Callable[[], object]) -> list[int]:
 
         return count
 
-    hooks = [ramp.register_forward_hook(hook(i)) for i, ramp in enumerate(model.ramps)]
+    hooks = [ramp.pooler.register_forward_hook(hook(i)) for i, ramp in enumerate(model.ramps)]
     run()
     for handle in hooks:
         handle.remove()

@@ -96,7 +96,7 @@ for before in (False, True):  # is there an output that is replaced?
 
 def test_killed_at_each_step(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", WORK, str(tmp_path)],
+        [sys.executable, "-u", "-c", WORK, str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
