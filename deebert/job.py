@@ -5,7 +5,6 @@ Knows Hydra and checkpoints; builds nothing.
 """
 
 import logging
-import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from deebert import checkpoints, curves, objectives, origins, records
+from deebert import checkpoints, curves, objectives, origins, ranks, records
 from deebert.checkpoints import Checkpoint, Origin
 from deebert.errors import UserError, unknown
 from deebert.objectives import FINAL_ALONE, PAPER
@@ -48,8 +47,8 @@ class Job:
         Raises:
             UserError: another run has written here.
         """
-        if int(os.environ.get("LOCAL_RANK", 0)):
-            return  # a helper process of the run that has just begun here
+        if not ranks.is_first():
+            return  # another process of the run that has just begun here
         for name in ("results.json", "checkpoints", "csv"):
             if (self.folder / name).exists():
                 raise UserError(
