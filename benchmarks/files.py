@@ -29,9 +29,11 @@ from typing import Any
 
 import torch
 
-from deebert import EarlyExitClassifier, commands, parts, report, sources
+from deebert import EarlyExitClassifier, commands, report, sources
 from deebert.errors import UserError
-from deebert.predict import PredictOptions, predict
+from deebert.files import parts
+from deebert.files.work import PredictOptions
+from deebert.predict import predict
 from deebert.tasks import Task
 
 HERE = Path(__file__).parent
@@ -41,7 +43,8 @@ COUNTED = """
 import sys
 from pathlib import Path
 from deebert import commands
-from deebert.predict import PredictOptions, predict
+from deebert.files.work import PredictOptions
+from deebert.predict import predict
 predict(commands.parse(PredictOptions, sys.argv[1:]))
 status = Path("/proc/self/status").read_text().splitlines()
 print(next(line.split()[1] for line in status if line.startswith("VmHWM:")))

@@ -31,13 +31,14 @@ from rivals import Run
 from deebert import calibrate, checkpoints, curves, exits, kernels, report, speed
 from deebert.calibrate import Wish
 from deebert.data import TextDataModule
-from deebert.engine import TOKENS, Answers, Engine
+from deebert.engine import Answers, Engine
 from deebert.errors import UserError
 from deebert.model import INPUTS, EarlyExitModel
 from deebert.records import Record
 from deebert.speed import FullDepth, Inputs
 from deebert.tasks import Task
 from deebert.timing import Timing, compare
+from deebert.tokens import TOKENS
 
 HERE = Path(__file__).parent
 SAVINGS = (0.2, 0.3, 0.4, 0.5)
@@ -268,39 +269,51 @@ def single(subject: Subject, given: argparse.Namespace) -> list[Any]:
 
 
 def wishes(subject: Subject, given: argparse.Namespace) -> list[Any]:
-    """`target_speedup`: costs and thresholds from one half of the rows, the clock on the other."""
-    inputs = subject.inputs
-    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
-    ours, theirs = order[: len(order) // 2], order[len(order) // 2 :]
+    """`target_speedup`, cross-fitted as evaluate.py does: costs and thresholds from each half of
+    the rows, the clock on the other."""
+    inputs, task = subject.inputs, subject.task
+    fold_N = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0)) % 2
+    rows_of = [(fold_N == fold).nonzero().flatten() for fold in (0, 1)]
+    others = rows_of[::-1]  # for whom each fold is unseen
     protocol = speed.Protocol(repeats=given.repeats)
-    half = [inputs[row] for row in ours.tolist()]
-    costs = tuple(speed.layer_costs(subject.model, half, subject.task.num_labels, protocol))
-    print(f"  costs of the layers: {' '.join(f'{cost:.3f}' for cost in costs)}", flush=True)
-    record, unseen = subject.record.rows(ours), subject.record.rows(theirs)
-    rest = [inputs[row] for row in theirs.tolist()]
+    costs = []
+    for seen in others:
+        half = [inputs[row] for row in seen.tolist()]
+        costs.append(tuple(speed.layer_costs(subject.model, half, task.num_labels, protocol)))
+        print(f"  costs of the layers: {' '.join(f'{cost:.3f}' for cost in costs[-1])}", flush=True)
     rows: list[Any] = []
-    runs: dict[str, Callable[[Inputs], Any]] = {"full depth": FullDepth(subject.model).run}
+    full = FullDepth(subject.model)
+    runs: dict[str, Callable[[Any], Any]] = {"full depth": lambda request: full.run(request.inputs)}
     for target in SPEEDUPS:
-        wish = Wish(target_speedup=target, costs=costs)
         try:
-            choice = calibrate.choose(record, subject.task, subject.rule, wish)
+            wished = [Wish(target_speedup=target, costs=each) for each in costs]
+            choices = [
+                calibrate.choose(subject.record.rows(seen), task, subject.rule, wish)
+                for seen, wish in zip(others, wished, strict=True)
+            ]
         except UserError as error:
             print(f"  target_speedup={target}: {error}", flush=True)
             rows.append({"target": target, "why_not": str(error)})
             continue
-        runs[str(target)] = subject.engines["float32"].at(choice.thresholds, choice.rule).run
-        outcome = curves.outcome(unseen, subject.task, *choice(unseen, subject.task))
+        engines = [subject.engines["float32"].at(each.thresholds, each.rule) for each in choices]
+        runs[str(target)] = lambda request, engines=engines: engines[request.fold].run(
+            request.inputs
+        )
+        layer_N, predictions_N = (torch.empty(len(inputs), dtype=torch.long) for _ in range(2))
+        for mine, choice in zip(rows_of, choices, strict=True):
+            layer_N[mine], predictions_N[mine] = choice(subject.record.rows(mine), task)
+        outcome = curves.outcome(subject.record, task, layer_N, predictions_N)
         rows.append(
             {
                 "target": target,
-                "threshold": choice.thresholds,
+                "threshold": [choice.thresholds for choice in choices],
                 "layer_saving": outcome["expected_saving"],
                 "score": outcome["score"],
-                "num_rows": len(rest),
+                "num_rows": len(inputs),
                 "costs": costs,
             }
         )
-    timings = compare(runs, [rest], given.repeats)
+    timings = compare(runs, speed.requests(inputs, fold_N, None), given.repeats)
     for row in rows:
         if timing := timings.get(str(row["target"])):
             row["speed_up"] = 1 / (1 - timing.saving(timings["full depth"]))
@@ -344,7 +357,7 @@ def subject_of(run: Path, most: int | None, with_onnx: bool, folder: Path) -> Su
     tokens = {given["index"]: given for given in data.tokens(split)}
     chosen_N = spread(len(record), most)
     inputs: Inputs = [
-        {name: tokens[index][name] for name in TOKENS & tokens[index].keys()}
+        {name: tokens[index][name] for name in TOKENS if name in tokens[index]}
         for index in record.index_N[chosen_N].tolist()
     ]
     files: dict[str, Path] = {}

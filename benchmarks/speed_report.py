@@ -198,7 +198,7 @@ def wish_table(part: dict[str, Any]) -> list[str]:
         [
             f"{row['target']}",
             f"{row['speed_up']:.3f}",
-            f"{row['threshold']:.4g}",
+            " / ".join(f"{t:.4g}" for t in row["threshold"]),
             f"{row['score']:.4f}",
             f"{row['layer_saving']:.1%}",
             f"{1e3 * float(np.median(per_input(row))):.3f}",

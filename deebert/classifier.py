@@ -195,7 +195,7 @@ class EarlyExitClassifier:
         if not columns:
             return []
         encoded = tokens.encode(self.tokenizer, columns, self.max_length)
-        names = [name for name in tokens.NAMES if name in encoded]
+        names = [name for name in tokens.TOKENS if name in encoded]
         rows = zip(*(encoded[name] for name in names), strict=True)
         return [dict(zip(names, values, strict=True)) for values in rows]
 
@@ -300,7 +300,7 @@ class EarlyExitClassifier:
         granted = Wish(**values)
         record = self._calibration_rows
         if granted.target_speedup is not None:
-            granted = replace(granted, costs=self._costs)
+            granted = replace(granted, costs=self.costs)
         choice = calibrate.choose(record, self.task, rule, granted)
         return Asked(
             choice.rule,
@@ -341,7 +341,7 @@ class EarlyExitClassifier:
         return evaluation.source(held_out, labelled[0], question)[0] or labelled[0]
 
     @cached_property
-    def _costs(self) -> tuple[float, ...]:
+    def costs(self) -> tuple[float, ...]:
         """What leaving at each layer costs here, on inputs as long as the record's."""
         lengths = self._calibration_rows.length_N
         chosen = lengths[torch.linspace(0, len(lengths) - 1, min(COST_ROWS, len(lengths))).long()]

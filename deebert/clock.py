@@ -18,6 +18,7 @@ from deebert.records import Record
 from deebert.speed import Inputs, Protocol
 from deebert.tasks import Task
 from deebert.timing import undisturbed
+from deebert.tokens import TOKENS
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +105,6 @@ class Clock:
 
     def _inputs(self, split: str, rows: list[int]) -> Inputs:
         tokens = self.data.tokens(split)
-        names = [name for name in engine.TOKENS if name in tokens.column_names]
+        names = [name for name in TOKENS if name in tokens.column_names]
         columns = [tokens.select(rows)[name][:] for name in names]
         return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]

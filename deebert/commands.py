@@ -44,7 +44,13 @@ class WishOptions:
     confidence: float | None = option(None, "that max_drop holds; 0.95 if not said")
     loss: str | None = option(None, "what max_drop limits: excess or disagreement")
     per_ramp: bool | None = option(None, "look for a threshold for each ramp")
+    temperature: bool | None = option(None, "first make each ramp as sure as it is right")
     exit: str | None = option(None, "the exit rule: entropy, patience, ...")
+
+
+def engine_of(options: ModelOptions) -> dict[str, Any]:
+    """What `EarlyExitClassifier` takes beside the model."""
+    return {name: getattr(options, name) for name in ("precision", "runtime", "device")}
 
 
 def wish_of(options: WishOptions) -> dict[str, Any]:

@@ -39,11 +39,11 @@ from deebert.model import EarlyExitModel
 from deebert.onnx_layer import OnnxEmbeddings, OnnxLayer
 from deebert.ramps import Ramp
 from deebert.split import SplitLayer
+from deebert.tokens import TOKENS
 
 log = logging.getLogger(__name__)
 
 RUNTIMES = ("torch", "onnx")
-TOKENS = {"input_ids", "token_type_ids"}
 WINDOW = 8192  # inputs that are sorted by length together; nothing is kept from one to the next
 
 # Tokens in a batch, measured on 2 CPU cores (benchmarks/speed.md): matrix products are at their
@@ -374,7 +374,8 @@ class Engine:
                 most,
             )
             self._warned = True
-        return {name: [*given[name][: most - 1], given[name][-1]] for name in TOKENS & given.keys()}
+        there = [name for name in TOKENS if name in given]
+        return {name: [*given[name][: most - 1], given[name][-1]] for name in there}
 
     def _embed(self, inputs: list[Mapping[str, Any]], rows: list[int], all_ramps: bool) -> _Group:
         tokens = padded(inputs, self.model.backbone.pad_token_id)

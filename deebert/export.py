@@ -211,11 +211,7 @@ def check(model: EarlyExitModel, precision: str) -> None:
     """
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS, "precision")
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        raise UserError(f'export: {error}; pip install "deebert[onnx]"') from error
+    onnx_graphs.check("export")
     parts = model.backbone.parts(0)
     if parts is None:
         able = ", ".join(name for name, kind in ARCHITECTURES.items() if kind.parts is not None)
@@ -223,7 +219,7 @@ def check(model: EarlyExitModel, precision: str) -> None:
             f"a model of type {model.config['model_type']!r} cannot be exported, its layers cannot "
             f"be split; supported: {able}"
         )
-    onnx_graphs.check(parts)
+    onnx_graphs.check_layer(parts)
 
 
 def _check_place(folder: Path, overwrite: bool) -> None:

@@ -95,7 +95,18 @@ def last_layer(parts: LayerParts, num_heads: int, first_int8: bool, ramp: Ramp) 
     return graph.made(["hidden", "mask"], graph.ramp(ramp, "hidden", new))
 
 
-def check(parts: LayerParts) -> None:
+def check(asked: str) -> None:
+    """Raises:
+    UserError: what makes and runs graphs is not installed.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise UserError(f'{asked}: {error}; pip install "deebert[onnx]"') from error
+
+
+def check_layer(parts: LayerParts) -> None:
     """Raises:
     UserError: its activation is not known here.
     """

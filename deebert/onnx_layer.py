@@ -35,12 +35,8 @@ def check(parts: LayerParts, precision: str, device: torch.device) -> None:
             f"runtime=onnx runs on the processor, in {' or '.join(PRECISIONS)}, not on "
             f"{device.type} in {precision}; use runtime=torch"
         )
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        raise UserError(f'runtime=onnx: {error}; pip install "deebert[onnx]"') from error
-    onnx_graphs.check(parts)
+    onnx_graphs.check("runtime=onnx")
+    onnx_graphs.check_layer(parts)
     if (there := _share_threads()) != (wanted := torch.get_num_threads()):
         raise UserError(
             f"runtime=onnx: its {there} threads were started in this process for an earlier run, "

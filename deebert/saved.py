@@ -95,6 +95,11 @@ def read(folder: Path, flag: str) -> Saved:
         kind = f" ({type(error).__name__})" if error else ""
         return UserError(f"{flag}={folder}: {what}{kind}; save the model again from its run")
 
+    if (folder / "runner.py").is_file():
+        raise UserError(
+            f"{flag}={folder}: an ONNX export, which its own runner.py answers with; give the run "
+            "or saved folder that it was made of"
+        )
     weights = folder / "model.safetensors"
     if not weights.is_file():  # safetensors does not say which file it misses
         raise wrong(f"{weights.name} is missing")

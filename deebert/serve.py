@@ -1,6 +1,6 @@
 """`python -m deebert.serve model=RUN`: an HTTP service that answers texts.
 
-Its options, and what they contradict; `service` runs it.
+Its options, and what they contradict; `service` has what runs it.
 """
 
 import os
@@ -82,9 +82,9 @@ def run(options: ServeOptions) -> None:
             raise UserError(
                 f'the service needs {package}, which is not installed: pip install "deebert[serve]"'
             )
-    from deebert import service
+    from deebert.service import server
 
-    service.serve(options)
+    server.serve(options)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import torch
 from omegaconf import OmegaConf
 from test_backbones import DEBERTA_V3, tiny
 from torch import Tensor, nn
+from transformers import RobertaTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from deebert import exits
 from deebert.exits import Rule
@@ -143,3 +145,15 @@ def calls(model: EarlyExitModel, run: Callable[[], object]) -> list[int]:
     for handle in hooks:
         handle.remove()
     return counts
+
+
+def byte_level() -> RobertaTokenizer:
+    """With merges, leading spaces and no token types; cuts at the left."""
+    vocab = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])}
+    vocab |= {letter: len(vocab) + i for i, letter in enumerate(bytes_to_unicode().values())}
+    merges = [("Ġ", "a"), ("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n")]
+    for left, right in merges:
+        vocab.setdefault(left + right, len(vocab))
+    tokenizer = RobertaTokenizer(vocab=vocab, merges=merges)
+    tokenizer.truncation_side = "left"
+    return tokenizer

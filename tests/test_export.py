@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from random_models import CLASS_RULES, RAMPS, inputs_of, middles, model_of, world
-from transformers import RobertaTokenizer
+from random_models import CLASS_RULES, RAMPS, byte_level, inputs_of, middles, model_of, world
 
 from deebert import EarlyExitClassifier, demo, exits, export, onnx_runner, tokens
 from deebert.classifier import Asked
@@ -290,20 +289,6 @@ def test_longer_than_the_model_takes(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(found.logits_NC), expected.logits_NC, **CLOSE)
 
 
-def byte_level() -> RobertaTokenizer:
-    """With merges, leading spaces and no token types; cuts at the left."""
-    vocab = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])}
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    vocab |= {letter: len(vocab) + i for i, letter in enumerate(bytes_to_unicode().values())}
-    merges = [("Ġ", "a"), ("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n")]
-    for left, right in merges:
-        vocab.setdefault(left + right, len(vocab))
-    tokenizer = RobertaTokenizer(vocab=vocab, merges=merges)
-    tokenizer.truncation_side = "left"
-    return tokenizer
-
-
 @pytest.mark.parametrize("max_length", [8, 9, 64])
 @pytest.mark.parametrize("columns", [1, 2])
 @pytest.mark.parametrize("kind", ["stage2", "byte level"])
@@ -446,3 +431,8 @@ def test_without_trained_ramps(stage1: Path, tmp_path: Path, caplog) -> None:
     assert [each["exit_layer"] for each in runner.predict(pairs())] == [3] * len(pairs())
     with pytest.raises(RunnerError, match="which has: none"):
         runner.ask(target_saving=0.3)
+
+
+def test_an_export_is_no_saved_folder(exported: Path) -> None:
+    with pytest.raises(UserError, match=r"an ONNX export, which its own runner\.py answers with"):
+        EarlyExitClassifier.from_pretrained(exported)

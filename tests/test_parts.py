@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from deebert import parts
 from deebert.errors import UserError
-from deebert.parts import Parts
+from deebert.files import parts
+from deebert.files.parts import Parts
 
 # Small enough to be run again and again; dies before the step on the disk of this number.
 WORK = """
 import os, signal, sys
 from pathlib import Path
-from deebert import parts
-from deebert.parts import Parts
+from deebert.files import parts
+from deebert.files.parts import Parts
 
 STEPS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 
@@ -166,7 +166,7 @@ def test_only_one_process_at_a_time(tmp_path: Path) -> None:
     output = tmp_path / "out.csv"
     program = f"""
 from pathlib import Path
-from deebert.parts import Parts
+from deebert.files.parts import Parts
 from deebert.errors import UserError
 try:
     Parts(Path({str(output)!r})).__enter__()

@@ -18,12 +18,14 @@ from conftest import ROOT, mrpc_rows
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
-from deebert import EarlyExitClassifier, answers, commands, engine, parts
-from deebert.answers import Columns, answered, out_names, own_columns
+from deebert import EarlyExitClassifier, commands, engine
 from deebert.classifier import Predictions
 from deebert.errors import UserError
-from deebert.predict import PredictOptions, _columns, locally, predict, run
-from deebert.rows_in import Row, Source, blocks
+from deebert.files import answers, parts
+from deebert.files.answers import Columns, answered, out_names, own_columns
+from deebert.files.rows_in import Row, Source, blocks
+from deebert.files.work import PredictOptions, chosen_columns, locally, run
+from deebert.predict import predict
 
 PAIRS = [(row["sentence1"], row["sentence2"]) for row in mrpc_rows("test", 150)]
 SAVING = 0.3
@@ -201,7 +203,7 @@ def test_which_columns_are_read() -> None:
 
     def found(names: str, texts: str, of_task: tuple[str, ...], **said: object) -> Columns:
         source = Source(tuple(names), tuple(texts), lambda _: iter(()), lambda: 0, 0, {})
-        return _columns(PredictOptions(**said), source, of_task, free=False)
+        return chosen_columns(PredictOptions(**said), source, of_task, free=False)
 
     assert found("ab", "ab", ("a",)) == Columns(("a",), ("a", "b"))
     assert found("xyz", "y", ("a",)).texts == ("y",)
@@ -451,7 +453,7 @@ def test_the_order_of_blocks_is_that_of_the_rows() -> None:
 def test_json_lines_with_keys_of_their_own(
     stage2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr("deebert.rows_in.FIRST_ROWS", 3)
+    monkeypatch.setattr("deebert.files.rows_in.FIRST_ROWS", 3)
     given = rows()[:5]
     given[1]["stars"], given[4]["late"] = [4], True
     file = write(tmp_path / "in.jsonl", given)

@@ -17,9 +17,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from deebert import lines, rows_in, rows_out
 from deebert.errors import UserError
-from deebert.rows_out import Layout
+from deebert.files import lines, rows_in, rows_out
+from deebert.files.rows_out import Layout
 
 ROWS = [
     {"id": "7", "text": "a fine film"},
@@ -286,7 +286,7 @@ def test_a_parquet_file_that_breaks_off(tmp_path: Path) -> None:
 HOSTILE = """
 import sys
 from pathlib import Path
-from deebert import rows_in
+from deebert.files import rows_in
 with rows_in.opened(sys.argv[1]) as source:
     for block in rows_in.blocks(source.rows(source.names), 8192):
         for row in block:

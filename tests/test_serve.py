@@ -22,12 +22,13 @@ import pytest
 from conftest import ROOT, mrpc_rows
 from prometheus_client.parser import text_string_to_metric_families
 
-from deebert import EarlyExitClassifier, door, serve
-from deebert.door import Admission, Door
+from deebert import EarlyExitClassifier, serve
 from deebert.errors import UserError
-from deebert.metrics import Metrics
-from deebert.predictor import described
 from deebert.serve import ServeOptions, checked
+from deebert.service import door
+from deebert.service.door import Admission, Door
+from deebert.service.metrics import Metrics
+from deebert.service.predictor import described
 
 PAIRS = [[row["sentence1"], row["sentence2"]] for row in mrpc_rows("validation", 40)]
 MOST_TEXTS, MOST_CHARS, MOST_BYTES = 8, 500, 20_000

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from deebert import requests
 from deebert.errors import UserError
-from deebert.requests import Refused, Work
+from deebert.service import requests
+from deebert.service.requests import Refused, Work
 
 if TYPE_CHECKING:
     from deebert.classifier import Asked, EarlyExitClassifier, Predictions, Tokens

@@ -22,18 +22,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deebert import answers, folder_in
+from deebert.commands import engine_of
 from deebert.errors import UserError
-from deebert.folder_in import File
-from deebert.folder_out import ERRORS, Folder
-from deebert.predict import PredictOptions, Work, _about
-from deebert.progress import Progress
+from deebert.files import answers, folder_in
+from deebert.files.folder_in import File
+from deebert.files.folder_out import ERRORS, Folder
+from deebert.files.progress import Progress
+from deebert.files.work import COUNTED as OF_A_PART
+from deebert.files.work import PredictOptions, Work, about, told
 
 if TYPE_CHECKING:
     from deebert.classifier import Asked, EarlyExitClassifier
     from deebert.saved import Saved
 
-COUNTED = ("rows", "bad", "layers", "more", "bytes")
+COUNTED = (*OF_A_PART, "bytes")
 
 
 def predict(options: PredictOptions) -> None:
@@ -56,32 +58,30 @@ def predict(options: PredictOptions) -> None:
     files, work = folder_in.looked_into(options, inputs, classifier, folder.kind)
     with folder.alone():
         job = _job(work, options, inputs)
-        asked = work._asked(folder.begin(job, options.overwrite, work._find))
+        asked = work.asked(folder.begin(job, options.overwrite, work.find))
         done = folder.done()
         files = [replace(f, done=frozenset(b for n, b in done if n == f.number)) for f in files]
-        told = {name: sum(about[name] for about in done.values()) for name in COUNTED}
-        began, before = time.monotonic(), told["rows"]
+        sums = {name: sum(part[name] for part in done.values()) for name in COUNTED}
+        began, before = time.monotonic(), sums["rows"]
         if before:
             print(f"{before:,} rows were done before; going on with the rest", file=sys.stderr)
 
-        def said() -> dict[str, Any]:
-            good = told["rows"] - told["bad"]
-            saving = 1 - told["layers"] / (good * classifier.num_layers) if good else None
-            rate = (told["rows"] - before) / (time.monotonic() - began)
-            return {**told, "saving": saving, "rate": rate}
+        def now() -> dict[str, Any]:
+            rate = (sums["rows"] - before) / (time.monotonic() - began)
+            return told(sums, classifier.num_layers, rate)
 
         try:
             size = sum(file.size for file in files)
-            with _session(ray, options), Progress(size, told["bytes"]) as progress:
-                for about in _answers(ray, options, files, classifier.saved, asked, folder):
-                    told = {name: told[name] + about[name] for name in COUNTED}
-                    progress.show(told["bytes"], _about(said()))
+            with _session(ray, options), Progress(size, sums["bytes"]) as progress:
+                for part in _answers(ray, options, files, classifier.saved, asked, folder):
+                    sums = {name: sums[name] + part[name] for name in COUNTED}
+                    progress.show(sums["bytes"], about(now()))
         except KeyboardInterrupt:
-            print(f"\nStopped at {_about(said())}; the same command goes on", file=sys.stderr)
+            print(f"\nStopped at {about(now())}; the same command goes on", file=sys.stderr)
             sys.exit(130)
-        folder.finish(said())
-    errors = f"; the bad ones: {Path(options.output, ERRORS)}" if told["bad"] else ""
-    print(f"{_about(said())}: {options.output}{errors}")
+        folder.finish(now())
+    errors = f"; the bad ones: {Path(options.output, ERRORS)}" if sums["bad"] else ""
+    print(f"{about(now())}: {options.output}{errors}")
 
 
 def _ray() -> Any:
@@ -108,12 +108,8 @@ def _classifier(options: PredictOptions) -> "EarlyExitClassifier":
 
     # Where commands are given there may be no GPU; a wish for a speed is granted by measuring here.
     here = options.device == "cpu" or options.target_speedup is not None
-    told = _engine(options) if here else {}
-    return EarlyExitClassifier.from_pretrained(options.model, task=options.task, **told)
-
-
-def _engine(options: PredictOptions) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ("precision", "runtime", "device")}
+    engine = engine_of(options) if here else {}
+    return EarlyExitClassifier.from_pretrained(options.model, task=options.task, **engine)
 
 
 def _job(work: Work, options: PredictOptions, inputs: Sequence[tuple[str, Path]]) -> dict[str, Any]:
@@ -191,7 +187,7 @@ def _answers(
     )
     done = blocks.map_batches(
         Worker,
-        fn_constructor_args=(ray.put(saved), asked, folder, threads, _engine(options)),
+        fn_constructor_args=(ray.put(saved), asked, folder, threads, engine_of(options)),
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=threads,
@@ -258,8 +254,8 @@ class Worker:
         file: File = pickle.loads(given["file"])
         rows = pickle.loads(given["rows"])
         found = answers.answered(self.classifier, self.asked, rows, file.columns)
-        told = (len(rows), len(found.bad), found.layers, file.more(rows), given["bytes"])
-        about = dict(zip(COUNTED, told, strict=True))
+        counts = (len(rows), len(found.bad), found.layers, file.more(rows), given["bytes"])
+        counted = dict(zip(COUNTED, counts, strict=True))
         said, bad = map(file.named, found.rows), map(file.named, found.bad)
-        self.folder.keep(file.number, given["block"], file.layout, [*said], [*bad], about)
-        return pa.table({name: [value] for name, value in about.items()})
+        self.folder.keep(file.number, given["block"], file.layout, [*said], [*bad], counted)
+        return pa.table({name: [value] for name, value in counted.items()})

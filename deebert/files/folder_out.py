@@ -19,11 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from deebert import rows_out
 from deebert.errors import UserError
-from deebert.rows_out import Layout
+from deebert.files import disk, rows_out
+from deebert.files.rows_out import Layout
 
 JOB, LOCK, ERRORS = "_job.json", "_lock", "_errors.jsonl"
 # What may lie in the folder, and may be removed from it.
@@ -50,9 +48,7 @@ class Folder:
         if self.path.is_file():
             raise UserError(f"output={self.path} is a file; engine=ray writes a folder of parts")
         if not self.path.parent.is_dir():
-            raise UserError(
-                f"output={self.path}: there is no folder {self.path.parent}; make it first"
-            )
+            raise disk.no_folder(self.path)
         others = [p.name for p in self.path.glob("*") if not OWN.fullmatch(p.name)]
         if others:
             raise UserError(
@@ -62,15 +58,7 @@ class Folder:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Around all that is written: one job at a time."""
-        with _told(self.path):
-            self.path.mkdir(exist_ok=True)
-            lock = FileLock(self.path / LOCK)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                raise UserError(
-                    f"output={self.path}: another process is writing it; wait for its end"
-                ) from None
+        lock = disk.locked(self.path / LOCK, self.path)
         try:
             yield
         finally:
@@ -99,12 +87,10 @@ class Folder:
         """
         job = json.loads(json.dumps(job))
         if (self.path / JOB).exists() and not overwrite:
-            before = _read(self.path / JOB)
+            before = disk.read(self.path / JOB)
             if "told" in before:
                 self._clear("_part-*", ".part-*")  # if it was killed over this
-                raise UserError(
-                    f"output={self.path} is there already; replace it with overwrite=true"
-                )
+                raise disk.is_there(self.path)
             for key in {**before["job"], **job}:
                 if before["job"].get(key) != job.get(key):
                     raise UserError(
@@ -128,7 +114,7 @@ class Folder:
         for path in self.path.glob("_part-*.json"):
             _, number, block = path.stem.split("-")
             if (self.path / f"{path.stem[1:]}.{self.kind}").exists():
-                found[int(number), int(block)] = _read(path)
+                found[int(number), int(block)] = disk.read(path)
         return found
 
     def keep(
@@ -150,12 +136,11 @@ class Folder:
         if bad:
             self._replace(f"_{stem}.jsonl", "".join(map(rows_out.json_line, bad)).encode())
         rest, whole = self.path / f".{stem}.rows", self.path / f".{stem}.{self.kind}"
-        with _told(self.path):
+        with disk.told(self.path):
             rest.write_bytes(layout.part(rows))
             layout.join([rest], whole)  # a file of its own, with all that goes with it
             rest.unlink()
-            with whole.open("rb+") as written:
-                os.fsync(written.fileno())
+            disk.sync(whole)
             os.replace(whole, self.path / f"{stem}.{self.kind}")
         self._write(f"_{stem}.json", about)
 
@@ -164,44 +149,17 @@ class Folder:
         bad = b"".join(path.read_bytes() for path in sorted(self.path.glob("_part-*.jsonl")))
         if bad:
             self._replace(ERRORS, bad)
-        self._write(JOB, {**_read(self.path / JOB), "told": dict(told)})
+        self._write(JOB, {**disk.read(self.path / JOB), "told": dict(told)})
         self._clear("_part-*", ".part-*", LOCK)
 
     def _clear(self, *patterns: str) -> None:
-        with _told(self.path):
+        with disk.told(self.path):
             for pattern in patterns:
                 for path in self.path.glob(pattern):
                     path.unlink(missing_ok=True)
 
     def _write(self, name: str, values: Mapping[str, Any]) -> None:
-        self._replace(name, json.dumps(values, indent=1).encode())
+        self._replace(name, disk.content(values))
 
     def _replace(self, name: str, content: bytes) -> None:
-        part = self.path / f".{name[1:]}"
-        with _told(self.path):
-            with part.open("wb") as out:
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(part, self.path / name)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        return found
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({type(error).__name__}); remove the folder"
-        ) from error
-
-
-@contextmanager
-def _told(where: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"output={where}: it cannot be written ({error.strerror or error}); what is done "
-            "stays, and the same command goes on"
-        ) from error
+        disk.replace(self.path / name, content, self.path / f".{name[1:]}")

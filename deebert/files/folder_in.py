@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deebert import rows_in, rows_out
-from deebert.answers import Columns
 from deebert.errors import UserError, unknown
-from deebert.predict import PredictOptions, Work, _columns
-from deebert.rows_in import Row
-from deebert.rows_out import Layout
+from deebert.files import rows_in, rows_out
+from deebert.files.answers import Columns
+from deebert.files.rows_in import Row
+from deebert.files.rows_out import Layout
+from deebert.files.work import PredictOptions, Work, chosen_columns
 
 if TYPE_CHECKING:
     from deebert.classifier import EarlyExitClassifier
@@ -126,7 +126,7 @@ def looked_into(
     for number, (name, path) in enumerate(files):
         said = replace(options, input=str(path))
         with rows_in.opened(str(path), options.format) as source:
-            columns = _columns(said, source, classifier.task.columns, rows_out.is_free(kind))
+            columns = chosen_columns(said, source, classifier.task.columns, rows_out.is_free(kind))
             if kind == "parquet" and source.free and columns.kept:
                 raise UserError(
                     f"input={path}: a column of Parquet has one type, and JSON lines do not say "
@@ -136,7 +136,7 @@ def looked_into(
             wanted = frozenset((*columns.texts, *again))
             next(source.rows(wanted))  # a file without rows is refused
             work = Work(said, source, classifier, columns)
-            layout = _with_file(work._layout(kind))
+            layout = _with_file(work.layout(kind))
         cut = options.keep == "all" and columns.kept is not None and source.free
         known = frozenset(source.names) if cut else None
         held, size = rows_in.format_of(str(path), options.format), path.stat().st_size

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import connection, parent_process
 from queue import Empty
@@ -22,10 +22,10 @@ from litserve.loops import LitLoop
 from litserve.utils import LitAPIStatus, LoopResponseType
 from starlette.responses import Response
 
-from deebert.commands import ModelOptions, wish_of
-from deebert.metrics import Metrics
-from deebert.replies import Reply, replies
-from deebert.requests import UNFIT, Answer, Limits, Refused, Request, Work, work
+from deebert.commands import engine_of, wish_of
+from deebert.service.metrics import Metrics
+from deebert.service.replies import Reply, replies
+from deebert.service.requests import UNFIT, Answer, Limits, Refused, Request, Work, work
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def described(options: Any) -> About:
     asked = classifier.ask(**wish)
     if options.speedups:
         try:
-            classifier._costs  # noqa: B018 (kept)
+            classifier.costs  # noqa: B018 (kept)
         except UserError as error:
             log.info("no request can ask for target_speedup=: %s", error)
     return About(
@@ -86,7 +86,7 @@ def described(options: Any) -> About:
         asked.rule.name,
         dict(asked.wish),
         None if asked.expected is None else dict(asked.expected),
-        vars(classifier).get("_costs"),
+        vars(classifier).get("costs"),
         {package: version(package) for package in PACKAGES},
     )
 
@@ -98,8 +98,9 @@ def _loaded(options: Any) -> Any:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    given = {each.name: getattr(options, each.name) for each in fields(ModelOptions)}
-    return EarlyExitClassifier.from_pretrained(given.pop("model"), **given)
+    return EarlyExitClassifier.from_pretrained(
+        options.model, task=options.task, **engine_of(options)
+    )
 
 
 class Predictor(litserve.LitAPI):
@@ -126,7 +127,7 @@ class Predictor(litserve.LitAPI):
         self.metrics = Metrics(self.about.layers)
         self.classifier = _loaded(self.options)
         if self.about.costs is not None:  # the same in all processes, and measured undisturbed
-            self.classifier._costs = self.about.costs
+            self.classifier.costs = self.about.costs
 
     def decode_request(self, request: Request) -> Work | Refused:
         """The type of its argument is that of the body, for LitServe."""

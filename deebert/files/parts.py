@@ -14,15 +14,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from deebert.errors import UserError
+from deebert.files import disk
 
 JOB, FINISHED, LOCK = "job.json", "finished.json", "lock"
 JOINED, ERRORS = "joined", "errors"
@@ -47,15 +47,15 @@ def check(output: Path, overwrite: bool) -> None:
         UserError: the output cannot be written there, or is there already.
     """
     folder = parts_of(output)
-    with _told(output):
+    with disk.told(output):
         if not output.parent.is_dir():
-            raise UserError(f"output={output}: there is no folder {output.parent}; make it first")
+            raise disk.no_folder(output)
         if output.is_dir():
             raise UserError(f"output={output} is a folder; name a file")
         if folder.exists() and not (folder.is_dir() and all(map(_is_own, folder.iterdir()))):
             raise UserError(f"{folder} is in the way: not made by this program; move it away")
         if output.exists() and not overwrite and not folder.exists():
-            raise _exists(output)
+            raise disk.is_there(output)
 
 
 class Parts:
@@ -68,17 +68,10 @@ class Parts:
     def __init__(self, output: Path) -> None:
         self.output, self.folder = output, parts_of(output)
         self.done: list[dict[str, Any]] = []
-        self.lock = FileLock(self._file(LOCK))
+        self.lock: FileLock
 
     def __enter__(self) -> Self:
-        with _told(self.folder):
-            self.folder.mkdir(exist_ok=True)
-            try:
-                self.lock.acquire(timeout=0)
-            except Timeout:
-                raise UserError(
-                    f"output={self.output}: another process is writing it; wait for its end"
-                ) from None
+        self.lock = disk.locked(self._file(LOCK), self.output)
         return self
 
     def __exit__(
@@ -118,14 +111,14 @@ class Parts:
         before = self._read(JOB) if self._file(JOB).exists() else None
         # Who began by agreeing to that need not say it again to go on.
         if self.output.exists() and not (overwrite or (before and before["overwrite"])):
-            raise _exists(self.output)
+            raise disk.is_there(self.output)
         if before and not overwrite:
             self._check_same(before["job"], _plain(job))
             self._count()
             return before["found"]
         found = dict(find())  # may take a while, or fail: only then is anything removed
         self._clear()
-        self._write(JOB, _json({"job": job, "found": found, "overwrite": overwrite}))
+        self._write(JOB, disk.content({"job": job, "found": found, "overwrite": overwrite}))
         return found
 
     def add(self, rows: bytes, bad: bytes, about: Mapping[str, Any]) -> None:
@@ -134,7 +127,7 @@ class Parts:
         told = {**about, "bytes": [len(rows), len(bad)]}
         self._write(f"{name}.rows", rows)
         self._write(f"{name}.bad", bad)
-        self._write(f"{name}.json", _json(told))
+        self._write(f"{name}.json", disk.content(told))
         self.done.append(told)
 
     def finish(
@@ -150,22 +143,21 @@ class Parts:
             told: what `ended` gives to a process that finds all but the last step done.
         """
         names = [f"{number:06}" for number in range(len(self.done))]
-        with _told(self.folder):
+        with disk.told(self.folder):
             join([self._file(f"{name}.rows") for name in names], self._file(JOINED))
             with self._file(ERRORS).open("wb") as out:
                 for name in names:
                     with self._file(f"{name}.bad").open("rb") as content:
                         shutil.copyfileobj(content, out)
             for made in (JOINED, ERRORS):
-                with self._file(made).open("rb+") as written:
-                    os.fsync(written.fileno())
-        self._write(FINISHED, _json({"job": job, "told": told}))
+                disk.sync(self._file(made))
+        self._write(FINISHED, disk.content({"job": job, "told": told}))
         self._move()
 
     def _move(self) -> None:
         """The last step, which whoever finds `FINISHED` can take again."""
         joined, errors, reported = self._file(JOINED), self._file(ERRORS), errors_of(self.output)
-        with _told(self.output):
+        with disk.told(self.output):
             if errors.exists() and errors.stat().st_size:
                 os.replace(errors, reported)
             elif errors.exists():
@@ -173,7 +165,7 @@ class Parts:
                 errors.unlink()
             if joined.exists():
                 os.replace(joined, self.output)
-            _sync(self.output.parent)
+            disk.sync(self.output.parent)
             self._clear()
             self._file(FINISHED).unlink()
 
@@ -198,7 +190,7 @@ class Parts:
     def _clear(self) -> None:
         """The job goes last: what is left when this is interrupted still says whose it is."""
         self.done = []
-        with _told(self.folder):
+        with disk.told(self.folder):
             files = [file for file in self.folder.iterdir() if _is_own(file)]
             for file in sorted(files, key=lambda file: file.name == JOB):
                 if file.name not in (LOCK, FINISHED):
@@ -208,55 +200,15 @@ class Parts:
         return self.folder / name
 
     def _read(self, name: str) -> dict[str, Any]:
-        try:
-            return json.loads(self._file(name).read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self._file(name)} cannot be read ({type(error).__name__}); remove the folder"
-            ) from error
+        return disk.read(self._file(name))
 
     def _write(self, name: str, content: bytes) -> None:
-        file = self._file(f"{name}.tmp")
-        with _told(self.folder):
-            with file.open("wb") as out:
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(file, self._file(name))
-            _sync(self.folder)
+        disk.replace(self._file(name), content, self._file(f"{name}.tmp"))
 
 
 def _is_own(file: Path) -> bool:
     return OWN.fullmatch(file.name) is not None
 
 
-def _json(values: Mapping[str, Any]) -> bytes:
-    return json.dumps(values, indent=1).encode()
-
-
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(_json(values))
-
-
-def _sync(folder: Path) -> None:
-    """A file's name is on the disk only when its folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _exists(output: Path) -> UserError:
-    return UserError(f"output={output} is there already; replace it with overwrite=true")
-
-
-@contextmanager
-def _told(where: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{where}: it cannot be written ({error.strerror or error}); what is done stays, and "
-            "the same command goes on"
-        ) from error
+    return json.loads(disk.content(values))

@@ -15,8 +15,8 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deebert.metrics import Metrics
-from deebert.requests import noted, trouble
+from deebert.service.metrics import Metrics
+from deebert.service.requests import noted, trouble
 
 log = logging.getLogger(__name__)
 

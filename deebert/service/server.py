@@ -33,12 +33,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from deebert import metrics
-from deebert.door import OPEN, Admission, Door
 from deebert.errors import UserError
-from deebert.metrics import Metrics
-from deebert.predictor import END, LOG_FORMAT, PATH, About, Predictor, described
-from deebert.requests import UNFIT, Trouble, reason, trouble
+from deebert.service import metrics
+from deebert.service.door import OPEN, Admission, Door
+from deebert.service.metrics import Metrics
+from deebert.service.predictor import END, LOG_FORMAT, PATH, About, Predictor, described
+from deebert.service.requests import UNFIT, Trouble, reason, trouble
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from deebert.errors import UserError, unknown
-from deebert.lines import PAGE, Lines, Record, csv_records, tsv_records
+from deebert.files.lines import PAGE, Lines, Record, csv_records, tsv_records
 
 ENDINGS = {
     ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"
@@ -112,7 +112,7 @@ def opened(given: str, said: str | None = None) -> Iterator[Source]:
         except OSError as error:
             raise UserError(f"{where}: it cannot be read ({error.strerror})") from error
         if kind == "parquet":
-            from deebert import parquet_in  # pyarrow takes half a second
+            from deebert.files import parquet_in  # pyarrow takes half a second
 
             yield parquet_in.source(where, stream)
         else:
