@@ -46,11 +46,20 @@ class Checkpoint(Origin):
     def model(self) -> EarlyExitModel:
         """The trained model, in eval mode."""
         task = Task.from_config(self.config["task"])
+        weights = {name.removeprefix("model."): value for name, value in self.weights.items()}
+        with torch.device("meta"):  # shapes alone: a hostile size takes no memory
+            shapes = EarlyExitModel(
+                self.architecture, task.num_labels, self.config["ramp"]
+            ).state_dict()
+        for name, value in weights.items():
+            if name in shapes and shapes[name].shape != value.shape:
+                raise UserError(
+                    f"{self.path}: its weights do not fit its shape ({name} is "
+                    f"{tuple(value.shape)}, not {tuple(shapes[name].shape)})"
+                )
         model = EarlyExitModel(self.architecture, task.num_labels, self.config["ramp"])
         try:
-            model.load_weights(
-                {name.removeprefix("model."): value for name, value in self.weights.items()}
-            )
+            model.load_weights(weights)
         except RuntimeError as error:
             reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
             raise UserError(f"{self.path}: its weights do not fit its shape ({reason})") from error

@@ -116,6 +116,7 @@ class EarlyExitClassifier:
         self.model = origin.model()
         self.tokenizer = origin.tokenizer()
         self.max_length = int(origin.config["data"]["max_length"])
+        self._rules: dict[str | None, Rule] = {}
         self.rule = self._rule(what.exit)
         self.engine = Engine(
             self.model, self.rule, 0.0, precision=precision, runtime=runtime, device=device
@@ -191,13 +192,14 @@ class EarlyExitClassifier:
         Raises:
             UserError: one is not a text, or not a pair where the task has two columns.
         """
-        columns = list(zip(*(self._columns(text) for text in texts), strict=True))
-        if not columns:
-            return []
-        encoded = tokens.encode(self.tokenizer, columns, self.max_length)
-        names = [name for name in tokens.TOKENS if name in encoded]
-        rows = zip(*(encoded[name] for name in names), strict=True)
-        return [dict(zip(names, values, strict=True)) for values in rows]
+        found: list[Tokens] = []
+        for some in tokens.portions([self._columns(text) for text in texts]):
+            columns = list(zip(*some, strict=True))
+            encoded = tokens.encode(self.tokenizer, columns, self.max_length)
+            names = [name for name in tokens.TOKENS if name in encoded]
+            rows = zip(*(encoded[name] for name in names), strict=True)
+            found += [dict(zip(names, values, strict=True)) for values in rows]
+        return found
 
     def _columns(self, text: Text) -> tuple[str, ...]:
         names = self.task.columns
@@ -311,9 +313,11 @@ class EarlyExitClassifier:
         )
 
     def _rule(self, name: str | None) -> Rule:
-        if name is None:
-            return exits.default(self.task.num_labels)
-        return exits.named(name, self.task.num_labels)
+        """The same object for the same name: requests to a service are grouped by it."""
+        if name not in self._rules:
+            num = self.task.num_labels
+            self._rules[name] = exits.default(num) if name is None else exits.named(name, num)
+        return self._rules[name]
 
     @cached_property
     def _calibration_rows(self) -> Record:
@@ -381,7 +385,8 @@ class EarlyExitClassifier:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **wish)
-            api.upload_folder(repo_id=repo_id, folder_path=folder)
+            # Records of another model, from an earlier push, would make the repository unreadable.
+            api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns="records/*")
         return str(address)
 
 

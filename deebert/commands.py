@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, NoReturn, TypeVar
 
+import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -67,7 +68,8 @@ def parse(kind: type[Options], arguments: Sequence[str]) -> Options:
     """
     known = {each.name: each for each in fields(kind)}  # type: ignore[arg-type]
     found: Any = OmegaConf.structured(kind)
-    said = set()
+    said: set[str] = set()
+    texts: dict[str, str] = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals:
@@ -79,16 +81,22 @@ def parse(kind: type[Options], arguments: Sequence[str]) -> Options:
         said.add(key)
         try:
             # A path or a text stays as it is; numbers, lists and null are read as YAML.
-            plain = known[key].type in (str, str | None) and text != "null"
-            value = text if plain else OmegaConf.to_container(OmegaConf.create(f"x: {text}"))["x"]  # type: ignore[index, call-overload]
+            if known[key].type in (str, str | None) and text != "null":
+                texts[key] = text
+                value: Any = ""
+            else:
+                value = OmegaConf.to_container(OmegaConf.create(f"x: {text}"))["x"]  # type: ignore[index, call-overload]
             OmegaConf.update(found, key, value, merge=False)
-        except (OmegaConfBaseException, ValueError) as error:
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{argument}: {reason} ({known[key].metadata['meaning']})") from error
     for key in known:
         if OmegaConf.is_missing(found, key):
             raise UserError(f"{key}= is missing: {known[key].metadata['meaning']}")
-    return OmegaConf.to_object(found)  # type: ignore[return-value]
+    options: Any = OmegaConf.to_object(found)
+    for key, text in texts.items():  # not through OmegaConf, which replaces ${...}
+        setattr(options, key, text)
+    return options
 
 
 def usage(kind: type, command: str, example: str) -> str:

@@ -34,6 +34,7 @@ except ImportError as missing:
 FORMAT, SCHEMA = "deebert-onnx", 1  # of deebert.json
 TOKEN_BUDGET = 2048  # of a batch, padding included; a longer input is a batch of its own
 WINDOW = 8192  # inputs that are sorted by length together
+AT_ONCE = 250_000  # characters that are tokenized together: what is cut off is held, too
 
 
 class RunnerError(ValueError):
@@ -224,11 +225,13 @@ class Runner:
 
     def encode(self, rows: Sequence[tuple[str, ...]]) -> list[dict[str, list[int]]]:
         """What `checked` gave -> what `run` takes, one for each."""
-        if len(self.columns) == 2:
-            found = self._pairs(rows)
-        else:
-            single = self._tokenizer.encode_batch([text for (text,) in rows])
-            found = [(each.ids, each.type_ids) for each in single]
+        found: list[tuple[list[int], list[int]]] = []
+        for some in _portions(rows):
+            if len(self.columns) == 2:
+                found += self._pairs(some)
+            else:
+                single = self._tokenizer.encode_batch([text for (text,) in some])
+                found += [(each.ids, each.type_ids) for each in single]
         if not self.about["token_type_ids"]:
             return [{"input_ids": ids} for ids, _ in found]
         return [{"input_ids": ids, "token_type_ids": types} for ids, types in found]
@@ -458,6 +461,19 @@ def _about(folder: Path) -> dict[str, Any]:
     if about.get("schema") != SCHEMA:
         raise RunnerError(f"{file} has schema {about.get('schema')}, this runner reads {SCHEMA}")
     return about
+
+
+def _portions(rows: Iterable[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
+    chosen: list[tuple[str, ...]] = []
+    size = 0
+    for row in rows:
+        chosen.append(row)
+        size += sum(map(len, row))
+        if size >= AT_ONCE:
+            yield chosen
+            chosen, size = [], 0
+    if chosen:
+        yield chosen
 
 
 def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:

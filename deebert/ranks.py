@@ -6,7 +6,7 @@ For what happens before there is a Trainer to ask. Imports nothing heavy, as eve
 import os
 
 # On a second machine the first process has LOCAL_RANK=0, too; srun knows its own names only.
-NAMES = ("LOCAL_RANK", "RANK", "SLURM_PROCID")
+NAMES = ("LOCAL_RANK", "RANK", "NODE_RANK", "SLURM_PROCID")
 
 
 def is_first() -> bool:

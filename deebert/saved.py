@@ -28,6 +28,11 @@ FILE = "deebert.json"
 SCHEMA = 1
 # Of a run's configuration: all but what lies on the machine that it was trained on, or names code.
 KEPT = ("task", "backbone", "ramp", "data", "stage", "stages", "objective", "seed", "thresholds")
+# What transformers heeds in a config, and what is no part of a model's shape.
+NO_SHAPE = {
+    "dtype", "torch_dtype", "attn_implementation", "_attn_implementation", "auto_map",
+    "quantization_config",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ def write(saved: Saved, model: EarlyExitModel, folder: Path, card: str) -> None:
         "exit": saved.exit,
         "wish": dict(saved.wish or {}),
     }
+    for old in (folder / "records").glob("*.safetensors"):  # of what was saved here before
+        old.unlink()
     fingerprint = checkpoints.fingerprint(load_file(folder / "model.safetensors"))
     for record in saved.records.values():
         header = {"checkpoint": fingerprint, "data": None, "config": config}
@@ -81,7 +88,8 @@ def public(config: Mapping[str, Any]) -> dict[str, Any]:
     kept["task"] = {k: v for k, v in config["task"].items() if k != "root"}
     kept["data"] = {k: v for k, v in config["data"].items() if k != "root"} | {"root": None}
     kept["backbone"] = dict(config["backbone"])
-    if Path(str(kept["backbone"].get("path"))).is_absolute():
+    path = Path(str(kept["backbone"].get("path")))
+    if path.is_absolute() or path.exists():  # no name on the hub
         del kept["backbone"]["path"]
     return kept
 
@@ -109,13 +117,14 @@ def read(folder: Path, flag: str) -> Saved:
             raise wrong(f"{FILE} has schema {about['schema']}, not {SCHEMA}")
         shape = json.loads((folder / "config.json").read_text("utf-8"))
         config = about["config"]
+        architecture = {k: v for k, v in shape["config"].items() if k not in NO_SHAPE}
         files = {
             name: (folder / name).read_text("utf-8") for name in map(_inside, about["tokenizer"])
         }
         checkpoint = Checkpoint(
             folder,
             public(checkpoints.of_today(config)),
-            shape["config"],
+            architecture,
             files,
             # Copies: the library maps the file, which would pull them from under us if it changed.
             {name: w.clone() for name, w in load_file(weights).items()},

@@ -59,7 +59,9 @@ def checked(options: ServeOptions) -> ServeOptions:
     if options.token is None:
         given = [os.environ[name] for name in (TOKEN, LITSERVE_TOKEN) if name in os.environ]
         options.token = given[0] if given else None
-    if options.token is not None and not options.token.strip():
+    if options.token is not None:
+        options.token = options.token.strip()  # files with a secret end in a newline
+    if options.token == "":
         raise UserError(f"the token is empty; give token=SECRET or {TOKEN}=SECRET, or none")
     if options.token is None and options.host not in HERE and not options.no_token:
         raise UserError(

@@ -1,12 +1,27 @@
 """Texts -> token ids, the same way in training, evaluation and use. Knows nothing of models."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 TOKENS = ("input_ids", "token_type_ids")  # what an encoder may be given beside the mask
-LONG = 64  # characters a token of max_length: pairs of more are cut by hand
+LONG = 8  # characters a token of max_length: pairs of more are cut by hand
+AT_ONCE = 250_000  # characters: a tokenizer holds 100 bytes and more a token, also of what it cuts
+
+
+def portions(rows: Iterable[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
+    """Rows of texts, some at a time: not more than a tokenizer should hold."""
+    chosen: list[tuple[str, ...]] = []
+    size = 0
+    for row in rows:
+        chosen.append(row)
+        size += sum(map(len, row))
+        if size >= AT_ONCE:
+            yield chosen
+            chosen, size = [], 0
+    if chosen:
+        yield chosen
 
 
 def encode(
@@ -18,53 +33,57 @@ def encode(
         columns: the texts of one or two columns; of a pair the longer text is cut first.
         max_length: tokens, at most.
     """
-    rows = list(zip(*columns, strict=True))
-    long = [
-        i for i, row in enumerate(rows) if len(row) > 1 and sum(map(len, row)) > LONG * max_length
-    ]
     given = [list(column) for column in columns]
-    for row in long:
-        for column in given:
-            column[row] = ""
+    long: dict[int, tuple[str, str]] = {}
+    if len(given) == 2:
+        for i, (first, second) in enumerate(zip(*given, strict=True)):
+            if len(first) + len(second) > LONG * max_length:
+                long[i] = first, second
+                given[0][i] = given[1][i] = ""
     found = dict(tokenizer(*given, truncation="longest_first", max_length=max_length))
-    for row in long:
-        first, second = rows[row]
-        by_name = _long_pair(tokenizer, first, second, max_length)
-        for name, values in found.items():
-            values[row] = by_name.get(name, [1] * len(by_name["input_ids"]))  # the mask
+    if long:
+        by_hand = _long_pairs(tokenizer, list(long.values()), max_length)
+        for i, pair in zip(long, by_hand, strict=True):
+            for name, values in found.items():
+                values[i] = pair.get(name, [1] * len(pair["input_ids"]))  # the mask
     return found
 
 
-def _long_pair(
-    tokenizer: PreTrainedTokenizerBase, first: str, second: str, max_length: int
-) -> dict[str, list[int]]:
-    """What the library would make of a pair.
+def _long_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], max_length: int
+) -> Iterator[dict[str, list[int]]]:
+    """What the library would make of pairs.
 
     Its own cutting keeps every combination of what it cuts off the two texts: seven gigabytes for
     16,000 words each.
     """
-    texts = [
-        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        for text in (first, second)
+    columns = [
+        tokenizer(list(column), add_special_tokens=False, verbose=False)["input_ids"]
+        for column in zip(*pairs, strict=True)
     ]
     room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
-    stay = longest_first(len(texts[0]), len(texts[1]), room)
-    texts = [
-        ids[len(ids) - most :] if tokenizer.truncation_side == "left" else ids[:most]
-        for ids, most in zip(texts, stay, strict=True)
-    ]
     small = tokenizer("a", "a", return_token_type_ids=True)
     parts = small.sequence_ids(0)
-    found: dict[str, list[int]] = {name: [] for name in TOKENS}
-    for i, (token, kind, part) in enumerate(
-        zip(small["input_ids"], small["token_type_ids"], parts, strict=True)
-    ):
-        if part is not None and i > 0 and part == parts[i - 1]:
-            continue  # "a" may be several tokens; its text stands there once
-        ids = [token] if part is None else texts[part]
-        found["input_ids"] += ids
-        found["token_type_ids"] += [kind] * len(ids)
-    return found
+    # What stands around and between the texts; a text of several tokens stands there once.
+    layout = [
+        (token, kind, part)
+        for i, (token, kind, part) in enumerate(
+            zip(small["input_ids"], small["token_type_ids"], parts, strict=True)
+        )
+        if part is None or i == 0 or part != parts[i - 1]
+    ]
+    for pair in zip(*columns, strict=True):
+        stay = longest_first(len(pair[0]), len(pair[1]), room)
+        texts = [
+            ids[len(ids) - most :] if tokenizer.truncation_side == "left" else ids[:most]
+            for ids, most in zip(pair, stay, strict=True)
+        ]
+        found: dict[str, list[int]] = {name: [] for name in TOKENS}
+        for token, kind, part in layout:
+            ids = [token] if part is None else texts[part]
+            found["input_ids"] += ids
+            found["token_type_ids"] += [kind] * len(ids)
+        yield found
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:

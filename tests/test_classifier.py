@@ -188,6 +188,7 @@ HOSTILE = {
     "not JSON": "is damaged",
     "a number": "is damaged",
     "an unknown model": "is not supported",
+    "a size beyond all memory": "its weights do not fit its shape",
     "a record of other weights": "other weights",
     "a rule that is no name": "is no name",
     "an unknown rule": "exit 'os.system' is unknown",
@@ -225,6 +226,8 @@ def test_refuses_a_damaged_or_hostile_folder(
         (folder / "deebert.json").write_text("7")
     elif what == "an unknown model":
         damaged(folder, "config.json", lambda a: a["config"].update(model_type="gpt2"))
+    elif what == "a size beyond all memory":
+        damaged(folder, "config.json", lambda a: a["config"].update(vocab_size=10**12))
     elif what == "a record of other weights":
         save_file(weights | {name: weights[name] + 1}, folder / "model.safetensors")
     elif what == "a rule that is no name":
@@ -234,6 +237,25 @@ def test_refuses_a_damaged_or_hostile_folder(
     with pytest.raises(UserError, match=HOSTILE[what]) as error:
         EarlyExitClassifier.from_pretrained(folder)
     assert "\n" not in str(error.value)
+
+
+def test_what_a_config_says_beside_the_shape_is_passed_over(
+    classifier: EarlyExitClassifier, tmp_path: Path
+) -> None:
+    classifier.save_pretrained(tmp_path)
+    more = {"dtype": "float16", "attn_implementation": "nonsense", "auto_map": {"AutoModel": "x.Y"}}
+    damaged(tmp_path, "config.json", lambda a: a["config"].update(more))
+    found = EarlyExitClassifier.from_pretrained(tmp_path).predict(PAIRS)
+    assert torch.equal(found.probabilities_NC, classifier.predict(PAIRS).probabilities_NC)
+
+
+def test_saved_over_another_model(classifier: EarlyExitClassifier, tmp_path: Path) -> None:
+    """Its records would be of other weights."""
+    classifier.save_pretrained(tmp_path)
+    [record] = (tmp_path / "records").glob("*.safetensors")
+    record.rename(record.with_name("other.safetensors"))
+    classifier.save_pretrained(tmp_path)
+    assert [file.name for file in (tmp_path / "records").iterdir()] == [record.name]
 
 
 def test_nothing_there(tmp_path: Path) -> None:

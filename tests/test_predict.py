@@ -18,7 +18,7 @@ from conftest import ROOT, mrpc_rows
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
-from deebert import EarlyExitClassifier, commands, engine
+from deebert import EarlyExitClassifier, commands, engine, tokens
 from deebert.classifier import Predictions
 from deebert.errors import UserError
 from deebert.files import answers, parts
@@ -240,7 +240,7 @@ def test_tokens_do_not_depend_on_their_company(
     texts = [(a * times, b) for (a, b), times in zip(PAIRS, [1, 9] * 20, strict=False)]
     given = [Row(n, n, {"a": a, "b": b}, None, 1) for n, (a, b) in enumerate(texts)]
     asked = classifier.ask(target_saving=SAVING)
-    monkeypatch.setattr(answers, "TOKENIZED_AT_ONCE", 500)
+    monkeypatch.setattr(tokens, "AT_ONCE", 500)
     found = answered(classifier, asked, given, Columns(("a", "b"), ()))
     expected = classifier.predict(texts, target_saving=SAVING)
     assert [row["label"] for row in found.rows] == expected.labels
@@ -490,6 +490,8 @@ def test_json_lines_with_keys_of_their_own(
         (["input={csv}", "output={out}.csv", "engine=spark"], "engine 'spark' is unknown; choose one of: local, ray"),
         (["input={csv}", "output={out}.csv", "format=xlsx"], "format 'xlsx' is unknown"),
         (["input={csv}", "output={out}.csv", "target_saving=2"], "target_saving=2"),
+        (["input={csv}", "output={out}.csv", "threshold=[0,"], "threshold=[0,: while parsing"),
+        (["input={csv}", "output={out}.csv", "columns=${{input}}"], "columns=${input}: "),
         (["input={csv}", "output={out}.csv", "saving=0.4"], "option 'saving' is unknown"),
         (["input={csv}", "output={out}.csv", "model=nowhere"], "model=nowhere"),
     ],

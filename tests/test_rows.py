@@ -166,6 +166,25 @@ def test_parquet_of_every_type(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_parquet_in_the_file_s_order(tmp_path: Path) -> None:
+    """Whatever order is asked for: rows are compared when work goes on in another process."""
+    parquet.write_table(pa.table({name: ["x"] for name in "abc"}), tmp_path / "a.parquet")
+    for wanted in ("abc", "cba", "ca"):
+        with rows_in.opened(str(tmp_path / "a.parquet")) as source:
+            [row] = source.rows(list(wanted))
+        assert list(row.values) == sorted(wanted)
+
+
+def test_a_date_that_python_has_not_costs_its_row(tmp_path: Path) -> None:
+    days = pa.array([1, 2**30, 3], pa.int32()).cast(pa.date32())
+    table = pa.table({"text": ["a", "b", "c"], "day": days})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    rows = read(tmp_path / "a.parquet")
+    assert [row.fault is None for row in rows] == [True, False, True]
+    assert rows[1].fault.startswith("its 'day' cannot be read (")
+    assert rows[2].values == {"text": "c", "day": datetime.date(1970, 1, 4)}
+
+
 def test_parquet_that_is_not_utf8(tmp_path: Path) -> None:
     raw = pa.array([b"fine", b"\xff\xfe", b"too"])
     texts = pa.Array.from_buffers(pa.string(), 3, raw.buffers())

@@ -215,6 +215,7 @@ def test_what_several_processes_trained_is_used_as_any_model(srun: Path, glue: P
         ({"LOCAL_RANK": "0", "RANK": "8"}, False),  # torchrun on the second machine
         ({"SLURM_PROCID": "3", "SLURM_LOCALID": "0"}, False),
         ({"SLURM_PROCID": "0"}, True),
+        ({"NODE_RANK": "1"}, False),  # the second machine of Lightning's own start
     ],
 )
 def test_which_process_is_the_first(

@@ -21,14 +21,16 @@ from typing import Any
 import pytest
 from conftest import ROOT, mrpc_rows
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import ValidationError
 
 from deebert import EarlyExitClassifier, serve
 from deebert.errors import UserError
 from deebert.serve import ServeOptions, checked
-from deebert.service import door
+from deebert.service import door, replies
 from deebert.service.door import Admission, Door
 from deebert.service.metrics import Metrics
 from deebert.service.predictor import described
+from deebert.service.requests import Request
 
 PAIRS = [[row["sentence1"], row["sentence2"]] for row in mrpc_rows("validation", 40)]
 MOST_TEXTS, MOST_CHARS, MOST_BYTES = 8, 500, 20_000
@@ -557,6 +559,62 @@ def test_the_door_is_shut_when_too_many_wait() -> None:
     asyncio.run(check())
 
 
+def test_whose_body_is_still_coming_waits_too() -> None:
+    async def check() -> None:
+        door = opened()
+        coming = [through(door, [b"{"])[1] for _ in range(2)]
+        await asyncio.sleep(0.01)
+        sent, task = through(door, [b"{}", b""])
+        await task
+        assert status(sent, "2 requests are waiting already") == 503
+        for each in coming:
+            each.cancel()
+        await asyncio.wait(coming)
+        assert (door.waiting, door.taken) == (0, 0)
+
+    asyncio.run(check())
+
+
+def test_an_answer_that_comes_too_late_is_taken_and_dropped() -> None:
+    """LitServe would keep it for ever if its handler were broken off."""
+
+    async def check() -> None:
+        finished = []
+
+        async def late(scope: dict, receive: Any, send: Any) -> None:
+            await asyncio.sleep(0.05)
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            finished.append(True)
+
+        door = opened(max_seconds=0.01)
+        door.app = late
+        sent, task = through(door, [b"{}", b""])
+        await task
+        assert status(sent, "no answer was found within 0.01 s") == 504
+        assert door.waiting == 1, "the model still works on it"
+        await asyncio.sleep(0.1)
+        assert finished == [True]
+        assert len(sent) == 2, "the client has its 504"
+        assert (door.waiting, door.taken, door.answered) == (0, 1, 0)
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("field", ["texts", "text", "threshold"])
+def test_a_list_of_nonsense_is_refused_at_its_first_item(field: str) -> None:
+    body = json.dumps({"text": "a", field: [None] * 100_000})
+    with pytest.raises(ValidationError) as error:
+        Request.model_validate_json(body)
+    assert error.value.error_count() < 5
+
+
+def test_a_request_s_wish_stands_for_the_whole_of_the_service_s() -> None:
+    default = {"exit": "patience", "target_saving": 0.4, "confidence": 0.9}
+    assert replies._whole({}, default) == default
+    assert replies._whole({"exit": "margin"}, default) == default | {"exit": "margin"}
+    assert replies._whole({"threshold": 2.0}, default) == {"exit": "patience", "threshold": 2.0}
+
+
 def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither for an answer, nor for a body, nor for the end of one that is too large."""
     monkeypatch.setattr(door, "BODY_SECONDS", 0.01)
@@ -594,6 +652,11 @@ def test_bad_options(options: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says) as error:
         checked(ServeOptions(model="RUN", **options))
     assert "\n" not in str(error.value)
+
+
+def test_a_token_from_a_file_ends_in_a_newline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEBERT_TOKEN", "secret\n")
+    assert checked(ServeOptions(model="RUN", host="0.0.0.0")).token == "secret"
 
 
 def test_open_with_a_token_or_when_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

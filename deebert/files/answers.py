@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from deebert.classifier import Asked, EarlyExitClassifier, Predictions
 
 LONGEST_TEXT = 1_000_000  # characters: a tokenizer holds 100 bytes and more for each token
-TOKENIZED_AT_ONCE = 250_000  # characters
 NOT_FINITE = "the model's answer is NaN or infinite (are the weights?)"
 
 
@@ -61,7 +60,7 @@ def answered(
     found: list[dict[str, Any]] = []
     if good:
         texts = [tuple(row.values[name] for name in columns.texts) for row in good]
-        predictions = classifier.answer(_encoded(classifier, texts), asked)
+        predictions = classifier.answer(classifier.encode(texts), asked)
         for row, values in zip(good, _values(predictions, own), strict=True):
             if values is None:
                 faults[row.number] = NOT_FINITE
@@ -121,20 +120,6 @@ def _fault(row: Row, names: Sequence[str]) -> str | None:
 def _short(value: Any) -> str:
     text = "null" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _encoded(classifier: "EarlyExitClassifier", texts: Sequence[tuple[str, ...]]) -> list[Any]:
-    """Tokens; not of all texts at once, as a tokenizer holds those beyond the limit, too."""
-    found: list[Any] = []
-    chosen: list[tuple[str, ...]] = []
-    size = 0
-    for text in texts:
-        chosen.append(text)
-        size += sum(map(len, text))
-        if size >= TOKENIZED_AT_ONCE:
-            found += classifier.encode(chosen)
-            chosen, size = [], 0
-    return found + classifier.encode(chosen)
 
 
 def _values(predictions: "Predictions", own: Sequence[str]) -> list[dict[str, Any] | None]:

@@ -14,6 +14,8 @@ from filelock import FileLock, Timeout
 
 from deebert.errors import UserError
 
+GOES_ON = "the same command goes on (without overwrite=true)"
+
 
 def replace(file: Path, content: bytes, part: Path) -> None:
     """Put a file in its place, however the process or the machine stops.
@@ -102,5 +104,5 @@ def told(where: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"{where}: it cannot be written ({error.strerror or error}); what is done stays, and "
-            "the same command goes on"
+            f"{GOES_ON}"
         ) from error

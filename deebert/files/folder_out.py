@@ -13,6 +13,7 @@ comes whole or not at all. Knows nothing of models, or how the work is dealt out
 import json
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,14 +100,18 @@ class Folder:
                     )
             found: dict[str, Any] = before["found"]
             return found
+        if not overwrite and any(self.path.glob("part-*")):
+            raise disk.is_there(self.path)
         found = find()  # may take a while, or fail: only then is anything removed
         self._clear("_part-*", ".part-*", "part-*", ERRORS, JOB)
-        self._write(JOB, {"job": job, "found": found})
+        self._write(JOB, {"job": job, "found": found, "key": secrets.token_hex(8)})
         return found
 
-    def is_seen(self) -> bool:
-        """Is this folder the one where the job was begun, on whatever machine this is?"""
-        return (self.path / JOB).exists()
+    def key(self) -> str | None:
+        """Of the job that was begun here, another for each; None where this folder is not the one
+        where it was begun, on whatever machine this is."""
+        job = self.path / JOB
+        return str(disk.read(job).get("key")) if job.exists() else None
 
     def done(self) -> dict[tuple[int, int], dict[str, int]]:
         """What is known of the blocks that are done, by file and block."""
@@ -125,17 +130,25 @@ class Folder:
         rows: Sequence[Mapping[str, Any]],
         bad: Sequence[Mapping[str, Any]],
         about: Mapping[str, int],
+        key: str | None,
     ) -> None:
         """Write what became of a block: from here on it is done.
 
         Args:
             bad: the rows that have no answer.
             about: what `done` says of it.
+            key: of the job that the answers are of.
+
+        Raises:
+            UserError: another job was begun here meanwhile.
         """
+        if self.key() != key:  # whoever began this one was killed, and its workers not yet
+            raise UserError(f"output={self.path}: another job was begun here")
         stem = f"part-{file:05}-{block:06}"
         if bad:
             self._replace(f"_{stem}.jsonl", "".join(map(rows_out.json_line, bad)).encode())
-        rest, whole = self.path / f".{stem}.rows", self.path / f".{stem}.{self.kind}"
+        own = f".{stem}.{secrets.token_hex(4)}"  # a killed job's worker may be at the same block
+        rest, whole = self.path / f"{own}_rows", self.path / own
         with disk.told(self.path):
             rest.write_bytes(layout.part(rows))
             layout.join([rest], whole)  # a file of its own, with all that goes with it

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from deebert.commands import engine_of
 from deebert.errors import UserError
-from deebert.files import answers, folder_in
+from deebert.files import answers, disk, folder_in
 from deebert.files.folder_in import File
 from deebert.files.folder_out import ERRORS, Folder
 from deebert.files.progress import Progress
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from deebert.saved import Saved
 
 COUNTED = (*OF_A_PART, "bytes")
+RETRIES = 3  # of a block whose worker has died
 
 
 def predict(options: PredictOptions) -> None:
@@ -77,7 +78,10 @@ def predict(options: PredictOptions) -> None:
                     sums = {name: sums[name] + part[name] for name in COUNTED}
                     progress.show(sums["bytes"], about(now()))
         except KeyboardInterrupt:
-            print(f"\nStopped at {about(now())}; the same command goes on", file=sys.stderr)
+            print(
+                f"\nStopped at {about(now())}; {disk.GOES_ON}",
+                file=sys.stderr,
+            )
             sys.exit(130)
         folder.finish(now())
     errors = f"; the bad ones: {Path(options.output, ERRORS)}" if sums["bad"] else ""
@@ -192,13 +196,21 @@ def _answers(
         batch_format="pyarrow",
         num_cpus=threads,
         num_gpus=int(options.device.startswith("cuda")),
+        max_task_retries=RETRIES,
         compute=ray.data.ActorPoolStrategy(size=options.workers),
     )
     try:
         for batch in done.iter_batches(batch_size=None, batch_format="pyarrow"):
             yield from batch.to_pylist()
     except ray.exceptions.RayError as error:
-        raise _mistake(error) or error from None
+        mistake = _mistake(error)
+        died = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
+        if mistake is None and isinstance(error, died):
+            mistake = UserError(
+                f"a worker has died {RETRIES + 1} times over the same rows (is there memory enough "
+                f"for workers={options.workers} and part_rows={options.part_rows}?); {disk.GOES_ON}"
+            )
+        raise mistake or error from None
 
 
 def _mistake(error: BaseException | None) -> UserError | None:
@@ -238,7 +250,8 @@ class Worker:
         from deebert.classifier import EarlyExitClassifier
 
         torch.set_num_threads(threads)
-        if not folder.is_seen():
+        self.key = folder.key()
+        if self.key is None:
             raise UserError(
                 f"output={folder.path} cannot be seen on {socket.gethostname()}: input and output "
                 "must lie on a file system that all machines share"
@@ -257,5 +270,6 @@ class Worker:
         counts = (len(rows), len(found.bad), found.layers, file.more(rows), given["bytes"])
         counted = dict(zip(COUNTED, counts, strict=True))
         said, bad = map(file.named, found.rows), map(file.named, found.bad)
-        self.folder.keep(file.number, given["block"], file.layout, [*said], [*bad], counted)
+        block = given["block"]
+        self.folder.keep(file.number, block, file.layout, [*said], [*bad], counted, self.key)
         return pa.table({name: [value] for name, value in counted.items()})

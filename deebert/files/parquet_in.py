@@ -1,7 +1,7 @@
 """Rows of a Parquet file, as `rows_in` gives them. Knows nothing of the other formats."""
 
 from collections.abc import Collection, Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 from pyarrow import parquet, types
@@ -11,7 +11,12 @@ from deebert.files.lines import PAGE
 from deebert.files.rows_in import ONE_BLOCK, Row, Source, check_names
 
 MOST_AT_ONCE = 1024  # rows that are decoded together
-NOT_UTF8 = object()
+
+
+class Unreadable(NamedTuple):
+    """In the place of a value."""
+
+    reason: str
 
 
 def source(where: str, stream: BinaryIO) -> Source:
@@ -35,7 +40,9 @@ def source(where: str, stream: BinaryIO) -> Source:
     def rows(wanted: Collection[str]) -> Iterator[Row]:
         nonlocal position
         try:
-            for batch in file.iter_batches(_at_once(file.metadata), columns=[*wanted]):
+            # In an order that is the same in every process: rows are compared when work goes on.
+            columns = [name for name in names if name in wanted]
+            for batch in file.iter_batches(_at_once(file.metadata), columns=columns):
                 cells = zip(*(_python(column) for column in batch.columns), strict=True)
                 for row in cells:
                     yield _row(position, dict(zip(batch.schema.names, row, strict=True)))
@@ -66,9 +73,9 @@ def _at_once(metadata: Any) -> int:
 
 def _row(number: int, values: dict[str, Any]) -> Row:
     size = sum(len(value) for value in values.values() if isinstance(value, str | bytes))
-    bad = [name for name, value in values.items() if value is NOT_UTF8]
-    if bad:
-        return Row(number, None, {}, f"its {bad[0]!r} is not UTF-8", size)
+    for name, value in values.items():
+        if isinstance(value, Unreadable):
+            return Row(number, None, {}, f"its {name!r} {value.reason}", size)
     return Row(number, None, values, None, size)
 
 
@@ -79,17 +86,17 @@ def _python(column: Any) -> list[Any]:
         column = column.dictionary_decode()
     try:
         return column.to_pylist()
-    except UnicodeDecodeError:
-        if not _is_text(column.type):  # deep inside of a list or struct
-            return [NOT_UTF8] * len(column)
-        return [_decoded(value) for value in column.cast(pa.large_binary()).to_pylist()]
+    except (ValueError, OverflowError):
+        return [_value(cell) for cell in column]
 
 
-def _decoded(value: bytes | None) -> Any:
+def _value(cell: Any) -> Any:
     try:
-        return value if value is None else value.decode()
+        return cell.as_py()
     except UnicodeDecodeError:
-        return NOT_UTF8
+        return Unreadable("is not UTF-8")
+    except (ValueError, OverflowError) as error:  # a date that Python has not
+        return Unreadable(f"cannot be read ({error})")
 
 
 def _damaged(where: str, error: Exception) -> UserError:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from deebert import commands
 from deebert.commands import ModelOptions, WishOptions, option
 from deebert.errors import UserError
-from deebert.files import parts, rows_in, rows_out
+from deebert.files import disk, parts, rows_in, rows_out
 from deebert.files.answers import Answered, Columns, answered, out_names, own_columns
 from deebert.files.parts import Parts
 from deebert.files.progress import Progress
@@ -139,7 +139,10 @@ class Work:
                     now = self._told(kept, new / (time.monotonic() - began))
                     progress.show(position, about(now))
         except KeyboardInterrupt:
-            print(f"\nStopped at {about(now)}; the same command goes on", file=sys.stderr)
+            print(
+                f"\nStopped at {about(now)}; {disk.GOES_ON}",
+                file=sys.stderr,
+            )
             sys.exit(130)
         kept.finish(self.job, layout.join, now)
         return now

@@ -83,6 +83,7 @@ class Door:
                 content = trouble(str(error))
                 response = Response(content, error.status, error.headers, "application/json")
                 await response(scope, receive, sent)
+            sent.closed = True
         finally:
             self.metrics.in_progress.dec()
             self.metrics.request(path, sent.status or 500, time.perf_counter() - start)
@@ -94,24 +95,38 @@ class Door:
         headers = Headers(scope=scope)
         counts = scope["path"] == self.admission.takes and scope["method"] == "POST"
         self._check_token(scope["path"], headers)
-        if counts:
-            self._check_room()
-            _check_kind(headers)
-        body = await self._body(headers, receive)
         if not counts:
+            body = await self._body(headers, receive)
             await self.app(scope, _replayed(body, receive), send)
             return
+        self._check_room()
+        _check_kind(headers)
+        self.waiting += 1  # from here on: its body takes memory, too
+        try:
+            body = await self._body(headers, receive)
+        except BaseException:
+            self.waiting -= 1
+            raise
         self.taken += 1
-        self.waiting += 1
+        # LitServe keeps an answer until its handler takes it, so that one runs on in any case.
+        handled = asyncio.ensure_future(self.app(scope, _replayed(body, receive), send))
+        handled.add_done_callback(self._handled)
         most = self.admission.max_seconds
         try:
-            async with asyncio.timeout(most):
-                await self.app(scope, _replayed(body, receive), send)
-            self.answered += 1
-        except TimeoutError as error:
-            raise TurnedAway(504, f"no answer was found within {most} s") from error
-        finally:
-            self.waiting -= 1
+            done, _ = await asyncio.wait({handled}, timeout=most)
+        except asyncio.CancelledError:  # the service ends
+            handled.cancel()
+            await asyncio.wait({handled})
+            raise
+        if not done:
+            raise TurnedAway(504, f"no answer was found within {most} s")
+        handled.result()
+        self.answered += 1
+
+    def _handled(self, request: asyncio.Future[None]) -> None:
+        self.waiting -= 1
+        if not request.cancelled():
+            request.exception()  # seen: of one that was given up nobody else asks for it
 
     def _check_token(self, path: str, headers: Headers) -> None:
         token = self.admission.token
@@ -164,13 +179,20 @@ class Door:
 
 
 class _Sent:
-    """Sends, and remembers the status."""
+    """Sends, and remembers the status.
+
+    Attributes:
+        closed: what comes now comes too late.
+    """
 
     def __init__(self, send: Send) -> None:
         self.send = send
         self.status: int | None = None
+        self.closed = False
 
     async def __call__(self, message: Message) -> None:
+        if self.closed:
+            return
         if message["type"] == "http.response.start":
             self.status = message["status"]
         await self.send(message)

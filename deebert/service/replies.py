@@ -48,14 +48,14 @@ def replies(
 
     Args:
         works: what there is to do, or why not.
-        default: the wish of those that have none.
+        default: the wish of the service.
     """
     groups: dict[Any, list[_Ready]] = {}
     for place, work in enumerate(works):
         try:
             if isinstance(work, Refused):
                 raise work
-            asked = classifier.ask(**(work.wish or default))
+            asked = classifier.ask(**_whole(work.wish, default))
             tokens = classifier.encode(work.texts)
         except UserError as error:
             yield place, _refusal(error)
@@ -78,6 +78,13 @@ def replies(
             end = start + len(one.tokens)
             yield one.place, _reply(_part(answers, start, end), one.asked)
             start = end
+
+
+def _whole(wish: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """A request's wish with what it does not say; a wish of its own stands for the whole of it."""
+    if any(name in wish for name in requests.ONE_OF):
+        default = {name: value for name, value in default.items() if name == "exit"}
+    return {**default, **wish}
 
 
 def _refusal(error: UserError) -> Reply:

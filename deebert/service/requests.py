@@ -21,13 +21,17 @@ LONGEST_REASON = 400  # characters
 NOTED = 60  # characters of a value that a reason repeats
 
 TEXT = "a text, a pair of texts as a list, or either as an object by the task's columns"
-Text = Annotated[str | list[str] | dict[str, str], Field(description=TEXT)]
-Threshold = Annotated[float | list[float], Field(description="a number, or a list of numbers")]
+# A list of nonsense is refused at its first item: a report on each would take gigabytes.
+Text = Annotated[
+    str | Annotated[list[str], Field(fail_fast=True)] | dict[str, str], Field(description=TEXT)
+]
+Numbers = Annotated[list[float], Field(fail_fast=True)]
+Threshold = Annotated[float | Numbers, Field(description="a number, or a list of numbers")]
 
 
 class Request(BaseModel):
-    """Texts, and a rule or a wish of their own; without one, those that the service was started
-    with."""
+    """Texts, and a rule or a wish of their own. Without a wish it is the one that the service was
+    started with, and without a rule its rule."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -43,7 +47,9 @@ class Request(BaseModel):
     )
 
     text: Text | None = Field(None, description=TEXT)
-    texts: list[Text] | None = Field(None, description=f"a list; each {TEXT}")
+    texts: Annotated[list[Text], Field(fail_fast=True)] | None = Field(
+        None, description=f"a list; each {TEXT}"
+    )
     threshold: Threshold | None = Field(
         None, description="a number, or a list of one for each layer but the last; 0 runs all"
     )
@@ -67,6 +73,7 @@ class Request(BaseModel):
 
 FIELDS = tuple(Request.model_fields)
 WISH = FIELDS[2:]
+ONE_OF = WISH[:4]  # what decides; the rest says how
 
 
 class OneAnswer(BaseModel):

@@ -153,8 +153,16 @@ def made(options: Any, about: About) -> litserve.LitServer:
         },
     )
     server.monitor_internal = WATCH_SECONDS
+    server.response_buffer = _Waiting()
     _routes(server.app, with_token=options.token is not None)
     return server
+
+
+class _Waiting(dict[str, Any]):
+    """Requests without an answer: LitServe goes over them in a thread while others come and go."""
+
+    def items(self) -> Any:
+        return list(super().items())
 
 
 def _routes(app: FastAPI, with_token: bool) -> None:
