@@ -1,13 +1,13 @@
 """Prediction over a file: its rate against the engine alone, its memory, and kills at any moment.
 
-    python benchmarks/files.py RUN --root DIR [--rows N] [--kills K] [--repeats R] ...
+    python benchmarks/files.py RUN --root DIR [--rows N] [--kills K] [--repeats R] [--only PART ...]
 
 RUN is a stage-2 run of a GLUE task; its texts are read from DIR and written, over and over, into
 a CSV in a temporary folder. The rate is that of the whole command in this process, with loading
 the model, against the engine's on the same tokens, in turns. Memory and kills are of real
 processes: one is killed (SIGKILL) at a moment drawn from the whole time that it takes, started
 again, and so on, and what it has written in the end is compared byte for byte. Writes files.json
-and files.md.
+and files.md after each part (rate, memory, kills); parts that are not asked for stay in them.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from deebert.tasks import Task
 
 HERE = Path(__file__).parent
 MEMORY_ROWS = (10_000, 100_000)
+PARTS = ("rate", "memory", "kills")
 # The command, and the peak memory of its process; not ru_maxrss, which starts at the parent's.
 COUNTED = """
 import sys
@@ -162,22 +163,31 @@ def kills(said: list[str], folder: Path, number: int, ending: str) -> dict[str, 
 
 
 def markdown(found: dict[str, Any]) -> str:
-    rate, killed, where = found["rate"], found["kills"], found["environment"]
+    lines = ["# Prediction over files"]
+    for part, of in (("rate", of_rate), ("memory", of_memory), ("kills", of_kills)):
+        if part in found:
+            about = found[part]
+            where = about["environment"]
+            lines += [
+                "",
+                f"## {part.capitalize()}",
+                "",
+                f"`{about['command']}`: {about['threads']} threads of {where['cpus']} CPU cores "
+                f"({where['device']}), torch {where['versions']['torch']}, commit "
+                f"{(where['git_commit'] or 'unknown')[:7]}; {about['minutes']:.0f} minutes. Task "
+                f"{about['task']}, CSV to {about['ending']}, "
+                f"target_saving={about['target_saving']}.",
+                "",
+                *of(about),
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def of_rate(rate: dict[str, Any]) -> list[str]:
     share = rate["rate_against_engine"]
     reached = "reached" if share >= 0.9 else "**not reached**"
     told = statistics.median(rate["told_rows_per_second"])
-    mebibytes = {int(rows): peak for rows, peak in found["memory"].items()}
-    base = min(mebibytes)
-    lines = [
-        "# Prediction over files",
-        "",
-        f"`{found['command']}`: {found['threads']} threads of {where['cpus']} CPU cores "
-        f"({where['device']}), torch {where['versions']['torch']}, commit "
-        f"{(where['git_commit'] or 'unknown')[:7]}; {found['minutes']:.0f} minutes. Task "
-        f"{found['task']}, CSV to {found['ending']}, target_saving={found['target_saving']}.",
-        "",
-        "## Rate",
-        "",
+    return [
         f"{rate['rows']:,} rows, {rate['tokens']:,} tokens; medians over "
         f"{len(rate['file_seconds'])} turns. The command's own figure leaves out loading the model "
         "and joining the parts.",
@@ -192,23 +202,27 @@ def markdown(found: dict[str, Any]) -> str:
         f"{rate['engine_rows_per_second']:,.0f} | 100% |",
         "",
         f"Bar A (within 10 % of the engine's own rate), whole command: {share:.1%}, {reached}.",
-        "",
-        "## Memory",
-        "",
+    ]
+
+
+def of_memory(memory: dict[str, Any]) -> list[str]:
+    peaks = {int(rows): peak for rows, peak in memory["mebibytes"].items()}
+    base = peaks[min(peaks)]
+    return [
         "Peak of a process of its own.",
         "",
         "| rows | MiB | against the smallest |",
         "| ---: | ---: | ---: |",
-        *(
-            f"| {n:,} | {peak:.0f} | {peak / mebibytes[base]:.3f} |"
-            for n, peak in mebibytes.items()
-        ),
-        "",
-        "## Kills",
-        "",
+        *(f"| {n:,} | {peak:.0f} | {peak / base:.3f} |" for n, peak in peaks.items()),
+    ]
+
+
+def of_kills(killed: dict[str, Any]) -> list[str]:
+    return [
         f"SIGKILL at {len(killed['kills'])} moments, drawn from the whole time of an unbroken run "
-        f"({killed['seconds_unbroken']:.1f} s), over {killed['runs']} runs. Output and errors are "
-        f"{'equal' if killed['equal'] else '**not equal**'} to the unbroken run's, byte for byte.",
+        f"({killed['seconds_unbroken']:.1f} s, {killed['rows']:,} rows), over {killed['runs']} "
+        f"runs. Output and errors are {'equal' if killed['equal'] else '**not equal**'} to the "
+        "unbroken run's, byte for byte.",
         "",
         "| run | killed after, s | parts done by then |",
         "| ---: | ---: | ---: |",
@@ -217,14 +231,14 @@ def markdown(found: dict[str, Any]) -> str:
             for k in killed["kills"]
         ),
     ]
-    return "\n".join(lines) + "\n"
 
 
 def command(given: argparse.Namespace) -> str:
     """Without the folders of this machine."""
     names = ("rows", "kills", "repeats", "target_saving", "part_rows", "ending")
     said = " ".join(f"--{name.replace('_', '-')} {getattr(given, name)}" for name in names)
-    return f"python benchmarks/files.py RUN --root DIR {said}"
+    only = "" if given.only == PARTS else f" --only {' '.join(given.only)}"
+    return f"python benchmarks/files.py RUN --root DIR {said}{only}"
 
 
 def main() -> None:
@@ -237,9 +251,11 @@ def main() -> None:
     parser.add_argument("--target-saving", type=float, default=0.4)
     parser.add_argument("--part-rows", type=int, default=PredictOptions().part_rows)
     parser.add_argument("--ending", default=".parquet", choices=[".csv", ".jsonl", ".parquet"])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=HERE)
     given = parser.parse_args()
-    start = time.perf_counter()
+    results = given.out / "files.json"
+    found = json.loads(results.read_text()) if results.exists() else {}
     classifier = EarlyExitClassifier.from_pretrained(given.run)
     task = classifier.task
     rows = list(itertools.islice(texts(task, given.root), given.rows))
@@ -258,23 +274,30 @@ def main() -> None:
         ]
         of_all = [*said, f"input={inputs[given.rows]}"]
         output = f"output={folder / 'out'}{given.ending}"
-        found = {
+        about = {
             "command": command(given),
             "task": task.name,
             "ending": given.ending,
             "target_saving": given.target_saving,
             "threads": torch.get_num_threads(),
             "environment": report.environment(),
-            "rate": rates(classifier, rows, [*of_all, output], given.repeats),
-            "memory": {
-                str(size): memory([*said, f"input={file}", output, "overwrite=true"])
-                for size, file in inputs.items()
-            },
-            "kills": kills(of_all, folder, given.kills, given.ending),
-            "minutes": (time.perf_counter() - start) / 60,
         }
-    report.replace_text(given.out / "files.json", json.dumps(found, indent=1) + "\n")
-    report.replace_text(given.out / "files.md", markdown(found))
+        measured: dict[str, Callable[[], dict[str, Any]]] = {
+            "rate": lambda: rates(classifier, rows, [*of_all, output], given.repeats),
+            "memory": lambda: {
+                "mebibytes": {
+                    str(size): memory([*said, f"input={file}", output, "overwrite=true"])
+                    for size, file in inputs.items()
+                }
+            },
+            "kills": lambda: kills(of_all, folder, given.kills, given.ending) | {"rows": len(rows)},
+        }
+        for part in given.only:
+            start = time.perf_counter()
+            found[part] = about | measured[part]()
+            found[part]["minutes"] = (time.perf_counter() - start) / 60
+            report.replace_text(results, json.dumps(found, indent=1) + "\n")
+            report.replace_text(given.out / "files.md", markdown(found))
 
 
 if __name__ == "__main__":

@@ -84,6 +84,8 @@ def parse(kind: type[Options], arguments: Sequence[str]) -> Options:
             if known[key].type in (str, str | None) and text != "null":
                 texts[key] = text
                 value: Any = ""
+            elif "${" in text:
+                raise ValueError("${...} is not replaced here")
             else:
                 value = OmegaConf.to_container(OmegaConf.create(f"x: {text}"))["x"]  # type: ignore[index, call-overload]
             OmegaConf.update(found, key, value, merge=False)

@@ -491,7 +491,7 @@ def test_json_lines_with_keys_of_their_own(
         (["input={csv}", "output={out}.csv", "format=xlsx"], "format 'xlsx' is unknown"),
         (["input={csv}", "output={out}.csv", "target_saving=2"], "target_saving=2"),
         (["input={csv}", "output={out}.csv", "threshold=[0,"], "threshold=[0,: while parsing"),
-        (["input={csv}", "output={out}.csv", "columns=${{input}}"], "columns=${input}: "),
+        (["input={csv}", "output={out}.csv", "columns=${{input}}"], "columns=${input}: ${...} is not replaced here"),
         (["input={csv}", "output={out}.csv", "saving=0.4"], "option 'saving' is unknown"),
         (["input={csv}", "output={out}.csv", "model=nowhere"], "model=nowhere"),
     ],
