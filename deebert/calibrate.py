@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from deebert import curves, per_ramp, risk
@@ -279,6 +278,8 @@ def unlike(ours: Record, theirs: Record) -> str | None:
     By Kolmogorov-Smirnov tests of what is known of a row without its label: its length, and how
     sure full depth is. GLUE's SST-2 is the example: phrases in train, sentences in validation.
     """
+    from scipy import stats  # late, as in `risk`
+
     sure = [torch.softmax(r.logits_NLC[:, -1], -1).amax(-1).numpy() for r in (ours, theirs)]
     lengths = [r.length_N.numpy() for r in (ours, theirs)]
     for name, (a, b) in (("tokens", lengths), ("largest probability at full depth", sure)):

@@ -4,6 +4,7 @@ A command's values are the fields of a dataclass; each says in its metadata what
 nothing of models.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -113,13 +114,17 @@ def usage(kind: type, command: str, example: str) -> str:
 def main(kind: type[Options], run: Callable[[Options], None], command: str, example: str) -> None:
     """Run a command; a user's mistake ends it with one line and exit code 2."""
     arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        print(usage(kind, command, example))
-        return
     try:
-        run(parse(kind, arguments))
+        if {"-h", "--help"} & set(arguments):
+            print(usage(kind, command, example))
+        else:
+            run(parse(kind, arguments))
+        sys.stdout.flush()
     except UserError as error:
         _refuse(error)
+    except BrokenPipeError:  # whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def _refuse(error: UserError) -> NoReturn:

@@ -7,12 +7,13 @@ that passed has a risk above the limit with probability delta at most. Conformal
 
 Both hold for rows that are exchangeable with the calibration rows, and on average over calibration
 samples. Knows nothing of ramps, tasks or files: arithmetic on losses, (N rows, T thresholds).
+scipy.stats is imported where it is used: it takes a second, and who only gives a threshold needs
+none of it.
 """
 
 import math
 
 import numpy as np
-from scipy import stats
 
 # Share of delta for bounding the gains, which the limit says nothing of (Berger and Boos 1994).
 NUISANCE = 0.04
@@ -35,6 +36,8 @@ def p_value(losses: int, gains: int | None, num_rows: int, limit: float, delta: 
         gains: None where the loss knows none.
         delta: the level that the test is made for; only says how wide that set is.
     """
+    from scipy import stats
+
     if gains is None or num_rows * limit < BALANCE_FROM:
         return float(stats.binom.cdf(losses, num_rows, limit))
     beta = NUISANCE * delta
@@ -49,6 +52,8 @@ def p_value(losses: int, gains: int | None, num_rows: int, limit: float, delta: 
 
 def _difference_cdf(value: int, num_rows: int, loss: float, gain: float) -> float:
     """P(losses - gains <= value) for num_rows trials with these chances of each."""
+    from scipy import stats
+
     tail = 1e-9  # left out on either side, and added, so that the p-value stays one
     low, high = stats.binom.ppf([tail, 1 - tail], num_rows, gain)
     gains = np.arange(int(low), int(high) + 1)
@@ -107,6 +112,8 @@ def mean_interval(
     Args:
         deviation: of single rows, among the num_seen that gave the mean.
     """
+    from scipy import stats
+
     width = float(stats.t.ppf((1 + confidence) / 2, max(num_seen - 1, 1))) * deviation
     width *= math.sqrt(1 / num_seen + 1 / num_new)
     return mean - width, mean + width

@@ -1,0 +1,108 @@
+"""The model card: what a saved model is, what it scores at which cost, and how to use it.
+
+Everything in it comes from the run's configuration and records. Knows no weights.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from deebert import curves, exits
+from deebert.checkpoints import Checkpoint
+from deebert.records import HELD_OUT, Record
+from deebert.saved import Saved
+from deebert.tasks import Task
+
+SAVINGS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6)
+HUB_METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
+
+
+def card(what: Saved, task: Task) -> str:
+    """Markdown with the hub's header."""
+    config = what.checkpoint.config
+    title = f"# {config['backbone']['name']} on {task.name}, early exit"
+    lines = [_header(config, task), title, ""]
+    lines += [_what_it_is(config, task), "", "## Use it", "", _use(task), ""]
+    for record in what.records.values():
+        if record.split != HELD_OUT and record.labels_N is not None:
+            lines += _scores(record, task, what)
+    lines += ["## How it was trained", "", _training(what.checkpoint)]
+    return "\n".join(lines)
+
+
+def _header(config: Mapping[str, Any], task: Task) -> str:
+    """What the hub sorts models by."""
+    named = config["backbone"].get("path")
+    lines = ["---", "library_name: deebert", "pipeline_tag: text-classification"]
+    lines += ["tags: [deebert, early-exit]"]
+    if named:
+        lines.append(f"base_model: {named}")
+    if task.hub:
+        lines.append(f"datasets: [{task.hub[0]}]")
+    metrics = [HUB_METRICS.get(name, name) for name in task.metrics]
+    return "\n".join([*lines, f"metrics: [{', '.join(metrics)}]", "---", ""])
+
+
+def _what_it_is(config: Mapping[str, Any], task: Task) -> str:
+    classes = "a number" if task.labels is None else f"one of: {', '.join(task.labels)}"
+    reads = " and ".join(f"`{column}`" for column in task.columns)
+    return (
+        "A classifier with an off-ramp after each layer (DeeBERT, Xin et al., ACL 2020): easy "
+        "inputs leave after a few layers, hard ones run them all, and whoever asks says how much "
+        f"is to be saved. It reads {reads} and answers with {classes}."
+    )
+
+
+def _use(task: Task) -> str:
+    example = '"a text"' if len(task.columns) == 1 else '("a text", "and another")'
+    return f"""```python
+from deebert import EarlyExitClassifier
+
+classifier = EarlyExitClassifier.from_pretrained("THIS_FOLDER_OR_REPOSITORY")
+for answer in classifier.predict([{example}], target_saving=0.4):
+    print(answer)
+```"""
+
+
+def _scores(record: Record, task: Task, what: Saved) -> list[str]:
+    metric, num_layers = task.metrics[0], record.num_layers
+    title = f"## Scores on {record.split} ({len(record)} rows), {metric}"
+    ramps = curves.ramp_table(record, task)
+    lines = [title, "", f"| ramp | {' | '.join(str(each['layer']) for each in ramps)} |"]
+    lines += [f"|{'---|' * (num_layers + 1)}"]
+    lines += [f"| {metric} | {' | '.join(_points(each['score']) for each in ramps)} |", ""]
+    if not what.checkpoint.ramps_trained:
+        return [*lines, "The ramps before the last are not trained.", ""]
+    num_labels = task.num_labels
+    rule = exits.named(what.exit, num_labels) if what.exit else exits.default(num_labels)
+    verdict = curves.judged(rule, record)
+    found = curves.thresholds_for(verdict.score_NL, list(SAVINGS))
+    lines += [f"Exit rule `{rule.name}`; thresholds chosen on these very rows:", ""]
+    lines += [f"| layers saved | {metric} | threshold |", "|---|---|---|"]
+    for point in curves.curve(record, task, rule, list(dict.fromkeys(found))):
+        saved = f"{point['expected_saving']:.1%}"
+        lines.append(f"| {saved} | {_points(point['score'])} | {point['threshold']:.4g} |")
+    return [*lines, ""]
+
+
+def _points(score: float) -> str:
+    return f"{score:.4f}"
+
+
+def _training(origin: Checkpoint) -> str:
+    config = origin.config
+    recipe = config["stages"][str(config["stage"])]
+    if not origin.epochs_done:  # trained by somebody else
+        return f"Published: {config['backbone'].get('path') or config['backbone']['name']}\n"
+    told = {
+        "backbone": config["backbone"].get("path") or config["backbone"]["name"],
+        "stage": config["stage"],
+        "objective": config["objective"]["name"],
+        "ramp": ", ".join(f"{k}={v}" for k, v in config["ramp"].items() if v) or "the paper's",
+        "seed": config["seed"],
+        **{name: recipe[name] for name in ("epochs", "batch_size", "lr") if name in recipe},
+        "longest input": f"{config['data']['max_length']} tokens",
+    }
+    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in told.items())]
+    command = "python train.py stage=1, then stage=2 ckpt=RUN, of"
+    where = "[deebert](https://aclanthology.org/2020.acl-main.204/)"
+    return "\n".join([*lines, "", f"With `{command}` {where}.", ""])

@@ -1,0 +1,297 @@
+"""One run of `python -m deebert.predict`: what is asked for, and how it is done.
+
+Reads a block of rows, has it answered and keeps the answers as a part, block after block; a run
+that was killed goes on after its last part. Knows neither formats nor models: `rows_in` reads,
+`answers` answers, `rows_out` writes, and `parts` knows what lies on the disk meanwhile.
+"""
+
+import hashlib
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deebert import commands
+from deebert.commands import ModelOptions, WishOptions, option
+from deebert.errors import UserError
+from deebert.files import disk, parts, rows_in, rows_out
+from deebert.files.answers import Answered, Columns, answered, out_names, own_columns
+from deebert.files.parts import Parts
+from deebert.files.progress import Progress
+from deebert.files.rows_in import Row, Source
+
+if TYPE_CHECKING:  # torch takes seconds, and --help and most mistakes need none of it
+    from deebert.classifier import Asked, EarlyExitClassifier
+
+COUNTED = ("rows", "bad", "layers", "more")  # of a part
+VERSION = 1  # of what is written; parts of another one are not gone on with
+
+
+@dataclass
+class PredictOptions(WishOptions, ModelOptions):
+    """What is read, what is written, and how."""
+
+    input: str = option("???", "a .csv, .tsv, .jsonl or .parquet file, - for stdin; or a folder")
+    output: str = option("???", "a .csv, .jsonl or .parquet file; with engine=ray a folder")
+    format: str | None = option(None, "of stdin, or of a file of another ending: csv, tsv, jsonl")
+    columns: Any = option(None, "which hold the texts: [a,b]; if not said, those of the task")
+    keep: Any = option("all", "columns of the input to write again: all, none or [a,b]")
+    probabilities: bool = option(False, "write those of all classes")
+    part_rows: int = option(8192, "rows that are answered and kept at a time")
+    overwrite: bool = option(False, "begin anew, and replace an output that is there")
+    engine: str = option("local", "local, or ray for many processes or machines")
+    workers: int = option(2, "of engine=ray: processes that hold the model")
+    threads: int | None = option(None, "of engine=ray: of each worker; null: a share of the cores")
+    parts: str | None = option(None, "of engine=ray: csv, jsonl or parquet; null: as the input is")
+
+
+# Blocks of rows -> what became of them, in their order; it may take some blocks ahead.
+Answer = Callable[
+    ["EarlyExitClassifier", "Asked", Columns, Iterator[list[Row]]], Iterator[Answered]
+]
+
+
+def locally(
+    classifier: "EarlyExitClassifier", asked: "Asked", columns: Columns, blocks: Iterator[list[Row]]
+) -> Iterator[Answered]:
+    """Block after block, in this process."""
+    for rows in blocks:
+        yield answered(classifier, asked, rows, columns)
+
+
+def run(options: PredictOptions, answer: Answer) -> None:
+    """Read, have it answered, and write.
+
+    Args:
+        answer: answers the blocks of rows, as `locally` does.
+    """
+    output = Path(options.output)
+    kind = rows_out.format_of(output)
+    if options.part_rows < 1:
+        raise UserError(f"part_rows={options.part_rows} must be 1 or more")
+    from_file = options.input != rows_in.STDIN and Path(options.input).exists()
+    if from_file and output.exists() and output.samefile(options.input):
+        raise UserError(f"output={output} is the input; name another file")
+    parts.check(output, options.overwrite)
+    with rows_in.opened(options.input, options.format) as source:
+        from deebert.classifier import EarlyExitClassifier
+
+        classifier = EarlyExitClassifier.from_pretrained(
+            options.model, task=options.task, **commands.engine_of(options)
+        )
+        columns = chosen_columns(options, source, classifier.task.columns, rows_out.is_free(kind))
+        work = Work(options, source, classifier, columns)
+        with Parts(output) as kept:
+            done = kept.ended(work.job) or work.do(kept, answer)
+    errors = f"; the bad ones: {parts.errors_of(output)}" if done["bad"] else ""
+    print(f"{about(done)}: {output}{errors}")
+
+
+@dataclass
+class Work:
+    """What one run of the command does."""
+
+    options: PredictOptions
+    source: Source
+    classifier: "EarlyExitClassifier"
+    columns: Columns
+    pending: deque[dict[str, Any]] = field(default_factory=deque)
+
+    @property
+    def job(self) -> dict[str, Any]:
+        """What parts must have in common; not the time of the input, whose rows are compared."""
+        options, saved, stdin = self.options, self.classifier.saved, rows_in.STDIN
+        return {
+            "version": VERSION,
+            "input": stdin if options.input == stdin else str(Path(options.input).resolve()),
+            "size": self.source.size,
+            "format": rows_in.format_of(options.input, options.format),
+            "columns": self.columns.texts,
+            "keep": self.columns.kept,
+            "probabilities": options.probabilities,
+            "part_rows": options.part_rows,
+            "model": saved.checkpoint.fingerprint,
+            **commands.engine_of(options),
+            "wish": commands.wish_of(options) or dict(saved.wish or {}),
+        }
+
+    def do(self, kept: Parts, answer: Answer) -> dict[str, Any]:
+        """Go on after the parts that are there, to the end; what there is to say of it."""
+        asked = self.asked(kept.begin(self.job, self.options.overwrite, self.find))
+        layout = self.layout(rows_out.format_of(kept.output))
+        again = self.source.names if self.columns.kept is None else self.columns.kept
+        rows = self.source.rows({*self.columns.texts, *again})
+        blocks = rows_in.blocks(rows, self.options.part_rows)
+        before = self._pass_over(blocks, kept)
+        began, now = time.monotonic(), self._told(kept)
+        try:
+            with Progress(self.source.size, self.source.position()) as progress:
+                for each in answer(self.classifier, asked, self.columns, self._noted(blocks)):
+                    noted = self.pending.popleft()
+                    position = noted.pop("position")
+                    noted |= {"bad": len(each.bad), "layers": each.layers}
+                    bad = "".join(map(rows_out.json_line, each.bad))
+                    kept.add(layout.part(each.rows), bad.encode(), noted)
+                    new = sum(part["rows"] for part in kept.done) - before
+                    now = self._told(kept, new / (time.monotonic() - began))
+                    progress.show(position, about(now))
+        except KeyboardInterrupt:
+            print(
+                f"\nStopped at {about(now)}; {disk.GOES_ON}",
+                file=sys.stderr,
+            )
+            sys.exit(130)
+        kept.finish(self.job, layout.join, now)
+        return now
+
+    def find(self) -> dict[str, Any]:
+        """The rule and thresholds: a wish granted by measuring is never granted twice the same."""
+        asked = self.classifier.ask(**commands.wish_of(self.options))
+        temperatures = asked.rule.temperatures
+        return {
+            "rule": asked.rule.name,
+            "temperatures": None if temperatures is None else temperatures.tolist(),
+            "thresholds": asked.thresholds,
+        }
+
+    def asked(self, found: Mapping[str, Any]) -> "Asked":
+        """What was found at the first start, as the classifier takes it."""
+        import torch
+
+        from deebert import exits
+        from deebert.classifier import Asked
+
+        rule = exits.named(found["rule"], self.classifier.task.num_labels)
+        if found["temperatures"] is not None:
+            rule = replace(rule, temperatures=torch.tensor(found["temperatures"]))
+        return Asked(rule, found["thresholds"], self.job["wish"])
+
+    def layout(self, kind: str) -> rows_out.Layout:
+        """What is written in a format."""
+        labels, of_input = self.classifier.labels, self.source.types
+        own = own_columns(labels, self.columns.probabilities)
+        kept = out_names(self.columns.kept or (), own)
+        types = {out: of_input[name] for name, out in kept.items() if name in of_input}
+        if kind == "parquet":
+            import pyarrow as pa
+
+            types |= dict.fromkeys(own, pa.float32())
+            types |= {"row": pa.int64(), "exit_layer": pa.int32()}
+            types["label"] = pa.float32() if labels is None else pa.string()
+        return rows_out.Layout(kind, ("row", *kept.values(), *own[1:]), types)
+
+    def _pass_over(self, blocks: Iterator[list[Row]], kept: Parts) -> int:
+        """Read what is done: a hundredth of the work, and it shows whether the rows are the same.
+
+        Returns:
+            How many rows there were.
+        """
+        for part in kept.done:
+            if _digest(next(blocks, [])) != part["digest"]:
+                raise UserError(
+                    f"input={self.options.input} has changed: {kept.folder} holds answers to other "
+                    "rows; begin anew (overwrite=true)"
+                )
+        before = sum(part["rows"] for part in kept.done)
+        if before:
+            print(f"{before:,} rows were done before; going on from there", file=sys.stderr)
+        return before
+
+    def _noted(self, blocks: Iterator[list[Row]]) -> Iterator[list[Row]]:
+        """The blocks, with what is to be known of each when its answers come."""
+        cut = self.options.keep == "all" and self.columns.kept is not None and self.source.free
+        names = {*self.source.names}
+        for rows in blocks:
+            more = sum(not names.issuperset(row.values) for row in rows) if cut else 0
+            noted = {"rows": len(rows), "digest": _digest(rows), "more": more}
+            self.pending.append(noted | {"position": self.source.position()})
+            yield rows
+
+    def _told(self, kept: Parts, rate: float | None = None) -> dict[str, Any]:
+        sums = {name: sum(each[name] for each in kept.done) for name in COUNTED}
+        return told(sums, self.classifier.num_layers, rate)
+
+
+def told(counted: Mapping[str, int], num_layers: int, rate: float | None = None) -> dict[str, Any]:
+    """What there is to say of rows.
+
+    Args:
+        counted: COUNTED, and more.
+        rate: rows a second.
+    """
+    good = counted["rows"] - counted["bad"]
+    saving = 1 - counted["layers"] / (good * num_layers) if good else None
+    return {**counted, "saving": saving, "rate": rate}
+
+
+def chosen_columns(
+    options: PredictOptions, source: Source, of_task: Sequence[str], free: bool
+) -> Columns:
+    """Which columns are read and written.
+
+    Args:
+        of_task: what they were called in training.
+        free: may every row of the output have columns of its own?
+
+    Raises:
+        UserError: a column is not there, or holds no texts, or they are not as many as needed.
+    """
+    where = f"input={options.input}"
+    has = f"it has: {', '.join(source.names[:20]) or 'none'}{', ...' * (len(source.names) > 20)}"
+    texts = list(of_task)
+    if options.columns is not None:
+        texts = _listed(options.columns)
+        if len(texts) != len(of_task):
+            raise UserError(
+                f"columns=[{', '.join(texts)}] are {len(texts)}, and the model reads "
+                f"{len(of_task)} (in training {', '.join(of_task)})"
+            )
+    elif texts[0] not in source.names and len(of_task) == len(source.texts) == 1:
+        texts = list(source.texts)
+    for name in texts:
+        if name not in source.names:
+            raise UserError(
+                f"{where}: it has no column {name!r}; {has}; say which hold the texts "
+                "(columns=[...])"
+            )
+        if name not in source.texts:
+            raise UserError(
+                f"{where}: its column {name!r} holds no texts; those that do: "
+                f"{', '.join(source.texts) or 'none'} (columns=[...])"
+            )
+    if options.keep == "all":
+        kept = None if free and source.free else source.names
+    else:
+        kept = () if options.keep in ("none", None) else tuple(_listed(options.keep))
+    for name in kept or ():
+        if name not in source.names:
+            raise UserError(f"{where}: it has no column {name!r}; {has} (keep=[...])")
+    return Columns(tuple(texts), kept, options.probabilities)
+
+
+def _listed(given: Any) -> list[str]:
+    return [str(each) for each in (given if isinstance(given, list) else [given])]
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
+
+
+def about(told: Mapping[str, Any]) -> str:
+    """A line of what `told` gives."""
+    found = f"{told['rows']:,} rows"
+    if told["bad"]:
+        found += f", {told['bad']:,} of them bad"
+    if told["more"]:
+        found += f", {told['more']:,} with columns that the first ones lack (not kept)"
+    if told["rate"]:
+        found += f", {told['rate']:,.0f} rows/s"
+    if told["saving"] is not None:
+        found += f", {told['saving']:.1%} of the layers saved"
+    return found

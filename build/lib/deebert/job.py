@@ -1,0 +1,406 @@
+"""What a job was told: the command line, completed from a checkpoint, and checked.
+
+A stage-2, resumed or evaluated run takes from its checkpoint what the command line does not say.
+Knows Hydra and checkpoints; builds nothing.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from deebert import checkpoints, curves, objectives, origins, ranks, records
+from deebert.checkpoints import Checkpoint, Origin
+from deebert.errors import UserError, unknown
+from deebert.objectives import FINAL_ALONE, PAPER
+
+log = logging.getLogger(__name__)
+
+STAGES = (1, 2)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where Hydra lets this job write, and what the user said on the command line."""
+
+    folder: Path
+    explicit: frozenset[str]  # keys of the overrides, e.g. "task", "stages.2.lr"
+    sweep: Path | None  # the multirun's folder, None in a single run
+
+    @classmethod
+    def current(cls) -> "Job":
+        hydra = HydraConfig.get()
+        keys = (override.partition("=")[0].lstrip("+~") for override in hydra.overrides.task)
+        sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
+        return cls(Path(hydra.runtime.output_dir), frozenset(keys), sweep)
+
+    def refuse_used_folder(self) -> None:
+        """A run folder is never reused: its results would no longer belong to its weights.
+
+        Raises:
+            UserError: another run has written here.
+        """
+        if not ranks.is_first():
+            return  # another process of the run that has just begun here
+        for name in ("results.json", "checkpoints", "csv"):
+            if (self.folder / name).exists():
+                raise UserError(
+                    f"hydra.run.dir={self.folder} holds the {name} of another run, and a run "
+                    "folder is never reused: choose another hydra.run.dir, or leave it out"
+                )
+
+    def said(self, key: str) -> bool:
+        """Did the user set this key, or something inside it?"""
+        return any(said == key or said.startswith(f"{key}.") for said in self.explicit)
+
+
+def refuse(error: UserError) -> NoReturn:
+    """Say what the user got wrong, in one line, and end this job.
+
+    In a multirun the other jobs go on; Hydra prints the line and exits with 1 at the end.
+    """
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise CompactHydraException(str(error)) from None
+    print(f"Error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def complete(cfg: DictConfig, job: Job) -> Checkpoint | None:
+    """Find out what a training starts from, and take from it what the command line does not say.
+
+    Raises:
+        UserError: the checkpoint is missing, unreadable or of the wrong stage, or contradicted.
+    """
+    if cfg.resume:
+        if cfg.ckpt:
+            raise UserError(f"resume={cfg.resume} and ckpt={cfg.ckpt}: give one of them")
+        origin = checkpoints.read(
+            checkpoints.find(str(cfg.resume), "resume", "last.ckpt"), "resume"
+        )
+        fixed = ("stage", "stages", "objective", "ramp", "task", "backbone", "seed")
+        _inherit(cfg, origin, job, fixed=fixed, taken=("data", "thresholds", "teacher"))
+        if cfg.teacher:
+            _refuse_another_teacher(cfg)
+        for key in ("trainer", "callbacks"):
+            _inherit_values(cfg, key, origin.config[key], job)
+        epochs = cfg.stages[str(cfg.stage)].epochs
+        if origin.epochs_done >= epochs:
+            raise UserError(
+                f"resume={cfg.resume} has finished all of its {epochs} epochs; for other settings "
+                "start a new run"
+            )
+        return origin
+    if type(cfg.stage) is not int or cfg.stage not in STAGES:
+        raise unknown("stage", cfg.stage, STAGES, "stage")
+    if "objective" in cfg and cfg.objective.get("name") is None:
+        cfg.objective.name = "student" if cfg.teacher else PAPER[cfg.stage]
+    if cfg.stage == 1:
+        if cfg.ckpt:
+            raise UserError(
+                f"ckpt={cfg.ckpt} with stage=1: stage 1 starts from backbone=... (or teacher=RUN); "
+                "a checkpoint is for stage=2, and resume=RUN goes on with an interrupted run"
+            )
+        return _complete_student(cfg, job) if cfg.teacher else None
+    if cfg.teacher:
+        raise UserError(f"teacher={cfg.teacher} with stage=2: a student learns in stage=1")
+    if not cfg.ckpt:
+        raise UserError(
+            "stage=2 needs ckpt=RUN, the run folder or checkpoint of a stage-1 run, or a "
+            "fine-tuned classifier (folder or hub id): python train.py stage=2 ckpt=runs/..."
+        )
+    origin = _of_stage_1(
+        cfg,
+        "ckpt",
+        "stage=2 starts from a stage-1 checkpoint (to go on with an interrupted stage 2: "
+        "resume=RUN)",
+    )
+    # A recipe that the user names now (experiment=...) is not overruled by the one of then.
+    recipe = () if job.said("experiment") else ("stages",)
+    unlabelled = cfg.data.unlabelled  # what stage 1 has learned from is no matter of stage 2
+    _inherit(cfg, origin, job, fixed=("task", "backbone"), taken=("data", "seed", "ramp", *recipe))
+    with open_dict(cfg):
+        cfg.data.unlabelled = unlabelled
+    return origin
+
+
+def _complete_student(cfg: DictConfig, job: Job) -> Checkpoint:
+    """Find the teacher, and take from it what the command line does not say, but for its layers."""
+    if (layers := cfg.backbone.layers) is None:
+        raise UserError(
+            f"teacher={cfg.teacher} needs backbone.layers=[...]: the layers of the teacher, from "
+            "1, that its student starts from"
+        )
+    origin, unlabelled = read_teacher(cfg), cfg.data.unlabelled
+    job = replace(job, explicit=job.explicit - {"backbone.layers"})
+    _inherit(cfg, origin, job, fixed=("task", "backbone"), taken=("data", "seed"))
+    with open_dict(cfg):
+        cfg.data.unlabelled = unlabelled
+        cfg.backbone.layers = layers
+        if Path(cfg.teacher).exists():  # a path must hold from another working directory too
+            cfg.teacher = str(Path(cfg.teacher).absolute())
+    return origin
+
+
+def read_teacher(cfg: DictConfig) -> Checkpoint:
+    """The run that a student learns from.
+
+    Raises:
+        UserError: it is missing, unreadable or of the wrong stage.
+    """
+    return _of_stage_1(cfg, "teacher", "a student learns from a stage-1 run")
+
+
+def _refuse_another_teacher(cfg: DictConfig) -> None:
+    """A resumed student goes on with its teacher, or one of the same kind from another place."""
+    teacher = read_teacher(cfg)
+    for key in ("task", "backbone"):
+        if teacher.config[key]["name"] != cfg[key].name:
+            raise UserError(
+                f"teacher={cfg.teacher} was trained with {key}={teacher.config[key]['name']}, and "
+                f"resume={cfg.resume} with {key}={cfg[key].name}; give the teacher it had"
+            )
+
+
+def _of_stage_1(cfg: DictConfig, flag: str, why: str) -> Checkpoint:
+    given = str(cfg[flag])
+    origin = origins.checkpoint(given, flag, said=_said(cfg))
+    if not origin.path.is_file():  # no run that could be gone on with: ramps may be trained anew
+        return origin
+    if origin.config["stage"] != 1:
+        raise UserError(f"{flag}={given} is of stage {origin.config['stage']}; {why}")
+    if origin.epochs_done < (epochs := origin.config["stages"]["1"]["epochs"]):
+        log.warning(
+            "%s=%s stopped after epoch %d of %d (resume=RUN would finish it); taken as it is",
+            flag,
+            given,
+            origin.epochs_done,
+            epochs,
+        )
+    return origin
+
+
+def _said(cfg: DictConfig) -> dict[str, Any]:
+    """What a published classifier does not say itself, as this job has it."""
+    blocks = {key: cfg.get(key) for key in ("task", "data", "stages")}
+    found: dict[str, Any] = {
+        key: OmegaConf.to_container(block, resolve=True)
+        for key, block in blocks.items()
+        if isinstance(block, DictConfig)
+    }
+    return found | ({"seed": cfg.seed} if "seed" in cfg else {})
+
+
+def complete_evaluation(cfg: DictConfig, job: Job) -> Origin:
+    """Find what is to be evaluated, and take from it what the command line does not say.
+
+    Raises:
+        UserError: neither checkpoint nor record can be read, or they contradict what is said.
+    """
+    origin = _evaluated(cfg)
+    _inherit(cfg, origin, job, fixed=("task",), taken=("backbone", "data", "seed"))
+    return origin
+
+
+def _evaluated(cfg: DictConfig) -> Origin:
+    """The checkpoint to score, or the folder of records that stands for it."""
+    if not cfg.ckpt and not cfg.record:
+        raise UserError(
+            "ckpt= is missing: python evaluate.py ckpt=RUN (a run folder or .ckpt), or record=RUN "
+            "for the logits that a run has left"
+        )
+    found = None
+    if cfg.ckpt:
+        found = origins.checkpoint(str(cfg.ckpt), "ckpt", said=_said(cfg))
+        if not cfg.record:
+            return found
+    folder = Path(str(cfg.record))
+    folder = folder / "records" if (folder / "records").is_dir() else folder
+    headers = {file: records.load(file)[1] for file in sorted(folder.glob("*.safetensors"))}
+    if not headers:
+        raise UserError(f"record={cfg.record}: no records there; give a run folder that has some")
+    for what in ("checkpoint", "config"):
+        if any(header[what] != next(iter(headers.values()))[what] for header in headers.values()):
+            raise UserError(f"record={cfg.record}: its records are of different checkpoints")
+    header = next(iter(headers.values()))
+    if found and header["checkpoint"] != found.fingerprint:
+        raise UserError(
+            f"record={cfg.record} is of another checkpoint than ckpt={cfg.ckpt}: its weights have "
+            f"the fingerprint {header['checkpoint']}, not {found.fingerprint}"
+        )
+    return Origin(folder, checkpoints.of_today(header["config"]))
+
+
+def _inherit(
+    cfg: DictConfig, origin: Origin, job: Job, *, fixed: tuple[str, ...], taken: tuple[str, ...]
+) -> None:
+    """Take values from the checkpoint. `fixed` ones may not be contradicted on the command line;
+    of the `taken` ones, what is said on the command line wins."""
+    _refuse_other_task(cfg, origin)
+    size = origin.config["data"].setdefault("calibration_size", 0)  # of a run before there was one
+    if "data.calibration_size" in job.explicit and cfg.data.calibration_size != size:
+        raise UserError(
+            f"data.calibration_size={cfg.data.calibration_size} contradicts {origin.path}, which "
+            f"was trained with data.calibration_size={size}: other rows would be ones it has seen"
+        )
+    with open_dict(cfg):
+        for key in (*fixed, *taken):
+            theirs = OmegaConf.create({key: origin.config[key]})
+            for said in (s for s in job.explicit if s == key or s.startswith(f"{key}.")):
+                ours, saved = OmegaConf.select(cfg, said), OmegaConf.select(theirs, said)
+                if said in fixed and "name" in (ours or ()) and ours.name == saved.name:
+                    continue  # a task or backbone named again: as it was then
+                if key in fixed and _name(ours) != _name(saved) and said != "task":
+                    raise _contradiction(said, ours, saved, origin)
+                OmegaConf.update(theirs, said, ours, merge=False)
+            cfg[key] = theirs[key]
+
+
+def _inherit_values(cfg: DictConfig, path: str, theirs: dict[str, Any], job: Job) -> None:
+    """Take plain settings, never a `_target_`: a checkpoint is somebody's file, and what it names
+    would be called."""
+    with open_dict(cfg):
+        ours = OmegaConf.select(cfg, path)
+        for key, value in theirs.items() if isinstance(ours, DictConfig) else ():
+            inner = f"{path}.{key}"
+            if isinstance(value, dict):
+                _inherit_values(cfg, inner, value, job)
+            elif not str(key).startswith("_") and inner not in job.explicit:
+                OmegaConf.update(cfg, inner, value)
+
+
+def _refuse_other_task(cfg: DictConfig, origin: Origin) -> None:
+    """A task that is named, also by an experiment, must be the checkpoint's.
+
+    Only evaluate.py may score another: AX has no training data, an MNLI checkpoint scores it.
+    """
+    ours, saved = cfg.get("task"), origin.config["task"]
+    if ours is None or ours.get("name") == saved["name"]:
+        return
+    if "stage" not in cfg and ours.get("checkpoint_task") == saved["name"]:
+        return
+    raise _contradiction("task", ours, OmegaConf.create(saved), origin)
+
+
+def _contradiction(said: str, ours: Any, saved: Any, origin: Origin) -> UserError:
+    return UserError(
+        f"{said}={_name(ours)} contradicts {origin.path}, which was trained with "
+        f"{said}={_name(saved)}; leave {said}= out, or give another checkpoint"
+    )
+
+
+def _name(value: Any) -> Any:
+    return value.name if isinstance(value, DictConfig) and "name" in value else value
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain values, all references resolved."""
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    if config.get("task") is None:
+        raise UserError(
+            "task= is missing: python train.py task=mrpc stage=1; choose one of: "
+            f"{', '.join(_choices('task'))}"
+        )
+    return {str(key): value for key, value in config.items()}
+
+
+def _choices(group: str) -> list[str]:
+    return GlobalHydra.instance().config_loader().get_group_options(group)
+
+
+def check(config: dict[str, Any]) -> None:
+    """What would otherwise fail late, or train on nonsense; for both entries.
+
+    Raises:
+        UserError: a value is of the wrong kind or outside its range.
+    """
+    data = config["data"]
+    _whole("seed", config["seed"], 0, 2**32 - 1)
+    _whole(
+        "data.max_length", data["max_length"], 8
+    )  # special tokens and a word or two of each text
+    _whole("data.eval_batch_size", data["eval_batch_size"], 1)
+    _whole("data.num_workers", data["num_workers"], 0)
+    if data["limit_train"] is not None:
+        _whole("data.limit_train", data["limit_train"], 1)
+    if data["calibration_size"] is not None:
+        _whole("data.calibration_size", data["calibration_size"], 0)
+    if data["root"] is not None and not isinstance(data["root"], str):
+        raise UserError(f"data.root={data['root']} must be a folder")
+    if "stage" in config:
+        _check_training(config)
+        _check_objective(config)
+
+
+def _check_training(config: dict[str, Any]) -> None:
+    stage = config["stage"]
+    recipe, flag = config["stages"].get(str(stage)), f"stages.{stage}"
+    if not isinstance(recipe, dict):
+        raise UserError(f"{flag}={recipe} must hold a recipe (epochs, batch_size, lr, ...)")
+    _whole(f"{flag}.epochs", recipe["epochs"], 1)
+    _whole(f"{flag}.batch_size", recipe["batch_size"], 1)
+    for key in ("lr", "warmup", "weight_decay", *({"layer_drop"} & recipe.keys())):
+        value = recipe[key]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= value <= 1 or (key == "lr" and value == 0):
+            raise UserError(f"{flag}.{key}={value} must be a number between 0 and 1")
+    if config["trainer"]["max_epochs"] != recipe["epochs"]:
+        raise UserError(
+            f"trainer.max_epochs={config['trainer']['max_epochs']}: the number of epochs is part "
+            f"of the recipe; set {flag}.epochs"
+        )
+    if config["thresholds"] is not None:
+        curves.check_thresholds(config["thresholds"], "thresholds")
+    monitor = ((config["callbacks"] or {}).get("best") or {}).get("monitor")
+    if monitor == "val/score" and config["objective"]["name"] not in FINAL_ALONE:
+        raise UserError(
+            "callbacks.best.monitor=val/score is the score at full depth, which says nothing of "
+            "the ramps that are trained; use callbacks.best.monitor=val/mean_ramp_score"
+        )
+    if stage != 2:
+        return
+    for key in ("cache", "standardize"):
+        if not isinstance(recipe[key], bool):
+            raise UserError(f"{flag}.{key}={recipe[key]} must be true or false")
+    if recipe["standardize"] and config["ramp"].get("reads") == "attention":
+        raise UserError(
+            "stages.2.standardize=true needs frozen states, and ramp=attention learns what it "
+            "reads: use another ramp, or stages.2.standardize=false"
+        )
+    if recipe["standardize"] and not recipe["cache"]:
+        raise UserError(
+            "stages.2.standardize=true needs the frozen states: leave stages.2.cache=true"
+        )
+
+
+def _check_objective(config: dict[str, Any]) -> None:
+    """Does the objective fit what it is given to learn from?"""
+    objective = objectives.build(config["objective"], config["stage"])
+    if config["teacher"] and not objective.taught:
+        raise UserError(
+            f"teacher={config['teacher']} with objective={objective.name}: nothing would be "
+            "learned from it; use objective=student"
+        )
+    if objective.taught and not config["teacher"]:
+        raise UserError(f"objective={objective.name} needs teacher=RUN, a stage-1 run")
+    splits = config["data"].get("unlabelled")
+    if splits and not objective.unlabelled:
+        able = [name for name, build in objectives.OBJECTIVES.items() if build().unlabelled]
+        raise UserError(
+            f"data.unlabelled={splits} with objective={objective.name}, which learns from labels "
+            f"alone; choose one of: {', '.join(able)} (objective=...)"
+        )
+
+
+def _whole(flag: str, value: Any, low: int, high: int | None = None) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
+        limit = f"of {low} or more" if high is None else f"from {low} to {high}"
+        raise UserError(f"{flag}={value} must be a whole number {limit}")

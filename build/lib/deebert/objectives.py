@@ -1,0 +1,274 @@
+"""Objectives: logits of every ramp + labels -> the loss to minimise. Pure functions.
+
+An objective is a loss, the steps in which the final classifier's loss alone stands in for it, and
+how the ramps' gradients flow through the backbone. `conf/objective/` names them.
+Knows nothing of optimizers or models.
+Shapes: B batch, L layers (= ramps), C labels; C = 1 means regression (mean squared error instead of
+cross-entropy).
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from deebert.errors import UserError, unknown
+
+UNLABELLED = -100  # the label of a row that has none, as torch's cross-entropy ignores it
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def ramp_losses(logits_BLC: Tensor, labels_B: Tensor) -> Tensor:
+    """Mean loss of each ramp over the batch: (B, L, C), (B,) -> (L,)."""
+    if logits_BLC.shape[-1] == 1:
+        errors_BL = logits_BLC.squeeze(-1).float() - labels_B[:, None].float()
+        return errors_BL.square().mean(0)
+    losses = [F.cross_entropy(logits_BC.float(), labels_B) for logits_BC in logits_BLC.unbind(1)]
+    return torch.stack(losses)
+
+
+def final(logits_BLC: Tensor, labels_B: Tensor) -> Tensor:
+    """The loss of the final classifier alone (paper, equation 2 with i = L)."""
+    return ramp_losses(logits_BLC[:, -1:], labels_B).sum()
+
+
+def ramps(logits_BLC: Tensor, labels_B: Tensor) -> Tensor:
+    """Sum of the losses of every ramp but the last (paper, equation 3)."""
+    return ramp_losses(logits_BLC[:, :-1], labels_B).sum()
+
+
+def joint(logits_BLC: Tensor, labels_B: Tensor) -> Tensor:
+    """Sum of the losses of every ramp (BERxiT, Xin et al., EACL 2021, equation 3)."""
+    return ramp_losses(logits_BLC, labels_B).sum()
+
+
+def weighted(logits_BLC: Tensor, labels_B: Tensor) -> Tensor:
+    """Mean of the losses of every ramp, layer k's weighted by k (PABEE, Zhou et al., NeurIPS 2020,
+    equation 5)."""
+    losses_L = ramp_losses(logits_BLC, labels_B)
+    weight_L = torch.arange(1, len(losses_L) + 1, device=losses_L.device)
+    return (weight_L * losses_L).sum() / weight_L.sum()
+
+
+def distill(
+    logits_BLC: Tensor, labels_B: Tensor, *, temperature: float, label_weight: float
+) -> Tensor:
+    """The final classifier learns from the labels, the other ramps from it.
+
+    loss(L) + sum over k < L of [label_weight loss(k) + (1 - label_weight) T² KL(p_L || p_k)], with
+    probabilities at temperature T and no gradient into p_L. FastBERT (Liu et al., ACL 2020) is
+    label_weight 0, T 1 in stage 2 (the direction of KL is its code's); T² keeps gradients alike at
+    any T (Hinton et al. 2015). For a regression the second term is the squared difference of the
+    values.
+
+    Args:
+        labels_B: UNLABELLED (or NaN, for a regression) where a row has no label.
+    """
+    apart_BK = _apart(logits_BLC[:, :-1], logits_BLC[:, -1:].detach(), temperature)
+    loss = (1 - label_weight) * apart_BK.mean(0).sum()
+    if (known_B := _labelled(labels_B)).any():
+        losses_L = ramp_losses(logits_BLC[known_B], labels_B[known_B])
+        loss = loss + losses_L[-1] + label_weight * losses_L[:-1].sum()
+    return loss
+
+
+def _apart(student_BKC: Tensor, teacher_B1C: Tensor, temperature: float) -> Tensor:
+    """T² KL(teacher || student) at temperature T, or squared differences of values: -> (B, K)."""
+    if student_BKC.shape[-1] == 1:
+        return (student_BKC.float() - teacher_B1C.float()).squeeze(-1).square()
+    student_BKC = (student_BKC.float() / temperature).log_softmax(-1)
+    teacher_B1C = (teacher_B1C.float() / temperature).log_softmax(-1)
+    return (teacher_B1C.exp() * (teacher_B1C - student_BKC)).sum(-1) * temperature**2
+
+
+def _labelled(labels_B: Tensor) -> Tensor:
+    """Which rows have a label: (B,) bool."""
+    return ~labels_B.isnan() if labels_B.is_floating_point() else labels_B != UNLABELLED
+
+
+def student(logits_BLC: Tensor, labels_B: Tensor, *, label_weight: float) -> Tensor:
+    """What a student learns from the labels: label_weight loss(L), over the rows that have one."""
+    known_B = _labelled(labels_B)
+    if not known_B.any():  # nothing, but with a way back
+        return 0 * logits_BLC.sum()
+    return label_weight * final(logits_BLC[known_B], labels_B[known_B])
+
+
+def taught(
+    logits_BLC: Tensor, teacher_BC: Tensor, *, temperature: float, label_weight: float
+) -> Tensor:
+    """What it learns from a larger model's final classifier: (1 - label_weight) T² KL(teacher || L)
+    (DistilBERT, Sanh et al. 2019; in the authors' code run_squad_w_distillation.py, where the two
+    weights are alpha_squad and alpha_ce)."""
+    apart_B1 = _apart(logits_BLC[:, -1:], teacher_BC[:, None], temperature)
+    return (1 - label_weight) * apart_B1.mean()
+
+
+def exit_loss(unsure_BL: Tensor, logits_BLC: Tensor, labels_B: Tensor, predicts: str) -> Tensor:
+    """What a learned exit score is to learn: sum over the ramps before the last of the mean squared
+    difference from 1 where the ramp is off and 0 where not (BERxiT, Xin et al., EACL 2021, section
+    4). For a regression that is tanh |difference| (as in its code).
+
+    Args:
+        unsure_BL: the scores, between 0 and 1.
+        labels_B: UNLABELLED or NaN where a row has none; what is `wrong` there nobody knows.
+        predicts: `wrong`: off from the label; `disagrees`: from the final classifier (CATs).
+    """
+    if predicts == "wrong":
+        known_B = _labelled(labels_B)
+        unsure_BL, logits_BLC, labels_B = unsure_BL[known_B], logits_BLC[known_B], labels_B[known_B]
+    said_BLC = logits_BLC.detach()
+    if logits_BLC.shape[-1] == 1:
+        said_BL = said_BLC.squeeze(-1)
+        truth_B = labels_B if predicts == "wrong" else said_BL[:, -1]
+        off_BL = (said_BL - truth_B[:, None]).abs().tanh()
+    else:
+        said_BL = said_BLC.argmax(-1)
+        truth_B = labels_B if predicts == "wrong" else said_BL[:, -1]
+        off_BL = (said_BL != truth_B[:, None]).float()
+    return (unsure_BL - off_BL)[:, :-1].square().sum() / max(len(labels_B), 1)
+
+
+class Flow(NamedTuple):
+    """What becomes of the gradients where layer k's states go two ways: factors, k = 1..L.
+
+    Attributes:
+        ramp_L: of the gradient that comes back from ramp k.
+        onward_L: of the one that comes back from the layers and ramps above (the last is unused).
+    """
+
+    ramp_L: list[float]
+    onward_L: list[float]
+
+
+def equilibrium(num_layers: int) -> Flow:
+    """Gradient equilibrium (Li et al., ICCV 2019, section 3.1, as in ElasticBERT, Liu et al., NAACL
+    2022): of the R ramps from layer k on, k's own counts 1/R and the others together (R-1)/R, so
+    that gradients do not grow towards the lower layers."""
+    left = [num_layers - k for k in range(num_layers)]
+    return Flow([1 / r for r in left], [(r - 1) / r for r in left])
+
+
+def detached(num_layers: int) -> Flow:
+    """Each layer learns from its own ramp alone (SWEET, Rotem et al., Findings of ACL 2023)."""
+    return Flow([1.0] * num_layers, [0.0] * num_layers)
+
+
+def _never(step: int, num_steps: int) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How the ramps are trained. It goes to other processes (ddp_spawn), so: named functions.
+
+    Attributes:
+        name: in results and messages.
+        loss: (B, L, C) logits, (B,) labels -> scalar.
+        stages: where it makes sense: stage 1 trains everything that the loss depends on, stage 2
+            only the ramps before the last.
+        alone: (step, number of steps) -> is it the turn of the final classifier's loss alone?
+        flow: number of layers -> how gradients flow; None: as they are.
+        unlabelled: can it learn from rows without labels?
+        taught: (B, L, C) logits, (B, C) those of a teacher's final classifier -> scalar that is
+            added to the loss; None: there is no teacher.
+    """
+
+    name: str
+    loss: Loss
+    stages: tuple[int, ...] = (1,)
+    alone: Callable[[int, int], bool] = _never
+    flow: Callable[[int], Flow] | None = None
+    unlabelled: bool = False
+    taught: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+def _in_turns(step: int, num_steps: int) -> bool:
+    return step % 2 == 0
+
+
+def _at_first(final_share: float, step: int, num_steps: int) -> bool:
+    return step < round(final_share * num_steps)
+
+
+def _mixed(final_share: float = 0.5) -> Objective:
+    """The backbone first, then everything together (Kubaty et al., ICML 2025, "mixed")."""
+    _check("final_share", final_share, 0, 1)
+    return Objective("mixed", joint, alone=partial(_at_first, final_share))
+
+
+def _distill(temperature: float = 1.0, label_weight: float = 0.0) -> Objective:
+    _check_weights(temperature, label_weight)
+    loss = partial(distill, temperature=temperature, label_weight=label_weight)
+    return Objective("distill", loss, (1, 2), unlabelled=True)
+
+
+def _student(temperature: float = 2.0, label_weight: float = 0.5) -> Objective:
+    _check_weights(temperature, label_weight)
+    loss = partial(student, label_weight=label_weight)
+    from_teacher = partial(taught, temperature=temperature, label_weight=label_weight)
+    return Objective("student", loss, unlabelled=True, taught=from_teacher)
+
+
+def _check_weights(temperature: float, label_weight: float) -> None:
+    _check("temperature", temperature, 0.01, 100)
+    _check("label_weight", label_weight, 0, 1)
+
+
+# Options are keyword arguments; their values stand in conf/objective/.
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "final": lambda: Objective("final", final),
+    "ramps": lambda: Objective("ramps", ramps, stages=(2,)),
+    "joint": lambda: Objective("joint", joint),
+    "weighted": lambda: Objective("weighted", weighted),
+    # BERxiT, section 3.2: the final classifier alone and everything together, in turns.
+    "alternating": lambda: Objective("alternating", joint, alone=_in_turns),
+    "mixed": _mixed,
+    "distill": _distill,
+    "equilibrium": lambda: Objective("equilibrium", joint, flow=equilibrium),
+    "detached": lambda: Objective("detached", joint, flow=detached),
+    "student": _student,
+}
+PAPER = {1: "final", 2: "ramps"}
+FINAL_ALONE = ("final", "student")  # train no ramp before the last: leaving early means nothing
+
+
+def build(values: Mapping[str, Any], stage: int) -> Objective:
+    """The objective that `conf/objective/` names.
+
+    Args:
+        values: `name`, and what options it has.
+
+    Raises:
+        UserError: the name or an option is unknown, or it does not fit the stage.
+    """
+    name = values.get("name")
+    here = [known for known in OBJECTIVES if stage in OBJECTIVES[known]().stages]
+    if not isinstance(name, str) or name not in OBJECTIVES:
+        raise unknown("objective", name, here, "objective")
+    options = {key: value for key, value in values.items() if key != "name"}
+    known = inspect.signature(OBJECTIVES[name]).parameters
+    for option in options:
+        if option not in known:
+            raise UserError(
+                f"objective.{option}: {name} has "
+                + (f"no such option; it has: {', '.join(known)}" if known else "no options")
+            )
+    objective = OBJECTIVES[name](**options)
+    if stage not in objective.stages:
+        raise UserError(
+            f"objective={name} is for stage={objective.stages[0]}; in stage={stage} choose one of: "
+            f"{', '.join(here)} (objective=...)"
+        )
+    return objective
+
+
+def _check(option: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise UserError(f"objective.{option}={value} must be a number between {low} and {high}")

@@ -1,0 +1,133 @@
+"""What a user names as a model -> what lies there: a run, a checkpoint file, a folder of
+save_pretrained, a published classifier, or a hub repository that holds one of the last two.
+
+Knows no weights; `checkpoints`, `saved` and `published` read them.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deebert import checkpoints, foreign, published, records, saved
+from deebert.checkpoints import Checkpoint
+from deebert.errors import UserError
+from deebert.saved import Saved
+
+FLAG = "model"
+BEST = "best.ckpt"
+HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+HUB_FILES = ("config.json", saved.FILE, *foreign.TOKENIZER, "records/*.safetensors")
+PATIENCE = 10.0  # seconds until the hub must have answered
+
+
+def find(given: str | Path, task: str | Mapping[str, Any] | None = None, flag: str = FLAG) -> Saved:
+    """A model and the records that lie with it.
+
+    Args:
+        given: a run folder, or what `checkpoint` finds. Also the run folder of an evaluation, which
+            holds records, and names the model that they are of.
+        task: what a published classifier was trained for, where it does not say: a name in
+            conf/task/, or what such a file holds.
+
+    Raises:
+        UserError: nothing that can be loaded is there.
+    """
+    place = _place(given, flag)
+    if saved.is_saved(place):
+        found = saved.read(place, flag)
+    elif scored := _scored(place):
+        ckpt, config = scored
+        model = checkpoint(ckpt, f"{flag}={given}: ckpt", said=config)
+        found = Saved(model, saved.records_of(place, model))
+    else:
+        values = published.task_values(task) if isinstance(task, str) else task
+        model = _checkpoint(place, str(given), flag, BEST, {"task": values})
+        run = model.path.parent
+        run = run.parent if run.name == "checkpoints" else run
+        is_run = model.path.is_file()
+        found = Saved(model, saved.records_of(run, model) if is_run else {})
+    told = task.get("name") if isinstance(task, Mapping) else task
+    if told not in (None, name := found.checkpoint.config["task"]["name"]):
+        raise UserError(f"task={told}: {given} was trained for task={name}; leave task= out")
+    return found
+
+
+def checkpoint(
+    given: str | Path, flag: str, name: str = BEST, said: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """A model alone.
+
+    Args:
+        given: a run folder, a checkpoint file, a folder of `save_pretrained`, that of a published
+            classifier, or the id of a hub repository with one of the last two.
+        name: of the checkpoint in a run folder.
+        said: what a published classifier does not say itself (`published.read`).
+
+    Raises:
+        UserError: nothing that can be loaded is there.
+    """
+    return _checkpoint(_place(given, flag), str(given), flag, name, said or {})
+
+
+def _checkpoint(
+    place: Path, given: str, flag: str, name: str, said: Mapping[str, Any]
+) -> Checkpoint:
+    if saved.is_saved(place):
+        return saved.read(place, flag).checkpoint
+    is_run = (place / "checkpoints" / name).is_file() or (place / name).is_file()
+    if place.is_dir() and not is_run:
+        if (place / "config.json").is_file():
+            return published.read(place, flag, given, said)
+        raise UserError(
+            f"{flag}={given}: the folder holds no checkpoints/{name} (give a run folder), no "
+            f"{saved.FILE} (one of save_pretrained) and no config.json (a published classifier)"
+        )
+    return checkpoints.read(checkpoints.find(str(place), flag, name), flag)
+
+
+def _scored(folder: Path) -> tuple[str, dict[str, Any]] | None:
+    """The checkpoint that evaluate.py has scored here, as it was named, and its configuration."""
+    files = sorted((folder / "records").glob("*.safetensors"))
+    if not files or (folder / "checkpoints").exists():
+        return None
+    try:
+        ckpt = json.loads((folder / "results.json").read_text("utf-8"))["ckpt"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return (ckpt, records.load(files[0])[1]["config"]) if isinstance(ckpt, str) else None
+
+
+def _place(given: str | Path, flag: str) -> Path:
+    """Where it lies on this machine; what is no path here may be a hub's id."""
+    path, text = Path(given), str(given)
+    is_id = re.fullmatch(HUB_ID, text) and ".." not in text and path.suffix != ".ckpt"
+    return _downloaded(text, flag) if is_id and not path.exists() else path
+
+
+def _downloaded(repo_id: str, flag: str) -> Path:
+    """What is needed of a hub repository; without a network, what was downloaded before."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    absent = f"{flag}={repo_id}: no such file or folder here, and"
+    try:
+        info = HfApi().model_info(repo_id, timeout=PATIENCE)  # snapshot_download waits for ever
+        there = {file.rfilename for file in info.siblings or ()}
+        weights = next((name for name in foreign.WEIGHTS if name in there), foreign.WEIGHTS[0])
+        return Path(snapshot_download(repo_id, allow_patterns=[*HUB_FILES, weights]))
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{absent} no repository of this name on the hub that you may read (hf auth login)"
+        ) from error
+    except Exception as error:  # no network, no answer, an outage
+        failure = error
+    try:
+        patterns = [*HUB_FILES, foreign.WEIGHTS[0]]
+        return Path(snapshot_download(repo_id, allow_patterns=patterns, local_files_only=True))
+    except Exception as error:
+        raise UserError(
+            f"{absent} the hub cannot be asked ({type(failure).__name__}); without a network give "
+            f"a local folder (where there is one: hf download {repo_id} --local-dir FOLDER)"
+        ) from error

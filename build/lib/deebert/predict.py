@@ -1,0 +1,35 @@
+"""`python -m deebert.predict model=RUN input=FILE output=FILE ...`: answers for the rows of a file.
+
+Who does it: this process, or with `engine=ray` many. `files` has what does it.
+"""
+
+from deebert import commands
+from deebert.errors import unknown
+from deebert.files.work import PredictOptions, locally, run
+
+ENGINES = ("local", "ray")
+
+
+def predict(options: PredictOptions) -> None:
+    """The command.
+
+    Raises:
+        UserError: something that was asked for is not there, or cannot be done.
+    """
+    if options.engine not in ENGINES:
+        raise unknown("engine", options.engine, ENGINES, "engine")
+    if options.engine == "ray":
+        from deebert.files import on_ray
+
+        on_ray.predict(options)
+    else:
+        run(options, locally)
+
+
+if __name__ == "__main__":
+    commands.main(
+        PredictOptions,
+        predict,
+        "python -m deebert.predict",
+        "python -m deebert.predict model=RUN input=reviews.csv output=out.csv target_saving=0.4",
+    )

@@ -1,0 +1,216 @@
+"""train(cfg) and evaluate(cfg): build, run, close."""
+
+import json
+import logging
+import time
+from functools import partial
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig
+
+from deebert import backbones, build, calibrate, evaluation, question, records, report
+from deebert.callbacks import EarlyExitEvaluation
+from deebert.checkpoints import Checkpoint, Origin
+from deebert.clock import Clock
+from deebert.errors import UserError
+from deebert.evaluation import Question
+from deebert.frozen import FrozenStates
+from deebert.job import Job, check, complete, complete_evaluation, plain, read_teacher
+from deebert.model import EarlyExitModel
+from deebert.module import EarlyExitModule
+from deebert.objectives import FINAL_ALONE
+from deebert.ramps import RampKind
+from deebert.records import HELD_OUT
+from deebert.tasks import Task
+
+log = logging.getLogger(__name__)
+
+# What makes a checkpoint self-describing, and a run resumable.
+REMEMBERED = (
+    "task", "backbone", "ramp", "data", "stage", "stages", "objective", "seed", "trainer",
+    "callbacks", "thresholds", "teacher",
+)  # fmt: skip
+
+
+def train(cfg: DictConfig) -> float | None:
+    """Run one stage; returns the full-depth score, for Hydra's sweepers.
+
+    Raises:
+        UserError: a mistake in the configuration or the data.
+    """
+    job = Job.current()
+    job.refuse_used_folder()
+    origin = complete(cfg, job)
+    config = plain(cfg)
+    check(config)
+    L.seed_everything(config["seed"], workers=True, verbose=False)
+    task = Task.from_config(config["task"])
+    teacher = None
+    if origin:
+        tokenizer, model = origin.tokenizer(), origin.model()
+        tokenizer_files = origin.tokenizer_files
+        if config["teacher"] and config["resume"]:
+            teacher = read_teacher(cfg).model()
+        elif config["teacher"]:
+            teacher = origin.model()
+            _cut(model, config, origin, "backbone.layers", config["backbone"]["layers"])
+        if (kind := RampKind.from_config(config["ramp"])) != model.ramp_kind:
+            model.new_ramps(kind)
+    else:
+        tokenizer = backbones.tokenizer(config["backbone"])
+        tokenizer_files = backbones.tokenizer_files(tokenizer)
+        model = EarlyExitModel.from_backbone(config["backbone"], task.num_labels, config["ramp"])
+    if len(model.ramps) < 2 and config["objective"]["name"] not in FINAL_ALONE:
+        raise UserError(
+            f"backbone {config['backbone']['name']} has one layer: nothing to leave early (it can "
+            "be trained with stage=1 objective=final)"
+        )
+    recipe = config["stages"][str(config["stage"])]
+    data = build.data_module(task, tokenizer, config, model.config, recipe["batch_size"])
+    data.prepare_data()  # a mistake in the data shows before anything is logged
+    data.train_dataloader()
+    build.remember_held_out(config, data)
+    remembered = {key: config[key] for key in REMEMBERED}
+    module = EarlyExitModule(model, remembered, tokenizer_files, teacher)
+    source: L.LightningDataModule = data
+    if module.is_cached:
+        source = FrozenStates(data, model, job.folder, standardize=recipe["standardize"])
+    resume = str(origin.path) if origin and config["resume"] else None
+    with build.closing():
+        trainer = build.trainer(cfg, config, job, f"stage{config['stage']}")
+        build.refuse_unsafe_sweep(trainer, job)
+        finds_unused = "find_unused" in str(config["trainer"]["strategy"])
+        if recipe.get("layer_drop") and trainer.world_size > 1 and not finds_unused:
+            raise UserError(
+                f"stages.1.layer_drop={recipe['layer_drop']} with several devices leaves "
+                "parameters unused: say trainer.strategy=ddp_find_unused_parameters_true"
+            )
+        start = time.perf_counter()
+        trainer.fit(module, datamodule=source, ckpt_path=resume)
+        log.info("trained in %.1f s", time.perf_counter() - start)
+        best = trainer.checkpoint_callback
+        if isinstance(best, ModelCheckpoint) and best.monitor and best.best_model_path:
+            trainer.validate(
+                module, datamodule=source, ckpt_path=best.best_model_path, verbose=False
+            )
+    return _result(trainer.is_global_zero, job)
+
+
+def evaluate(cfg: DictConfig) -> float | None:
+    """Score a checkpoint on a split, or records of one; returns the score that was asked for.
+
+    Raises:
+        UserError: a mistake in the configuration or the data.
+    """
+    job = Job.current()
+    job.refuse_used_folder()
+    origin = complete_evaluation(cfg, job)
+    config = plain(cfg)
+    check(config)
+    question.check(config)
+    task = Task.from_config(config["task"])
+    score = None
+    if config.get("exit") and (score := build.instantiated("exit", cfg.exit.score)) is None:
+        raise UserError("exit.score=null must name a function (exit.score._target_=...)")
+    asked = question.asked(config, task, score)
+    if not isinstance(origin, Checkpoint):
+        return _evaluate_records(config, task, asked, origin, job)
+    model = origin.model()
+    if config["layers"] is not None:
+        _cut(model, config, origin, "layers", config["layers"])
+    learned = model.ramp_kind.predicts is not None
+    question.check_model(asked, config, len(model.ramps), learned=learned)
+    data = build.data_module(task, origin.tokenizer(), config, origin.architecture, 1)
+    if config["split"]:
+        data.eval_splits = (config["split"],)
+    elif not data.eval_splits:
+        data.eval_splits = task.test
+    chosen_on = question.calibration_split(config, data, origin)
+    if chosen_on == HELD_OUT:
+        build.remember_held_out(config, data)
+    if chosen_on:
+        data.eval_splits = (*data.eval_splits, chosen_on)
+    for split in data.eval_splits:
+        data.tokens(split)
+        if split in (task.train, *data.unlabelled):
+            log.warning("split=%s: the model was trained on these rows", split)
+    if asked.wish and config["calibration"] != "auto":  # auto may yet choose other rows
+        named = chosen_on or data.eval_splits[0]
+        columns = data.tokens(named)
+        labelled = "label" in columns.column_names
+        calibrate.check(len(columns), labelled, named, task, asked.wish)
+    remembered = origin.config | {key: config[key] for key in ("task", "data", "backbone")}
+    module = EarlyExitModule(model, remembered, origin.tokenizer_files)
+    callback = EarlyExitEvaluation(None, asked, chosen_on, config["analysis"], str(config["ckpt"]))
+    protocol = question.protocol(config)
+    if protocol and not origin.ramps_trained and config["threshold"] != 0:
+        raise UserError(
+            "timing= needs trained ramps, and this checkpoint is of stage 1: train them with "
+            "python train.py stage=2 ckpt=RUN, or time full depth alone: threshold=0"
+        )
+    if protocol and str(config["trainer"]["precision"]) not in ("32-true", "32"):
+        raise UserError(
+            f"trainer.precision={config['trainer']['precision']} with timing=: leave it out; what "
+            "is timed has its own (precision=bfloat16)"
+        )
+    with build.closing():
+        trainer = build.trainer(cfg, config, job, "evaluate", callback)
+        build.refuse_unsafe_sweep(trainer, job)
+        for flag, wanted in (("analysis", config["analysis"]), ("timing", protocol)):
+            if wanted and trainer.world_size > 1:
+                raise UserError(f"{flag}= looks at all rows in one process: trainer.devices=1")
+        if protocol:
+            clock = Clock(model, task, data, protocol, trainer.strategy.root_device)
+            callback.question = asked = clock.with_costs(asked, data.eval_splits[0])
+            callback.timed = partial(clock.timed, asked)
+        trainer.test(module, datamodule=data, verbose=False)
+    return _result(trainer.is_global_zero, job)
+
+
+def _cut(
+    model: EarlyExitModel, config: dict[str, Any], origin: Checkpoint, flag: str, layers: list[int]
+) -> None:
+    """Leave only these layers of a checkpoint's, and write down which of the pretrained ones."""
+    model.keep_layers(layers, flag)
+    before = origin.config["backbone"].get("layers")
+    config["backbone"]["layers"] = [before[layer - 1] for layer in layers] if before else layers
+
+
+def _evaluate_records(
+    config: dict[str, Any], task: Task, asked: Question, origin: Origin, job: Job
+) -> float | None:
+    """The same from saved logits: neither model nor data is needed."""
+    found = [records.load(file)[0] for file in sorted(origin.path.glob("*.safetensors"))]
+    wanted = config["split"]
+    named = HELD_OUT if config["calibration"] in ("auto", "heldout") else config["calibration"]
+    held_out = next((r for r in found if r.split == named and r.split != wanted), None)
+    reported = [
+        r for r in found if (r.split == wanted if wanted else r.split not in (HELD_OUT, named))
+    ]
+    if not reported:
+        splits = ", ".join(record.split for record in found)
+        raise UserError(f"split={wanted}: {origin.path} has records of: {splits} (split=...)")
+    learned = reported[0].unsure_NL is not None
+    question.check_model(asked, config, reported[0].num_layers, learned=learned)
+    if len({record.logits_NLC.shape[1:] for record in found}) > 1:
+        raise UserError(f"record={config['record']}: its records have different numbers of ramps")
+    header = report.header(origin.config)
+    answer = evaluation.evaluate(reported, task, asked, held_out, trained=origin.ramps_trained)
+    results = header | {"record": str(config["record"])} | answer
+    report.save(results, job.folder)
+    return _result(True, job)
+
+
+def _result(is_global_zero: bool, job: Job) -> float | None:
+    if not is_global_zero:
+        return None
+    file = job.folder / "results.json"  # with ddp_spawn all that the processes leave behind
+    if not file.exists():
+        log.warning("nothing was evaluated; run folder: %s", job.folder)
+        return None
+    results = json.loads(file.read_text())
+    report.show(results, job.folder)
+    asked = results.get("calibration", {}).get("measured") or results["exits"][-1]
+    return None if asked["score"] is None else float(asked["score"])
