@@ -61,6 +61,9 @@ class Wish:
         _number("target_speedup", self.target_speedup, 1, np.inf, "2 for twice as fast")
         _number("max_drop", self.max_drop, 0, 1, "a share of the rows, 0.01 for one point", False)
         _number("confidence", self.confidence, 0, 1, "0.95 for 95 %, null: on average", False)
+        for name in ("per_ramp", "temperature"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name}={getattr(self, name)!r} must be true or false")
         if self.loss not in LOSSES:
             raise unknown("loss", self.loss, LOSSES, "loss")
         if self.target_speedup is not None and self.per_ramp:
@@ -89,7 +92,7 @@ def _number(
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not low <= value < high or (value == low and not with_low):
         bracket = "[" if with_low else "("
-        raise UserError(f"{flag}={value} must be in {bracket}{low}, {high}): {meaning}")
+        raise UserError(f"{flag}={value!r} must be in {bracket}{low}, {high}): {meaning}")
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,11 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """`label`, `probability` (of that label; not for a regression) and `exit_layer`."""
+    def __getitem__(self, index: Any) -> Any:
+        """`label`, `probability` (of that label; not for a regression) and `exit_layer`; of a
+        slice a list of these."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
         found = {"label": self.labels[index], "exit_layer": self.exit_layers[index]}
         if self.probabilities_NC is not None:
             found["probability"] = self.probabilities_NC[index].max().item()
@@ -145,6 +148,8 @@ class EarlyExitClassifier:
         Raises:
             UserError: nothing that can be loaded is there.
         """
+        if not isinstance(source, str | Path):
+            raise UserError(f"{_short(source)} is no model: give a folder or the id of one")
         found = origins.find(source, task)
         return cls(found, precision=precision, runtime=runtime, device=device)
 
@@ -168,7 +173,9 @@ class EarlyExitClassifier:
         Raises:
             UserError: there are none, one is not a text (or pair), or the wish cannot be granted.
         """
-        one = isinstance(texts, str | Mapping) or _is_pair(texts, len(self.task.columns))
+        if not isinstance(texts, Iterable):
+            raise UserError(f"texts are {_short(texts)}; give one or a list of them")
+        one = isinstance(texts, str | bytes | Mapping) or _is_pair(texts, len(self.task.columns))
         parts = list(self.stream([texts] if one else texts, **wish))  # type: ignore[list-item]
         if not parts:
             raise UserError("there are no texts to answer; give at least one")
@@ -218,6 +225,10 @@ class EarlyExitClassifier:
                 f"an input has {len(given)} texts; task {self.task.name} takes {wanted}: "
                 f"{', '.join(names)}"
             )
+        try:
+            "".join(given).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"an input is {_short(text)}: half of a surrogate pair") from error
         return tuple(given)
 
     def answer(self, inputs: Sequence[Tokens], asked: Asked) -> Predictions:
@@ -262,11 +273,13 @@ class EarlyExitClassifier:
             UserError: a value is out of its range, several wishes contradict each other, or there
                 is no record to grant them from.
         """
+        threshold = getattr(threshold, "tolist", lambda: threshold)()  # numpy's and torch's
         given = {
             "threshold": threshold, "target_saving": target_saving,
             "target_speedup": target_speedup, "max_drop": max_drop, "exit": exit, **more,
         }  # fmt: skip
-        wish = {name: value for name, value in given.items() if value is not None}
+        # None says something of confidence only: "on average".
+        wish = {name: v for name, v in given.items() if v is not None or name == "confidence"}
         if not wish:
             wish = dict(self.saved.wish or {})
         said = [name for name in WISHES if name in wish]
@@ -286,6 +299,9 @@ class EarlyExitClassifier:
         rule = self._rule(values.pop("exit", None)) if "exit" in values else self.rule
         if rule.reads == "unsure" and self.model.ramp_kind.predicts is None:
             raise UserError(exits.NOT_LEARNED.format(rule.name))
+        known = set(Wish.__dataclass_fields__) - {"costs"} | {"threshold"}
+        if unknown := sorted(set(values) - known):
+            raise UserError(f"{unknown[0]}= is no part of a wish; {', '.join(sorted(known))} are")
         if not set(values) & set(WISHES[1:]):
             threshold = values.pop("threshold", 0.0)
             if values:
@@ -296,9 +312,6 @@ class EarlyExitClassifier:
             thresholds: Thresholds = checked if listed else checked[0]
             exits.limits(thresholds, self.num_layers)
             return Asked(rule, thresholds, wish)
-        known = set(Wish.__dataclass_fields__) - {"costs"}
-        if unknown := sorted(set(values) - known):
-            raise UserError(f"{unknown[0]}= is no part of a wish; {', '.join(sorted(known))} are")
         granted = Wish(**values)
         record = self._calibration_rows
         if granted.target_speedup is not None:

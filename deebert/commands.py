@@ -43,7 +43,7 @@ class WishOptions:
     target_saving: float | None = option(None, "share of the layers to save: 0.4")
     target_speedup: float | None = option(None, "times faster than full depth: 1.5")
     max_drop: float | None = option(None, "how much worse than full depth at most: 0.01")
-    confidence: float | None = option(None, "that max_drop holds; 0.95 if not said")
+    confidence: float | None = option(0.95, "that max_drop holds; null: on average")
     loss: str | None = option(None, "what max_drop limits: excess or disagreement")
     per_ramp: bool | None = option(None, "look for a threshold for each ramp")
     temperature: bool | None = option(None, "first make each ramp as sure as it is right")
@@ -57,8 +57,12 @@ def engine_of(options: ModelOptions) -> dict[str, Any]:
 
 def wish_of(options: WishOptions) -> dict[str, Any]:
     """What `EarlyExitClassifier.ask` takes."""
-    values = {each.name: getattr(options, each.name) for each in fields(WishOptions)}
-    return {name: value for name, value in values.items() if value is not None}
+    # null says something of confidence only: "on average".
+    return {
+        each.name: getattr(options, each.name)
+        for each in fields(WishOptions)
+        if getattr(options, each.name) != each.default
+    }
 
 
 def parse(kind: type[Options], arguments: Sequence[str]) -> Options:

@@ -209,6 +209,20 @@ def check(
         onnx_layer.check(parts, precision, device)
 
 
+def _device(given: torch.device | str) -> torch.device:
+    """Raises:
+    UserError: there is no such device, or not here.
+    """
+    try:
+        device = torch.device(given)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        there = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"device={given} is not here, as are: {there} ({reason})") from error
+    return device
+
+
 class Engine:
     """A trained model, an exit rule and its thresholds, ready to run.
 
@@ -240,7 +254,7 @@ class Engine:
         device: torch.device | str = "cpu",
         token_budget: int | None = None,
     ) -> None:
-        self.device = torch.device(device)
+        self.device = _device(device)
         check(model, precision, self.device, runtime)
         if token_budget is not None and token_budget < 1:
             raise UserError(f"token_budget={token_budget} must be 1 or more")

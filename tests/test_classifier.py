@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -137,11 +138,11 @@ print(sorted(heavy & set(sys.modules)))
         ([{"sentence1": "a"}], {}, "lacks 'sentence2'"),
         ([7], {}, "an input is 7, not a text"),
         (PAIRS, {"target_saving": 1.5}, "target_saving=1.5 must be in"),
-        (PAIRS, {"target_saving": "half"}, "target_saving=half must be in"),
+        (PAIRS, {"target_saving": "half"}, "target_saving='half' must be in"),
         (PAIRS, {"target_saving": 0.3, "threshold": 0.1}, "ask for one of them"),
         (PAIRS, {"threshold": -1}, "threshold=-1"),
         (PAIRS, {"threshold": [0.1]}, "2"),
-        (PAIRS, {"saving": 0.4}, "saving=0.4 needs target_saving"),
+        (PAIRS, {"saving": 0.4}, "saving= is no part of a wish"),
         (PAIRS, {"saving": 0.4, "target_saving": 0.4}, "saving= is no part of a wish"),
         (PAIRS, {"confidence": 0.9}, "confidence=0.9 needs"),
         (PAIRS, {"exit": "luck", "threshold": 0.1}, "exit 'luck' is unknown"),
@@ -294,3 +295,45 @@ def test_shared_parameters_come_back(tmp_path: Path, stage2: Path) -> None:
     assert all(torch.equal(values, expected[name]) for name, values in loaded.state_dict().items())
     assert checkpoints.fingerprint(loaded.state_dict()) == checkpoints.fingerprint(expected)
     assert records.HELD_OUT == "calibration"
+
+
+def test_confidence_none_is_on_average(classifier: EarlyExitClassifier) -> None:
+    """A promise needs so many rows; on average fewer will do."""
+    with pytest.raises(UserError, match="rows"):
+        classifier.ask(max_drop=0.05, loss="disagreement")
+    on_average = classifier.ask(max_drop=0.05, loss="disagreement", confidence=None)
+    assert on_average.wish["confidence"] is None
+
+
+def test_numbers_of_numpy_and_slices(classifier: EarlyExitClassifier) -> None:
+    for given in (np.float32(0.5), np.array([0.5, 0.5]), torch.tensor([0.5, 0.5])):
+        found = classifier.predict(PAIRS[:3], threshold=given)
+        assert found.exit_layers == classifier.predict(PAIRS[:3], threshold=0.5).exit_layers
+    assert found[1:] == [found[1], found[2]]
+
+
+@pytest.mark.parametrize(
+    ("given", "wish", "says"),
+    [
+        (None, {}, "texts are None; give one or a list of them"),
+        (7, {}, "texts are 7"),
+        (b"abc", {}, "an input is b'abc', not a text"),
+        (("\ud800", "b"), {}, "half of a surrogate pair"),
+        (PAIRS, {"target_savings": 0.4}, "target_savings= is no part of a wish; "),
+        (PAIRS, {"target_saving": "0.4"}, r"target_saving='0\.4' must be in"),
+        (PAIRS, {"target_saving": 0.4, "per_ramp": "yes"}, "per_ramp='yes' must be true or false"),
+    ],
+)
+def test_what_is_no_text_or_wish(
+    given, wish: dict, says: str, classifier: EarlyExitClassifier
+) -> None:
+    with pytest.raises(UserError, match=says) as error:
+        classifier.predict(given, **wish)
+    assert "\n" not in str(error.value)
+
+
+def test_no_such_device_or_model(stage2: Path) -> None:
+    with pytest.raises(UserError, match="device=gpu is not here, as are: cpu"):
+        EarlyExitClassifier.from_pretrained(stage2, device="gpu")
+    with pytest.raises(UserError, match="None is no model"):
+        EarlyExitClassifier.from_pretrained(None)

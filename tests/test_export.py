@@ -413,7 +413,7 @@ def test_replaces_an_export(
     export.export(classifier, folder, threshold=0.2)
     before = (folder / "deebert.json").read_text()
     monkeypatch.setattr(export, "CLOSE", -1.0)
-    with pytest.raises(UserError, match="its logits differ by"):
+    with pytest.raises(UserError, match="the logits of ramp 1 differ by"):
         export.export(classifier, folder, overwrite=True, threshold=0.6)
     assert (folder / "deebert.json").read_text() == before, "what was there stays"
     monkeypatch.undo()

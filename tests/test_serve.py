@@ -24,13 +24,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
 from deebert import EarlyExitClassifier, serve
+from deebert.commands import parse, wish_of
 from deebert.errors import UserError
 from deebert.serve import ServeOptions, checked
 from deebert.service import door, replies
 from deebert.service.door import Admission, Door
 from deebert.service.metrics import Metrics
 from deebert.service.predictor import described
-from deebert.service.requests import Request
+from deebert.service.requests import Limits, Request, work
 
 PAIRS = [[row["sentence1"], row["sentence2"]] for row in mrpc_rows("validation", 40)]
 MOST_TEXTS, MOST_CHARS, MOST_BYTES = 8, 500, 20_000
@@ -701,3 +702,11 @@ def test_a_missing_extra_names_the_command(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "litserve", None)
     with pytest.raises(UserError, match=r'pip install "deebert\[serve\]"'):
         serve.run(ServeOptions(model="RUN"))
+
+
+def test_null_says_something_of_confidence_only() -> None:
+    request = Request(text="a", max_drop=0.02, confidence=None, exit=None)
+    assert work(request, Limits(1, 9), ("a",)).wish == {"max_drop": 0.02, "confidence": None}
+    options = parse(ServeOptions, ["model=RUN", "max_drop=0.02", "confidence=null"])
+    assert wish_of(options) == {"max_drop": 0.02, "confidence": None}
+    assert wish_of(parse(ServeOptions, ["model=RUN", "max_drop=0.02"])) == {"max_drop": 0.02}

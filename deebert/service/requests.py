@@ -60,7 +60,9 @@ class Request(BaseModel):
     max_drop: float | None = Field(
         None, description="a number: how much worse than full depth it may be"
     )
-    confidence: float | None = Field(None, description="a number: that max_drop holds")
+    confidence: float | None = Field(
+        None, description="a number: that max_drop holds; null: on average"
+    )
     loss: str | None = Field(None, description="'excess' or 'disagreement': what max_drop limits")
     per_ramp: bool | None = Field(
         None, description="true or false: look for a threshold for each layer"
@@ -151,8 +153,10 @@ def work(request: Request, limits: Limits, columns: Sequence[str]) -> Work:
     for place, text in enumerate(texts):
         name = "text" if request.texts is None else f"texts[{place}]"
         _check(name, text, limits.chars, columns)
-    wish = {name: getattr(request, name) for name in WISH}
-    return Work(texts, {name: value for name, value in wish.items() if value is not None})
+    wish = {name: getattr(request, name) for name in WISH if name in request.model_fields_set}
+    # null says something of confidence only: "on average".
+    wish = {name: v for name, v in wish.items() if v is not None or name == "confidence"}
+    return Work(texts, wish)
 
 
 def _check(name: str, text: Any, most: int, columns: Sequence[str]) -> None:
