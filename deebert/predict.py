@@ -4,7 +4,7 @@ Who does it: this process, or with `engine=ray` many. `files` has what does it.
 """
 
 from deebert import commands
-from deebert.errors import unknown
+from deebert.errors import UserError, unknown
 from deebert.files.work import PredictOptions, locally, run
 
 ENGINES = ("local", "ray")
@@ -22,8 +22,12 @@ def predict(options: PredictOptions) -> None:
         from deebert.files import on_ray
 
         on_ray.predict(options)
-    else:
-        run(options, locally)
+        return
+    default = PredictOptions()
+    for name in ("workers", "threads", "parts"):
+        if getattr(options, name) != getattr(default, name):
+            raise UserError(f"{name}={getattr(options, name)} needs engine=ray")
+    run(options, locally)
 
 
 if __name__ == "__main__":

@@ -488,6 +488,7 @@ def test_json_lines_with_keys_of_their_own(
         (["input={csv}", "output={out}.csv", "part_rows=0"], "part_rows=0 must be 1 or more"),
         (["input={csv}", "output={out}.csv", "part_rows=many"], "part_rows=many"),
         (["input={csv}", "output={out}.csv", "engine=spark"], "engine 'spark' is unknown; choose one of: local, ray"),
+        (["input={csv}", "output={out}.csv", "workers=9"], "workers=9 needs engine=ray"),
         (["input={csv}", "output={out}.csv", "format=xlsx"], "format 'xlsx' is unknown"),
         (["input={csv}", "output={out}.csv", "target_saving=2"], "target_saving=2"),
         (["input={csv}", "output={out}.csv", "threshold=[0,"], "threshold=[0,: while parsing"),
