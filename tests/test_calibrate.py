@@ -217,7 +217,7 @@ def test_rows_that_are_plainly_unlike() -> None:
     [
         ({"target_saving": 1.0}, r"target_saving=1.0 must be in \[0, 1\)"),
         ({"target_saving": -0.1}, "target_saving=-0.1 must be in"),
-        ({"target_saving": "40%"}, "target_saving=40% must be in"),
+        ({"target_saving": "40%"}, "target_saving='40%' must be in"),
         ({"max_drop": 0}, r"max_drop=0 must be in \(0, 1\)"),
         ({"max_drop": -0.01}, "max_drop=-0.01 must be in"),
         ({"max_drop": 0.01, "confidence": 1.0}, "confidence=1.0 must be in"),
