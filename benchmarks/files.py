@@ -164,7 +164,7 @@ def kills(said: list[str], folder: Path, number: int, ending: str) -> dict[str, 
 
 def markdown(found: dict[str, Any]) -> str:
     lines = ["# Prediction over files"]
-    for part, of in (("rate", of_rate), ("memory", of_memory), ("kills", of_kills)):
+    for part, of in zip(PARTS, (of_rate, of_memory, of_kills), strict=True):
         if part in found:
             about = found[part]
             where = about["environment"]

@@ -46,7 +46,7 @@ class Checkpoint(Origin):
     def model(self) -> EarlyExitModel:
         """The trained model, in eval mode."""
         task = Task.from_config(self.config["task"])
-        weights = {name.removeprefix("model."): value for name, value in self.weights.items()}
+        weights = self._by_name
         with torch.device("meta"):  # shapes alone: a hostile size takes no memory
             shapes = EarlyExitModel(
                 self.architecture, task.num_labels, self.config["ramp"]
@@ -68,9 +68,12 @@ class Checkpoint(Origin):
     @cached_property
     def fingerprint(self) -> str:
         """Says which weights these are; records carry it."""
-        return fingerprint(
-            {name.removeprefix("model."): value for name, value in self.weights.items()}
-        )
+        return fingerprint(self._by_name)
+
+    @property
+    def _by_name(self) -> dict[str, torch.Tensor]:
+        """The weights as `EarlyExitModel` calls them."""
+        return {name.removeprefix("model."): value for name, value in self.weights.items()}
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer it was trained with."""

@@ -49,6 +49,12 @@ def content(values: Mapping[str, Any]) -> bytes:
     return json.dumps(values, indent=1).encode()
 
 
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As they are when they have been written and read again."""
+    found: dict[str, Any] = json.loads(content(values))
+    return found
+
+
 def read(file: Path) -> dict[str, Any]:
     """What `content` was written.
 

@@ -10,7 +10,6 @@ What begins with an underscore is passed over by those who read the folder as on
 comes whole or not at all. Knows nothing of models, or how the work is dealt out.
 """
 
-import json
 import os
 import re
 import secrets
@@ -86,7 +85,7 @@ class Folder:
         Raises:
             UserError: another job has left its parts here, or this one is finished.
         """
-        job = json.loads(json.dumps(job))
+        job = disk.plain(job)
         if (self.path / JOB).exists() and not overwrite:
             before = disk.read(self.path / JOB)
             if "told" in before:

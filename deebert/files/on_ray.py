@@ -78,10 +78,7 @@ def predict(options: PredictOptions) -> None:
                     sums = {name: sums[name] + part[name] for name in COUNTED}
                     progress.show(sums["bytes"], about(now()))
         except KeyboardInterrupt:
-            print(
-                f"\nStopped at {about(now())}; {disk.GOES_ON}",
-                file=sys.stderr,
-            )
+            print(f"\nStopped at {about(now())}; {disk.GOES_ON}", file=sys.stderr)
             sys.exit(130)
         folder.finish(now())
     errors = f"; the bad ones: {Path(options.output, ERRORS)}" if sums["bad"] else ""

@@ -10,7 +10,6 @@ Every file comes whole or not at all, whenever the process or the machine stops.
 models, and of rows only that they are bytes.
 """
 
-import json
 import os
 import re
 import shutil
@@ -90,7 +89,7 @@ class Parts:
             return None
         finished = self._read(FINISHED)
         self._move()
-        return finished["told"] if finished["job"] == _plain(job) else None
+        return finished["told"] if finished["job"] == disk.plain(job) else None
 
     def begin(
         self, job: Mapping[str, Any], overwrite: bool, find: Callable[[], Mapping[str, Any]]
@@ -113,7 +112,7 @@ class Parts:
         if self.output.exists() and not (overwrite or (before and before["overwrite"])):
             raise disk.is_there(self.output)
         if before and not overwrite:
-            self._check_same(before["job"], _plain(job))
+            self._check_same(before["job"], disk.plain(job))
             self._count()
             return before["found"]
         found = dict(find())  # may take a while, or fail: only then is anything removed
@@ -208,7 +207,3 @@ class Parts:
 
 def _is_own(file: Path) -> bool:
     return OWN.fullmatch(file.name) is not None
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(disk.content(values))

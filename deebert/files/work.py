@@ -126,7 +126,8 @@ class Work:
         rows = self.source.rows({*self.columns.texts, *again})
         blocks = rows_in.blocks(rows, self.options.part_rows)
         before = self._pass_over(blocks, kept)
-        began, now = time.monotonic(), self._told(kept)
+        num_layers = self.classifier.num_layers
+        began, now = time.monotonic(), told(_counted(kept), num_layers)
         try:
             with Progress(self.source.size, self.source.position()) as progress:
                 for each in answer(self.classifier, asked, self.columns, self._noted(blocks)):
@@ -135,14 +136,12 @@ class Work:
                     noted |= {"bad": len(each.bad), "layers": each.layers}
                     bad = "".join(map(rows_out.json_line, each.bad))
                     kept.add(layout.part(each.rows), bad.encode(), noted)
-                    new = sum(part["rows"] for part in kept.done) - before
-                    now = self._told(kept, new / (time.monotonic() - began))
+                    sums = _counted(kept)
+                    rate = (sums["rows"] - before) / (time.monotonic() - began)
+                    now = told(sums, num_layers, rate)
                     progress.show(position, about(now))
         except KeyboardInterrupt:
-            print(
-                f"\nStopped at {about(now)}; {disk.GOES_ON}",
-                file=sys.stderr,
-            )
+            print(f"\nStopped at {about(now)}; {disk.GOES_ON}", file=sys.stderr)
             sys.exit(130)
         kept.finish(self.job, layout.join, now)
         return now
@@ -195,7 +194,7 @@ class Work:
                     f"input={self.options.input} has changed: {kept.folder} holds answers to other "
                     "rows; begin anew (overwrite=true)"
                 )
-        before = sum(part["rows"] for part in kept.done)
+        before = _counted(kept)["rows"]
         if before:
             print(f"{before:,} rows were done before; going on from there", file=sys.stderr)
         return before
@@ -210,9 +209,9 @@ class Work:
             self.pending.append(noted | {"position": self.source.position()})
             yield rows
 
-    def _told(self, kept: Parts, rate: float | None = None) -> dict[str, Any]:
-        sums = {name: sum(each[name] for each in kept.done) for name in COUNTED}
-        return told(sums, self.classifier.num_layers, rate)
+
+def _counted(kept: Parts) -> dict[str, int]:
+    return {name: sum(part[name] for part in kept.done) for name in COUNTED}
 
 
 def told(counted: Mapping[str, int], num_layers: int, rate: float | None = None) -> dict[str, Any]:
