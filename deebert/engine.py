@@ -18,7 +18,6 @@ Shapes: N inputs, B of them in a group, S tokens, H hidden, L layers (= ramps), 
 
 import contextlib
 import copy
-import ctypes
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -142,12 +141,6 @@ class _Group:
             None if self.ramps_BLC is None else self.ramps_BLC[index],
         )
         return group, index_there, longest
-
-
-def _give_memory_back() -> None:
-    """Batches come in ever new sizes, and glibc keeps the gaps between them; elsewhere nothing."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _joined(groups: list[_Group], group_costs: int) -> list[_Group]:
@@ -335,10 +328,7 @@ class Engine:
                     bad,
                     len(window),
                 )
-            full = len(window) == WINDOW
             del window  # or it would be there beside the next
-            if full:
-                _give_memory_back()
             yield answers
 
     def _run(self, window: list[Mapping[str, Any]], all_ramps: bool) -> Answers:

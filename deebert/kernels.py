@@ -1,7 +1,7 @@
-"""Linear maps in the precisions that the engine runs in: float32, bfloat16, int8.
+"""Linear maps in the precisions that the engine runs in: float32, bfloat16, int8; and GELU.
 
-Each is a callable (..., in) -> (..., out) made once from an `nn.Linear`, its weights laid out for
-the device. Knows nothing of layers or exits.
+A linear map is a callable (..., in) -> (..., out) made once from an `nn.Linear`, its weights laid
+out for the device. Knows nothing of layers or exits.
 """
 
 import logging
@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.activations import GELUActivation
 
 from deebert.errors import UserError, unknown
 
@@ -54,6 +55,29 @@ def _packs(precision: str) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     return precision == "float32" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def in_few_sizes(
+    activation: Callable[[Tensor], Tensor], device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """The activation as the engine runs it: may change what it is given.
+
+    oneDNN computes GELU on the CPU, and keeps what it prepared for each number of tokens that it
+    sees. Between batches that come and go, these small things pin the heap: with 8,192 short texts
+    at a time its peak was 1.3 GB, then 2.0 GB after five times as many. In steps of 64 tokens there
+    are few sizes: .9 GB, flat. In place it is as fast as in one piece.
+    """
+    is_gelu = isinstance(activation, GELUActivation) and activation.act is functional.gelu
+    return _gelu_in_steps if is_gelu and device.type == "cpu" else activation
+
+
+def _gelu_in_steps(x: Tensor, step: int = 64) -> Tensor:
+    rows = x.flatten(0, -2)
+    whole = len(rows) - len(rows) % step
+    for part in rows[:whole], rows[whole:]:
+        if len(part):
+            torch.ops.aten.gelu_(part)
+    return rows.view(x.shape)
 
 
 class PackedLinear:

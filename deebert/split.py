@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deebert.architectures import LayerParts
-from deebert.kernels import LinearMap, linear_map
+from deebert.kernels import LinearMap, in_few_sizes, linear_map
 
 
 class Maps(NamedTuple):
@@ -61,7 +61,7 @@ class SplitLayer:
         self.fast = Maps.of(parts, precision, device)
         same = precision == "float32" or not exact_first
         self.exact = self.fast if same else Maps.of(parts, "float32", device)
-        self.activation = parts.activation
+        self.activation = in_few_sizes(parts.activation, device)
         self.attention_norm = parts.attention_norm
         self.norm = parts.norm
 

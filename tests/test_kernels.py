@@ -5,12 +5,14 @@ import torch
 from random_models import CPU, INT8, PRECISIONS, SPLIT, world
 from test_backbones import WHOLE
 from torch import nn
+from torch.nn import functional
+from transformers.activations import ACT2FN, GELUActivation
 
 from deebert import curves, exits
 from deebert.batching import padded
 from deebert.engine import Engine
 from deebert.exits import exit_layer
-from deebert.kernels import Int8Linear, PackedLinear, linear_map
+from deebert.kernels import Int8Linear, PackedLinear, in_few_sizes, linear_map
 from deebert.split import SplitLayer
 
 
@@ -137,3 +139,29 @@ def test_int8_linear_of_zeros_and_of_large_values() -> None:
     torch.testing.assert_close(run(x), torch.full((3, 4), 255.0))
     torch.testing.assert_close(run(-x), torch.full((3, 4), -255.0))
     torch.testing.assert_close(run(0 * x + 7), torch.full((3, 4), 7 * 256.0))
+
+
+def test_gelu_in_few_sizes() -> None:
+    gelu = GELUActivation()
+    few = in_few_sizes(gelu, CPU)
+    for shape in (1, 1, 32), (3, 21, 32), (1, 64, 32), (5, 13, 32), (2, 130, 32):
+        x = torch.randn(shape)
+        expected = gelu(x)
+        torch.testing.assert_close(few(x), expected, rtol=0, atol=0)
+    tanh = ACT2FN["gelu_new"]
+    assert in_few_sizes(tanh, CPU) is tanh
+
+
+def test_onednn_prepares_few_sizes(capfd: pytest.CaptureFixture[str]) -> None:
+    # What it keeps for each new size pins the heap: memory grew from window to window.
+    model, _, _ = world("bert")
+    engine = Engine(model, exits.default(3), 0.0)
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
+        for length in range(17, 129):
+            engine.run([{"input_ids": [2, *range(5, length + 4)]}] * 4)  # 68 to 512 tokens
+        with torch.inference_mode():
+            functional.gelu(torch.randn(1021, 7))  # or there would be nothing to count
+    said = capfd.readouterr().out
+    kept = {line.split(",")[-2] for line in said.splitlines() if "cache_miss,cpu,eltwise" in line}
+    assert "1021x7" in kept
+    assert len(kept) <= 3 + 512 // 64 + 64 // 4  # a first token of each, whole steps, what is left
