@@ -9,13 +9,10 @@ from omegaconf import DictConfig
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> float | None:
-    from deebert import job, run
-    from deebert.errors import UserError
+    from deebert import ending, run
 
-    try:
+    with ending.in_one_line():
         return run.evaluate(cfg)
-    except UserError as error:
-        job.refuse(error)
 
 
 if __name__ == "__main__":

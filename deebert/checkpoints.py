@@ -47,17 +47,15 @@ class Checkpoint(Origin):
         """The trained model, in eval mode."""
         task = Task.from_config(self.config["task"])
         weights = self._by_name
-        with torch.device("meta"):  # shapes alone: a hostile size takes no memory
-            shapes = EarlyExitModel(
-                self.architecture, task.num_labels, self.config["ramp"]
-            ).state_dict()
+        shape = self.architecture, task.num_labels, self.config["ramp"]
+        expected = EarlyExitModel.shapes(*shape)  # first: a hostile size takes no memory
         for name, value in weights.items():
-            if name in shapes and shapes[name].shape != value.shape:
+            if (found := tuple(value.shape)) != expected.get(name, found):
                 raise UserError(
-                    f"{self.path}: its weights do not fit its shape ({name} is "
-                    f"{tuple(value.shape)}, not {tuple(shapes[name].shape)})"
+                    f"{self.path}: its weights do not fit its shape ({name} is {found}, not "
+                    f"{expected[name]})"
                 )
-        model = EarlyExitModel(self.architecture, task.num_labels, self.config["ramp"])
+        model = EarlyExitModel(*shape)
         try:
             model.load_weights(weights)
         except RuntimeError as error:

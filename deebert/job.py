@@ -5,14 +5,12 @@ Knows Hydra and checkpoints; builds nothing.
 """
 
 import logging
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -59,17 +57,6 @@ class Job:
     def said(self, key: str) -> bool:
         """Did the user set this key, or something inside it?"""
         return any(said == key or said.startswith(f"{key}.") for said in self.explicit)
-
-
-def refuse(error: UserError) -> NoReturn:
-    """Say what the user got wrong, in one line, and end this job.
-
-    In a multirun the other jobs go on; Hydra prints the line and exits with 1 at the end.
-    """
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise CompactHydraException(str(error)) from None
-    print(f"Error: {error}", file=sys.stderr)
-    sys.exit(2)
 
 
 def complete(cfg: DictConfig, job: Job) -> Checkpoint | None:

@@ -47,6 +47,12 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
         self.new_ramps(RampKind.from_config(ramp or {}))
 
     @classmethod
+    def shapes(cls, *args: Any) -> dict[str, tuple[int, ...]]:
+        """The shapes of all weights of such a model; takes no memory, however large they are."""
+        with torch.device("meta"):
+            return {name: tuple(value.shape) for name, value in cls(*args).state_dict().items()}
+
+    @classmethod
     def from_backbone(
         cls, spec: Mapping[str, Any], num_labels: int, ramp: Mapping[str, Any] | None = None
     ) -> "EarlyExitModel":

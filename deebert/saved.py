@@ -58,7 +58,18 @@ def is_saved(folder: Path) -> bool:
 
 
 def write(saved: Saved, model: EarlyExitModel, folder: Path, card: str) -> None:
-    """Write everything but the weights' own copies of what lies on this machine."""
+    """Write everything but what lies on this machine alone.
+
+    Raises:
+        UserError: the folder holds something else, whose README.md or records would be gone.
+    """
+    if folder.exists() and not is_saved(folder):
+        held = [file.name for file in folder.iterdir()] if folder.is_dir() else [folder.name]
+        if others := sorted(name for name in held if not name.startswith(".")):
+            raise UserError(
+                f"{folder} holds {', '.join(others[:3])}{', ...' * (len(others) > 3)}, and no saved "
+                "model; name an empty or new folder, or one to replace"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     config = public(saved.checkpoint.config)

@@ -4,6 +4,7 @@ Whatever else the machine does hits all systems alike, since they take turns; a 
 between neighbours in time and then the median of all turns. Knows nothing of models.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+
+log = logging.getLogger(__name__)
+
+WORTH_SAYING = 5.0  # seconds of a turn
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,12 @@ def compare(
         requests: what each turn consists of.
         repeats: turns.
     """
+    start = time.perf_counter()
     for run in systems.values():
         for request in requests:
             run(request)
+    if (warm := time.perf_counter() - start) > WORTH_SAYING:
+        log.info("%d turns of about %.0f s", repeats, warm)
     turns: dict[str, list[list[float]]] = {name: [] for name in systems}
     for turn in range(repeats):
         for name in list(systems)[:: -1 if turn % 2 else 1]:

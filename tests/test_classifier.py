@@ -259,6 +259,15 @@ def test_saved_over_another_model(classifier: EarlyExitClassifier, tmp_path: Pat
     assert [file.name for file in (tmp_path / "records").iterdir()] == [record.name]
 
 
+def test_not_saved_over_something_else(classifier: EarlyExitClassifier, tmp_path: Path) -> None:
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(UserError, match=r"holds README\.md, and no saved model"):
+        classifier.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {".git", "README.md"}
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     for source in (tmp_path, tmp_path / "missing"):
         with pytest.raises(UserError, match="run folder"):

@@ -94,7 +94,8 @@ def test_csv_holds_every_epoch(stage2: Path) -> None:
 def test_resume_gives_the_weights_of_the_unbroken_run(
     run: Run, stage: int, stage1: Path, glue: Path, tmp_path: Path
 ) -> None:
-    """A real process is killed in its third epoch; dropout is on."""
+    """A real process is killed, or told to stop, before its last epoch; dropout is on."""
+    ending = signal.SIGKILL if stage == 1 else signal.SIGTERM
     if stage == 1:
         said = ["task=mrpc", "stage=1", *TINY, f"data.root={glue}", "stages.1.epochs=4", "stages.1.lr=1e-3"]  # fmt: skip
     else:
@@ -103,20 +104,39 @@ def test_resume_gives_the_weights_of_the_unbroken_run(
     killed = tmp_path / "killed"
     process = subprocess.Popen(
         [sys.executable, "train.py", *said, f"hydra.run.dir={killed}"],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     last = killed / "checkpoints" / "last.ckpt"
     deadline = time.time() + 120
     while not last.exists() and time.time() < deadline and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(ending)
+    said_last = process.communicate()[1].strip().splitlines()[-1:]
+    if ending == signal.SIGTERM:
+        assert process.returncode == 143
+        assert said_last == [f"Stopped by SIGTERM; to go on after the last epoch that ended: python train.py resume={killed}"]  # fmt: skip
     assert torch.load(last, weights_only=True)["epoch"] < epochs - 1, "killed too late to tell"
     run("train.py", f"resume={killed}", "logger=csv", f"hydra.run.dir={tmp_path / 'resumed'}")
     run("train.py", *said, f"hydra.run.dir={tmp_path / 'unbroken'}")
     assert_equal_weights(tmp_path / "resumed", tmp_path / "unbroken")
     assert results(tmp_path / "resumed")["curve"] == results(tmp_path / "unbroken")["curve"]
     assert results(tmp_path / "resumed")["epoch"] == epochs
+
+
+def test_evaluation_is_stopped_while_it_times(stage2: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "evaluate.py", f"ckpt={stage2}", "threshold=0.3", "timing=1", "repeats=1000000", f"hydra.run.dir={tmp_path}"],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    log = tmp_path / "evaluate.log"
+    deadline = time.time() + 120
+    while not (log.exists() and "timing" in log.read_text()) and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == "Stopped by SIGINT; there is nothing yet to go on with"
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(
