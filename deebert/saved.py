@@ -67,8 +67,8 @@ def write(saved: Saved, model: EarlyExitModel, folder: Path, card: str) -> None:
         held = [file.name for file in folder.iterdir()] if folder.is_dir() else [folder.name]
         if others := sorted(name for name in held if not name.startswith(".")):
             raise UserError(
-                f"{folder} holds {', '.join(others[:3])}{', ...' * (len(others) > 3)}, and no saved "
-                "model; name an empty or new folder, or one to replace"
+                f"{folder} holds {', '.join(others[:3])}{', ...' * (len(others) > 3)}, and no "
+                "saved model; name an empty or new folder, or one to replace"
             )
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
