@@ -9,9 +9,11 @@ from omegaconf import DictConfig
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> float | None:
-    from deebert import ending, run
+    from deebert import ending
 
-    with ending.in_one_line():
+    with ending.in_one_line(cfg):
+        from deebert import run
+
         return run.evaluate(cfg)
 
 

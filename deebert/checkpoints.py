@@ -48,12 +48,15 @@ class Checkpoint(Origin):
         task = Task.from_config(self.config["task"])
         weights = self._by_name
         shape = self.architecture, task.num_labels, self.config["ramp"]
-        expected = EarlyExitModel.shapes(*shape)  # first: a hostile size takes no memory
-        for name, value in weights.items():
-            if (found := tuple(value.shape)) != expected.get(name, found):
+        there = {name: tuple(value.shape) for name, value in weights.items()}
+        # Before the model is made: of a hostile size it would take all memory.
+        for name, wanted in EarlyExitModel.shapes(*shape).items():
+            # Of weights that share their values one is kept, under any of their names.
+            found = there.get(name, wanted if wanted in there.values() else None)
+            if found != wanted:
                 raise UserError(
-                    f"{self.path}: its weights do not fit its shape ({name} is {found}, not "
-                    f"{expected[name]})"
+                    f"{self.path}: its weights do not fit its shape ({name} is "
+                    f"{found or 'missing'}, not {wanted})"
                 )
         model = EarlyExitModel(*shape)
         try:

@@ -387,8 +387,10 @@ class EarlyExitClassifier:
             self.ask(exit=exit, **wish)  # refused here, or by everyone who loads it
             what = replace(what, exit=exit or what.exit, wish=wish)
         self.model.to("cpu")
-        saved.write(what, self.model, Path(folder), card.card(what, self.task))
-        self.model.to(self.engine.device)
+        try:
+            saved.write(what, self.model, Path(folder), card.card(what, self.task))
+        finally:
+            self.model.to(self.engine.device)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, **wish: Any) -> str:
         """Save the model to a hub repository, which is made if it is not there; its address."""

@@ -33,7 +33,7 @@ from deebert.architectures import LayerParts
 from deebert.batching import by_length, padded
 from deebert.errors import UserError, unknown
 from deebert.exits import Rule
-from deebert.kernels import check_precision
+from deebert.kernels import check_precision, without_onednn
 from deebert.model import EarlyExitModel
 from deebert.onnx_layer import OnnxEmbeddings, OnnxLayer
 from deebert.ramps import Ramp
@@ -432,7 +432,8 @@ class Engine:
                 real_BS = group.mask_BS.long()
             group.context = backbone.context(hidden_BSH, real_BS)
         bfloat16 = self.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+        few_sizes = contextlib.nullcontext() if bfloat16 else without_onednn()
+        with few_sizes, torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
             return backbone.run_layer(layer, hidden_BSH, group.context).float()
 
     def _first_token_first(

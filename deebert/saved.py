@@ -25,6 +25,7 @@ from deebert.model import EarlyExitModel
 from deebert.records import Record
 
 FILE = "deebert.json"
+SAVING = ".saving"  # beside it until all is written
 SCHEMA = 1
 # Of a run's configuration: all but what lies on the machine that it was trained on, or names code.
 KEPT = ("task", "backbone", "ramp", "data", "stage", "stages", "objective", "seed", "thresholds")
@@ -61,16 +62,15 @@ def write(saved: Saved, model: EarlyExitModel, folder: Path, card: str) -> None:
     """Write everything but what lies on this machine alone.
 
     Raises:
-        UserError: the folder holds something else, whose README.md or records would be gone.
+        UserError: see `check_place`.
     """
-    if folder.exists() and not is_saved(folder):
-        held = [file.name for file in folder.iterdir()] if folder.is_dir() else [folder.name]
-        if others := sorted(name for name in held if not name.startswith(".")):
-            raise UserError(
-                f"{folder} holds {', '.join(others[:3])}{', ...' * (len(others) > 3)}, and no "
-                "saved model; name an empty or new folder, or one to replace"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
+    check_place(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from error
+    (folder / SAVING).touch()
+    (folder / FILE).unlink(missing_ok=True)  # until the rest is there: nothing, rather than a mix
     model.save_pretrained(folder)
     config = public(saved.checkpoint.config)
     for name, text in saved.checkpoint.tokenizer_files.items():
@@ -91,6 +91,25 @@ def write(saved: Saved, model: EarlyExitModel, folder: Path, card: str) -> None:
         record.save(folder / "records", header)
     (folder / "README.md").write_text(card, "utf-8")
     (folder / FILE).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+    (folder / SAVING).unlink()
+
+
+def check_place(folder: Path) -> None:
+    """Raises:
+    UserError: the folder is a file, or holds something else, whose README.md would be gone.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file; name a folder")
+    exported = (folder / "runner.py").exists()
+    if (is_saved(folder) and not exported) or (folder / SAVING).exists():
+        return
+    if others := sorted(file.name for file in folder.iterdir() if file.name[0] != "."):
+        raise UserError(
+            f"{folder} holds {', '.join(others[:3])}{', ...' * (len(others) > 3)}, and no saved "
+            "model; name an empty or new folder, or one to replace"
+        )
 
 
 def public(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -203,8 +203,8 @@ def test_the_headline_metric_is_the_score() -> None:
 def test_a_large_record_takes_no_time() -> None:
     rows = random(40_000, 12, 3)
     analysis(random(10, 12, 3), THREE)
-    start = time.perf_counter()
+    start = time.process_time()
     found = analysis(rows, THREE)
-    assert time.perf_counter() - start < 3, "0.3 s on an idle machine"
+    assert time.process_time() - start < 3, "0.3 s on an idle machine"
     json.dumps(found, allow_nan=False)
     assert math.isclose(sum(found["oracle"]["exit_counts"]), 40_000)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from deebert import EarlyExitClassifier, card, checkpoints, curves, records
 from deebert.errors import UserError
 from deebert.exits import RULES, entropy, exit_layer
+from deebert.records import Record
 
 PAIRS = [("a fine film", "no film"), ("red", "red"), ("one two three four", "two"), ("x", "y z")]
 
@@ -190,6 +191,7 @@ HOSTILE = {
     "a number": "is damaged",
     "an unknown model": "is not supported",
     "a size beyond all memory": "its weights do not fit its shape",
+    "such a size, and no such weight": "its weights do not fit its shape",
     "a record of other weights": "other weights",
     "a rule that is no name": "is no name",
     "an unknown rule": "exit 'os.system' is unknown",
@@ -229,6 +231,12 @@ def test_refuses_a_damaged_or_hostile_folder(
         damaged(folder, "config.json", lambda a: a["config"].update(model_type="gpt2"))
     elif what == "a size beyond all memory":
         damaged(folder, "config.json", lambda a: a["config"].update(vocab_size=10**12))
+    elif what == "such a size, and no such weight":
+        damaged(folder, "config.json", lambda a: a["config"].update(vocab_size=10**12))
+        shutil.rmtree(folder / "records")
+        few = {k: v for k, v in weights.items() if "word_embeddings" not in k}
+        assert len(few) < len(weights)
+        save_file(few, folder / "model.safetensors")
     elif what == "a record of other weights":
         save_file(weights | {name: weights[name] + 1}, folder / "model.safetensors")
     elif what == "a rule that is no name":
@@ -266,6 +274,25 @@ def test_not_saved_over_something_else(classifier: EarlyExitClassifier, tmp_path
         classifier.save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {".git", "README.md"}
     assert (tmp_path / "README.md").read_text() == "mine"
+    with pytest.raises(UserError, match=r"README\.md is a file; name a folder"):
+        classifier.save_pretrained(tmp_path / "README.md")
+
+
+def test_a_save_that_breaks_off(
+    classifier: EarlyExitClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing, rather than a mix of old and new; and it can be done again."""
+    classifier.save_pretrained(tmp_path)
+    with monkeypatch.context() as full:
+        full.setattr(Record, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            classifier.save_pretrained(tmp_path)
+    with pytest.raises(UserError):
+        EarlyExitClassifier.from_pretrained(tmp_path)
+    classifier.save_pretrained(tmp_path)
+    found = EarlyExitClassifier.from_pretrained(tmp_path).predict(PAIRS)
+    assert torch.equal(found.probabilities_NC, classifier.predict(PAIRS).probabilities_NC)
+    assert not [file.name for file in tmp_path.iterdir() if file.name[0] == "."]
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -102,19 +102,20 @@ def test_resume_gives_the_weights_of_the_unbroken_run(
         said = ["stage=2", f"ckpt={stage1}", "logger=csv", "stages.2.epochs=60"]
     epochs = 4 if stage == 1 else 60
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *said, f"hydra.run.dir={killed}"],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    told = tmp_path / "told"
+    with told.open("w") as to:
+        process = subprocess.Popen(
+            [sys.executable, "train.py", *said, f"hydra.run.dir={killed}"], cwd=ROOT, stderr=to, stdout=to
+        )  # fmt: skip
     last = killed / "checkpoints" / "last.ckpt"
     deadline = time.time() + 120
     while not last.exists() and time.time() < deadline and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(ending)
-    said_last = process.communicate()[1].strip().splitlines()[-1:]
+    code = process.wait()
     if ending == signal.SIGTERM:
-        assert process.returncode == 143
-        assert said_last == [f"Stopped by SIGTERM; to go on after the last epoch that ended: python train.py resume={killed}"]  # fmt: skip
+        assert code == 143
+        assert told.read_text().splitlines()[-1:] == [f"Stopped by SIGTERM; to go on after the last epoch that ended: python train.py resume={killed}"]  # fmt: skip
     assert torch.load(last, weights_only=True)["epoch"] < epochs - 1, "killed too late to tell"
     run("train.py", f"resume={killed}", "logger=csv", f"hydra.run.dir={tmp_path / 'resumed'}")
     run("train.py", *said, f"hydra.run.dir={tmp_path / 'unbroken'}")
@@ -124,19 +125,38 @@ def test_resume_gives_the_weights_of_the_unbroken_run(
 
 
 def test_evaluation_is_stopped_while_it_times(stage2: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "evaluate.py", f"ckpt={stage2}", "threshold=0.3", "timing=1", "repeats=1000000", f"hydra.run.dir={tmp_path}"],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    log = tmp_path / "evaluate.log"
-    deadline = time.time() + 120
-    while not (log.exists() and "timing" in log.read_text()) and time.time() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    assert "Traceback" not in said
-    assert said.splitlines()[-1] == "Stopped by SIGINT; there is nothing yet to go on with"
+    said, log = tmp_path / "said", tmp_path / "run" / "evaluate.log"
+    command = [sys.executable, "evaluate.py", f"ckpt={stage2}", "threshold=0.3", "timing=1", "repeats=1000000", f"hydra.run.dir={tmp_path / 'run'}"]  # fmt: skip
+    with said.open("w") as to:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=to, stderr=to)
+    try:
+        while process.poll() is None and not (log.exists() and "timing" in log.read_text()):
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(60) == 143
+    finally:
+        process.kill()
+    assert "Traceback" not in said.read_text()
+    assert said.read_text().splitlines()[-1] == "Stopped by SIGTERM"
+
+
+def test_spawned_processes_are_stopped_too(stage1: Path, tmp_path: Path) -> None:
+    """Left alone they would train on without end."""
+    command = [sys.executable, "train.py", "stage=2", f"ckpt={stage1}", "logger=csv", "stages.2.epochs=1000000", "stages.2.cache=false", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp_spawn", f"hydra.run.dir={tmp_path / 'run'}"]  # fmt: skip
+    told, last = tmp_path / "told", tmp_path / "run" / "checkpoints" / "last.ckpt"
+    with told.open("w") as to:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=to, stderr=to)
+    try:
+        while process.poll() is None and not last.exists():
+            time.sleep(0.05)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.terminate()
+        assert process.wait(60) == 143
+        time.sleep(1)
+        assert not [child for child in children if Path(f"/proc/{child}").exists()]
+    finally:
+        process.kill()
+    assert told.read_text().splitlines()[-1].startswith("Stopped by SIGTERM; to go on after")
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(
