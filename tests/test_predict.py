@@ -23,7 +23,8 @@ from deebert.classifier import Predictions
 from deebert.errors import UserError
 from deebert.files import answers, parts
 from deebert.files.answers import Columns, answered, out_names, own_columns
-from deebert.files.rows_in import Row, Source, blocks
+from deebert.files.rows import Row, Source
+from deebert.files.rows_in import blocks
 from deebert.files.work import PredictOptions, chosen_columns, locally, run
 from deebert.predict import predict
 

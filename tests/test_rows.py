@@ -19,6 +19,7 @@ from pyarrow import parquet
 
 from deebert.errors import UserError
 from deebert.files import lines, rows_in, rows_out
+from deebert.files.rows import Row
 from deebert.files.rows_out import Layout
 
 ROWS = [
@@ -28,12 +29,12 @@ ROWS = [
 ]
 
 
-def read(file: Path, said: str | None = None) -> list[rows_in.Row]:
+def read(file: Path, said: str | None = None) -> list[Row]:
     with rows_in.opened(str(file), said) as source:
         return list(source.rows(source.names))
 
 
-def told(rows: list[rows_in.Row]) -> list[tuple]:
+def told(rows: list[Row]) -> list[tuple]:
     """Number, line, and values or what is wrong."""
     return [(row.number, row.line, row.fault or tuple(row.values.values())) for row in rows]
 
@@ -242,7 +243,7 @@ def test_parquet_parts_whose_types_differ(tmp_path: Path) -> None:
 
 def test_blocks_are_bounded_in_rows_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     def sizes(given: list[int]) -> list[int]:
-        rows = [rows_in.Row(number, None, {}, None, size) for number, size in enumerate(given)]
+        rows = [Row(number, None, {}, None, size) for number, size in enumerate(given)]
         return [len(block) for block in rows_in.blocks(rows, 4)]
 
     assert sizes([1] * 9) == [4, 4, 1]

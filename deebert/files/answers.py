@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deebert.files.rows_in import Row
+from deebert.files.rows import Row
 
 if TYPE_CHECKING:
     from torch import Tensor

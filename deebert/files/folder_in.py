@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from deebert.errors import UserError, unknown
 from deebert.files import rows_in, rows_out
 from deebert.files.answers import Columns
-from deebert.files.rows_in import Row
+from deebert.files.rows import Row
 from deebert.files.rows_out import Layout
 from deebert.files.work import PredictOptions, Work, chosen_columns
 

@@ -8,7 +8,7 @@ from pyarrow import parquet, types
 
 from deebert.errors import UserError
 from deebert.files.lines import PAGE
-from deebert.files.rows_in import ONE_BLOCK, Row, Source, check_names
+from deebert.files.rows import ONE_BLOCK, Row, Source, check_names
 
 MOST_AT_ONCE = 1024  # rows that are decoded together
 

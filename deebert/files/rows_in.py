@@ -6,16 +6,15 @@ fault, and those after it keep their numbers. Knows nothing of models, or what a
 
 import json
 import sys
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from deebert.errors import UserError, unknown
 from deebert.files.lines import PAGE, Lines, Record, csv_records, tsv_records
+from deebert.files.rows import ONE_BLOCK, Row, Source, check_names
 
 ENDINGS = {
     ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"
@@ -25,48 +24,6 @@ STREAMED = FORMATS[:3]  # what stdin may hold
 STDIN = "-"
 DEEPEST = 100  # lists and objects of JSON within each other
 FIRST_ROWS = 1000  # of JSON lines: their keys are its columns
-ONE_BLOCK = 32_000_000  # bytes from which on a block of rows is full
-
-
-class Row(NamedTuple):
-    """A row of the input.
-
-    Attributes:
-        number: from 0; a header and blank lines do not count, a row with a fault does.
-        line: where it begins, from 1; None in Parquet.
-        values: by column; {} where it has a fault.
-        fault: why it cannot be read, or None.
-        size: in bytes, about.
-    """
-
-    number: int
-    line: int | None
-    values: dict[str, Any]
-    fault: str | None
-    size: int
-
-
-@dataclass(frozen=True)
-class Source:
-    """An input that is open.
-
-    Attributes:
-        names: its columns; of JSON lines those of the first rows.
-        texts: those of them that hold texts.
-        rows: gives its rows, once, with the columns asked for (and more, where that is cheaper).
-        position: how much has been read, in bytes (Parquet: in rows),
-        size: of so much; None where nobody knows.
-        types: pyarrow's types of the columns, where the file says them.
-        free: may every row have columns of its own?
-    """
-
-    names: tuple[str, ...]
-    texts: tuple[str, ...]
-    rows: Callable[[Collection[str]], Iterator[Row]]
-    position: Callable[[], int]
-    size: int | None
-    types: dict[str, Any]
-    free: bool = False
 
 
 def format_of(given: str, said: str | None) -> str:
@@ -133,15 +90,6 @@ def blocks(rows: Iterable[Row], most_rows: int) -> Iterator[list[Row]]:
             block, size = [], 0
     if block:
         yield block
-
-
-def check_names(where: str, names: Sequence[str]) -> None:
-    """Raises:
-    UserError: two columns have the same name.
-    """
-    name, times = Counter(names).most_common(1)[0] if names else ("", 0)
-    if times > 1:
-        raise UserError(f"{where}: it has {times} columns {name!r}; rename them")
 
 
 def _of_lines(lines: Lines, kind: str, size: int | None) -> Source:

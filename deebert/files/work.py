@@ -21,7 +21,7 @@ from deebert.files import disk, parts, rows_in, rows_out
 from deebert.files.answers import Answered, Columns, answered, out_names, own_columns
 from deebert.files.parts import Parts
 from deebert.files.progress import Progress
-from deebert.files.rows_in import Row, Source
+from deebert.files.rows import Row, Source
 
 if TYPE_CHECKING:  # torch takes seconds, and --help and most mistakes need none of it
     from deebert.classifier import Asked, EarlyExitClassifier
