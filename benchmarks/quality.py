@@ -21,7 +21,7 @@ import sys
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import quality_report
@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 from quality_report import GRID, WISHES
 
 from deebert import calibrate, curves, exits, records, report, sources
-from deebert.calibrate import Wish
+from deebert.calibrate import Infeasible, Wish
 from deebert.errors import UserError
 from deebert.records import Record
 from deebert.tasks import Task
@@ -38,14 +38,24 @@ HERE = Path(__file__).parent
 PYTHON = [sys.executable]
 if shutil.which("setpriv"):  # a training that outlives a killed benchmark would slow the next one
     PYTHON = ["setpriv", "--pdeathsig", "KILL", *PYTHON]
-# Task: epochs of stage 1, and most rows to train on: what two CPU cores can do.
-TASKS: dict[str, tuple[int, int | None]] = {
-    "mrpc": (3, None),
-    "rte": (4, None),
-    "cola": (3, None),
-    "sst2": (1, 20_000),
-    "mnli": (1, 10_000),
-    "qqp": (1, 10_000),
+
+
+class Size(NamedTuple):
+    """What two CPU cores can do: epochs of both stages, and most rows to train on."""
+
+    epochs: int
+    ramp_epochs: int
+    rows: int | None = None
+
+
+TASKS = {
+    "mrpc": Size(3, 10),
+    "rte": Size(4, 10),
+    "cola": Size(3, 5),
+    "sst2": Size(1, 3, 20_000),
+    "mnli": Size(1, 5, 10_000),
+    "qqp": Size(1, 5, 10_000),
+    "stsb": Size(2, 10),  # a regression: no entropy to leave by, so not among those compared
 }
 VALIDATION_ROWS = 2000  # at most
 STAGE1 = (
@@ -53,10 +63,13 @@ STAGE1 = (
     "data.calibration_size=0"
 )
 STAGE2 = "train.py stage=2 ckpt={last} stages.2.batch_size=16 stages.2.lr=1e-3"
-CACHED = f"{STAGE2} stages.2.epochs=10 stages.2.standardize=true"
+CACHED = f"{STAGE2} stages.2.epochs={{epochs}} stages.2.standardize=true"
 # Of every training: one look at the validation rows, at the end, and one checkpoint.
 TRAINING = "++trainer.check_val_every_n_epoch=${trainer.max_epochs} ~callbacks.last"
-OBJECTIVES = ("joint", "weighted", "alternating", "mixed", "distill", "equilibrium", "detached")
+OBJECTIVES = (
+    "joint", "weighted", "alternating", "mixed", "distill", "exit_weighted", "equilibrium",
+    "detached",
+)  # fmt: skip
 CUT = "backbone.layers=[{}]"
 FIRST = {depth: CUT.format(",".join(map(str, range(1, depth + 1)))) for depth in range(1, 6)}
 SPREAD = {2: "3,6", 3: "2,4,6", 4: "1,3,4,6"}  # every other one, as the two papers
@@ -72,8 +85,11 @@ RECIPES: dict[str, tuple[str, ...]] = {
     # Cannot be cached, so each epoch runs the backbone: as many as the paper has.
     "two_stage_attention": (STAGE1, f"{STAGE2} stages.2.epochs=3 ramp=attention"),
     "two_stage_cascade": (STAGE1, f"{CACHED} ramp=cascade"),
+    "two_stage_learned": (STAGE1, f"{CACHED} ramp=first ramp.predicts=wrong"),  # BERxiT
+    "two_stage_mean_learned": (STAGE1, f"{CACHED} ramp=mean ramp.predicts=wrong"),
     "two_stage_distill": (STAGE1, f"{CACHED} ramp=first objective=distill"),
     "two_stage_mean_distill": (STAGE1, f"{CACHED} ramp=mean objective=distill"),
+    "two_stage_mean_exit_weighted": (STAGE1, f"{CACHED} ramp=mean objective=exit_weighted"),
     **{name: (f"{STAGE1} objective={name} ramp=first",) for name in OBJECTIVES},
     **{
         f"{name}_{ramp}": (f"{STAGE1} objective={name} ramp={ramp}",)
@@ -81,6 +97,14 @@ RECIPES: dict[str, tuple[str, ...]] = {
         for ramp in ("mean", "first_and_mean")
     },
     "weighted_shared": (f"{STAGE1} objective=weighted ramp=shared",),  # PABEE
+    # Ramps of a backbone that has learned to serve them, trained once more on it, frozen.
+    **{
+        f"{name}_mean_two_stage": (
+            f"{STAGE1} objective={name} ramp=mean",
+            f"{CACHED} ramp=mean objective=ramps",
+        )
+        for name in OBJECTIVES
+    },
     # Without early exit, a point each: the first layers alone, LayerDrop, a student.
     **{f"cut_{k}": (f"{STAGE1} {first}",) for k, first in FIRST.items()},
     **{f"layer_drop_{k}": (DROPPING, f"{PRUNED}=[{few}]") for k, few in SPREAD.items()},
@@ -95,7 +119,8 @@ def commands(recipe: str, task: str, seed: int, overrides: list[str]) -> list[st
     lines = []
     for line in RECIPES[recipe]:
         if line.startswith(STAGE1):  # the others take these from their checkpoint
-            line += f" task={task} seed={seed} stages.1.epochs={TASKS[task][0]}"
+            line += f" task={task} seed={seed} stages.1.epochs={TASKS[task].epochs}"
+        line = line.replace("{epochs}", str(TASKS[task].ramp_epochs))
         if line.startswith("train.py"):
             line = " ".join([line, TRAINING, *overrides])
         lines.append(f"{line} logger=csv")
@@ -115,7 +140,7 @@ def subset(name: str, root: str, out: Path) -> tuple[Path, dict[str, Any]]:
         if split != task.train and not sources.exists(task, split, root):
             continue  # not all have MNLI's second one
         data = sources.load(task, split, root)
-        most = TASKS[name][1] if split == task.train else VALIDATION_ROWS
+        most = TASKS[name].rows if split == task.train else VALIDATION_ROWS
         chosen = sorted(np.random.default_rng(0).permutation(len(data))[:most].tolist())
         names = {"label": task.label} | dict(zip(("text_a", "text_b"), task.columns, strict=False))
         frames[split] = data.select(chosen).to_pandas().rename(columns=names)
@@ -178,25 +203,32 @@ class Runs:
 
 
 def trade_off(record: Record, task: Task) -> dict[str, Any]:
-    """Score against saving, by the default rule, with thresholds chosen on other rows.
+    """Score against saving, with thresholds chosen on other rows: by the learned exit score where
+    the ramps have one, else by the default rule.
 
     Returns:
-        `ramps`: metrics of each; `wishes`: by target saving, the saving and metrics found with
-        cross-fitted thresholds; `curve`: scores at the savings of GRID, on straight lines between
-        such points, full depth and the first ramp for all; `area`: the mean of these lines.
+        `rule`: its name; `ramps`: metrics of each; `wishes`: by target saving, the saving and
+        metrics found with cross-fitted thresholds; `curve`: scores at the savings of GRID, on
+        straight lines between such points, full depth and the first ramp for all; `area`: the mean
+        of these lines.
     """
     ramps, most = curves.ramp_table(record, task), 1 - 1 / record.num_layers
     points, wishes = {0.0: ramps[-1]["score"], most: ramps[0]["score"]}, {}
+    learned = record.unsure_NL is not None
+    rule = exits.named("learned", task.num_labels) if learned else exits.default(task.num_labels)
     for saving in [saving for saving in GRID[1:] if saving < most]:
-        wish, rule = Wish(target_saving=saving), exits.default(task.num_labels)
-        seen = calibrate.calibration(None, [record], task, rule, wish)["measured"]
+        wish = Wish(target_saving=saving)
+        try:
+            seen = calibrate.calibration(None, [record], task, rule, wish)["measured"]
+        except Infeasible:  # a rule that must see two ramps before it lets go
+            break
         points[seen["expected_saving"]] = seen["score"]
         if saving in WISHES:
             wishes[str(saving)] = {"saving": seen["expected_saving"], **seen["scores"]}
     savings, scores = zip(*sorted(points.items()), strict=True)
     curve = np.interp(np.array(GRID), savings, scores)
     area = ((curve[1:] + curve[:-1]) / 2).mean().item()
-    found = {"wishes": wishes, "curve": curve.tolist(), "area": area}
+    found = {"rule": rule.name, "wishes": wishes, "curve": curve.tolist(), "area": area}
     return {"ramps": [ramp["scores"] for ramp in ramps], **found}
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deebert.errors import UserError, unknown
+from deebert.exits import entropy
 
 UNLABELLED = -100  # the label of a row that has none, as torch's cross-entropy ignores it
 
@@ -54,6 +55,38 @@ def weighted(logits_BLC: Tensor, labels_B: Tensor) -> Tensor:
     losses_L = ramp_losses(logits_BLC, labels_B)
     weight_L = torch.arange(1, len(losses_L) + 1, device=losses_L.device)
     return (weight_L * losses_L).sum() / weight_L.sum()
+
+
+def exit_weighted(logits_BLC: Tensor, labels_B: Tensor, *, exit_share: float) -> Tensor:
+    """Sum of the losses of every ramp, each row's weighted by how often that ramp answers it.
+
+    mean over rows of sum over k of [1 - a + a L share(k)] loss(k), a = exit_share. `exit_shares`
+    says for what share of the thresholds the row leaves there, so that the part with a is L times
+    the mean loss of early exit over all savings: what the area under the curve measures. The rest
+    keeps ramps from knowing nothing of the rows that they hand on: they must know these as hard.
+    (deebert's own; after it came from another side, learned sample weights: Han et al., ECCV 2022.)
+    """
+    num_rows, num_layers = logits_BLC.shape[:2]
+    losses_N = F.cross_entropy(
+        logits_BLC.float().flatten(0, 1), labels_B.repeat_interleave(num_layers), reduction="none"
+    )
+    weight_BL = 1 - exit_share + exit_share * num_layers * exit_shares(logits_BLC.detach())
+    return (weight_BL * losses_N.view(num_rows, num_layers)).sum(1).mean()
+
+
+def exit_shares(logits_BLC: Tensor) -> Tensor:
+    """For what share of the thresholds each row leaves at each ramp: (B, L, C) -> (B, L).
+
+    A row leaves at the first ramp whose entropy is under the threshold (paper, section 3.3), else
+    at the last. The thresholds are the entropies of the batch's ramps before the last, each as
+    likely as the others: so they cover all savings, at any stage of the training.
+    """
+    entropy_BK = entropy(logits_BLC[:, :-1])
+    thresholds = entropy_BK.flatten().sort().values
+    lowest_BK = entropy_BK.cummin(1).values.contiguous()
+    stays_BK = torch.searchsorted(thresholds, lowest_BK, right=True) / len(thresholds)
+    ends = stays_BK.new_ones(len(stays_BK), 1), stays_BK.new_zeros(len(stays_BK), 1)
+    return torch.cat([ends[0], stays_BK], 1) - torch.cat([stays_BK, ends[1]], 1)
 
 
 def distill(
@@ -176,6 +209,7 @@ class Objective:
         alone: (step, number of steps) -> is it the turn of the final classifier's loss alone?
         flow: number of layers -> how gradients flow; None: as they are.
         unlabelled: can it learn from rows without labels?
+        classes: does it need classes, so that a regression cannot have it?
         taught: (B, L, C) logits, (B, C) those of a teacher's final classifier -> scalar that is
             added to the loss; None: there is no teacher.
     """
@@ -186,6 +220,7 @@ class Objective:
     alone: Callable[[int, int], bool] = _never
     flow: Callable[[int], Flow] | None = None
     unlabelled: bool = False
+    classes: bool = False
     taught: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
@@ -209,6 +244,12 @@ def _distill(temperature: float = 1.0, label_weight: float = 0.0) -> Objective:
     return Objective("distill", loss, (1, 2), unlabelled=True)
 
 
+def _exit_weighted(exit_share: float = 0.5) -> Objective:
+    _check("exit_share", exit_share, 0, 1)
+    loss = partial(exit_weighted, exit_share=exit_share)
+    return Objective("exit_weighted", loss, (1, 2), classes=True)
+
+
 def _student(temperature: float = 2.0, label_weight: float = 0.5) -> Objective:
     _check_weights(temperature, label_weight)
     loss = partial(student, label_weight=label_weight)
@@ -230,6 +271,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     # BERxiT, section 3.2: the final classifier alone and everything together, in turns.
     "alternating": lambda: Objective("alternating", joint, alone=_in_turns),
     "mixed": _mixed,
+    "exit_weighted": _exit_weighted,
     "distill": _distill,
     "equilibrium": lambda: Objective("equilibrium", joint, flow=equilibrium),
     "detached": lambda: Objective("detached", joint, flow=detached),

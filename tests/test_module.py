@@ -18,7 +18,10 @@ from deebert.tasks import Task
 
 CONF = Path(__file__).parent.parent / "conf"
 KINDS = ("stage 1", "stage 2 cached", "stage 2 faithful")
-JOINT = ("joint", "weighted", "distill", "equilibrium", "detached", "alternating", "mixed")
+JOINT = (
+    "joint", "weighted", "distill", "exit_weighted", "equilibrium", "detached", "alternating",
+    "mixed",
+)  # fmt: skip
 
 
 def plain(group: str, name: str) -> dict:
@@ -110,7 +113,7 @@ pytestmark = pytest.mark.filterwarnings(
     [
         *((kind, PAPER[int(kind[6])]) for kind in KINDS),
         *(("stage 1", objective) for objective in JOINT),
-        *((kind, "distill") for kind in KINDS[1:]),
+        *((kind, name) for kind in KINDS[1:] for name in ("distill", "exit_weighted")),
     ],
 )
 def test_what_trains_and_in_which_mode(
@@ -283,6 +286,13 @@ SHARES = {
     "equilibrium": [(1 / 3, 1 / 3, 0, 0), (2 / 3 / 2, 2 / 3 / 2, 1 / 2, 0), (2 / 3 / 2, 2 / 3 / 2, 1 / 2, 1)],
     "detached": [(1, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)],
 }  # fmt: skip
+
+
+def test_a_regression_has_no_entropy_to_weigh_by(glue: Path) -> None:
+    module, _ = build("stage 2 cached", glue, objective="exit_weighted")
+    regression = EarlyExitModel.from_backbone(plain("backbone", "tiny"), 1, plain("ramp", "mean"))
+    with pytest.raises(UserError, match=r"^objective=exit_weighted needs classes.*objective=ramps"):
+        EarlyExitModule(regression, module.hparams["config"], {})
 
 
 def tokens() -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from deebert import objectives
+from deebert import exits, objectives
 from deebert.errors import UserError
 from deebert.objectives import (
     OBJECTIVES,
@@ -15,6 +15,8 @@ from deebert.objectives import (
     detached,
     distill,
     equilibrium,
+    exit_shares,
+    exit_weighted,
     final,
     joint,
     ramp_losses,
@@ -92,6 +94,47 @@ def test_distillation_of_a_regression_is_by_squares(labels: tuple, losses: tuple
         assert found.item() == pytest.approx(expected, rel=1e-6)
 
 
+# Entropies of LOGITS' ramps before the last: ln 2 and H(1), ln 2 and H(2); H(2) < H(1) < ln 2. A row
+# leaves at ramp 1 over ln 2 (none of the four thresholds), at ramp 2 over its own second entropy.
+SHARES = [[0, 2 / 4, 2 / 4], [0, 3 / 4, 1 / 4]]
+
+
+@pytest.mark.parametrize("exit_share", [0.0, 0.4, 1.0])
+def test_losses_weighted_by_where_rows_leave(exit_share: float) -> None:
+    assert exit_shares(LOGITS).tolist() == [pytest.approx(row) for row in SHARES]
+    rows = [[loss(0), loss(1), loss(2)], [loss(0), loss(2), loss(4)]]
+    expected = [
+        (1 - exit_share + exit_share * 3 * share) * each
+        for row, shares in zip(rows, SHARES, strict=True)
+        for each, share in zip(row, shares, strict=True)
+    ]
+    found = exit_weighted(LOGITS, LABELS, exit_share=exit_share)
+    assert found.item() == pytest.approx(sum(expected) / 2, abs=1e-6)
+
+
+def test_shares_of_exits_are_those_of_the_rule() -> None:
+    """Against the rule itself, at every threshold; confident ramps after unsure ones or before."""
+    logits = torch.randn(50, 6, 3, generator=torch.Generator().manual_seed(0)) * 3
+    entropy_NL = exits.entropy(logits)
+    thresholds = entropy_NL[:, :-1].flatten().tolist()
+    left = torch.stack([exits.exit_layer(entropy_NL, each) for each in thresholds], 1)
+    expected = torch.stack([(left == layer).float().mean(1) for layer in range(1, 7)], 1)
+    torch.testing.assert_close(exit_shares(logits), expected, atol=1e-6, rtol=0)
+    assert (expected.mean(0) > 0.02).all(), "rows leave everywhere"
+
+
+def test_the_weights_of_exits_are_no_way_for_gradients() -> None:
+    """Or ramps would learn to be unsure where they are wrong, instead of right."""
+    logits = LOGITS.clone().requires_grad_()
+    exit_weighted(logits, LABELS, exit_share=1.0).backward()
+    for row in (0, 1):
+        for k in range(3):
+            own = LOGITS[row, k].clone().requires_grad_()
+            torch.nn.functional.cross_entropy(own[None], LABELS[row][None]).backward()
+            expected = 3 * SHARES[row][k] / 2 * own.grad
+            torch.testing.assert_close(logits.grad[row, k], expected, atol=1e-6, rtol=0)
+
+
 def test_what_is_distilled_does_not_move_the_teacher() -> None:
     logits = LOGITS.clone().requires_grad_()
     objective = objectives.build({"name": "distill", "temperature": 2.0, "label_weight": 0.5}, 1)
@@ -127,6 +170,7 @@ def test_how_gradients_flow() -> None:
         ("alternating", [1], None),
         ("mixed", [1], None),
         ("distill", [1, 2], None),
+        ("exit_weighted", [1, 2], None),
         ("equilibrium", [1], equilibrium),
         ("detached", [1], detached),
     ],
@@ -179,7 +223,7 @@ def test_whose_turn_a_step_is(values: dict, turns: str) -> None:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"name": "sum"}, "objective 'sum' is unknown; choose one of: final, joint, weighted, alternating, mixed, distill, equilibrium, detached"),
+        ({"name": "sum"}, "objective 'sum' is unknown; choose one of: final, joint, weighted, alternating, mixed, exit_weighted, distill, equilibrium, detached"),
         ({}, "objective None is unknown; choose one of: final, "),
         ({"name": "joint", "temperature": 2}, "objective.temperature: joint has no options"),
         ({"name": "mixed", "share": 2}, "objective.share: mixed has no such option; it has: final_share"),
@@ -190,6 +234,7 @@ def test_whose_turn_a_step_is(values: dict, turns: str) -> None:
         ({"name": "mixed", "final_share": math.nan}, "objective.final_share=nan must be a number"),
         ({"name": "distill", "temperature": 0}, "objective.temperature=0 must be a number between 0.01 and 100"),
         ({"name": "distill", "label_weight": -0.1}, "objective.label_weight=-0.1 must be a number between 0 and 1"),
+        ({"name": "exit_weighted", "exit_share": 2}, "objective.exit_share=2 must be a number between 0 and 1"),
         ({"name": "distill", "label_weight": None}, "objective.label_weight=None must be a number"),
     ],
 )  # fmt: skip
