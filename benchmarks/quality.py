@@ -31,6 +31,7 @@ from quality_report import GRID, WISHES
 from deebert import calibrate, curves, exits, records, report, sources
 from deebert.calibrate import Infeasible, Wish
 from deebert.errors import UserError
+from deebert.ramps import RampKind
 from deebert.records import Record
 from deebert.tasks import Task
 
@@ -89,6 +90,10 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "two_stage_mean_learned": (STAGE1, f"{CACHED} ramp=mean ramp.predicts=wrong"),
     "two_stage_distill": (STAGE1, f"{CACHED} ramp=first objective=distill"),
     "two_stage_mean_distill": (STAGE1, f"{CACHED} ramp=mean objective=distill"),
+    "two_stage_first_and_mean_distill": (
+        STAGE1,
+        f"{CACHED} ramp=first_and_mean objective=distill",
+    ),
     "two_stage_mean_exit_weighted": (STAGE1, f"{CACHED} ramp=mean objective=exit_weighted"),
     **{name: (f"{STAGE1} objective={name} ramp=first",) for name in OBJECTIVES},
     **{
@@ -202,7 +207,7 @@ class Runs:
         return folder
 
 
-def trade_off(record: Record, task: Task) -> dict[str, Any]:
+def trade_off(record: Record, task: Task, reads_tokens: bool) -> dict[str, Any]:
     """Score against saving, with thresholds chosen on other rows: by the learned exit score where
     the ramps have one, else by the default rule.
 
@@ -210,7 +215,7 @@ def trade_off(record: Record, task: Task) -> dict[str, Any]:
         `rule`: its name; `ramps`: metrics of each; `wishes`: by target saving, the saving and
         metrics found with cross-fitted thresholds; `curve`: scores at the savings of GRID, on
         straight lines between such points, full depth and the first ramp for all; `area`: the mean
-        of these lines.
+        of these lines; `half_the_work`: metrics where half of the operations are saved (`work`).
     """
     ramps, most = curves.ramp_table(record, task), 1 - 1 / record.num_layers
     points, wishes = {0.0: ramps[-1]["score"], most: ramps[0]["score"]}, {}
@@ -228,8 +233,22 @@ def trade_off(record: Record, task: Task) -> dict[str, Any]:
     savings, scores = zip(*sorted(points.items()), strict=True)
     curve = np.interp(np.array(GRID), savings, scores)
     area = ((curve[1:] + curve[:-1]) / 2).mean().item()
+    wish = Wish(target_speedup=2.0, costs=work(record.num_layers, reads_tokens))
+    half = calibrate.calibration(None, [record], task, rule, wish)["measured"]["scores"]
     found = {"rule": rule.name, "wishes": wishes, "curve": curve.tolist(), "area": area}
+    found["half_the_work"] = half
     return {"ramps": [ramp["scores"] for ramp in ramps], **found}
+
+
+def work(num_layers: int, reads_tokens: bool) -> tuple[float, ...]:
+    """What leaving at each layer costs, of all layers for all tokens.
+
+    About k - 5/6 layers where the ramp reads the first token, which can be computed alone, before
+    the others are asked for; k where it reads them all (`flops.first_token_first`). The final
+    classifier reads the first token.
+    """
+    layers = [k if reads_tokens else k - 5 / 6 for k in range(1, num_layers)]
+    return tuple(each / num_layers for each in [*layers, num_layers - 5 / 6])
 
 
 def cell(runs: Runs, recipe: str, lines: list[str], name: str, data: Path) -> dict[str, Any]:
@@ -245,7 +264,9 @@ def cell(runs: Runs, recipe: str, lines: list[str], name: str, data: Path) -> di
     if "trade_off" not in results:  # its ramps are not trained
         return found
     record, header = records.load(folder / "records" / f"{results['split']}.safetensors")
-    return found | trade_off(record, Task.from_config(header["config"]["task"]))
+    config = header["config"]
+    reads_tokens = RampKind.from_config(config["ramp"]).reads_tokens
+    return found | trade_off(record, Task.from_config(config["task"]), reads_tokens)
 
 
 def save(found: dict[str, Any], file: Path) -> None:

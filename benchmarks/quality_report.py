@@ -24,10 +24,12 @@ Scores are the task's headline metric on validation rows. *area*: the mean score
 to 80 % of the layers, on straight lines between points 2 % apart. There, and in the columns
 *at ...*, thresholds were chosen for that saving on other rows than those they are scored on (cross-
 fitted in 5 folds): of the entropy; in recipes with *learned* of the learned exit score, elsewhere
-in stsb of the change from ramp to ramp. *%*: of the score of plain fine-tuning, without ramps, of
-the same task and seed. *area - two_stage*: paired by seed, and how many seeds are better. ±: sample
-standard deviation over seeds. **screening**: fewer than 3 seeds, so that a difference may be
-chance. *seconds*: of training, all runs of the recipe, on a machine that may have done more."""
+in stsb of the change from ramp to ramp. *half the work*: where half of the operations are saved: a
+ramp on the first token costs k - 5/6 layers, one that reads all tokens k (docs/clock.md). *%*: of
+the score of plain fine-tuning, without ramps, of the same task and seed. *area - two_stage*: paired
+by seed, and how many seeds are better. ±: sample standard deviation over seeds. **screening**:
+fewer than 3 seeds, so that a difference may be chance. *seconds*: of training, all runs of the
+recipe, on a machine that may have done more."""
 BASELINES = """\
 Without early exit, a point each; beside it the recipe that scores best at the same saving and with
 the same seeds (chosen by looking, which flatters it a little):"""
@@ -97,6 +99,10 @@ def wished(saving: float) -> Value:
     return lambda cell: cell["wishes"].get(str(saving), {}).get(cell["metric"])
 
 
+def half_the_work(cell: Cell) -> float | None:
+    return cell["half_the_work"].get(cell["metric"])
+
+
 def at(cell: Cell, saving: float) -> float:
     """The score at a saving, on the curve; it ends where all leave at the first ramp."""
     most, inside = 1 - 1 / cell["num_layers"], [s for s in GRID if s < 1 - 1 / cell["num_layers"]]
@@ -133,8 +139,10 @@ def exit_table(task: TaskCells) -> list[str]:
             row += [spread(task.values(recipe, value)), spread(task.relative(recipe, value), ".1f")]
         row.append(told if differences else "-")
         row += [spread(task.relative(recipe, wished(wish)), ".1f") for wish in WISHES]
+        row.append(spread(task.relative(recipe, half_the_work), ".1f"))
         rows.append([*row, spread(task.values(recipe, seconds), ".0f")])
-    return markdown([*columns, *(f"at {wish:.0%}, %" for wish in WISHES), "seconds"], rows)
+    columns += [*(f"at {wish:.0%}, %" for wish in WISHES), "half the work, %", "seconds"]
+    return markdown(columns, rows)
 
 
 def point_table(task: TaskCells) -> list[str]:

@@ -142,10 +142,14 @@ def test_area_by_hand(quality: ModuleType) -> None:
     sure = torch.linspace(0.1, 5, 200)[:, None] * torch.tensor([-1.0, 1.0])
     wrong = torch.where(right[:, None] == 1, -sure, sure)
     record = Record("validation", torch.stack([wrong, -wrong], 1), right, torch.arange(200), right)
-    found = quality.trade_off(record, Task("x", ("a",), ("n", "p"), ("accuracy",)))
+    found = quality.trade_off(record, Task("x", ("a",), ("n", "p"), ("accuracy",)), False)
     assert found["ramps"] == [{"accuracy": 0}, {"accuracy": 1}]
     assert found["curve"] == pytest.approx([max(0, 1 - 2 * s) for s in quality.GRID])
     assert found["area"] == pytest.approx(0.25 / 0.8)
+    # Of all work ramp 1 takes 1/12 and full depth 7/12: half, where a sixth leaves at ramp 1.
+    assert quality.work(2, False) == pytest.approx((1 / 12, 7 / 12))
+    assert quality.work(2, True) == pytest.approx((1 / 2, 7 / 12))
+    assert found["half_the_work"]["accuracy"] == pytest.approx(5 / 6, abs=0.02)
     assert list(found["wishes"]) == ["0.3", "0.4"]
     for wish, seen in found["wishes"].items():
         assert seen["saving"] == pytest.approx(float(wish), abs=0.02)
@@ -167,6 +171,7 @@ def hand_made(quality: ModuleType) -> dict[str, Any]:
             cell |= {
                 "area": area,
                 "ramps": [{"f1": 0.2}],
+                "half_the_work": {"f1": area / 4},
                 "wishes": {"0.5": {"saving": 0.5, "f1": area / 2}},
             }
             cell["curve"] = [full - s for s in quality.GRID]
@@ -198,7 +203,7 @@ def test_report_by_hand(quality: ModuleType, tmp_path: Path) -> None:
     assert joint_summary == ["joint", "2", "1, screening", "1 of 2", "70.3", "35.1"]
     assert joint_mrpc == [
         "joint", "3", "0.800 ± 0.000", "89.6 ± 10.0", "0.720 ± 0.030", "80.6 ± 8.2",
-        "+0.020 ± 0.030 (2 of 3)", "-", "-", "40.3 ± 4.1", "-", "-", "42 ± 0",
+        "+0.020 ± 0.030 (2 of 3)", "-", "-", "40.3 ± 4.1", "-", "-", "20.1 ± 2.1", "42 ± 0",
     ]  # fmt: skip
     assert joint_qqp[1:7] == ["1, screening", "0.500", "100.0", "0.300", "60.0", "-0.100 (0 of 1)"]
     # At 50 % both are 0.3 on seed 1's curve, 0.8 - 0.5; at 5/6 they are at the first ramp, 0.2.
