@@ -23,7 +23,7 @@ from deebert.checkpoints import fingerprint
 from deebert.evaluation import Question, evaluate
 from deebert.layers import layer_table
 from deebert.module import EarlyExitModule
-from deebert.objectives import FINAL_ALONE, Loss
+from deebert.objectives import Loss, trains_ramps
 from deebert.records import Record
 from deebert.tasks import Task
 
@@ -123,7 +123,7 @@ class EarlyExitEvaluation(Callback):
             list(self.thresholds or curves.default_thresholds(task.num_labels)),
         )
         header = report.header(config)
-        trained = header["objective"] not in FINAL_ALONE
+        trained = trains_ramps(header["objective"])
         self.results = header | evaluate(reported, task, question, held_out, trained=trained)
         self.results["ckpt"] = self.ckpt or trainer.default_root_dir
         if trainer.state.fn == "fit":

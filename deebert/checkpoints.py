@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from deebert import backbones
 from deebert.errors import UserError
 from deebert.model import EarlyExitModel
-from deebert.objectives import FINAL_ALONE
+from deebert.objectives import trains_ramps
 from deebert.tasks import Task
 
 
@@ -31,7 +31,7 @@ class Origin:
     @property
     def ramps_trained(self) -> bool:
         """Do the ramps before the last say anything?"""
-        return self.config["objective"]["name"] not in FINAL_ALONE
+        return trains_ramps(self.config["objective"]["name"])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from deebert import checkpoints, curves, objectives, origins, ranks, records
 from deebert.checkpoints import Checkpoint, Origin
 from deebert.errors import UserError, unknown
-from deebert.objectives import FINAL_ALONE, PAPER
+from deebert.objectives import PAPER, trains_ramps
 
 log = logging.getLogger(__name__)
 
@@ -346,7 +346,7 @@ def _check_training(config: dict[str, Any]) -> None:
     if config["thresholds"] is not None:
         curves.check_thresholds(config["thresholds"], "thresholds")
     monitor = ((config["callbacks"] or {}).get("best") or {}).get("monitor")
-    if monitor == "val/score" and config["objective"]["name"] not in FINAL_ALONE:
+    if monitor == "val/score" and trains_ramps(config["objective"]["name"]):
         raise UserError(
             "callbacks.best.monitor=val/score is the score at full depth, which says nothing of "
             "the ramps that are trained; use callbacks.best.monitor=val/mean_ramp_score"

@@ -57,7 +57,7 @@ class EarlyExitModule(L.LightningModule):
             )
         flow = self.objective.flow
         self.flow = flow(len(model.ramps)) if flow else None
-        self.trains_ramps = self.objective.name not in objectives.FINAL_ALONE
+        self.trains_ramps = self.objective.trains_ramps
         self.layer_drop = self.recipe.get("layer_drop", 0.0)  # stage 1's alone
         # In a tuple, or torch would take its weights for this module's.
         self._teacher: tuple[EarlyExitModel, ...] = (teacher,) if teacher else ()

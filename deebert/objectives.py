@@ -208,6 +208,7 @@ class Objective:
             only the ramps before the last.
         alone: (step, number of steps) -> is it the turn of the final classifier's loss alone?
         flow: number of layers -> how gradients flow; None: as they are.
+        trains_ramps: does it train ramps before the last?
         unlabelled: can it learn from rows without labels?
         classes: does it need classes, so that a regression cannot have it?
         taught: (B, L, C) logits, (B, C) those of a teacher's final classifier -> scalar that is
@@ -219,6 +220,7 @@ class Objective:
     stages: tuple[int, ...] = (1,)
     alone: Callable[[int, int], bool] = _never
     flow: Callable[[int], Flow] | None = None
+    trains_ramps: bool = True
     unlabelled: bool = False
     classes: bool = False
     taught: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -254,7 +256,7 @@ def _student(temperature: float = 2.0, label_weight: float = 0.5) -> Objective:
     _check_weights(temperature, label_weight)
     loss = partial(student, label_weight=label_weight)
     from_teacher = partial(taught, temperature=temperature, label_weight=label_weight)
-    return Objective("student", loss, unlabelled=True, taught=from_teacher)
+    return Objective("student", loss, trains_ramps=False, unlabelled=True, taught=from_teacher)
 
 
 def _check_weights(temperature: float, label_weight: float) -> None:
@@ -264,7 +266,7 @@ def _check_weights(temperature: float, label_weight: float) -> None:
 
 # Options are keyword arguments; their values stand in conf/objective/.
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    "final": lambda: Objective("final", final),
+    "final": lambda: Objective("final", final, trains_ramps=False),
     "ramps": lambda: Objective("ramps", ramps, stages=(2,)),
     "joint": lambda: Objective("joint", joint),
     "weighted": lambda: Objective("weighted", weighted),
@@ -278,7 +280,13 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "student": _student,
 }
 PAPER = {1: "final", 2: "ramps"}
-FINAL_ALONE = ("final", "student")  # train no ramp before the last: leaving early means nothing
+
+
+def trains_ramps(name: Any) -> bool:
+    """Does the objective of this name train ramps before the last, so that leaving early means
+    something? True of a name that is unknown: `build` refuses it."""
+    made = OBJECTIVES.get(name) if isinstance(name, str) else None
+    return made is None or made().trains_ramps
 
 
 def build(values: Mapping[str, Any], stage: int) -> Objective:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from deebert.objectives import FINAL_ALONE
+from deebert.objectives import trains_ramps
 
 
 def curve(results: dict[str, Any], title: str, file: Path) -> None:
@@ -18,7 +18,7 @@ def curve(results: dict[str, Any], title: str, file: Path) -> None:
     for part in (results, *results.get("other_splits", [])):
         label = "" if part is results else f" ({part['split']})"
         points = part.get("trade_off", [])
-        if results["objective"] not in FINAL_ALONE and part["exits"][0]["score"] is not None:
+        if trains_ramps(results["objective"]) and part["exits"][0]["score"] is not None:
             savings = [100 * point["expected_saving"] for point in points]
             low, high = zip(*(point["score_interval"] for point in points), strict=True)
             [line] = left.plot(
@@ -49,7 +49,7 @@ def curve(results: dict[str, Any], title: str, file: Path) -> None:
     kinds = dict.fromkeys((case["precision"], case["batch_size"]) for case in timing)
     for mark, (precision, batch_size) in zip(cycle("+x1234"), kinds, strict=False):
         cases = [c for c in timing if (c["precision"], c["batch_size"]) == (precision, batch_size)]
-        if results["objective"] in FINAL_ALONE or cases[0]["score"] is None:
+        if not trains_ramps(results["objective"]) or cases[0]["score"] is None:
             continue
         which = f", {precision}, {batch_size or 'all'}" if len(kinds) > 1 else ""
         left.plot(

@@ -20,7 +20,7 @@ from deebert.frozen import FrozenStates
 from deebert.job import Job, check, complete, complete_evaluation, plain, read_teacher
 from deebert.model import EarlyExitModel
 from deebert.module import EarlyExitModule
-from deebert.objectives import FINAL_ALONE
+from deebert.objectives import trains_ramps
 from deebert.ramps import RampKind
 from deebert.records import HELD_OUT
 from deebert.tasks import Task
@@ -62,7 +62,7 @@ def train(cfg: DictConfig) -> float | None:
         tokenizer = backbones.tokenizer(config["backbone"])
         tokenizer_files = backbones.tokenizer_files(tokenizer)
         model = EarlyExitModel.from_backbone(config["backbone"], task.num_labels, config["ramp"])
-    if len(model.ramps) < 2 and config["objective"]["name"] not in FINAL_ALONE:
+    if len(model.ramps) < 2 and trains_ramps(config["objective"]["name"]):
         raise UserError(
             f"backbone {config['backbone']['name']} has one layer: nothing to leave early (it can "
             "be trained with stage=1 objective=final)"

@@ -176,9 +176,9 @@ def _times(results: dict[str, Any]) -> dict[float | str | None, dict[str, Any]]:
 
 
 def _points(part: dict[str, Any], objective: str) -> list[dict[str, Any]]:
-    from deebert.objectives import FINAL_ALONE  # heavy: only where there are results
+    from deebert.objectives import trains_ramps  # heavy: only where there are results
 
-    if objective not in FINAL_ALONE:
+    if trains_ramps(objective):
         points: list[dict[str, Any]] = part["curve"]
         return points
     # Exits at untrained ramps mean nothing; threshold 0 never exits.

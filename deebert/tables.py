@@ -6,7 +6,7 @@ Rounds and words what was measured; draws nothing, reads no file. Knows nothing 
 from collections.abc import Iterable
 from typing import Any
 
-from deebert.objectives import FINAL_ALONE
+from deebert.objectives import trains_ramps
 
 Table = tuple[str, list[str], list[list[str]]]  # title, column names, rows
 PERCENTILES = ("p50", "p95", "p99")
@@ -36,7 +36,7 @@ def tables(results: dict[str, Any]) -> Iterable[Table]:
                 for ramp in part["exits"]
             ],
         )
-        if results["objective"] in FINAL_ALONE:
+        if not trains_ramps(results["objective"]):
             continue  # exits at untrained ramps mean nothing
         groups = list(part["curve"][0].get("mean_exit_layer", {}))
         yield (
@@ -170,7 +170,7 @@ def more_tables(results: dict[str, Any]) -> Iterable[Table]:
 def notes(results: dict[str, Any]) -> list[str]:
     """What a reader of the tables must know."""
     found = []
-    if results["objective"] in FINAL_ALONE:
+    if not trains_ramps(results["objective"]):
         found.append("Only the last ramp is trained so far; exits are worth a look after stage 2.")
     if results["exit"]["name"] == "change":
         found.append("A regression has no entropy: it leaves when its value stops changing.")

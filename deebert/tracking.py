@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deebert.objectives import FINAL_ALONE
+from deebert.objectives import trains_ramps
 
 if TYPE_CHECKING:
     import wandb
@@ -65,7 +65,7 @@ def log_final(run: "wandb.Run", results: Mapping[str, Any], picture: Path) -> No
     """
     import wandb
 
-    if results["objective"] not in FINAL_ALONE:  # exits at untrained ramps mean nothing
+    if trains_ramps(results["objective"]):  # exits at untrained ramps mean nothing
         _log_curve(run, "curve", results)
         for other in results.get("other_splits", []):
             _log_curve(run, f"curve_{other['split']}", other)

@@ -74,7 +74,7 @@ def test_the_choices_that_the_project_promises() -> None:
     assert choices("objective") == sorted([*OBJECTIVES, "paper"])
     promised = "first mean first_and_mean attention shared cascade"
     assert set(choices("ramp")) >= set(promised.split())
-    assert choices("experiment") == ["deebert_paper", "demo"]
+    assert choices("experiment") == ["best", "deebert_paper", "demo"]
 
 
 @pytest.mark.parametrize(("backbone", "epochs"), [("bert-base", 3), ("bert-large", 3), ("roberta-base", 10), ("roberta-large", 10)])  # fmt: skip
@@ -96,6 +96,15 @@ def test_an_experiment_overrides_the_defaults() -> None:
     assert cfg.stages["1"].lr == 8e-5
     assert cfg.objective.name is None, "the paper's, in either stage"
     assert composed("experiment=demo", "stages.1.lr=7").stages["1"].lr == 7
+
+
+def test_the_recommended_recipe() -> None:
+    """Stage 1 is left alone, so that it fits any backbone, and one that is fine-tuned already."""
+    cfg, default = composed("experiment=best", "task=mrpc"), composed("task=mrpc")
+    assert cfg.ramp.reads == "first_and_mean"
+    assert cfg.stages["2"].standardize is True
+    assert cfg.stages["1"] == default.stages["1"]
+    assert cfg.objective == default.objective
 
 
 def test_recipes_are_reached_from_the_command_line() -> None:

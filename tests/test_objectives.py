@@ -179,6 +179,7 @@ def test_what_the_names_stand_for(name: str, stages: list[int], flow: Any) -> No
     found = objectives.build({"name": name}, stages[0])
     assert (found.name, list(found.stages), found.flow) == (name, stages, flow)
     assert found.unlabelled == (name == "distill")
+    assert found.trains_ramps == objectives.trains_ramps(name) == (name != "final")
     for stage in {1, 2} - set(stages):
         others = [other for other in OBJECTIVES if stage in OBJECTIVES[other]().stages]
         with pytest.raises(UserError) as refused:
