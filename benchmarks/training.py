@@ -5,9 +5,8 @@
 The original (castorini/DeeBERT, run_highway_glue.py): every input padded to 128 tokens, attention
 step by step, all ramps evaluated in each step although only the final classifier learns, AdamW
 parameter by parameter, 8 rows a step, float32. Ours is `python train.py stage=1` as it comes, with
-the same batch size, learning rate and epochs. Neither writes weights. Each turn is a process of its
-own; the seconds are those of training and of the validation at its end, without start-up and
-tokenizing.
+the same batch size, learning rate and epochs. Each turn is a process of its own; the seconds are
+those of training and of the validation at its end, without start-up and tokenizing.
 Writes benchmarks/training.json and training.md.
 """
 
@@ -100,7 +99,7 @@ def ours(root: str, epochs: int, seed: int, more: list[str]) -> dict[str, Any]:
             sys.executable, "train.py", "task=mrpc", "stage=1", "backbone=minilm", "logger=csv",
             f"data.root={root}", "data.calibration_size=0", f"seed={seed}",
             f"stages.1.epochs={epochs}", f"stages.1.batch_size={BATCH_SIZE}", f"stages.1.lr={LR}",
-            "~callbacks.best", "~callbacks.last", f"hydra.run.dir={folder}/run", *more,
+            f"hydra.run.dir={folder}/run", *more,
         ]  # fmt: skip
         subprocess.run(command, cwd=HERE.parent, check=True, capture_output=True)
         results = json.loads(Path(folder, "run", "results.json").read_text())

@@ -116,14 +116,6 @@ class Backbone(nn.Module):
         after_BSH = self.architecture.run(self.layers[index], hidden_BSH, context)
         return self.architecture.after(self.encoder, index, hidden_BSH, after_BSH, context)
 
-    def run_last_layer(self, hidden_BSH: Tensor, context: Any) -> Tensor:
-        """The last layer, as far as the final classifier needs it: -> (B, S, H), or (B, 1, H) where
-        the first token can do without what the layer makes of the others (3/4 of its work)."""
-        run_for_first, last = self.architecture.run_for_first, len(self.layers) - 1
-        if run_for_first is None:
-            return self.run_layer(last, hidden_BSH, context)
-        return run_for_first(self.layers[last], hidden_BSH, context)
-
     def skip_layer(self, index: int, hidden_BSH: Tensor, context: Any) -> Tensor:
         """What `run_layer` gives if the layer does nothing: a norm after the last layer remains."""
         return self.architecture.after(self.encoder, index, hidden_BSH, hidden_BSH, context)

@@ -167,12 +167,8 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
         features = []
         for index, ramp in enumerate(self.all_ramps):
             before_BSH = hidden_BSH
-            if index in skipped:
-                hidden_BSH = self.backbone.skip_layer(index, before_BSH, context)
-            elif index == len(self.ramps) - 1:  # its ramp reads the first token, and nobody else
-                hidden_BSH = self.backbone.run_last_layer(before_BSH, context)
-            else:
-                hidden_BSH = self.backbone.run_layer(index, before_BSH, context)
+            run = self.backbone.skip_layer if index in skipped else self.backbone.run_layer
+            hidden_BSH = run(index, before_BSH, context)
             to_ramp_BSH = hidden_BSH
             if flow is not None:
                 to_ramp_BSH = _scale_gradient(hidden_BSH, flow.ramp_L[index])

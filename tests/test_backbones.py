@@ -16,7 +16,6 @@ from deebert.model import EarlyExitModel
 
 CONF = Path(__file__).parent.parent / "conf" / "backbone"
 WHOLE = ("mpnet", "deberta-v2", "modernbert")  # layers that cannot be run in parts
-BERT_LIKE = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 # Beside the plain configurations: what the published models of a type have switched on.
 DEBERTA_V3 = {
     "relative_attention": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm",
@@ -112,27 +111,6 @@ def test_rows_may_leave_between_layers(model_type: str, more: dict) -> None:
     torch.testing.assert_close(
         backbone.run_layer(1, stayed, own), everyone[rows], atol=1e-6, rtol=0
     )
-
-
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_the_last_layer_for_the_first_token_alone(model_type: str) -> None:
-    """The same state and gradients, at a quarter of the layer's work where that can be had."""
-    torch.manual_seed(2)
-    backbone = backbones.pretrained(tiny(model_type, initializer_range=0.3))[0].eval().double()
-    ids, mask, types = batch()
-    hidden, context = backbone.embed(ids, mask, types)
-    hidden = hidden.detach().requires_grad_()
-    parameters = [hidden, *backbone.layers[2].parameters()]
-    found = []
-    for after in (backbone.run_layer(2, hidden, context), backbone.run_last_layer(hidden, context)):
-        loss = after[:, 0].square().sum()
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        found.append((after.shape[1], after[:, 0], [g for g in gradients if g is not None]))
-    (_, whole, gradients), (tokens, alone, theirs) = found
-    assert tokens == (1 if model_type in BERT_LIKE else ids.shape[1])
-    torch.testing.assert_close(alone, whole, atol=1e-9, rtol=0)
-    for mine, expected in zip(theirs, gradients, strict=True):
-        torch.testing.assert_close(mine, expected, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
