@@ -11,6 +11,7 @@ Knows nothing of how to train; what is measured comes from the records that the 
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import re
@@ -215,7 +216,8 @@ def trade_off(record: Record, task: Task, reads_tokens: bool) -> dict[str, Any]:
         `rule`: its name; `ramps`: metrics of each; `wishes`: by target saving, the saving and
         metrics found with cross-fitted thresholds; `curve`: scores at the savings of GRID, on
         straight lines between such points, full depth and the first ramp for all; `area`: the mean
-        of these lines; `half_the_work`: metrics where half of the operations are saved (`work`).
+        of these lines; `half_the_work`: saving and metrics where half of the operations of full
+        depth are saved (`work`), empty where they cannot be.
     """
     ramps, most = curves.ramp_table(record, task), 1 - 1 / record.num_layers
     points, wishes = {0.0: ramps[-1]["score"], most: ramps[0]["score"]}, {}
@@ -233,22 +235,24 @@ def trade_off(record: Record, task: Task, reads_tokens: bool) -> dict[str, Any]:
     savings, scores = zip(*sorted(points.items()), strict=True)
     curve = np.interp(np.array(GRID), savings, scores)
     area = ((curve[1:] + curve[:-1]) / 2).mean().item()
-    wish = Wish(target_speedup=2.0, costs=work(record.num_layers, reads_tokens))
-    half = calibrate.calibration(None, [record], task, rule, wish)["measured"]["scores"]
     found = {"rule": rule.name, "wishes": wishes, "curve": curve.tolist(), "area": area}
-    found["half_the_work"] = half
+    found["half_the_work"] = {}
+    wish = Wish(target_speedup=2.0, costs=work(record.num_layers, reads_tokens))
+    with contextlib.suppress(Infeasible):
+        seen = calibrate.calibration(None, [record], task, rule, wish)["measured"]
+        found["half_the_work"] = {"saving": seen["expected_saving"], **seen["scores"]}
     return {"ramps": [ramp["scores"] for ramp in ramps], **found}
 
 
 def work(num_layers: int, reads_tokens: bool) -> tuple[float, ...]:
-    """What leaving at each layer costs, of all layers for all tokens.
+    """What leaving at each layer costs, as a share of full depth.
 
     About k - 5/6 layers where the ramp reads the first token, which can be computed alone, before
     the others are asked for; k where it reads them all (`flops.first_token_first`). The final
-    classifier reads the first token.
+    classifier reads the first token: full depth is L - 5/6.
     """
     layers = [k if reads_tokens else k - 5 / 6 for k in range(1, num_layers)]
-    return tuple(each / num_layers for each in [*layers, num_layers - 5 / 6])
+    return tuple(each / (num_layers - 5 / 6) for each in [*layers, num_layers - 5 / 6])
 
 
 def cell(runs: Runs, recipe: str, lines: list[str], name: str, data: Path) -> dict[str, Any]:
@@ -290,11 +294,15 @@ def run_all(given: argparse.Namespace, found: dict[str, Any], file: Path) -> lis
     for seed, task, recipe in product(given.seeds, given.tasks, recipes):
         new: dict[str, Any] = {"task": task, "recipe": recipe, "seed": seed}
         key, kind = f"{task} {recipe} {seed}", "cells"
+        if task == "stsb" and any("objective=exit_weighted" in step for step in RECIPES[recipe]):
+            continue  # needs classes
         try:
             data, rows = subset(task, str(Path(given.root).absolute()), out)
             lines = commands(recipe, task, seed, given.overrides)
             new |= {"commands": lines, "rows": rows}
-            if not given.again and new.items() <= found["cells"].get(key, {}).items():
+            there = found["cells"].get(key, {})
+            whole = "area" not in there or there.keys() >= {"rule", "half_the_work"}
+            if not given.again and whole and new.items() <= there.items():
                 continue
             print(key, flush=True)
             new |= cell(runs, recipe, lines, f"{task}-{seed}", data)

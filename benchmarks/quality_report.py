@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from deebert.tasks import REGRESSION
+
 GRID = [step / 50 for step in range(41)]  # savings from 0 to 0.8
 WISHES = (0.3, 0.4, 0.5, 0.6, 0.7)
 REFERENCE = "two_stage"
@@ -24,12 +26,13 @@ Scores are the task's headline metric on validation rows. *area*: the mean score
 to 80 % of the layers, on straight lines between points 2 % apart. There, and in the columns
 *at ...*, thresholds were chosen for that saving on other rows than those they are scored on (cross-
 fitted in 5 folds): of the entropy; in recipes with *learned* of the learned exit score, elsewhere
-in stsb of the change from ramp to ramp. *half the work*: where half of the operations are saved: a
-ramp on the first token costs k - 5/6 layers, one that reads all tokens k (docs/clock.md). *%*: of
-the score of plain fine-tuning, without ramps, of the same task and seed. *area - two_stage*: paired
-by seed, and how many seeds are better. ±: sample standard deviation over seeds. **screening**:
-fewer than 3 seeds, so that a difference may be chance. *seconds*: of training, all runs of the
-recipe, on a machine that may have done more."""
+in stsb of the change from ramp to ramp (which lets nothing go at ramp 1; beyond that the curve is a
+line to it). *half the work*: where half of the operations of full depth are saved: a ramp on the
+first token costs k - 5/6 layers, one that reads all tokens k (docs/clock.md). *%*: of the score of
+plain fine-tuning, without ramps, of the same task and seed. *area - two_stage*: paired by seed, and
+how many seeds are better. ±: sample standard deviation over seeds. **screening**: fewer than 3
+seeds, so that a difference may be chance. *seconds*: of training, all runs of the recipe, on a
+machine that may have done more."""
 BASELINES = """\
 Without early exit, a point each; beside it the recipe that scores best at the same saving and with
 the same seeds (chosen by looking, which flatters it a little):"""
@@ -100,7 +103,7 @@ def wished(saving: float) -> Value:
 
 
 def half_the_work(cell: Cell) -> float | None:
-    return cell["half_the_work"].get(cell["metric"])
+    return cell.get("half_the_work", {}).get(cell["metric"])
 
 
 def at(cell: Cell, saving: float) -> float:
@@ -164,7 +167,7 @@ def over_tasks(tasks: list[TaskCells]) -> list[dict[str, Any]]:
 
     Without regressions, which leave by another rule.
     """
-    tasks = [task for task in tasks if task.metric != "spearman"]
+    tasks = [task for task in tasks if task.metric not in REGRESSION]
     found = []
     for recipe in dict.fromkeys(recipe for task in tasks for recipe in task.exits):
         theirs = [task for task in tasks if recipe in task.exits and task.relative(recipe, area)]

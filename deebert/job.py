@@ -22,6 +22,7 @@ from deebert.objectives import PAPER, trains_ramps
 log = logging.getLogger(__name__)
 
 STAGES = (1, 2)
+DEFAULT_RAMP = "first"  # of conf/train.yaml
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,15 @@ class Job:
     """Where Hydra lets this job write, and what the user said on the command line."""
 
     folder: Path
-    explicit: frozenset[str]  # keys of the overrides, e.g. "task", "stages.2.lr"
+    explicit: frozenset[str]  # keys of the overrides, "task", "stages.2.lr"; an experiment's ramp
     sweep: Path | None  # the multirun's folder, None in a single run
 
     @classmethod
     def current(cls) -> "Job":
         hydra = HydraConfig.get()
-        keys = (override.partition("=")[0].lstrip("+~") for override in hydra.overrides.task)
+        keys = {override.partition("=")[0].lstrip("+~") for override in hydra.overrides.task}
+        if "experiment" in keys and hydra.runtime.choices.get("ramp") != DEFAULT_RAMP:
+            keys.add("ramp")  # it names one, and is named on the command line
         sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
         return cls(Path(hydra.runtime.output_dir), frozenset(keys), sweep)
 
@@ -370,6 +373,11 @@ def _check_training(config: dict[str, Any]) -> None:
 def _check_objective(config: dict[str, Any]) -> None:
     """Does the objective fit what it is given to learn from?"""
     objective = objectives.build(config["objective"], config["stage"])
+    if objective.needs_classes and config["task"]["labels"] is None:
+        raise UserError(
+            f"objective={objective.name} needs classes, whose entropy a regression has not: use "
+            "objective=joint, in stage=2 objective=ramps, or another"
+        )
     if config["teacher"] and not objective.taught:
         raise UserError(
             f"teacher={config['teacher']} with objective={objective.name}: nothing would be "

@@ -30,7 +30,7 @@ class EarlyExitModule(L.LightningModule):
         teacher: the model that a student learns from; frozen, and no part of the checkpoint.
 
     Raises:
-        UserError: the objective is unknown, or not for this stage or task.
+        UserError: the objective is unknown, or not for this stage.
     """
 
     def __init__(
@@ -50,11 +50,6 @@ class EarlyExitModule(L.LightningModule):
         self.seed = config["seed"]
         self.recipe = config["stages"][str(self.stage)]
         self.objective = objectives.build(config["objective"], self.stage)
-        if self.objective.classes and model.num_labels == 1:
-            raise UserError(
-                f"objective={self.objective.name} needs classes, whose entropy a regression has "
-                "not: use objective=joint, in stage=2 objective=ramps, or another"
-            )
         flow = self.objective.flow
         self.flow = flow(len(model.ramps)) if flow else None
         self.trains_ramps = self.objective.trains_ramps

@@ -57,36 +57,39 @@ def weighted(logits_BLC: Tensor, labels_B: Tensor) -> Tensor:
     return (weight_L * losses_L).sum() / weight_L.sum()
 
 
-def exit_weighted(logits_BLC: Tensor, labels_B: Tensor, *, exit_share: float) -> Tensor:
+def exit_weighted(logits_BLC: Tensor, labels_B: Tensor, *, exit_weight: float) -> Tensor:
     """Sum of the losses of every ramp, each row's weighted by how often that ramp answers it.
 
-    mean over rows of sum over k of [1 - a + a L share(k)] loss(k), a = exit_share. `exit_shares`
-    says for what share of the thresholds the row leaves there, so that the part with a is L times
-    the mean loss of early exit over all savings: what the area under the curve measures. The rest
-    keeps ramps from knowing nothing of the rows that they hand on: they must know these as hard.
-    (deebert's own; after it came from another side, learned sample weights: Han et al., ECCV 2022.)
+    mean over rows of sum over k of [1 - a + a L share(k)] loss(k), a = exit_weight, where
+    `leaving_shares` says for what share of the batch's own entropies as threshold the row leaves at
+    k. The part with a is L times the mean loss of early exit at these thresholds; the rest keeps
+    ramps from knowing nothing of the rows that they hand on: they must know these as hard. Classes
+    only.
+
+    deebert's own. The aim is that of L2W-DEN (Han et al., ECCV 2022), where a second network learns
+    the weights.
     """
     num_rows, num_layers = logits_BLC.shape[:2]
     losses_N = F.cross_entropy(
         logits_BLC.float().flatten(0, 1), labels_B.repeat_interleave(num_layers), reduction="none"
     )
-    weight_BL = 1 - exit_share + exit_share * num_layers * exit_shares(logits_BLC.detach())
+    share_BL = leaving_shares(logits_BLC.detach())
+    weight_BL = 1 - exit_weight + exit_weight * num_layers * share_BL
     return (weight_BL * losses_N.view(num_rows, num_layers)).sum(1).mean()
 
 
-def exit_shares(logits_BLC: Tensor) -> Tensor:
+def leaving_shares(logits_BLC: Tensor) -> Tensor:
     """For what share of the thresholds each row leaves at each ramp: (B, L, C) -> (B, L).
 
     A row leaves at the first ramp whose entropy is under the threshold (paper, section 3.3), else
     at the last. The thresholds are the entropies of the batch's ramps before the last, each as
-    likely as the others: so they cover all savings, at any stage of the training.
+    likely as the others: so that some lie in between at any stage of the training.
     """
     entropy_BK = entropy(logits_BLC[:, :-1])
     thresholds = entropy_BK.flatten().sort().values
     lowest_BK = entropy_BK.cummin(1).values.contiguous()
     stays_BK = torch.searchsorted(thresholds, lowest_BK, right=True) / len(thresholds)
-    ends = stays_BK.new_ones(len(stays_BK), 1), stays_BK.new_zeros(len(stays_BK), 1)
-    return torch.cat([ends[0], stays_BK], 1) - torch.cat([stays_BK, ends[1]], 1)
+    return -F.pad(F.pad(stays_BK, (1, 0), value=1.0), (0, 1)).diff(dim=1)
 
 
 def distill(
@@ -210,7 +213,7 @@ class Objective:
         flow: number of layers -> how gradients flow; None: as they are.
         trains_ramps: does it train ramps before the last?
         unlabelled: can it learn from rows without labels?
-        classes: does it need classes, so that a regression cannot have it?
+        needs_classes: can a regression not have it?
         taught: (B, L, C) logits, (B, C) those of a teacher's final classifier -> scalar that is
             added to the loss; None: there is no teacher.
     """
@@ -222,7 +225,7 @@ class Objective:
     flow: Callable[[int], Flow] | None = None
     trains_ramps: bool = True
     unlabelled: bool = False
-    classes: bool = False
+    needs_classes: bool = False
     taught: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
@@ -246,10 +249,10 @@ def _distill(temperature: float = 1.0, label_weight: float = 0.0) -> Objective:
     return Objective("distill", loss, (1, 2), unlabelled=True)
 
 
-def _exit_weighted(exit_share: float = 0.5) -> Objective:
-    _check("exit_share", exit_share, 0, 1)
-    loss = partial(exit_weighted, exit_share=exit_share)
-    return Objective("exit_weighted", loss, (1, 2), classes=True)
+def _exit_weighted(exit_weight: float = 0.5) -> Objective:
+    _check("exit_weight", exit_weight, 0, 1)
+    loss = partial(exit_weighted, exit_weight=exit_weight)
+    return Objective("exit_weighted", loss, (1, 2), needs_classes=True)
 
 
 def _student(temperature: float = 2.0, label_weight: float = 0.5) -> Objective:

@@ -47,7 +47,7 @@ def train(cfg: DictConfig) -> float | None:
     check(config)
     L.seed_everything(config["seed"], workers=True, verbose=False)
     task = Task.from_config(config["task"])
-    teacher = None
+    teacher, trained = None, False
     if origin:
         tokenizer, model = origin.tokenizer(), origin.model()
         tokenizer_files = origin.tokenizer_files
@@ -56,7 +56,9 @@ def train(cfg: DictConfig) -> float | None:
         elif config["teacher"]:
             teacher = origin.model()
             _cut(model, config, origin, "backbone.layers", config["backbone"]["layers"])
-        if (kind := RampKind.from_config(config["ramp"])) != model.ramp_kind:
+        kind = RampKind.from_config(config["ramp"])
+        trained = origin.ramps_trained and kind.reads == model.ramp_kind.reads
+        if kind != model.ramp_kind:
             model.new_ramps(kind)
     else:
         tokenizer = backbones.tokenizer(config["backbone"])
@@ -76,7 +78,10 @@ def train(cfg: DictConfig) -> float | None:
     module = EarlyExitModule(model, remembered, tokenizer_files, teacher)
     source: L.LightningDataModule = data
     if module.is_cached:
-        source = FrozenStates(data, model, job.folder, standardize=recipe["standardize"])
+        standardize = recipe["standardize"] and not trained  # or what they know would be lost
+        if standardize != recipe["standardize"] and not config["resume"]:
+            log.info("stages.2.standardize: the ramps are trained already, and go on as they are")
+        source = FrozenStates(data, model, job.folder, standardize=standardize)
     resume = str(origin.path) if origin and config["resume"] else None
     with build.closing():
         trainer = build.trainer(cfg, config, job, f"stage{config['stage']}")

@@ -179,6 +179,7 @@ def bad_input(tmp_path: Path, glue: Path, stage1: Path, stage2: Path) -> dict[st
         "unknown features": (train, (*mrpc, here, "ramp.reads=last"), "ramp.reads 'last' is unknown; choose one of: first, mean, first_and_mean, attention"),
         "a pooler half shared": (train, (*mrpc, here, "ramp.shared_pooler=half"), "ramp.shared_pooler=half must be true or false"),
         "a ramp setting too many": (train, (*mrpc, here, "+ramp.depth=2"), "ramp setting 'depth' is unknown; choose one of: reads, shared_pooler, sees_previous"),
+        "a regression has no classes": (train, ("task=stsb", "objective=exit_weighted"), "objective=exit_weighted needs classes"),
         "standardize without cache": (train, ("stage=2", f"ckpt={stage1}", "stages.2.cache=false", "stages.2.standardize=true"), "leave stages.2.cache=true"),
         "a metric nobody logs": (train, (*mrpc, here, "callbacks.best.monitor=val/f2"), "val/f2"),
         "a precision nobody has": (train, (*mrpc, here, "trainer.precision=64-wide"), "64-wide"),

@@ -61,6 +61,36 @@ def test_stage_2_takes_everything_from_the_checkpoint(stage1: Path, stage2: Path
     assert not [n for n in before if ".ramps.2." in n and not torch.equal(before[n], after[n])]
 
 
+def test_the_recommended_recipe_on_a_finished_stage_1(
+    run: Callable[..., str], stage1: Path, tmp_path: Path
+) -> None:
+    """Its ramp is as good as said: the one of the checkpoint must not take its place."""
+    run("train.py", "stage=2", f"ckpt={stage1}", "experiment=best", "stages.2.epochs=1",
+        "logger=csv", f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
+    assert results(tmp_path / "run")["ramp"]["reads"] == "first_and_mean"
+    found = weights(tmp_path / "run")
+    assert found["model.ramps.0.pooler.weight"].shape == (32, 64)
+    assert found["model.ramps.0.shift"].abs().sum() > 0, "standardized"
+
+
+def test_trained_ramps_are_trained_on_as_they_are(
+    run: Callable[..., str], glue: Path, tmp_path: Path
+) -> None:
+    """Standardized, they would read something else than what they have learned from."""
+    run("train.py", "task=mrpc", *TINY, f"data.root={glue}", "objective=joint", "ramp=mean",
+        "stages.1.epochs=1", f"hydra.run.dir={tmp_path / 'joint'}")  # fmt: skip
+    said = ["train.py", "stage=2", f"ckpt={tmp_path / 'joint'}", "stages.2.epochs=1", "logger=csv"]
+    told = run(*said, "stages.2.standardize=true", "stages.2.lr=1e-12", "objective=ramps",
+               f"hydra.run.dir={tmp_path / 'more'}")  # fmt: skip
+    assert "the ramps are trained already, and go on as they are" in told
+    before, after = weights(tmp_path / "joint"), weights(tmp_path / "more")
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, atol=1e-6, rtol=0, msg=name)
+    # What an experiment does not name is the checkpoint's: here the ramp.
+    run(*said, "experiment=deebert_paper", f"hydra.run.dir={tmp_path / 'paper'}")
+    assert results(tmp_path / "paper")["ramp"]["reads"] == "mean"
+
+
 def test_results_keep_their_contract(stage2: Path) -> None:
     found = results(stage2)
     assert [ramp["layer"] for ramp in found["exits"]] == [1, 2, 3]

@@ -288,13 +288,6 @@ SHARES = {
 }  # fmt: skip
 
 
-def test_a_regression_has_no_entropy_to_weigh_by(glue: Path) -> None:
-    module, _ = build("stage 2 cached", glue, objective="exit_weighted")
-    regression = EarlyExitModel.from_backbone(plain("backbone", "tiny"), 1, plain("ramp", "mean"))
-    with pytest.raises(UserError, match=r"^objective=exit_weighted needs classes.*objective=ramps"):
-        EarlyExitModule(regression, module.hparams["config"], {})
-
-
 def tokens() -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     mask = (torch.arange(12) < torch.tensor([12, 7, 3, 9])[:, None]).long()

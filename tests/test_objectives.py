@@ -15,10 +15,10 @@ from deebert.objectives import (
     detached,
     distill,
     equilibrium,
-    exit_shares,
     exit_weighted,
     final,
     joint,
+    leaving_shares,
     ramp_losses,
     ramps,
     weighted,
@@ -99,16 +99,16 @@ def test_distillation_of_a_regression_is_by_squares(labels: tuple, losses: tuple
 SHARES = [[0, 2 / 4, 2 / 4], [0, 3 / 4, 1 / 4]]
 
 
-@pytest.mark.parametrize("exit_share", [0.0, 0.4, 1.0])
-def test_losses_weighted_by_where_rows_leave(exit_share: float) -> None:
-    assert exit_shares(LOGITS).tolist() == [pytest.approx(row) for row in SHARES]
+@pytest.mark.parametrize("exit_weight", [0.0, 0.4, 1.0])
+def test_losses_weighted_by_where_rows_leave(exit_weight: float) -> None:
+    assert leaving_shares(LOGITS).tolist() == [pytest.approx(row) for row in SHARES]
     rows = [[loss(0), loss(1), loss(2)], [loss(0), loss(2), loss(4)]]
     expected = [
-        (1 - exit_share + exit_share * 3 * share) * each
+        (1 - exit_weight + exit_weight * 3 * share) * each
         for row, shares in zip(rows, SHARES, strict=True)
         for each, share in zip(row, shares, strict=True)
     ]
-    found = exit_weighted(LOGITS, LABELS, exit_share=exit_share)
+    found = exit_weighted(LOGITS, LABELS, exit_weight=exit_weight)
     assert found.item() == pytest.approx(sum(expected) / 2, abs=1e-6)
 
 
@@ -119,14 +119,14 @@ def test_shares_of_exits_are_those_of_the_rule() -> None:
     thresholds = entropy_NL[:, :-1].flatten().tolist()
     left = torch.stack([exits.exit_layer(entropy_NL, each) for each in thresholds], 1)
     expected = torch.stack([(left == layer).float().mean(1) for layer in range(1, 7)], 1)
-    torch.testing.assert_close(exit_shares(logits), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(leaving_shares(logits), expected, atol=1e-6, rtol=0)
     assert (expected.mean(0) > 0.02).all(), "rows leave everywhere"
 
 
 def test_the_weights_of_exits_are_no_way_for_gradients() -> None:
     """Or ramps would learn to be unsure where they are wrong, instead of right."""
     logits = LOGITS.clone().requires_grad_()
-    exit_weighted(logits, LABELS, exit_share=1.0).backward()
+    exit_weighted(logits, LABELS, exit_weight=1.0).backward()
     for row in (0, 1):
         for k in range(3):
             own = LOGITS[row, k].clone().requires_grad_()
@@ -235,7 +235,7 @@ def test_whose_turn_a_step_is(values: dict, turns: str) -> None:
         ({"name": "mixed", "final_share": math.nan}, "objective.final_share=nan must be a number"),
         ({"name": "distill", "temperature": 0}, "objective.temperature=0 must be a number between 0.01 and 100"),
         ({"name": "distill", "label_weight": -0.1}, "objective.label_weight=-0.1 must be a number between 0 and 1"),
-        ({"name": "exit_weighted", "exit_share": 2}, "objective.exit_share=2 must be a number between 0 and 1"),
+        ({"name": "exit_weighted", "exit_weight": 2}, "objective.exit_weight=2 must be a number between 0 and 1"),
         ({"name": "distill", "label_weight": None}, "objective.label_weight=None must be a number"),
     ],
 )  # fmt: skip

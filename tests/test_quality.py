@@ -146,14 +146,37 @@ def test_area_by_hand(quality: ModuleType) -> None:
     assert found["ramps"] == [{"accuracy": 0}, {"accuracy": 1}]
     assert found["curve"] == pytest.approx([max(0, 1 - 2 * s) for s in quality.GRID])
     assert found["area"] == pytest.approx(0.25 / 0.8)
-    # Of all work ramp 1 takes 1/12 and full depth 7/12: half, where a sixth leaves at ramp 1.
-    assert quality.work(2, False) == pytest.approx((1 / 12, 7 / 12))
-    assert quality.work(2, True) == pytest.approx((1 / 2, 7 / 12))
-    assert found["half_the_work"]["accuracy"] == pytest.approx(5 / 6, abs=0.02)
+    # Full depth is 7/6 of a layer, and ramp 1 takes 1/6: half, where 7/12 leave at ramp 1.
+    assert quality.work(2, False) == pytest.approx((1 / 7, 1))
+    assert quality.work(2, True) == pytest.approx((6 / 7, 1))
+    assert found["half_the_work"]["accuracy"] == pytest.approx(5 / 12, abs=0.02)
+    assert found["half_the_work"]["saving"] == pytest.approx(7 / 24, abs=0.01)
+    dear = quality.trade_off(record, Task("x", ("a",), ("n", "p"), ("accuracy",)), True)
+    assert dear == found | {"half_the_work": {}}, "leaving at ramp 1 saves a seventh"
     assert list(found["wishes"]) == ["0.3", "0.4"]
     for wish, seen in found["wishes"].items():
         assert seen["saving"] == pytest.approx(float(wish), abs=0.02)
         assert seen["accuracy"] == pytest.approx(1 - 2 * seen["saving"])
+
+
+def test_the_rule_is_the_learned_score_or_a_regression_s(quality: ModuleType) -> None:
+    """Ramps 1 and 2 of a regression are off by 0 or 1, and the score knows it."""
+    off = (torch.arange(100) % 2).float()
+    truth = torch.linspace(0, 5, 100)
+    values = torch.stack([truth + off, truth + off, truth], 1)[..., None]
+    task = Task("x", ("a",), None, ("spearman",))
+    every = torch.arange(100)
+    change = quality.trade_off(
+        Record("validation", values, truth, every, every + 1), task, reads_tokens=False
+    )
+    assert change["rule"] == "change"
+    assert list(change["wishes"]) == ["0.3"], "it sees two ramps first: a third at most"
+    unsure = torch.stack([off, off, off * 0], 1) + torch.linspace(0, 0.1, 100)[:, None]
+    record = Record("validation", values, truth, every, every + 1, unsure_NL=unsure)
+    learned = quality.trade_off(record, task, reads_tokens=False)
+    assert learned["rule"] == "learned"
+    assert learned["wishes"]["0.3"]["spearman"] == pytest.approx(1), "only rows that are right go"
+    assert learned["area"] > change["area"]
 
 
 def hand_made(quality: ModuleType) -> dict[str, Any]:
