@@ -172,7 +172,7 @@ def bad_input(tmp_path: Path, glue: Path, stage1: Path, stage2: Path) -> dict[st
         "lr a word": (train, (*mrpc, here, "stages.1.lr=fast"), "stages.1.lr=fast must be a number"),
         "unknown objective": (train, (*mrpc, here, "objective.name=sum"), "objective 'sum' is unknown; choose one of: final, joint"),
         "an objective of stage 2": (train, (*mrpc, here, "objective=ramps"), "objective=ramps is for stage=2; in stage=1 choose one of: final, joint"),
-        "an objective of stage 1": (train, ("stage=2", f"ckpt={stage1}", "objective=joint"), "objective=joint is for stage=1; in stage=2 choose one of: ramps, distill"),
+        "an objective of stage 1": (train, ("stage=2", f"ckpt={stage1}", "objective=joint"), "objective=joint is for stage=1; in stage=2 choose one of: ramps, exit_weighted, distill"),
         "an option it lacks": (train, (*mrpc, here, "objective=joint", "+objective.temperature=2"), "objective.temperature: joint has no options"),
         "a share above 1": (train, (*mrpc, here, "objective=mixed", "objective.final_share=2"), "objective.final_share=2 must be a number between 0 and 1"),
         "no temperature": (train, (*mrpc, here, "objective=distill", "objective.temperature=0"), "objective.temperature=0 must be a number between 0.01 and 100"),
