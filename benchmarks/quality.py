@@ -317,6 +317,19 @@ def run_all(given: argparse.Namespace, found: dict[str, Any], file: Path) -> lis
     return failed
 
 
+def told(arguments: list[str]) -> str:
+    """The command for anyone to repeat: without the folders of this machine."""
+    words = iter(arguments)
+    kept = ["python", "benchmarks/quality.py"]
+    for word in words:
+        if word in ("--root", "--out", "--results"):
+            next(words, None)
+            kept += ["--root", "DIR"] if word == "--root" else []
+        else:
+            kept.append(word)
+    return shlex.join(kept)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", help="folder with the GLUE files (data.root)")
@@ -331,7 +344,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if not given.root and not given.report_only:
         parser.error("--root=DIR is missing: the folder with the GLUE files")
-    given.command = shlex.join(["python", *(sys.argv if arguments is None else arguments)])
+    given.command = told(sys.argv[1:] if arguments is None else arguments)
     file, failed = given.results / "quality.json", []
     # Commands and machines; the last line of cells that failed; those that are finished.
     found: dict[str, Any] = {"starts": {}, "failed": {}, "cells": {}}

@@ -82,6 +82,8 @@ def test_cells_are_made_once(
         assert all(abs(seen["saving"] - float(w)) < 0.1 for w, seen in cell["wishes"].items())
     text = (tmp_path / "quality.md").read_text()
     assert f"{first['area']:.3f}" in text
+    assert "`python benchmarks/quality.py --root DIR --tasks mrpc --recipes cut_5 two_stage" in text
+    assert str(glue) not in text.partition("**failed**")[0]
     assert "- **failed** mrpc cut_5 1:" in text
     assert (tmp_path / "quality.png").stat().st_size > 10_000
 
