@@ -83,6 +83,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "plain": (STAGE1,),  # fine-tuning without ramps: what everything is held against
     "two_stage": (STAGE1, f"{CACHED} ramp=first"),
     "two_stage_mean": (STAGE1, f"{CACHED} ramp=mean"),
+    "two_stage_pair": (STAGE1, f"{CACHED} ramp=pair"),
     "two_stage_first_and_mean": (STAGE1, f"{CACHED} ramp=first_and_mean"),
     # Cannot be cached, so each epoch runs the backbone: as many as the paper has.
     "two_stage_attention": (STAGE1, f"{STAGE2} stages.2.epochs=3 ramp=attention"),
@@ -91,6 +92,8 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "two_stage_mean_learned": (STAGE1, f"{CACHED} ramp=mean ramp.predicts=wrong"),
     "two_stage_distill": (STAGE1, f"{CACHED} ramp=first objective=distill"),
     "two_stage_mean_distill": (STAGE1, f"{CACHED} ramp=mean objective=distill"),
+    "two_stage_pair_distill": (STAGE1, f"{CACHED} ramp=pair objective=distill"),
+    "two_stage_pair_learned": (STAGE1, f"{CACHED} ramp=pair ramp.predicts=wrong"),
     "two_stage_first_and_mean_distill": (
         STAGE1,
         f"{CACHED} ramp=first_and_mean objective=distill",
@@ -100,16 +103,17 @@ RECIPES: dict[str, tuple[str, ...]] = {
     **{
         f"{name}_{ramp}": (f"{STAGE1} objective={name} ramp={ramp}",)
         for name in OBJECTIVES
-        for ramp in ("mean", "first_and_mean")
+        for ramp in ("mean", "pair", "first_and_mean")
     },
     "weighted_shared": (f"{STAGE1} objective=weighted ramp=shared",),  # PABEE
     # Ramps of a backbone that has learned to serve them, trained once more on it, frozen.
     **{
-        f"{name}_mean_two_stage": (
-            f"{STAGE1} objective={name} ramp=mean",
-            f"{CACHED} ramp=mean objective=ramps",
+        f"{name}_{ramp}_two_stage": (
+            f"{STAGE1} objective={name} ramp={ramp}",
+            f"{CACHED} ramp={ramp} objective=ramps",
         )
         for name in OBJECTIVES
+        for ramp in ("mean", "pair")
     },
     # Without early exit, a point each: the first layers alone, LayerDrop, a student.
     **{f"cut_{k}": (f"{STAGE1} {first}",) for k, first in FIRST.items()},

@@ -102,6 +102,7 @@ class _Group:
         length_B: their tokens.
         hidden_BSH: states after the layers so far.
         ramps_BLC: logits of the ramps so far, NaN elsewhere; None where nobody needs them again.
+        second_B: where their second texts begin; None where no ramp asks.
         context: what layers that cannot be split take beside the states, once it is known.
     """
 
@@ -109,6 +110,7 @@ class _Group:
     length_B: Tensor
     hidden_BSH: Tensor
     ramps_BLC: Tensor | None
+    second_B: Tensor | None
     context: Any = None
 
     @property
@@ -139,6 +141,7 @@ class _Group:
             length_B,
             self.hidden_BSH[:, :longest].index_select(0, index_there),
             None if self.ramps_BLC is None else self.ramps_BLC[index],
+            None if self.second_B is None else self.second_B[index_there],
         )
         return group, index_there, longest
 
@@ -167,11 +170,13 @@ def _cat(groups: list[_Group]) -> _Group:
         for group in groups
     ]
     ramps = [group.ramps_BLC for group in groups if group.ramps_BLC is not None]
+    seconds = [group.second_B for group in groups if group.second_B is not None]
     return _Group(
         torch.cat([group.rows_B for group in groups]),
         torch.cat([group.length_B for group in groups]),
         torch.cat(states),
         torch.cat(ramps) if ramps else None,
+        torch.cat(seconds) if seconds else None,
     )
 
 
@@ -391,6 +396,7 @@ class Engine:
             tokens["attention_mask"].sum(1),
             hidden_BSH,
             torch.full(size, torch.nan) if all_ramps or self.remembers else None,
+            self.model.second_text(there["input_ids"]),
         )
 
     def _layer(self, layer: int, group: _Group, out: Answers) -> _Group | None:
@@ -411,7 +417,7 @@ class Engine:
             return self._first_token_first(layer, run, group, out)
         elif asks and isinstance(run, OnnxLayer):
             previous_BC = self._previous(layer, group)
-            group.hidden_BSH, judged = run.with_ramp(hidden_BSH, mask, previous_BC)
+            group.hidden_BSH, judged = run.with_ramp(hidden_BSH, mask, previous_BC, group.second_B)
         else:
             group.hidden_BSH = run(hidden_BSH, mask)
         if not asks:
@@ -460,7 +466,7 @@ class Engine:
         """What a ramp says of the states before and after its layer (of the first token at
         least): logits and, where it is learned, an exit score."""
         ramp = self.ramps[layer]
-        features_BF = ramp.read(before_BSH, after_BTH, group.mask_BS).float()
+        features_BF = ramp.read(before_BSH, after_BTH, group.mask_BS, group.second_B).float()
         return ramp.judge(features_BF, self._previous(layer, group))
 
     def _previous(self, layer: int, group: _Group) -> Tensor | None:

@@ -164,7 +164,7 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
                 before, unchanged.
         """
         hidden_BSH, context = self.backbone.embed(input_ids, attention_mask, token_type_ids)
-        features = []
+        second_B, features = self.second_text(input_ids), []
         for index, ramp in enumerate(self.all_ramps):
             before_BSH = hidden_BSH
             run = self.backbone.skip_layer if index in skipped else self.backbone.run_layer
@@ -174,8 +174,14 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
                 to_ramp_BSH = _scale_gradient(hidden_BSH, flow.ramp_L[index])
                 before_BSH = _scale_gradient(before_BSH, flow.ramp_L[index])
                 hidden_BSH = _scale_gradient(hidden_BSH, flow.onward_L[index])
-            features.append(ramp.read(before_BSH, to_ramp_BSH, attention_mask))
+            features.append(ramp.read(before_BSH, to_ramp_BSH, attention_mask, second_B))
         return torch.cat(features, -1)
+
+    def second_text(self, input_ids: Tensor) -> Tensor | None:
+        """Where the second texts begin (`ramps.second_text`): (B, S) -> (B,), if a ramp asks."""
+        if self.ramp_kind.reads != "pair":
+            return None
+        return ramps.second_text(input_ids, self.backbone.separator)
 
     def ramp_logits(self, states_BR: Tensor) -> Tensor:
         """Each ramp on what it reads: (B, R) -> (B, L, C)."""

@@ -26,9 +26,9 @@ ACTIVATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Tanh": ("Tanh", "", {}),
 }
 # What goes in and out by name: its axes, and its type where that is not float.
-AXES = {"input_ids": "BS", "token_type_ids": "BS", "mask": "BS", "previous": "BC", "logits": "BC",
-        "unsure": "B1"}  # fmt: skip
-TYPES = {"input_ids": "INT64", "token_type_ids": "INT64", "mask": "INT32"}
+AXES = {"input_ids": "BS", "token_type_ids": "BS", "mask": "BS", "previous": "BC", "second": "B",
+        "logits": "BC", "unsure": "B1"}  # fmt: skip
+TYPES = {"input_ids": "INT64", "token_type_ids": "INT64", "mask": "INT32", "second": "INT64"}
 
 
 def embeddings(parts: EmbeddingParts) -> bytes:
@@ -58,9 +58,9 @@ def layer(
 ) -> bytes:
     """A layer, with its ramp where one is given.
 
-    `hidden` (B, S, H), `mask` (B, S) and, for a ramp that sees it, `previous` (B, C), the logits of
-    the ramp before (zeros for the first) -> `new` (B, S, H), `logits` (B, C) and, where it is
-    learned, `unsure` (B, 1).
+    `hidden` (B, S, H), `mask` (B, S) and, for a ramp that asks, `second` (B,), where the second
+    texts begin, and `previous` (B, C), the logits of the ramp before (zeros for the first) ->
+    `new` (B, S, H), `logits` (B, C) and, where it is learned, `unsure` (B, 1).
 
     Args:
         int8: compute the tokens but the first in 8 bits.
@@ -78,6 +78,7 @@ def layer(
         new = graph.op("Concat", first, others, axis=1)
     given, found = ["hidden", "mask"], {"new": new}
     if ramp is not None:
+        given += ["second"] if ramp.kind.reads == "pair" else []
         given += ["previous"] if ramp.kind.sees_previous else []
         found |= graph.ramp(ramp, "hidden", new)
     return graph.made(given, found)
@@ -194,6 +195,8 @@ class _Graph:
             )
         if reads == "mean":
             return self.mean(after)
+        if reads == "pair":
+            return self.pair(after)
         score = self.linear(after, ramp.attention)  # (B, S, 1)
         padding = self.op("Sub", self.real(), self.constant(np.array(1, np.float32)))
         padding = self.op("Mul", padding, self.constant(np.array(1e30, np.float32)))
@@ -201,11 +204,26 @@ class _Graph:
         weighted = self.op("Mul", after, weights)
         return self.op("ReduceSum", weighted, self.whole([1]), keepdims=0)
 
-    def mean(self, states: str) -> str:
-        """Over the real tokens: (B, S, H) -> (B, H)."""
-        real = self.real()
-        total = self.op("ReduceSum", self.op("Mul", states, real), self.whole([1]), keepdims=0)
-        return self.op("Div", total, self.op("ReduceSum", real, self.whole([1]), keepdims=0))
+    def mean(self, states: str, over: str | None = None) -> str:
+        """Over the real tokens, or those where `over` (B, S, 1) is 1: (B, S, H) -> (B, H)."""
+        over = over or self.real()
+        total = self.op("ReduceSum", self.op("Mul", states, over), self.whole([1]), keepdims=0)
+        return self.op("Div", total, self.op("ReduceSum", over, self.whole([1]), keepdims=0))
+
+    def pair(self, states: str) -> str:
+        """As `ramps` has it: (B, S, H) -> (B, 3 H)."""
+        real, begins = self.real(), self.op("Unsqueeze", "second", self.whole([1, 2]))
+        number = self.op("CumSum", self.op("Cast", real, to=7), self.whole(1))  # from 1, int64
+        first = self.op("Cast", self.op("LessOrEqual", number, begins), to=1)
+        first = self.op("Mul", first, real)
+        second = self.op("Sub", real, first)
+        there = self.op("ReduceMax", second, self.whole([1]), keepdims=1)
+        second = self.op("Where", self.op("Cast", there, to=9), second, first)  # to bool
+        u, v = self.mean(states, first), self.mean(states, second)
+        half = self.constant(np.array(0.5, np.float32))
+        apart = self.op("Sub", u, v)
+        middle = self.op("Mul", self.op("Add", u, v), half)
+        return self.op("Concat", middle, apart, self.op("Abs", apart), axis=1)
 
     def real(self) -> str:
         """1 at real tokens, 0 elsewhere: (B, S, 1)."""

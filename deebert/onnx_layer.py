@@ -87,10 +87,17 @@ class OnnxLayer:
         return new_BSH
 
     def with_ramp(
-        self, hidden_BSH: Tensor, mask_B11S: Tensor | None, previous_BC: Tensor | None = None
+        self,
+        hidden_BSH: Tensor,
+        mask_B11S: Tensor | None,
+        previous_BC: Tensor | None = None,
+        second_B: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
         """All tokens, and what the ramp says: (B, S, H) -> (B, S, H) and as `Ramp.judge`."""
         given = [hidden_BSH, _mask(hidden_BSH, mask_B11S)]
+        if self.ramp.kind.reads == "pair":
+            assert second_B is not None
+            given.append(second_B)
         if self.ramp.kind.sees_previous:
             num_labels = self.ramp.classifier.out_features
             if previous_BC is None:

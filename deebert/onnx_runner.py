@@ -302,14 +302,21 @@ class Runner:
         rows_B = np.array(rows)
         length_B = np.array([len(inputs[row]["input_ids"]) for row in rows])
         batch = [inputs[row] for row in rows]
+        ids_BS = _padded(batch, "input_ids", self.about["pad_token_id"])
+        second_B = _second_text(ids_BS, self.about.get("sep_token_id"))
         hidden_BSH = self.embeddings(
-            input_ids=_padded(batch, "input_ids", self.about["pad_token_id"]),
+            input_ids=ids_BS,
             token_type_ids=_padded(batch, "token_type_ids", 0),
         )["hidden"]
         previous_BC = np.zeros((len(rows), self.num_labels), np.float32)  # what the first ramp sees
         for index, layer in enumerate(self.layers):
             mask_BS = np.arange(hidden_BSH.shape[1]) < length_B[:, None]
-            found = layer(hidden=hidden_BSH, mask=mask_BS.astype(np.int32), previous=previous_BC)
+            found = layer(
+                hidden=hidden_BSH,
+                mask=mask_BS.astype(np.int32),
+                second=second_B,
+                previous=previous_BC,
+            )
             previous_BC = out.ramps_NLC[rows_B, index] = found["logits"]
             if index == self.num_layers - 1:  # the final classifier answers, alone
                 out.logits_NC[rows_B], out.layer_N[rows_B] = previous_BC, self.num_layers
@@ -329,7 +336,9 @@ class Runner:
             out.logits_NC[left_B], out.layer_N[left_B] = answer_BC[leave_B], index + 1
             if leave_B.all():
                 return
-            rows_B, length_B, previous_BC = (x[~leave_B] for x in (rows_B, length_B, previous_BC))
+            rows_B, length_B, second_B, previous_BC = (
+                x[~leave_B] for x in (rows_B, length_B, second_B, previous_BC)
+            )
             hidden_BSH = hidden_BSH[~leave_B, : length_B.max()]
 
     def _limits(self, thresholds: Any) -> np.ndarray:
@@ -474,6 +483,13 @@ def _portions(rows: Iterable[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]
             chosen, size = [], 0
     if chosen:
         yield chosen
+
+
+def _second_text(ids_BS: np.ndarray, separator: int | None) -> np.ndarray:
+    """Where the second texts begin: behind the first separator, or at the end."""
+    separates_BS = ids_BS == separator
+    first_B = separates_BS.argmax(1) + 1
+    return np.where(separates_BS.any(1), first_B, ids_BS.shape[1])
 
 
 def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deebert.errors import UserError, unknown
 
-READS = ("first", "mean", "first_and_mean", "attention")
+READS = ("first", "mean", "pair", "first_and_mean", "attention")
 PREDICTS = ("wrong", "disagrees")
 
 
@@ -27,6 +27,10 @@ class RampKind:
             first: layer k's first token, as the paper.
             mean: the mean of layer k's tokens. They must all be there before the ramp is asked, so
                 an input that leaves at layer k costs k layers, not about k - 5/6 (`engine`).
+            pair: of the means u and v of the two texts' tokens: (u + v) / 2, u - v and |u - v|, for
+                tasks that ask how two texts stand to each other. These are the features of
+                Sentence-BERT (Reimers and Gurevych, EMNLP 2019), u and v turned by 45 degrees, so
+                that a text alone, which is its own pair, is read as by `mean`. Costs as mean.
             first_and_mean: layer k's first token, and the mean of layer k-1's tokens (of the
                 embeddings for k = 1), which are there anyway: k - 5/6 layers.
             attention: layer k's tokens, weighted by a softmax over a learned score of each
@@ -66,7 +70,12 @@ class RampKind:
     @property
     def reads_tokens(self) -> bool:
         """Must all tokens of the layer be there before the ramp is asked?"""
-        return self.reads in ("mean", "attention")
+        return self.reads in ("mean", "pair", "attention")
+
+    @property
+    def parts(self) -> int:
+        """Of how many vectors (H,) are the features that a ramp reads put together?"""
+        return {"first_and_mean": 2, "pair": 3}.get(self.reads, 1)
 
 
 PAPER = RampKind()
@@ -87,8 +96,7 @@ class Ramp(nn.Module):
     ) -> None:
         super().__init__()
         self.kind = kind
-        self.parts = 2 if kind.reads == "first_and_mean" else 1
-        self.num_features = self.parts * hidden_size
+        self.num_features = kind.parts * hidden_size
         self.pooler = nn.Linear(self.num_features, hidden_size)
         self.dropout = nn.Dropout(dropout)
         seen = num_labels if kind.sees_previous else 0
@@ -104,21 +112,31 @@ class Ramp(nn.Module):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
         self.register_buffer("shift", torch.zeros(self.num_features))
-        self.register_buffer("scale", torch.ones(() if self.parts == 1 else self.num_features))
+        self.register_buffer("scale", torch.ones(() if kind.parts == 1 else self.num_features))
 
-    def read(self, before_BSH: Tensor, after_BTH: Tensor, mask_BS: Tensor | None) -> Tensor:
+    def read(
+        self,
+        before_BSH: Tensor,
+        after_BTH: Tensor,
+        mask_BS: Tensor | None,
+        second_B: Tensor | None = None,
+    ) -> Tensor:
         """What the ramp takes from its layer: -> (B, F).
 
         Args:
             before_BSH: the states that went into the layer.
             after_BTH: those that came out; the first token is enough unless `kind.reads_tokens`.
             mask_BS: True or 1 at real tokens; None: all are.
+            second_B: where each input's second text begins (`second_text`); for `pair`.
         """
         reads = self.kind.reads
         if reads == "first":
             return after_BTH[:, 0]
         if reads == "mean":
             return _mean(after_BTH, mask_BS)
+        if reads == "pair":
+            assert second_B is not None
+            return _pair(after_BTH, mask_BS, second_B)
         if reads == "first_and_mean":
             return torch.cat([after_BTH[:, 0], _mean(before_BSH, mask_BS)], -1)
         score_BT = self.attention(after_BTH).squeeze(-1)
@@ -135,9 +153,11 @@ class Ramp(nn.Module):
         for the optimizer. One scale for all features of a token, so that none that is mere rounding
         noise is blown up. shift and scale could be folded into the pooler: it stays the same ramp.
         """
-        scales = []
-        for part_NH in features_NF.chunk(self.parts, -1):
+        scales: list[Tensor] = []
+        for part_NH in features_NF.chunk(self.kind.parts, -1):
             deviation = part_NH.var(0, correction=0).mean().sqrt()
+            if deviation == 0 and self.kind.reads == "pair" and scales:
+                deviation = torch.ones_like(deviation)  # single texts have no difference
             if not deviation > 0:
                 raise UserError(
                     "stages.2.standardize=true: what a ramp reads does not vary over the "
@@ -146,10 +166,10 @@ class Ramp(nn.Module):
                 )
             scales.append(1 / deviation)
         self.shift.copy_(features_NF.mean(0))
-        if self.parts == 1:
+        if self.kind.parts == 1:
             self.scale.copy_(scales[0])
         else:
-            width = self.num_features // self.parts
+            width = self.num_features // self.kind.parts
             self.scale.copy_(torch.stack(scales).repeat_interleave(width))
 
     def forward(self, features_BF: Tensor, previous_BC: Tensor | None = None) -> Tensor:
@@ -204,6 +224,29 @@ def _mean(states_BSH: Tensor, mask_BS: Tensor | None) -> Tensor:
         return states_BSH.mean(1)
     mask_BS1 = mask_BS[..., None].to(states_BSH.dtype)
     return (states_BSH * mask_BS1).sum(1) / mask_BS1.sum(1)
+
+
+def _pair(states_BSH: Tensor, mask_BS: Tensor | None, second_B: Tensor) -> Tensor:
+    """(B, S, H) -> (B, 3 H), as `RampKind` says."""
+    place_S = torch.arange(states_BSH.shape[1], device=states_BSH.device)
+    first_BS = place_S < second_B[:, None]
+    second_BS = ~first_BS
+    if mask_BS is not None:
+        first_BS, second_BS = first_BS & mask_BS.bool(), second_BS & mask_BS.bool()
+    second_BS = torch.where(second_BS.any(1, keepdim=True), second_BS, first_BS)
+    first_BH, second_BH = _mean(states_BSH, first_BS), _mean(states_BSH, second_BS)
+    apart_BH = first_BH - second_BH
+    return torch.cat([(first_BH + second_BH) / 2, apart_BH, apart_BH.abs()], -1)
+
+
+def second_text(input_ids_BS: Tensor, separator: int) -> Tensor:
+    """Where the second text of each input begins, behind the first separator: (B, S) ids -> (B,).
+
+    Where there is none it is where the text ends, or S.
+    """
+    separates_BS = input_ids_BS == separator
+    first_B = separates_BS.int().argmax(1) + 1
+    return torch.where(separates_BS.any(1), first_B, input_ids_BS.shape[1])
 
 
 def make(

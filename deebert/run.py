@@ -64,6 +64,8 @@ def train(cfg: DictConfig) -> float | None:
         tokenizer = backbones.tokenizer(config["backbone"])
         tokenizer_files = backbones.tokenizer_files(tokenizer)
         model = EarlyExitModel.from_backbone(config["backbone"], task.num_labels, config["ramp"])
+    if model.ramp_kind.reads == "pair":
+        model.backbone.separator = tokenizer.sep_token_id
     if len(model.ramps) < 2 and trains_ramps(config["objective"]["name"]):
         raise UserError(
             f"backbone {config['backbone']['name']} has one layer: nothing to leave early (it can "

@@ -33,6 +33,7 @@ MORE = {  # what the published models of a type have switched on, or call otherw
     "modernbert": {"local_attention": 6},
 }
 NUM_LAYERS = 4
+SEPARATOR = 3
 
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -65,6 +66,8 @@ def inputs_of(model_type: str, lengths: list[int], seed: int = 0) -> list[dict]:
     found = []
     for length in lengths:
         given = {"input_ids": torch.randint(5, 60, (length,), generator=random).tolist()}
+        if length % 3:  # two texts, and some that are alone
+            given["input_ids"][length // 2] = SEPARATOR
         if model_type in ("bert", "electra"):
             given["token_type_ids"] = [int(i > length // 2) for i in range(length)]
         found.append(given)

@@ -176,7 +176,7 @@ def bad_input(tmp_path: Path, glue: Path, stage1: Path, stage2: Path) -> dict[st
         "an option it lacks": (train, (*mrpc, here, "objective=joint", "+objective.temperature=2"), "objective.temperature: joint has no options"),
         "a share above 1": (train, (*mrpc, here, "objective=mixed", "objective.final_share=2"), "objective.final_share=2 must be a number between 0 and 1"),
         "no temperature": (train, (*mrpc, here, "objective=distill", "objective.temperature=0"), "objective.temperature=0 must be a number between 0.01 and 100"),
-        "unknown features": (train, (*mrpc, here, "ramp.reads=last"), "ramp.reads 'last' is unknown; choose one of: first, mean, first_and_mean, attention"),
+        "unknown features": (train, (*mrpc, here, "ramp.reads=last"), "ramp.reads 'last' is unknown; choose one of: first, mean, pair, first_and_mean, attention"),
         "a pooler half shared": (train, (*mrpc, here, "ramp.shared_pooler=half"), "ramp.shared_pooler=half must be true or false"),
         "a ramp setting too many": (train, (*mrpc, here, "+ramp.depth=2"), "ramp setting 'depth' is unknown; choose one of: reads, shared_pooler, sees_previous"),
         "a regression has no classes": (train, ("task=stsb", "objective=exit_weighted"), "objective=exit_weighted needs classes"),

@@ -72,7 +72,7 @@ def test_the_choices_that_the_project_promises() -> None:
     promised = "bert-base bert-large roberta-base roberta-large distilbert minilm tiny"
     assert choices("backbone") == sorted(promised.split())
     assert choices("objective") == sorted([*OBJECTIVES, "paper"])
-    promised = "first mean first_and_mean attention shared cascade"
+    promised = "first mean pair first_and_mean attention shared cascade"
     assert set(choices("ramp")) >= set(promised.split())
     assert choices("experiment") == ["best", "deebert_paper", "demo"]
 

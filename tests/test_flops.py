@@ -86,7 +86,7 @@ def test_every_kind_of_ramp_equals_the_counted_one(reads, sees_previous):
 
     def run() -> None:
         for each in model.all_ramps:
-            each(each.read(hidden_BSH, hidden_BSH, mask_BS), torch.zeros(1, 3))
+            each(each.read(hidden_BSH, hidden_BSH, mask_BS, torch.tensor([9])), torch.zeros(1, 3))
 
     assert flops.ramps(sizes, 16, 4, range(1, 5)) == counted(run)
     deep = flops.plain(sizes, 16, 2, (1, 2))

@@ -308,7 +308,7 @@ def layer_of(name: str) -> int:
 
 
 @pytest.mark.parametrize("objective", SHARES)
-@pytest.mark.parametrize("ramp", ["first", "mean", "first_and_mean", "attention"])
+@pytest.mark.parametrize("ramp", ["first", "mean", "pair", "first_and_mean", "attention"])
 def test_gradients_flow_as_worked_out_by_hand(objective: str, ramp: str, glue: Path) -> None:
     module, _ = build("stage 1", glue, objective=objective, ramp=ramp)
     model, labels = module.model.eval(), torch.tensor([0, 1, 1, 0])

@@ -12,14 +12,14 @@ from test_module import SaveAndStop, build, fit, plain, source, tokens
 from test_module import pytestmark as pytestmark
 from torch import Tensor
 
-from deebert import checkpoints
+from deebert import checkpoints, ramps
 from deebert.errors import UserError
 from deebert.frozen import FrozenStates
 from deebert.model import EarlyExitModel
 from deebert.ramps import PAPER, READS, Ramp, RampKind
 
 Run = Callable[..., str]
-KINDS = ("first", "mean", "first_and_mean", "attention", "shared", "cascade")
+KINDS = ("first", "mean", "pair", "first_and_mean", "attention", "shared", "cascade")
 BEFORE = torch.tensor([[[1.0, 2.0], [3.0, 8.0], [9.0, 9.0]], [[0.0, 3.0], [3.0, 3.0], [6.0, 0.0]]])
 AFTER = torch.tensor([[[5.0, 1.0], [1.0, 3.0], [7.0, 7.0]], [[2.0, 0.0], [4.0, 1.0], [0.0, 5.0]]])
 MASK = torch.tensor([[1, 1, 0], [1, 1, 1]])
@@ -59,6 +59,51 @@ def test_what_is_read(reads: str, expected: list, mask: Tensor) -> None:
         assert torch.equal(ramp.read(BEFORE, AFTER[:, :1], mask), torch.tensor(expected).float())
 
 
+SECOND = torch.tensor([1, 2])  # texts of 1 + 1 tokens, and of 2 + 1
+
+
+@pytest.mark.parametrize("mask", [MASK, MASK.bool()], ids=["int", "bool"])
+def test_two_texts_are_compared(mask: Tensor) -> None:
+    ramp = Ramp(2, 2, 0.0, RampKind("pair"))
+    first, second = [[5, 1], [(2 + 4) / 2, (0 + 1) / 2]], [[1, 3], [0, 5]]
+    expected = [
+        [(u + v) / 2 for u, v in zip(*pair, strict=True)]
+        + [u - v for u, v in zip(*pair, strict=True)]
+        + [abs(u - v) for u, v in zip(*pair, strict=True)]
+        for pair in zip(first, second, strict=True)
+    ]
+    found = ramp.read(BEFORE, AFTER, mask, SECOND)
+    assert ramp.num_features == 6
+    torch.testing.assert_close(found, torch.tensor(expected))
+    whole = ramp.read(BEFORE[1:], AFTER[1:], None, SECOND[1:])
+    torch.testing.assert_close(whole, found[1:])
+
+
+@pytest.mark.parametrize("ends", [MASK.sum(1), torch.tensor([3, 3])], ids=["closed", "open"])
+def test_a_text_alone_is_its_own_pair(ends: Tensor) -> None:
+    found = Ramp(2, 2, 0.0, RampKind("pair")).read(BEFORE, AFTER, MASK, ends)
+    mean = Ramp(2, 2, 0.0, RampKind("mean")).read(BEFORE, AFTER, MASK)
+    assert torch.equal(found, torch.cat([mean, torch.zeros(2, 4)], -1))
+
+
+def test_the_second_text_begins_behind_the_first_separator() -> None:
+    ids = torch.tensor(
+        [[2, 9, 3, 8, 3, 0], [2, 9, 9, 3, 0, 0], [7, 7, 7, 7, 7, 7], [3, 3, 3, 0, 0, 0]]
+    )
+    assert ramps.second_text(ids, 3).tolist() == [3, 4, 6, 1]
+
+
+def test_single_texts_can_be_standardized() -> None:
+    torch.manual_seed(0)
+    mean = 5 * torch.randn(500, 4)
+    ramp, alone = Ramp(4, 2, 0.0, RampKind("pair")), Ramp(4, 2, 0.0, RampKind("mean"))
+    ramp.standardize(torch.cat([mean, torch.zeros(500, 8)], -1))
+    alone.standardize(mean)
+    assert ramp.scale.tolist() == pytest.approx([alone.scale.item()] * 4 + [1] * 8)
+    with pytest.raises(UserError, match="does not vary over the 500 training rows"):
+        ramp.standardize(torch.ones(500, 12))
+
+
 @torch.no_grad()
 def test_attention_weighs_the_real_tokens() -> None:
     ramp = Ramp(2, 2, 0.0, RampKind("attention"))
@@ -78,11 +123,12 @@ def test_attention_weighs_the_real_tokens() -> None:
 def test_the_model_gives_each_ramp_its_layer(kind: str) -> None:
     model = model_of(kind)
     inputs = tokens()
+    inputs["input_ids"][:, 2] = 3  # the separator
     hidden, context = model.backbone.embed(**inputs)
-    previous, expected = None, []
+    previous, expected, second = None, [], torch.full([len(inputs["input_ids"])], 3)
     for index, ramp in enumerate(model.all_ramps):
         before, hidden = hidden, model.backbone.run_layer(index, hidden, context)
-        previous = ramp(ramp.read(before, hidden, inputs["attention_mask"]), previous)
+        previous = ramp(ramp.read(before, hidden, inputs["attention_mask"], second), previous)
         expected.append(previous)
     torch.testing.assert_close(model(**inputs), torch.stack(expected, 1))
 
@@ -91,6 +137,7 @@ def test_the_model_gives_each_ramp_its_layer(kind: str) -> None:
 @torch.no_grad()
 def test_padding_does_not_matter(kind: str) -> None:
     model, inputs = model_of(kind), tokens()
+    inputs["input_ids"][:, 2] = 3  # the separator
     together = model(**inputs)
     assert together.std(0).min() > 1e-3, "rows differ"
     for row, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
@@ -180,7 +227,9 @@ def test_standardized_both_parts_have_variance_1() -> None:
     assert ramp.scale.unique().tolist() == pytest.approx([1 / 5, 1e3], rel=0.1), "one for each part"
 
 
-@pytest.mark.parametrize(("kind", "width"), [("first_and_mean", 64), ("mean", 32), ("cascade", 32)])
+@pytest.mark.parametrize(
+    ("kind", "width"), [("first_and_mean", 64), ("mean", 32), ("pair", 96), ("cascade", 32)]
+)
 def test_the_cache_holds_what_each_ramp_reads(
     kind: str, width: int, glue: Path, tmp_path: Path
 ) -> None:
@@ -232,7 +281,7 @@ def test_new_ramps_are_published_as_what_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"reads": "last"}, "ramp.reads 'last' is unknown; choose one of: first, mean, first_and_mean, attention (ramp.reads=...)"),
+        ({"reads": "last"}, "ramp.reads 'last' is unknown; choose one of: first, mean, pair, first_and_mean, attention (ramp.reads=...)"),
         ({"reads": None}, "ramp.reads None is unknown"),
         ({"shared_pooler": "yes"}, "ramp.shared_pooler=yes must be true or false"),
         ({"sees_previous": 1}, "ramp.sees_previous=1 must be true or false"),
@@ -247,7 +296,7 @@ def test_wrong_values_are_named(values: dict, says: str) -> None:
 
 def test_tokens_are_needed_by_the_kinds_that_read_them_all() -> None:
     assert {reads: RampKind(reads).reads_tokens for reads in READS} == {
-        "first": False, "mean": True, "first_and_mean": False, "attention": True,
+        "first": False, "mean": True, "pair": True, "first_and_mean": False, "attention": True,
     }  # fmt: skip
 
 
@@ -280,7 +329,7 @@ def logits(folder: Path) -> Tensor:
     return load_file(folder / "records" / "validation.safetensors")["logits_NLC"]
 
 
-@pytest.mark.parametrize("ramp", [None, "mean", "first_and_mean", "cascade", "attention"])
+@pytest.mark.parametrize("ramp", [None, "mean", "pair", "first_and_mean", "cascade", "attention"])
 def test_stage_2_keeps_the_trained_ramps_or_makes_others(
     ramp: str | None, run: Run, trained: Path, tmp_path: Path
 ) -> None:
@@ -300,7 +349,7 @@ def test_stage_2_keeps_the_trained_ramps_or_makes_others(
         for k in (0, 1)
         if before[name := f"model.ramps.{k}.pooler.weight"].shape == after[name].shape
     ]
-    assert kept == {None: [True] * 2, "mean": [True] * 2, "first_and_mean": []}.get(ramp, [False] * 2)  # fmt: skip
+    assert kept == {None: [True] * 2, "mean": [True] * 2, "pair": [], "first_and_mean": []}.get(ramp, [False] * 2)  # fmt: skip
     if ramp in (None, "mean"):
         torch.testing.assert_close(logits(tmp_path), logits(trained), atol=1e-5, rtol=0)
 
