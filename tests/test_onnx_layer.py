@@ -65,6 +65,7 @@ def test_layer_with_its_ramp(kind, num_labels):
     hidden_BSH = torch.randn(4, 9, model.backbone.hidden_size)
     real_BS = torch.arange(9) < torch.tensor([[1], [9], [4], [2]])
     previous_BC = torch.randn(4, num_labels)
+    second_B = torch.tensor([1, 5, 9, 1])  # two texts, and in the first and third row one alone
     parts = model.backbone.parts(1)
     exact = SplitLayer(parts, model.backbone.num_heads, "float32", CPU)
     near = {"rtol": 1e-4, "atol": 1e-5}
@@ -75,10 +76,10 @@ def test_layer_with_its_ramp(kind, num_labels):
         for mask_BS in (real_BS, None):
             mask = None if mask_BS is None else mask_BS[:, None, None]
             after_BSH = exact(hidden_BSH, mask)
-            features_BF = ramp.read(hidden_BSH, after_BSH, mask_BS)
+            features_BF = ramp.read(hidden_BSH, after_BSH, mask_BS, second_B)
             for previous in (None, previous_BC):
                 logits_BC, unsure_B = ramp.judge(features_BF, previous)
-                new_BSH, (found_BC, found_B) = ours.with_ramp(hidden_BSH, mask, previous)
+                new_BSH, (found_BC, found_B) = ours.with_ramp(hidden_BSH, mask, previous, second_B)
                 torch.testing.assert_close(new_BSH, after_BSH, **near)
                 torch.testing.assert_close(found_BC, logits_BC, **near)
                 assert (found_B is None) == (unsure_B is None)
