@@ -120,6 +120,10 @@ RECIPES: dict[str, tuple[str, ...]] = {
     **{f"layer_drop_{k}": (DROPPING, f"{PRUNED}=[{few}]") for k, few in SPREAD.items()},
     **{f"student_{k}": (STAGE1, f"{STUDENT} {CUT.format(few)}") for k, few in SPREAD.items()},
 }
+# What experiment=best and exit=relative_entropy give, together.
+RECIPES["best"] = RECIPES["two_stage_pair"]
+RECIPES["two_stage_relative"] = RECIPES["two_stage"]
+RULE = dict.fromkeys(("best", "two_stage_relative"), "relative_entropy")  # the others: entropy
 # Runs that others go on from: their checkpoints (0.3 GB) stay.
 BEGUN = {steps[:end] for steps in RECIPES.values() for end in range(1, len(steps))}
 
@@ -212,9 +216,11 @@ class Runs:
         return folder
 
 
-def trade_off(record: Record, task: Task, reads_tokens: bool) -> dict[str, Any]:
-    """Score against saving, with thresholds chosen on other rows: by the learned exit score where
-    the ramps have one, else by the default rule.
+def trade_off(
+    record: Record, task: Task, reads_tokens: bool, exit: str | None = None
+) -> dict[str, Any]:
+    """Score against saving, with thresholds chosen on other rows: by the exit rule of this name, or
+    the learned exit score where the ramps have one, or the default rule.
 
     Returns:
         `rule`: its name; `ramps`: metrics of each; `wishes`: by target saving, the saving and
@@ -226,7 +232,8 @@ def trade_off(record: Record, task: Task, reads_tokens: bool) -> dict[str, Any]:
     ramps, most = curves.ramp_table(record, task), 1 - 1 / record.num_layers
     points, wishes = {0.0: ramps[-1]["score"], most: ramps[0]["score"]}, {}
     learned = record.unsure_NL is not None
-    rule = exits.named("learned", task.num_labels) if learned else exits.default(task.num_labels)
+    exit = exit or ("learned" if learned else None)
+    rule = exits.named(exit, task.num_labels) if exit else exits.default(task.num_labels)
     for saving in [saving for saving in GRID[1:] if saving < most]:
         wish = Wish(target_saving=saving)
         try:
@@ -274,7 +281,9 @@ def cell(runs: Runs, recipe: str, lines: list[str], name: str, data: Path) -> di
     record, header = records.load(folder / "records" / f"{results['split']}.safetensors")
     config = header["config"]
     reads_tokens = RampKind.from_config(config["ramp"]).reads_tokens
-    return found | trade_off(record, Task.from_config(config["task"]), reads_tokens)
+    return found | trade_off(
+        record, Task.from_config(config["task"]), reads_tokens, RULE.get(recipe)
+    )
 
 
 def save(found: dict[str, Any], file: Path) -> None:
@@ -298,12 +307,14 @@ def run_all(given: argparse.Namespace, found: dict[str, Any], file: Path) -> lis
     for seed, task, recipe in product(given.seeds, given.tasks, recipes):
         new: dict[str, Any] = {"task": task, "recipe": recipe, "seed": seed}
         key, kind = f"{task} {recipe} {seed}", "cells"
-        if task == "stsb" and any("objective=exit_weighted" in step for step in RECIPES[recipe]):
-            continue  # needs classes
+        needs_classes = recipe in RULE or "exit_weighted" in " ".join(RECIPES[recipe])
+        if task == "stsb" and needs_classes:
+            continue
         try:
             data, rows = subset(task, str(Path(given.root).absolute()), out)
             lines = commands(recipe, task, seed, given.overrides)
             new |= {"commands": lines, "rows": rows}
+            new |= {"rule": RULE[recipe]} if recipe in RULE else {}
             there = found["cells"].get(key, {})
             whole = "area" not in there or there.keys() >= {"rule", "half_the_work"}
             if not given.again and whole and new.items() <= there.items():

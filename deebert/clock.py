@@ -73,15 +73,15 @@ class Clock:
         """Seconds of the thresholds that were chosen or given, on the rows of the record."""
         rule, folds_N = question.rule, torch.zeros(len(record), dtype=torch.long)
         cases: list[list[Thresholds]] = [[given] for given in question.thresholds or ()]
-        fitted = question.wish is not None and question.wish.temperature
+        fitted = question.rule.asks_prior or (question.wish and question.wish.temperature)
         if found := results.get("calibration"):
             cases = [[found["thresholds"]]]
             if "fold_thresholds" in found and not fitted:
                 cases, folds_N = [found["fold_thresholds"]], calibrate.folds(len(record))
-            elif found["temperatures"]:
-                rule = replace(rule, temperatures=torch.tensor(found["temperatures"]))
-                if "fold_thresholds" in found:
-                    log.warning("temperature=true: timed on the rows that they were fitted on")
+            elif "fold_thresholds" in found:
+                log.warning("timed on the rows that temperatures or a prior were fitted on")
+            if fitted:
+                rule = rule.fitted(found["temperatures"], found["prior"])
         tokens = self.data.tokens(record.split)
         row_of = {index: row for row, index in enumerate(tokens["index"][:])}
         inputs = self._inputs(record.split, [row_of[index] for index in record.index_N.tolist()])

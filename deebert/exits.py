@@ -7,6 +7,7 @@ there. A row leaves at the first ramp whose score is strictly under its threshol
 Knows nothing of models, tasks or files. Shapes: N rows, L layers (= ramps), C labels.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,33 @@ def entropy(logits: Tensor) -> Tensor:
     """
     log_probabilities = torch.log_softmax(logits.float(), dim=-1)
     return -(log_probabilities.exp() * log_probabilities).sum(-1)
+
+
+def relative_entropy(logits: Tensor, prior: Sequence[float] | None = None) -> Tensor:
+    """How little was learned beyond a prior q: (..., C) -> (...), between 0 and ln(1 / min q).
+
+    ln(1 / min q) - KL(p || q), p the ramp's probabilities. Entropy takes a guess at the most
+    frequent class for certainty, so on unbalanced tasks rows of which nothing is known leave first,
+    all with the same answer; here such a guess says nothing. With a uniform prior it is entropy.
+
+    Args:
+        prior: q, C shares above 0; None: uniform.
+
+    Raises:
+        UserError: they are not such.
+    """
+    if prior is None:
+        return entropy(logits)
+    share_C = torch.tensor(prior, dtype=torch.float32)
+    if share_C.shape != logits.shape[-1:] or not (share_C > 0).all():
+        raise UserError(
+            f"exit.score.prior={list(prior)} must be {logits.shape[-1]} shares above 0, one for "
+            "each class, or null"
+        )
+    log_prior_C = (share_C / share_C.sum()).log()
+    log_probabilities = torch.log_softmax(logits.float(), dim=-1)
+    known = (log_probabilities.exp() * (log_probabilities - log_prior_C)).sum(-1)
+    return (-log_prior_C.min() - known).clamp_min(0)
 
 
 def probability(logits: Tensor) -> Tensor:
@@ -172,7 +200,8 @@ class Rule:
             engine evaluates only ramps that an input may leave at.
         reads: what `score` is given: `logits`, or `unsure`, the learned exit scores (N, L).
         temperatures: (L,) divides the logits of each ramp first; None for 1.
-        options: what else tells this rule from others of its name, for results.json.
+        options: what else tells this rule from others of its name, for results.json. A `prior` of
+            None among them is found on the calibration rows (`calibrate`).
     """
 
     name: str
@@ -229,9 +258,33 @@ class Rule:
             )
         return verdict
 
+    @property
+    def asks_prior(self) -> bool:
+        """Is there a prior, and is it to be found?"""
+        return "prior" in self.options and self.options["prior"] is None
+
+    @property
+    def prior(self) -> list[float] | None:
+        """What the scores are relative to; None for nothing, or where it is not found yet."""
+        return self.options.get("prior")
+
+    def fitted(self, temperatures: list[float] | None, prior: list[float] | None) -> "Rule":
+        """The same rule with what was once found on calibration rows."""
+        rule = self if prior is None else self.with_prior(prior)
+        if temperatures is None:
+            return rule
+        return replace(rule, temperatures=torch.tensor(temperatures))
+
+    def with_prior(self, prior: list[float]) -> "Rule":
+        """The same rule relative to this."""
+        score: Any = self.score  # of the kind that takes one
+        options = {**self.options, "prior": prior}
+        return replace(self, score=functools.partial(score, prior=prior), options=options)
+
     def grid(self, num: int = 200) -> list[float]:
         """Thresholds from conservative to aggressive that do not depend on any data."""
-        top = (self.largest or max(1.0, math.log(self.num_labels))) * 1.01
+        rarest = min(self.prior) / sum(self.prior) if self.prior else 1 / self.num_labels
+        top = (self.largest or max(1.0, -math.log(rarest))) * 1.01
         # Four digits, so that the one that is printed is the one that was tested.
         return [float(f"{top * 10 ** (-4 * (num - 1 - i) / (num - 1)):.4g}") for i in range(num)]
 
@@ -244,6 +297,9 @@ class Rule:
 # The rules of conf/exit/ for whoever has no Hydra: what their files say beside the name.
 RULES: dict[str, dict[str, Any]] = {
     "entropy": {"score": entropy, "looks_back": False},
+    "relative_entropy": {
+        "score": relative_entropy, "looks_back": False, "options": {"prior": None}
+    },
     "probability": {"score": probability, "largest": 1.0, "looks_back": False},
     "margin": {"score": margin, "largest": 1.0, "looks_back": False},
     "patience": {"score": patience, "largest": 1.0},

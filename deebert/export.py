@@ -160,7 +160,10 @@ def described(model: EarlyExitModel, task: Task, asked: Asked, precision: str) -
         "longest_input": model.backbone.longest_input,
         "pad_token_id": model.backbone.pad_token_id,
         "sep_token_id": model.config.get("sep_token_id"),  # known if a ramp asks
-        "rule": {"name": asked.rule.name, "options": dict(asked.rule.options)},
+        "rule": {
+            "name": asked.rule.name,  # a prior goes with each wish that it was found for
+            "options": {n: v for n, v in asked.rule.options.items() if n != "prior"},
+        },
         "asked": {"wish": dict(asked.wish), **_granted(asked)},
         "savings": [],
         "token_type_ids": False,
@@ -174,6 +177,7 @@ def _granted(asked: Asked) -> dict[str, Any]:
     return {
         "thresholds": asked.thresholds,
         "temperatures": None if temperatures is None else temperatures.tolist(),
+        "prior": asked.rule.prior,
         **{name: expected[name] for name in EXPECTED if expected.get(name) is not None},
     }
 

@@ -66,6 +66,17 @@ def entropy(logits_BKC: np.ndarray, unsure_B: Unsure) -> Verdict:
     return _entropy(logits_BKC[:, -1]), logits_BKC[:, -1]
 
 
+def relative_entropy(
+    logits_BKC: np.ndarray, unsure_B: Unsure, prior: Sequence[float] | None = None
+) -> Verdict:
+    if prior is None:
+        return entropy(logits_BKC, unsure_B)
+    log_prior_C = np.log(np.array(prior, np.float32) / np.float32(sum(prior)))
+    log_shares = _log_softmax(logits_BKC[:, -1])
+    known_B = (np.exp(log_shares) * (log_shares - log_prior_C)).sum(-1)
+    return np.maximum(-log_prior_C.min() - known_B, 0), logits_BKC[:, -1]
+
+
 def probability(logits_BKC: np.ndarray, unsure_B: Unsure) -> Verdict:
     ordered_BC = np.sort(_shares(logits_BKC[:, -1]), -1)
     return ordered_BC[:, :-1].sum(-1), logits_BKC[:, -1]
@@ -118,7 +129,8 @@ def learned(logits_BKC: np.ndarray, unsure_B: Unsure) -> Verdict:
 RULES: dict[str, Callable[..., Verdict]] = {
     rule.__name__: rule
     for rule in (
-        entropy, probability, margin, patience, confident_patience, change, ensemble, vote, learned
+        entropy, relative_entropy, probability, margin, patience, confident_patience, change,
+        ensemble, vote, learned,
     )
 }  # fmt: skip
 
@@ -242,7 +254,7 @@ class Runner:
         threshold: float | Sequence[float] | None = None,
         target_saving: float | None = None,
     ) -> dict[str, Any]:
-        """Thresholds and temperatures of a wish, as `run` takes them."""
+        """Thresholds, temperatures and prior of a wish, as `run` takes them."""
         if threshold is not None and target_saving is not None:
             raise RunnerError("threshold= and target_saving=: ask for one of them")
         if threshold is not None:
@@ -258,13 +270,14 @@ class Runner:
                     "export it with the saving that you want"
                 )
             found = known[target_saving]
-        return {name: found[name] for name in ("thresholds", "temperatures")}
+        return {name: found.get(name) for name in ("thresholds", "temperatures", "prior")}
 
     def run(
         self,
         inputs: Sequence[Mapping[str, Sequence[int]]],
         thresholds: float | Sequence[float],
         temperatures: Sequence[float] | None = None,
+        prior: Sequence[float] | None = None,
     ) -> Answers:
         """Answer tokens.
 
@@ -274,6 +287,7 @@ class Runner:
             thresholds: one for all ramps, or L-1; an input leaves at the first ramp whose score is
                 strictly under its threshold.
             temperatures: they divide the logits of each ramp first.
+            prior: for the exit rule `relative_entropy`.
         """
         inputs = [self._cut(given) for given in inputs]
         limits_L = self._limits(thresholds)
@@ -287,7 +301,7 @@ class Runner:
             for start in range(0, len(inputs), WINDOW):
                 window = range(start, min(start + WINDOW, len(inputs)))
                 for rows in _by_length(window, inputs):
-                    self._run(rows, inputs, limits_L, temperatures, out)
+                    self._run(rows, inputs, limits_L, temperatures, prior, out)
         return out
 
     def _run(
@@ -296,9 +310,11 @@ class Runner:
         inputs: Sequence[Mapping[str, Sequence[int]]],
         limits_L: np.ndarray,
         temperatures: Sequence[float] | None,
+        prior: Sequence[float] | None,
         out: Answers,
     ) -> None:
         """Run a batch until all have left, and write their answers down."""
+        options = self.options if prior is None else {**self.options, "prior": prior}
         rows_B = np.array(rows)
         length_B = np.array([len(inputs[row]["input_ids"]) for row in rows])
         batch = [inputs[row] for row in rows]
@@ -328,7 +344,7 @@ class Runner:
             if temperatures is not None:
                 ramps_BKC = ramps_BKC / np.array(temperatures[: index + 1], np.float32)[:, None]
             unsure_B = found["unsure"][:, 0] if "unsure" in found else None
-            score_B, answer_BC = self.rule(ramps_BKC, unsure_B, **self.options)
+            score_B, answer_BC = self.rule(ramps_BKC, unsure_B, **options)
             leave_B = (score_B < limits_L[index]) & np.isfinite(answer_BC).all(1)
             if not leave_B.any():
                 continue

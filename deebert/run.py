@@ -147,7 +147,7 @@ def evaluate(cfg: DictConfig) -> float | None:
         named = chosen_on or data.eval_splits[0]
         columns = data.tokens(named)
         labelled = "label" in columns.column_names
-        calibrate.check(len(columns), labelled, named, task, asked.wish)
+        calibrate.check(len(columns), labelled, named, task, asked.rule, asked.wish)
     remembered = origin.config | {key: config[key] for key in ("task", "data", "backbone")}
     module = EarlyExitModule(model, remembered, origin.tokenizer_files)
     callback = EarlyExitEvaluation(None, asked, chosen_on, config["analysis"], str(config["ckpt"]))

@@ -240,6 +240,11 @@ def _promise(found: dict[str, Any], metric: str) -> list[str]:
     if found["temperatures"]:
         listed = ",".join(f"{value:.9g}" for value in found["temperatures"])
         lines.append(f"To use the threshold again: temperature=[{listed}]")
+    if found["prior"]:
+        listed = ",".join(f"{value:.6g}" for value in found["prior"])
+        lines.append(
+            f"To use the threshold again: exit={found['rule']} exit.score.prior=[{listed}]"
+        )
     if idle := found.get("folds_at_full_depth"):
         lines.append(f"Note: in {idle} folds four fifths of the rows were too few: full depth.")
     wish = found["wish"]

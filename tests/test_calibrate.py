@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -138,6 +139,46 @@ def test_cross_fitting_reports_every_row_once() -> None:
     assert sum(found["measured"]["exit_counts"]) == 503
     assert found["calibration_split"] == "validation, cross-fitted in 5 folds"
     assert found["measured"]["expected_saving"] == pytest.approx(0.4, abs=0.02)
+
+
+def unbalanced(num_rows: int, seed: int) -> Record:
+    """Of class 1 are three in ten; each ramp says what Bayes would, the early ones know little."""
+    random = torch.Generator().manual_seed(seed)
+    labels_N = (torch.rand(num_rows, generator=random) < 0.3).long()
+    mean_L = torch.linspace(0.3, 1.0, 5)
+    seen_NL = (2.0 * labels_N - 1)[:, None] * mean_L + torch.randn(num_rows, 5, generator=random)
+    gap_NL = 2 * mean_L * seen_NL - math.log(7 / 3)
+    logits_NLC = torch.stack([-gap_NL / 2, gap_NL / 2], -1)
+    every = torch.arange(num_rows)
+    return Record("validation", logits_NLC, labels_N, every, every + 1)
+
+
+def test_the_prior_is_what_serves_the_metric() -> None:
+    seen, unseen, wish = unbalanced(4000, 1), unbalanced(20_000, 2), Wish(target_saving=0.5)
+    rule = exits.named("relative_entropy", 2)
+    scores = {}
+    for name, prior in (("mrpc", [0.7, 0.3]), ("sst2", [0.5, 0.5])):
+        choice = choose(seen, task(name), rule, wish)
+        assert choice.rule.prior == pytest.approx(prior, abs=0.02), name
+        found = calibration(seen, [unseen], task(name), rule, wish)
+        assert found["prior"] == choice.rule.prior
+        scores[name] = found["measured"]["score"]
+        assert found["measured"]["expected_saving"] == pytest.approx(0.5, abs=0.02)
+    by_entropy = calibration(seen, [unseen], task("mrpc"), RULE, wish)["measured"]["score"]
+    assert scores["mrpc"] > by_entropy + 0.04
+    accuracy = calibration(seen, [unseen], task("sst2"), RULE, wish)["measured"]["score"]
+    assert scores["sst2"] == pytest.approx(accuracy, abs=1e-9), "a uniform prior is entropy"
+
+
+def test_a_promise_has_no_prior_and_a_prior_needs_labels() -> None:
+    record, rule = unbalanced(2000, 1), exits.named("relative_entropy", 2)
+    promise = Wish(max_drop=0.05)
+    choice, expected = (choose(record, task("mrpc"), each, promise) for each in (rule, RULE))
+    assert (choice.rule.prior, choice.thresholds) == (None, expected.thresholds)
+    unlabelled = dataclasses.replace(record, labels_N=None)
+    with pytest.raises(UserError, match="exit=relative_entropy without a prior needs labels"):
+        choose(unlabelled, task("mrpc"), rule, Wish(target_saving=0.4))
+    choose(unlabelled, task("mrpc"), rule.with_prior([0.7, 0.3]), Wish(target_saving=0.4))
 
 
 @pytest.mark.parametrize("name", ["vote", "ensemble", "patience", "entropy"])

@@ -67,7 +67,7 @@ def test_the_recommended_recipe_on_a_finished_stage_1(
     """Its ramp is as good as said: the one of the checkpoint must not take its place."""
     run("train.py", "stage=2", f"ckpt={stage1}", "experiment=best", "stages.2.epochs=1",
         "logger=csv", f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
-    assert results(tmp_path / "run")["ramp"]["reads"] == "mean"
+    assert results(tmp_path / "run")["ramp"]["reads"] == "pair"
     found = weights(tmp_path / "run")
     assert found["model.ramps.0.shift"].abs().sum() > 0, "standardized"
 

@@ -101,7 +101,7 @@ def test_an_experiment_overrides_the_defaults() -> None:
 def test_the_recommended_recipe() -> None:
     """Stage 1 is left alone, so that it fits any backbone, and one that is fine-tuned already."""
     cfg, default = composed("experiment=best", "task=mrpc"), composed("task=mrpc")
-    assert cfg.ramp.reads == "mean"
+    assert cfg.ramp.reads == "pair"
     assert cfg.stages["2"].standardize is True
     assert cfg.stages["1"] == default.stages["1"]
     assert cfg.objective == default.objective

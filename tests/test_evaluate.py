@@ -93,7 +93,7 @@ def test_a_record_answers_without_model_or_data(
     assert results(tmp_path / "both")["curve"] == results(stage2)["curve"]
 
 
-@pytest.mark.parametrize("rule", ["entropy", "probability", "margin", "patience", "confident_patience", "ensemble", "vote"])  # fmt: skip
+@pytest.mark.parametrize("rule", ["entropy", "relative_entropy", "probability", "margin", "patience", "confident_patience", "ensemble", "vote"])  # fmt: skip
 def test_every_rule_grants_a_saving(run: Run, rule: str, stage2: Path, tmp_path: Path) -> None:
     run("evaluate.py", f"record={stage2}", f"exit={rule}", "target_saving=0.3", f"hydra.run.dir={tmp_path}")  # fmt: skip
     found = results(tmp_path)

@@ -55,6 +55,35 @@ def test_probability_and_margin_by_hand() -> None:
     assert 0 < exits.probability(sure).item() < 1e-8, "1 - p in float32 would be 0"
 
 
+def test_relative_entropy_by_hand() -> None:
+    prior = [0.8, 0.2]
+    p = torch.tensor([[0.5, 0.5], [0.8, 0.2], [1 - 1e-9, 1e-9], [1e-9, 1 - 1e-9]])
+    known = [
+        0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2),
+        0,
+        -math.log(0.8),
+        -math.log(0.2),
+    ]
+    expected = [math.log(5) - each for each in known]
+    assert exits.relative_entropy(p.log(), prior).tolist() == pytest.approx(expected, abs=1e-6)
+    assert exits.relative_entropy(p.log(), [8, 2]).tolist() == pytest.approx(expected, abs=1e-6)
+    random = torch.randn(50, 4, 3, generator=torch.Generator().manual_seed(0))
+    for uniform in (None, [1 / 3] * 3):
+        torch.testing.assert_close(exits.relative_entropy(random, uniform), entropy(random))
+    rule = exits.named("relative_entropy", 2)
+    assert rule.asks_prior
+    found = rule.fitted(None, prior)
+    assert (found.asks_prior, found.prior, rule.prior) == (False, prior, None)
+    assert found(p.log()[:, None]).score_NL[:, 0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert found.grid()[-1] > math.log(5), "all leave"
+
+
+@pytest.mark.parametrize("prior", [[1.0], [0.5, 0.5, 0.0], [0.5, -0.1, 0.6], []])
+def test_a_prior_has_a_share_of_each_class(prior: list[float]) -> None:
+    with pytest.raises(UserError, match=r"exit.score.prior=\[.*must be 3 shares above 0"):
+        exits.relative_entropy(torch.zeros(2, 3), prior)
+
+
 def test_patience_counts_agreements_in_a_row() -> None:
     """PABEE with patience p is the threshold 1/p, against its counter written out."""
     random = torch.Generator().manual_seed(0)

@@ -254,7 +254,8 @@ def test_rules_are_those_of_exits(num_labels: int) -> None:
             continue
         rule = exits.named(name, num_labels)
         told = [dict(rule.options)]
-        told += [{"patience": patience} for patience in (1, 3)] if rule.options else []
+        told += [{"patience": patience} for patience in (1, 3)] if "patience" in told[0] else []
+        told += [{"prior": [0.1, *[0.9] * (num_labels - 1)]}] if "prior" in told[0] else []
         for options in told:
             again = exits.Rule(
                 name, lambda read, rule=rule, options=options: rule.score(read, **options), num_labels,

@@ -53,7 +53,7 @@ def test_cells_are_made_once(
     # cut_5 fails: the tiny backbone has 3 layers.
     given = ["--root", str(glue), "--out", str(tmp_path / "out"), "--results", str(tmp_path),
              "--tasks", "mrpc", "--recipes", "cut_5", "two_stage", "two_stage_mean",
-             "--overrides", "backbone=tiny", "data.max_length=64", "stages.1.epochs=1"]  # fmt: skip
+             "two_stage_relative", "--overrides", "backbone=tiny", "data.max_length=64", "stages.1.epochs=1"]  # fmt: skip
     assert quality.main(given) == 1
     stages = [next(word for word in told if word.startswith("stage=")) for told in commands]
     assert stages == ["stage=1", "stage=1", "stage=2", "stage=2"], "stage 1 is shared"
@@ -61,8 +61,11 @@ def test_cells_are_made_once(
     found = json.loads((tmp_path / "quality.json").read_text())
     assert list(found["failed"]) == ["mrpc cut_5 1"]
     assert "backbone.layers" in found["failed"]["mrpc cut_5 1"]["error"]
-    assert list(found["cells"]) == ["mrpc plain 1", "mrpc two_stage 1", "mrpc two_stage_mean 1"]
-    plain, first, mean = found["cells"].values()
+    recipes = ("plain", "two_stage", "two_stage_mean", "two_stage_relative")
+    assert list(found["cells"]) == [f"mrpc {recipe} 1" for recipe in recipes]
+    plain, first, mean, relative = found["cells"].values()
+    assert (first["rule"], relative["rule"]) == ("entropy", "relative_entropy")
+    assert (first["commands"], first["ramps"]) == (relative["commands"], relative["ramps"])
     assert plain["full"] == first["full"] == mean["full"], "the same final classifier"
     assert "area" not in plain
     assert [len(cell["seconds"]) for cell in (plain, first, mean)] == [1, 2, 2]

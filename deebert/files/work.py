@@ -10,7 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,19 +153,18 @@ class Work:
         return {
             "rule": asked.rule.name,
             "temperatures": None if temperatures is None else temperatures.tolist(),
+            "prior": asked.rule.prior,
             "thresholds": asked.thresholds,
         }
 
     def asked(self, found: Mapping[str, Any]) -> "Asked":
         """What was found at the first start, as the classifier takes it."""
-        import torch
 
         from deebert import exits
         from deebert.classifier import Asked
 
         rule = exits.named(found["rule"], self.classifier.task.num_labels)
-        if found["temperatures"] is not None:
-            rule = replace(rule, temperatures=torch.tensor(found["temperatures"]))
+        rule = rule.fitted(found["temperatures"], found.get("prior"))
         return Asked(rule, found["thresholds"], self.job["wish"])
 
     def layout(self, kind: str) -> rows_out.Layout:
