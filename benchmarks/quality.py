@@ -332,9 +332,14 @@ def run_all(given: argparse.Namespace, found: dict[str, Any], file: Path) -> lis
     return failed
 
 
+def _apart(word: str) -> list[str]:
+    """An option and its value, also where they are written as one word."""
+    return word.split("=", 1) if word.startswith(("--root=", "--out=", "--results=")) else [word]
+
+
 def told(arguments: list[str]) -> str:
     """The command for anyone to repeat: without the folders of this machine."""
-    words = iter(arguments)
+    words = iter([part for word in arguments for part in _apart(word)])
     kept = ["python", "benchmarks/quality.py"]
     for word in words:
         if word in ("--root", "--out", "--results"):

@@ -86,17 +86,13 @@ class Backbone(nn.Module):
         return int(self.encoder.config.pad_token_id or 0)
 
     @property
-    def separator(self) -> int:
-        """Id of the token behind the first of two texts, kept with the configuration.
-
-        Raises:
-            UserError: there is none.
-        """
-        return _separator(getattr(self.encoder.config, "sep_token_id", None))
+    def separator(self) -> int | None:
+        """Id of the token behind the first of two texts, kept with the configuration."""
+        return getattr(self.encoder.config, "sep_token_id", None)
 
     @separator.setter
     def separator(self, token: int | None) -> None:
-        self.encoder.config.sep_token_id = _separator(token)
+        self.encoder.config.sep_token_id = token
 
     @property
     def longest_input(self) -> int:
@@ -142,15 +138,6 @@ class Backbone(nn.Module):
         """What layer number `index` is made of, or None where it can only be run as a whole."""
         parts = self.architecture.parts
         return None if parts is None else parts(self.layers[index])
-
-
-def _separator(token: int | None) -> int:
-    if token is None:
-        raise UserError(
-            "ramp.reads=pair needs a tokenizer with a separator between texts; this one has none, "
-            "use ramp=mean"
-        )
-    return token
 
 
 def from_config(config: Mapping[str, Any]) -> Backbone:

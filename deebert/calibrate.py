@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deebert import curves, per_ramp, risk
+from deebert import curves, exits, per_ramp, risk
 from deebert.curves import Thresholds
 from deebert.errors import UserError, unknown
 from deebert.exits import Rule, Verdict, exit_layer
@@ -129,7 +129,7 @@ def choose(record: Record, task: Task, rule: Rule, wish: Wish) -> Choice:
     if wish.max_drop is not None:
         return Choice(rule, _promised(record, task, rule, wish))
     if rule.asks_prior:
-        rule = _relative(record, task, rule)
+        rule = relative(record, task, rule)
     verdict = curves.judged(rule, record)
     if wish.target_speedup is not None:
         return Choice(rule, _fast_enough(record, verdict, rule, wish))
@@ -150,19 +150,19 @@ def choose(record: Record, task: Task, rule: Rule, wish: Wish) -> Choice:
     return Choice(rule, threshold)
 
 
-def _relative(record: Record, task: Task, rule: Rule) -> Rule:
+def relative(record: Record, task: Task, rule: Rule) -> Rule:
     """The rule relative to the prior under which the score stays highest as more is saved.
 
     A uniform one is entropy, which serves the accuracy best. With the frequencies of the classes
     rows that look like most leave late; with their inverse, those that look like few: which of
-    them helps F1 or Matthews' correlation depends on what these count. Three choices on hundreds
-    of rows hardly overfit. A promise is about the accuracy, so it stays with entropy.
+    them helps F1 or Matthews' correlation depends on what these count. Compared at the same savings
+    whatever is asked, so that asking for more does not change the rule.
     """
     assert record.labels_N is not None
     counts_C = torch.bincount(record.labels_N.long(), minlength=task.num_labels) + 1.0
     best, found = -np.inf, rule
     for power in (0, 1, -1):
-        tried = rule.with_prior((counts_C**power / (counts_C**power).sum()).tolist())
+        tried = rule.fitted(prior=(counts_C**power / (counts_C**power).sum()).tolist())
         verdict, total = curves.judged(tried, record), 0.0
         for threshold in curves.thresholds_for(verdict.score_NL, PRIOR_SAVINGS):
             layer_N = exit_layer(verdict.score_NL, threshold)
@@ -180,17 +180,20 @@ def check(num_rows: int, has_labels: bool, split: str, task: Task, rule: Rule, w
         UserError: labels are needed and missing, or the wish does not fit the task.
     """
     where = f"split {split!r}"
+    if rule.asks_prior and wish.max_drop is not None:
+        raise UserError(exits.NO_PRIOR.format(rule.name))
     if not has_labels:
         for flag, needed in (
             ("temperature=true", wish.temperature),
-            (f"exit={rule.name} without a prior", rule.asks_prior and wish.max_drop is None),
+            (f"exit={rule.name} without exit.prior=[...]", rule.asks_prior),
             ("per_ramp=true", wish.per_ramp),
             ("max_drop with loss=excess", wish.max_drop is not None and wish.loss == "excess"),
         ):
             if needed:
                 raise UserError(
                     f"{flag} needs labels, and {where} has none; calibrate on a labelled split "
-                    "(calibration=validation), or use target_saving= or loss=disagreement"
+                    "(calibration=validation), or use target_saving= by entropy, or "
+                    "loss=disagreement"
                 )
     if task.is_regression and (wish.max_drop is not None or wish.per_ramp or wish.temperature):
         raise UserError(
@@ -342,18 +345,16 @@ def calibration(
     else:
         layer_N, predictions_N = choice(reported, task)
         split = held_out.split
-    temperatures = choice.rule.temperatures
     promised = expected(seen, task, choice, len(reported))
     if wish.costs is not None:
         promised |= {
             "time_speed_up": expected_speedup(seen, choice(seen, task)[0], wish),
             "costs": list(wish.costs),
         }
-    found = {
+    found: dict[str, Any] = {
         "wish": wish.plain(),
         "rule": rule.name,
-        "temperatures": None if temperatures is None else temperatures.tolist(),
-        "prior": choice.rule.prior,
+        **choice.rule.fit,
         "thresholds": choice.thresholds,
         "calibration_split": split,
         "num_calibration": promising_rows(len(seen), wish),

@@ -6,7 +6,7 @@ Everything in it comes from the run's configuration and records. Knows no weight
 from collections.abc import Mapping
 from typing import Any
 
-from deebert import curves, exits
+from deebert import calibrate, curves, exits
 from deebert.checkpoints import Checkpoint
 from deebert.records import HELD_OUT, Record
 from deebert.saved import Saved
@@ -74,6 +74,8 @@ def _scores(record: Record, task: Task, what: Saved) -> list[str]:
         return [*lines, "The ramps before the last are not trained.", ""]
     num_labels = task.num_labels
     rule = exits.named(what.exit, num_labels) if what.exit else exits.default(num_labels)
+    if rule.asks_prior:
+        rule = calibrate.relative(record, task, rule)
     verdict = curves.judged(rule, record)
     found = curves.thresholds_for(verdict.score_NL, list(SAVINGS))
     lines += [f"Exit rule `{rule.name}`; thresholds chosen on these very rows:", ""]

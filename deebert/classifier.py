@@ -302,6 +302,8 @@ class EarlyExitClassifier:
         known = set(Wish.__dataclass_fields__) - {"costs"} | {"threshold"}
         if unknown := sorted(set(values) - known):
             raise UserError(f"{unknown[0]}= is no part of a wish; {', '.join(sorted(known))} are")
+        if rule.asks_prior and not {"target_saving", "target_speedup"} & set(values):
+            raise UserError(exits.NO_PRIOR.format(rule.name))
         if not set(values) & set(WISHES[1:]):
             threshold = values.pop("threshold", 0.0)
             if values:

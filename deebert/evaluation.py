@@ -59,20 +59,36 @@ def evaluate(
         UserError: logits are not finite, thresholds do not fit the number of ramps, or the wish
             cannot be granted.
     """
-    parts = [_of_split(record, task, question) for record in records]
-    if not trained:
-        for part in parts:
-            del part["trade_off"], part["length_bins"], part["examples"]
-    results = parts[0] | {"exit": {"name": question.rule.name, **question.rule.options}}
-    if parts[1:]:
-        results["other_splits"] = parts[1:]
-    if question.wish is None:
-        return results
-    if not trained:
+    if question.wish is not None and not trained:
         raise UserError(
             "a wish needs trained ramps, and this checkpoint is of stage 1: train them with "
             "python train.py stage=2 ckpt=RUN"
         )
+    for record in records:
+        record.check()
+    granted = None if question.wish is None else _granted(records, task, question, held_out)
+    rule = question.rule
+    if granted and rule.asks_prior:  # what is drawn is what was granted
+        rule = rule.fitted(prior=granted["prior"])
+    parts = [_of_split(record, task, rule, question.thresholds) for record in records]
+    if not trained:
+        for part in parts:
+            del part["trade_off"], part["length_bins"], part["examples"]
+    results = parts[0] | {"exit": {"name": rule.name, **rule.options}}
+    if rule.relative:
+        results["exit"]["prior"] = rule.prior
+    if parts[1:]:
+        results["other_splits"] = parts[1:]
+    if granted:
+        results["calibration"] = granted
+    return results
+
+
+def _granted(
+    records: list[Record], task: Task, question: Question, held_out: Record | None
+) -> dict[str, Any]:
+    """What became of the wish (`calibrate.calibration`), with notes on it."""
+    assert question.wish is not None
     rows, why = source(held_out, records[0], question)
     if why:
         log.warning(why)
@@ -84,24 +100,23 @@ def evaluate(
             f"exit={question.rule.name} saves in steps: {expected:.1%} is the first that reaches "
             f"target_saving={wished}"
         )
-    results["calibration"] = found | {"notes": notes}
-    return results
+    return found | {"notes": notes}
 
 
-def _of_split(record: Record, task: Task, question: Question) -> dict[str, Any]:
-    record.check()
-    thresholds = question.thresholds
+def _of_split(
+    record: Record, task: Task, rule: Rule, thresholds: list[Thresholds] | None
+) -> dict[str, Any]:
     if thresholds is None:
-        thresholds = _default_thresholds(record, question.rule)
+        thresholds = _default_thresholds(record, rule)
     check_lengths(thresholds, record.num_layers)
     return {
         "split": record.split,
         "num_rows": len(record),
         "num_layers": record.num_layers,
         "exits": curves.ramp_table(record, task),
-        "curve": curves.curve(record, task, question.rule, thresholds),
-        **curves.trade_off(record, task, question.rule),
-        "examples": _examples(record, task, question.rule),
+        "curve": curves.curve(record, task, rule, thresholds),
+        **curves.trade_off(record, task, rule),
+        "examples": _examples(record, task, rule),
         "analysis": analysis(record, task),
     }
 

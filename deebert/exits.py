@@ -7,7 +7,6 @@ there. A row leaves at the first ramp whose score is strictly under its threshol
 Knows nothing of models, tasks or files. Shapes: N rows, L layers (= ramps), C labels.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,7 +40,7 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_probabilities.exp() * log_probabilities).sum(-1)
 
 
-def relative_entropy(logits: Tensor, prior: Sequence[float] | None = None) -> Tensor:
+def relative_entropy(logits: Tensor, prior: Sequence[float]) -> Tensor:
     """How little was learned beyond a prior q: (..., C) -> (...), between 0 and ln(1 / min q).
 
     ln(1 / min q) - KL(p || q), p the ramp's probabilities. Entropy takes a guess at the most
@@ -49,23 +48,12 @@ def relative_entropy(logits: Tensor, prior: Sequence[float] | None = None) -> Te
     all with the same answer; here such a guess says nothing. With a uniform prior it is entropy.
 
     Args:
-        prior: q, C shares above 0; None: uniform.
-
-    Raises:
-        UserError: they are not such.
+        prior: q, C shares above 0.
     """
-    if prior is None:
-        return entropy(logits)
-    share_C = torch.tensor(prior, dtype=torch.float32)
-    if share_C.shape != logits.shape[-1:] or not (share_C > 0).all():
-        raise UserError(
-            f"exit.score.prior={list(prior)} must be {logits.shape[-1]} shares above 0, one for "
-            "each class, or null"
-        )
-    log_prior_C = (share_C / share_C.sum()).log()
-    log_probabilities = torch.log_softmax(logits.float(), dim=-1)
-    known = (log_probabilities.exp() * (log_probabilities - log_prior_C)).sum(-1)
-    return (-log_prior_C.min() - known).clamp_min(0)
+    share_C = torch.tensor(prior, dtype=torch.float64)
+    excess_C = (share_C / share_C.min()).log().float()
+    # As a sum of what is >= 0, so that nothing cancels where the ramp is sure.
+    return entropy(logits) + (torch.softmax(logits.float(), -1) * excess_C).sum(-1)
 
 
 def probability(logits: Tensor) -> Tensor:
@@ -177,10 +165,14 @@ def _largest_of_last(values_NL: Tensor, count: int) -> Tensor:
     return torch.cat([before, values_NL], 1).unfold(1, count, 1).amax(-1)
 
 
-Score = Callable[[Tensor], Tensor | Verdict]
+Score = Callable[..., Tensor | Verdict]
 NOT_LEARNED = (
     "exit={} needs a learned score, and these ramps have none: train them with ramp.predicts=wrong "
     "or disagrees, or use another exit rule"
+)
+NO_PRIOR = (
+    "exit={} needs a prior, which target_saving= and target_speedup= find on the calibration rows; "
+    "with anything else say exit.prior=[...] to evaluate.py, or use exit=entropy"
 )
 
 
@@ -194,14 +186,16 @@ class Rule:
             not answered by that ramp alone.
         num_labels: C; 1 for a regression.
         largest: from about here on everything leaves at the first ramps; None for 1, or ln C
-            where that is more.
+            (relative: ln of 1 / the smallest share) where that is more.
         regression: does it fit a regression (and nothing else)? None: it fits all.
         looks_back: does a ramp's score depend on the ramps before it, too? Where it does not, the
             engine evaluates only ramps that an input may leave at.
         reads: what `score` is given: `logits`, or `unsure`, the learned exit scores (N, L).
         temperatures: (L,) divides the logits of each ramp first; None for 1.
-        options: what else tells this rule from others of its name, for results.json. A `prior` of
-            None among them is found on the calibration rows (`calibrate`).
+        relative: does `score` also take a prior?
+        prior: (C,) shares of the classes, for a relative rule; None: it is to be found on the
+            calibration rows of a wish (`calibrate.relative`).
+        options: what else tells this rule from others of its name, for results.json.
     """
 
     name: str
@@ -212,6 +206,8 @@ class Rule:
     looks_back: bool = True
     reads: str = "logits"
     temperatures: Tensor | None = None
+    relative: bool = False
+    prior: list[float] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -223,6 +219,13 @@ class Rule:
                 else f"exit={self.name} is for a regression; use exit=entropy, or another"
             )
             raise UserError(why)
+        if self.prior is not None:
+            numbers = isinstance(self.prior, list) and all(map(_is_share, self.prior))
+            if not self.relative or not numbers or len(self.prior) != self.num_labels:
+                raise UserError(
+                    f"exit.prior={self.prior} must be {self.num_labels} shares above 0, one for "
+                    "each class, and is for exit=relative_entropy"
+                )
         if self.reads == "unsure" and self.looks_back:
             raise UserError(
                 f"exit={self.name}: a rule on learned scores judges each ramp alone; say "
@@ -248,7 +251,9 @@ class Rule:
         read = logits_NLC if self.reads == "logits" else unsure_NL
         if read is None:
             raise UserError(NOT_LEARNED.format(self.name))
-        found = self.score(read)
+        if self.asks_prior:
+            raise UserError(NO_PRIOR.format(self.name))
+        found = self.score(read, self.prior) if self.relative else self.score(read)
         verdict = found if isinstance(found, Verdict) else Verdict(found, logits_NLC)
         shape = logits_NLC.shape[:2]
         if not isinstance(verdict.score_NL, Tensor) or verdict.score_NL.shape != shape:
@@ -260,30 +265,27 @@ class Rule:
 
     @property
     def asks_prior(self) -> bool:
-        """Is there a prior, and is it to be found?"""
-        return "prior" in self.options and self.options["prior"] is None
+        """Has a prior to be found first?"""
+        return self.relative and self.prior is None
 
     @property
-    def prior(self) -> list[float] | None:
-        """What the scores are relative to; None for nothing, or where it is not found yet."""
-        return self.options.get("prior")
+    def fit(self) -> dict[str, list[float] | None]:
+        """What calibration rows may find for a rule; `fitted` takes it again."""
+        found = self.temperatures
+        return {"temperatures": None if found is None else found.tolist(), "prior": self.prior}
 
-    def fitted(self, temperatures: list[float] | None, prior: list[float] | None) -> "Rule":
-        """The same rule with what was once found on calibration rows."""
-        rule = self if prior is None else self.with_prior(prior)
-        if temperatures is None:
-            return rule
-        return replace(rule, temperatures=torch.tensor(temperatures))
-
-    def with_prior(self, prior: list[float]) -> "Rule":
-        """The same rule relative to this."""
-        score: Any = self.score  # of the kind that takes one
-        options = {**self.options, "prior": prior}
-        return replace(self, score=functools.partial(score, prior=prior), options=options)
+    def fitted(
+        self, temperatures: list[float] | None = None, prior: list[float] | None = None
+    ) -> "Rule":
+        """The same rule with these, where they are given."""
+        scales = self.temperatures if temperatures is None else torch.tensor(temperatures).float()
+        return replace(self, temperatures=scales, prior=self.prior if prior is None else prior)
 
     def grid(self, num: int = 200) -> list[float]:
         """Thresholds from conservative to aggressive that do not depend on any data."""
-        rarest = min(self.prior) / sum(self.prior) if self.prior else 1 / self.num_labels
+        rarest = 1 / self.num_labels
+        if self.prior is not None:
+            rarest = min(self.prior) / sum(self.prior)
         top = (self.largest or max(1.0, -math.log(rarest))) * 1.01
         # Four digits, so that the one that is printed is the one that was tested.
         return [float(f"{top * 10 ** (-4 * (num - 1 - i) / (num - 1)):.4g}") for i in range(num)]
@@ -297,9 +299,7 @@ class Rule:
 # The rules of conf/exit/ for whoever has no Hydra: what their files say beside the name.
 RULES: dict[str, dict[str, Any]] = {
     "entropy": {"score": entropy, "looks_back": False},
-    "relative_entropy": {
-        "score": relative_entropy, "looks_back": False, "options": {"prior": None}
-    },
+    "relative_entropy": {"score": relative_entropy, "looks_back": False, "relative": True},
     "probability": {"score": probability, "largest": 1.0, "looks_back": False},
     "margin": {"score": margin, "largest": 1.0, "looks_back": False},
     "patience": {"score": patience, "largest": 1.0},
@@ -327,6 +327,10 @@ def named(name: str, num_labels: int) -> Rule:
 def default(num_labels: int) -> Rule:
     """The paper's rule; for a regression, which has no entropy, PABEE's."""
     return named("change" if num_labels == 1 else "entropy", num_labels)
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf
 
 
 def _temperature(logits_NC: Tensor, labels_N: Tensor) -> float:

@@ -34,7 +34,7 @@ from deebert.tasks import Task
 log = logging.getLogger(__name__)
 
 RUNNER = Path(__file__).with_name("onnx_runner.py")
-FORMAT, SCHEMA = "deebert-onnx", 1  # of deebert.json
+FORMAT, SCHEMA = "deebert-onnx", 2  # of deebert.json
 SAVINGS = [tenth / 10 for tenth in range(1, 10)]  # asked for, as far as the records grant them
 EXPECTED = ("expected_saving", "interval", "score", "score_interval")  # of what is told of a wish
 CLOSE = 1e-4  # of logits, to the engine's
@@ -160,10 +160,7 @@ def described(model: EarlyExitModel, task: Task, asked: Asked, precision: str) -
         "longest_input": model.backbone.longest_input,
         "pad_token_id": model.backbone.pad_token_id,
         "sep_token_id": model.config.get("sep_token_id"),  # known if a ramp asks
-        "rule": {
-            "name": asked.rule.name,  # a prior goes with each wish that it was found for
-            "options": {n: v for n, v in asked.rule.options.items() if n != "prior"},
-        },
+        "rule": {"name": asked.rule.name, "options": dict(asked.rule.options)},
         "asked": {"wish": dict(asked.wish), **_granted(asked)},
         "savings": [],
         "token_type_ids": False,
@@ -172,12 +169,10 @@ def described(model: EarlyExitModel, task: Task, asked: Asked, precision: str) -
 
 
 def _granted(asked: Asked) -> dict[str, Any]:
-    temperatures = asked.rule.temperatures
     expected = asked.expected or {}
     return {
         "thresholds": asked.thresholds,
-        "temperatures": None if temperatures is None else temperatures.tolist(),
-        "prior": asked.rule.prior,
+        **asked.rule.fit,
         **{name: expected[name] for name in EXPECTED if expected.get(name) is not None},
     }
 

@@ -71,7 +71,7 @@ def ramp(sizes: Sizes, num_tokens: int, layer: int) -> int:
     hidden, num_labels = sizes.hidden_size, sizes.num_labels
     pooled = hidden + (num_labels if kind.sees_previous else 0)
     attention = 4 * num_tokens * hidden if kind.reads == "attention" else 0
-    return 2 * kind.parts * hidden * hidden + 2 * pooled * num_labels + attention
+    return 2 * kind.num_parts * hidden * hidden + 2 * pooled * num_labels + attention
 
 
 def ramps(sizes: Sizes, num_tokens: int, exit_layer: int, asked: Collection[int]) -> int:

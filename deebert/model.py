@@ -181,6 +181,7 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
         """Where the second texts begin (`ramps.second_text`): (B, S) -> (B,), if a ramp asks."""
         if self.ramp_kind.reads != "pair":
             return None
+        assert self.backbone.separator is not None, "the configuration has no sep_token_id"
         return ramps.second_text(input_ids, self.backbone.separator)
 
     def ramp_logits(self, states_BR: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ except ImportError as missing:
     print(f"Error: {missing}; pip install numpy onnxruntime tokenizers", file=sys.stderr)
     sys.exit(2)
 
-FORMAT, SCHEMA = "deebert-onnx", 1  # of deebert.json
+FORMAT, SCHEMAS = "deebert-onnx", (1, 2)  # of deebert.json; 2: also pairs and priors
 TOKEN_BUDGET = 2048  # of a batch, padding included; a longer input is a batch of its own
 WINDOW = 8192  # inputs that are sorted by length together
 AT_ONCE = 250_000  # characters that are tokenized together: what is cut off is held, too
@@ -66,15 +66,10 @@ def entropy(logits_BKC: np.ndarray, unsure_B: Unsure) -> Verdict:
     return _entropy(logits_BKC[:, -1]), logits_BKC[:, -1]
 
 
-def relative_entropy(
-    logits_BKC: np.ndarray, unsure_B: Unsure, prior: Sequence[float] | None = None
-) -> Verdict:
-    if prior is None:
-        return entropy(logits_BKC, unsure_B)
-    log_prior_C = np.log(np.array(prior, np.float32) / np.float32(sum(prior)))
-    log_shares = _log_softmax(logits_BKC[:, -1])
-    known_B = (np.exp(log_shares) * (log_shares - log_prior_C)).sum(-1)
-    return np.maximum(-log_prior_C.min() - known_B, 0), logits_BKC[:, -1]
+def relative_entropy(logits_BKC: np.ndarray, unsure_B: Unsure, prior: Sequence[float]) -> Verdict:
+    logits_BC, share_C = logits_BKC[:, -1], np.array(prior)
+    excess_C = np.log(share_C / share_C.min()).astype(np.float32)
+    return _entropy(logits_BC) + (_shares(logits_BC) * excess_C).sum(-1), logits_BC
 
 
 def probability(logits_BKC: np.ndarray, unsure_B: Unsure) -> Verdict:
@@ -259,6 +254,11 @@ class Runner:
             raise RunnerError("threshold= and target_saving=: ask for one of them")
         if threshold is not None:
             self._limits(threshold)
+            if self.rule is relative_entropy:
+                raise RunnerError(
+                    f"threshold={_short(threshold)}: the exit rule relative_entropy needs a prior, "
+                    "which goes with a wish; use target_saving="
+                )
             return {"thresholds": threshold}
         found = self.about["asked"]
         if target_saving is not None:
@@ -483,8 +483,11 @@ def _about(folder: Path) -> dict[str, Any]:
         raise RunnerError(f"{file} {why}; write one with python -m deebert.export") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise RunnerError(f"{file} is of no export; write one with python -m deebert.export")
-    if about.get("schema") != SCHEMA:
-        raise RunnerError(f"{file} has schema {about.get('schema')}, this runner reads {SCHEMA}")
+    if about.get("schema") not in SCHEMAS:
+        raise RunnerError(
+            f"{file} has schema {about.get('schema')}, this runner reads {SCHEMAS}: use the "
+            "runner.py that lies beside it"
+        )
     return about
 
 

@@ -3,7 +3,7 @@
 Builds no model and reads no rows.
 """
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -88,11 +88,12 @@ def asked(config: dict[str, Any], task: Task, score: Score | None) -> Question:
             "which no temperature changes; leave it out"
         )
     if isinstance(config["temperature"], list):
-        temperatures = torch.tensor(config["temperature"], dtype=torch.float32)
-        rule = replace(rule, temperatures=temperatures)
+        rule = rule.fitted(temperatures=config["temperature"])
     values = {field.name: config[field.name] for field in fields(Wish) if field.name in config}
     wish = Wish(**values | {"temperature": config["temperature"] is True})
     wished = any(config[name] is not None for name in WISHES)
+    if rule.asks_prior and (not wished or wish.max_drop is not None):
+        raise UserError(exits.NO_PRIOR.format(rule.name))
     thresholds: list[Any] | None = None
     if config["threshold"] is not None:
         given = curves.check_thresholds(config["threshold"], "threshold")
@@ -162,13 +163,17 @@ def _rule(values: dict[str, Any], score: Score, task: Task) -> Rule:
         raise UserError(f"exit.looks_back={looks_back} must be true or false")
     if (reads := values.get("reads", "logits")) not in READS:
         raise unknown("exit.reads", reads, READS, "exit.reads")
+    relative = values.get("relative", False)
+    if not isinstance(relative, bool):
+        raise UserError(f"exit.relative={relative} must be true or false")
     rule = Rule(
         str(values["name"]), score, task.num_labels, largest, regression, looks_back, reads,
-        options=told,
+        relative=relative, prior=values.get("prior"), options=told,
     )  # fmt: skip
+    tried = rule.fitted(prior=[1.0] * task.num_labels) if rule.asks_prior else rule
     try:
-        rule(torch.zeros(2, 4, task.num_labels), torch.zeros(2, 4))
-        alone = rule.looks_back or _judges_alone(rule)
+        tried(torch.zeros(2, 4, task.num_labels), torch.zeros(2, 4))
+        alone = rule.looks_back or _judges_alone(tried)
     except UserError:
         raise
     except Exception as error:  # a function of the user's own may fail in any way

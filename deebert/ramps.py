@@ -30,7 +30,8 @@ class RampKind:
             pair: of the means u and v of the two texts' tokens: (u + v) / 2, u - v and |u - v|, for
                 tasks that ask how two texts stand to each other. These are the features of
                 Sentence-BERT (Reimers and Gurevych, EMNLP 2019), u and v turned by 45 degrees, so
-                that a text alone, which is its own pair, is read as by `mean`. Costs as mean.
+                that a text alone, which is its own pair, is read as by `mean`: tasks of one text
+                get that. Costs as mean.
             first_and_mean: layer k's first token, and the mean of layer k-1's tokens (of the
                 embeddings for k = 1), which are there anyway: k - 5/6 layers.
             attention: layer k's tokens, weighted by a softmax over a learned score of each
@@ -73,7 +74,7 @@ class RampKind:
         return self.reads in ("mean", "pair", "attention")
 
     @property
-    def parts(self) -> int:
+    def num_parts(self) -> int:
         """Of how many vectors (H,) are the features that a ramp reads put together?"""
         return {"first_and_mean": 2, "pair": 3}.get(self.reads, 1)
 
@@ -96,7 +97,7 @@ class Ramp(nn.Module):
     ) -> None:
         super().__init__()
         self.kind = kind
-        self.num_features = kind.parts * hidden_size
+        self.num_features = kind.num_parts * hidden_size
         self.pooler = nn.Linear(self.num_features, hidden_size)
         self.dropout = nn.Dropout(dropout)
         seen = num_labels if kind.sees_previous else 0
@@ -112,7 +113,7 @@ class Ramp(nn.Module):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
         self.register_buffer("shift", torch.zeros(self.num_features))
-        self.register_buffer("scale", torch.ones(() if kind.parts == 1 else self.num_features))
+        self.register_buffer("scale", torch.ones(() if kind.num_parts == 1 else self.num_features))
 
     def read(
         self,
@@ -153,11 +154,9 @@ class Ramp(nn.Module):
         for the optimizer. One scale for all features of a token, so that none that is mere rounding
         noise is blown up. shift and scale could be folded into the pooler: it stays the same ramp.
         """
-        scales: list[Tensor] = []
-        for part_NH in features_NF.chunk(self.kind.parts, -1):
+        scales = []
+        for part_NH in features_NF.chunk(self.kind.num_parts, -1):
             deviation = part_NH.var(0, correction=0).mean().sqrt()
-            if deviation == 0 and self.kind.reads == "pair" and scales:
-                deviation = torch.ones_like(deviation)  # single texts have no difference
             if not deviation > 0:
                 raise UserError(
                     "stages.2.standardize=true: what a ramp reads does not vary over the "
@@ -166,10 +165,10 @@ class Ramp(nn.Module):
                 )
             scales.append(1 / deviation)
         self.shift.copy_(features_NF.mean(0))
-        if self.kind.parts == 1:
+        if self.kind.num_parts == 1:
             self.scale.copy_(scales[0])
         else:
-            width = self.num_features // self.kind.parts
+            width = self.num_features // self.kind.num_parts
             self.scale.copy_(torch.stack(scales).repeat_interleave(width))
 
     def forward(self, features_BF: Tensor, previous_BC: Tensor | None = None) -> Tensor:
@@ -242,7 +241,8 @@ def _pair(states_BSH: Tensor, mask_BS: Tensor | None, second_B: Tensor) -> Tenso
 def second_text(input_ids_BS: Tensor, separator: int) -> Tensor:
     """Where the second text of each input begins, behind the first separator: (B, S) ids -> (B,).
 
-    Where there is none it is where the text ends, or S.
+    Where there is none it is where the text ends, or S. A separator that a text itself contains
+    ("[SEP]") is taken for one.
     """
     separates_BS = input_ids_BS == separator
     first_B = separates_BS.int().argmax(1) + 1

@@ -47,6 +47,9 @@ def train(cfg: DictConfig) -> float | None:
     check(config)
     L.seed_everything(config["seed"], workers=True, verbose=False)
     task = Task.from_config(config["task"])
+    if config["ramp"]["reads"] == "pair" and len(task.columns) == 1:
+        log.info("ramp=pair: task %s has one text, so its ramps are those of ramp=mean", task.name)
+        cfg.ramp.reads = config["ramp"]["reads"] = "mean"
     teacher, trained = None, False
     if origin:
         tokenizer, model = origin.tokenizer(), origin.model()
@@ -66,6 +69,8 @@ def train(cfg: DictConfig) -> float | None:
         model = EarlyExitModel.from_backbone(config["backbone"], task.num_labels, config["ramp"])
     if model.ramp_kind.reads == "pair":
         model.backbone.separator = tokenizer.sep_token_id
+        if tokenizer.sep_token_id is None:
+            raise UserError("ramp.reads=pair: the tokenizer has no separator; use ramp=mean")
     if len(model.ramps) < 2 and trains_ramps(config["objective"]["name"]):
         raise UserError(
             f"backbone {config['backbone']['name']} has one layer: nothing to leave early (it can "

@@ -237,14 +237,12 @@ def _listed(values: dict[str, str]) -> str:
 def _promise(found: dict[str, Any], metric: str) -> list[str]:
     """What may be relied on, in a sentence."""
     lines = [f"Note: {note}." for note in found["notes"]]
-    if found["temperatures"]:
-        listed = ",".join(f"{value:.9g}" for value in found["temperatures"])
-        lines.append(f"To use the threshold again: temperature=[{listed}]")
-    if found["prior"]:
-        listed = ",".join(f"{value:.6g}" for value in found["prior"])
-        lines.append(
-            f"To use the threshold again: exit={found['rule']} exit.score.prior=[{listed}]"
-        )
+    with_it = []
+    for flag, name in (("temperature", "temperatures"), ("exit.prior", "prior")):
+        if found[name]:
+            with_it.append(f"{flag}=[{','.join(f'{value:.9g}' for value in found[name])}]")
+    if with_it:
+        lines.append(f"To use the threshold again: {' '.join(with_it)}")
     if idle := found.get("folds_at_full_depth"):
         lines.append(f"Note: in {idle} folds four fifths of the rows were too few: full depth.")
     wish = found["wish"]

@@ -114,11 +114,12 @@ def world(
 def rule_of(name: str, num_labels: int = 3, **more: object) -> Rule:
     looks_back = name not in ("entropy", "relative_entropy", "probability", "margin", "learned")
     reads = "unsure" if name == "learned" else "logits"
-    rule = Rule(
+    if name == "relative_entropy":
+        more |= {"relative": True, "prior": [0.6, 0.3, 0.1]}
+    return Rule(
         name, getattr(exits, name), num_labels, regression=num_labels == 1, looks_back=looks_back,
         reads=reads, **more,
     )  # fmt: skip
-    return rule.with_prior([0.6, 0.3, 0.1]) if name == "relative_entropy" else rule
 
 
 CLASS_RULES = (

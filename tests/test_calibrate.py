@@ -170,15 +170,28 @@ def test_the_prior_is_what_serves_the_metric() -> None:
     assert scores["sst2"] == pytest.approx(accuracy, abs=1e-9), "a uniform prior is entropy"
 
 
-def test_a_promise_has_no_prior_and_a_prior_needs_labels() -> None:
+def test_a_prior_is_found_for_savings_on_labelled_rows() -> None:
     record, rule = unbalanced(2000, 1), exits.named("relative_entropy", 2)
-    promise = Wish(max_drop=0.05)
-    choice, expected = (choose(record, task("mrpc"), each, promise) for each in (rule, RULE))
-    assert (choice.rule.prior, choice.thresholds) == (None, expected.thresholds)
+    with pytest.raises(UserError, match="exit=relative_entropy needs a prior"):
+        choose(record, task("mrpc"), rule, Wish(max_drop=0.05))
+    given = rule.fitted(prior=[0.7, 0.3])
+    assert choose(record, task("mrpc"), given, Wish(max_drop=0.05)).rule.prior == [0.7, 0.3]
     unlabelled = dataclasses.replace(record, labels_N=None)
-    with pytest.raises(UserError, match="exit=relative_entropy without a prior needs labels"):
+    with pytest.raises(
+        UserError, match=r"exit=relative_entropy without exit.prior=\[...\] needs labels"
+    ):
         choose(unlabelled, task("mrpc"), rule, Wish(target_saving=0.4))
-    choose(unlabelled, task("mrpc"), rule.with_prior([0.7, 0.3]), Wish(target_saving=0.4))
+    choose(unlabelled, task("mrpc"), given, Wish(target_saving=0.4))
+
+
+def test_with_temperatures_the_prior_is_found_for_the_tempered() -> None:
+    rule, wish = exits.named("relative_entropy", 2), Wish(target_saving=0.4, temperature=True)
+    choice = choose(unbalanced(2000, 1), task("mrpc"), rule, wish)
+    assert choice.rule.prior is not None
+    assert choice.rule.temperatures is not None
+    again = rule.fitted(**choice.rule.fit)
+    logits = unbalanced(100, 3).logits_NLC
+    assert torch.equal(again(logits).score_NL, choice.rule(logits).score_NL)
 
 
 @pytest.mark.parametrize("name", ["vote", "ensemble", "patience", "entropy"])

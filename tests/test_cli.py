@@ -69,6 +69,7 @@ def test_the_recommended_recipe_on_a_finished_stage_1(
         "logger=csv", f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
     assert results(tmp_path / "run")["ramp"]["reads"] == "pair"
     found = weights(tmp_path / "run")
+    assert found["model.ramps.0.pooler.weight"].shape == (32, 96)
     assert found["model.ramps.0.shift"].abs().sum() > 0, "standardized"
 
 

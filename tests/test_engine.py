@@ -65,7 +65,9 @@ def test_the_original_s_exits_and_predictions(name: str, token_budget: int | Non
 
 
 KINDS = [(model_type, "first") for model_type in (*SPLIT, *WHOLE)]
-KINDS += [("bert", ramp) for ramp in RAMPS if ramp != "first"] + [("modernbert", "attention")]
+KINDS += [("bert", ramp) for ramp in RAMPS if ramp != "first"] + [
+    ("modernbert", ramp) for ramp in ("attention", "pair")
+]
 
 
 @pytest.mark.parametrize(("model_type", "ramp"), KINDS)

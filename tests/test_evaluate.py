@@ -100,6 +100,8 @@ def test_every_rule_grants_a_saving(run: Run, rule: str, stage2: Path, tmp_path:
     assert found["exit"]["name"] == found["calibration"]["rule"] == rule
     assert found["calibration"]["expected"]["expected_saving"] >= 0.3 - 1e-9
     assert found["calibration"]["num_calibration"] == 40
+    assert (found["calibration"]["prior"] is not None) == (rule == "relative_entropy")
+    assert found["exit"].get("prior") == found["calibration"]["prior"], "it is what is drawn"
     assert found["curve"][0]["expected_saving"] == 0
     assert found["curve"][-1]["expected_saving"] > 0.3
     assert f'"exit":{{"name":"{rule}"' in (tmp_path / "report.html").read_text()

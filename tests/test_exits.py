@@ -59,29 +59,43 @@ def test_relative_entropy_by_hand() -> None:
     prior = [0.8, 0.2]
     p = torch.tensor([[0.5, 0.5], [0.8, 0.2], [1 - 1e-9, 1e-9], [1e-9, 1 - 1e-9]])
     known = [
-        0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2),
-        0,
-        -math.log(0.8),
-        -math.log(0.2),
-    ]
+        0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2), 0, -math.log(0.8), -math.log(0.2)
+    ]  # fmt: skip
     expected = [math.log(5) - each for each in known]
     assert exits.relative_entropy(p.log(), prior).tolist() == pytest.approx(expected, abs=1e-6)
     assert exits.relative_entropy(p.log(), [8, 2]).tolist() == pytest.approx(expected, abs=1e-6)
     random = torch.randn(50, 4, 3, generator=torch.Generator().manual_seed(0))
-    for uniform in (None, [1 / 3] * 3):
-        torch.testing.assert_close(exits.relative_entropy(random, uniform), entropy(random))
+    for logits in (random, 20 * random):
+        assert torch.equal(exits.relative_entropy(logits, [1 / 3] * 3), entropy(logits))
     rule = exits.named("relative_entropy", 2)
-    assert rule.asks_prior
-    found = rule.fitted(None, prior)
-    assert (found.asks_prior, found.prior, rule.prior) == (False, prior, None)
+    found = rule.fitted(prior=prior)
+    assert (rule.asks_prior, found.asks_prior) == (True, False)
+    assert found.fit == {"temperatures": None, "prior": prior}
     assert found(p.log()[:, None]).score_NL[:, 0].tolist() == pytest.approx(expected, abs=1e-6)
     assert found.grid()[-1] > math.log(5), "all leave"
+    with pytest.raises(
+        UserError, match="exit=relative_entropy needs a prior, which target_saving="
+    ):
+        rule(p.log()[:, None])
 
 
-@pytest.mark.parametrize("prior", [[1.0], [0.5, 0.5, 0.0], [0.5, -0.1, 0.6], []])
-def test_a_prior_has_a_share_of_each_class(prior: list[float]) -> None:
-    with pytest.raises(UserError, match=r"exit.score.prior=\[.*must be 3 shares above 0"):
-        exits.relative_entropy(torch.zeros(2, 3), prior)
+def test_relative_entropy_of_sure_rows_keeps_its_digits() -> None:
+    """ln(1 / min q) less the divergence would be 0 for all of them, or below."""
+    gap = torch.tensor([16.0, 20.0, 24.0])
+    found = exits.relative_entropy(torch.stack([-gap / 2, gap / 2], -1), [0.7, 0.3])
+    share = [1 / (1 + math.exp(each)) for each in gap.tolist()]  # of the frequent class
+    expected = [
+        -p * math.log(p) - (1 - p) * math.log1p(-p) + p * math.log(0.7 / 0.3) for p in share
+    ]
+    assert found.tolist() == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("prior", [[1.0], [0.5, 0.5, 0.0], [0.5, -0.1, 0.6], [], 0.5, "half", [math.inf, 1, 1], ["a", 1, 1]])  # fmt: skip
+def test_a_prior_has_a_share_of_each_class(prior: object) -> None:
+    with pytest.raises(UserError, match=r"exit.prior=.*must be 3 shares above 0"):
+        exits.named("relative_entropy", 3).fitted(prior=prior)
+    with pytest.raises(UserError, match="is for exit=relative_entropy"):
+        exits.named("entropy", 3).fitted(prior=[0.2, 0.3, 0.5])
 
 
 def test_patience_counts_agreements_in_a_row() -> None:

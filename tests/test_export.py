@@ -143,6 +143,7 @@ def test_readme_says_how(exported: Path, classifier: EarlyExitClassifier) -> Non
         {"target_saving": 0.3, "temperature": True},
         {"target_saving": 0.3, "per_ramp": True},
         {"target_saving": 0.1, "exit": "patience"},
+        {"target_saving": 0.3, "exit": "relative_entropy"},
         {"max_drop": 0.5, "exit": "ensemble"},
         {"threshold": [0.69, 0.6]},
     ],
@@ -160,8 +161,7 @@ def test_wishes_of_every_kind(wish: dict, classifier: EarlyExitClassifier, tmp_p
         asked = Runner(tmp_path / "model").ask(target_saving=saving)
         granted = classifier.ask(target_saving=saving, **same)
         assert asked["thresholds"] == granted.thresholds
-        scales = granted.rule.temperatures
-        assert asked["temperatures"] == (None if scales is None else scales.tolist())
+        assert {name: asked[name] for name in granted.rule.fit} == granted.rule.fit
 
 
 def test_texts_in_every_form(exported: Path, classifier: EarlyExitClassifier) -> None:
@@ -196,6 +196,8 @@ def test_runner_equals_engine(
 ) -> None:
     model, inputs, record = world(model_type, num_labels, ramp)
     rule = exits.named(name, num_labels)
+    if rule.asks_prior:
+        rule = rule.fitted(prior=[0.6, 0.3, 0.1])
     runner = written(tmp_path / "model", model, rule)
     scores_NL = rule(record.logits_NLC, record.unsure_NL).score_NL[:, :-1]
     between = middles(scores_NL.flatten())[2:]
@@ -206,7 +208,7 @@ def test_runner_equals_engine(
         expected = engine.at(threshold).run(inputs, all_ramps=True)
         for name, value in zip(("TOKEN_BUDGET", "WINDOW"), next(sizes), strict=True):
             monkeypatch.setattr(onnx_runner, name, value)
-        found = runner.run(inputs, threshold)
+        found = runner.run(inputs, threshold, prior=rule.prior)
         assert found.layer_N.tolist() == expected.layer_N.tolist()
         torch.testing.assert_close(torch.from_numpy(found.logits_NC), expected.logits_NC, **CLOSE)
         ramps_NLC = torch.from_numpy(found.ramps_NLC)
@@ -255,7 +257,8 @@ def test_rules_are_those_of_exits(num_labels: int) -> None:
         rule = exits.named(name, num_labels)
         told = [dict(rule.options)]
         told += [{"patience": patience} for patience in (1, 3)] if "patience" in told[0] else []
-        told += [{"prior": [0.1, *[0.9] * (num_labels - 1)]}] if "prior" in told[0] else []
+        if rule.relative:
+            told = [{"prior": [0.1, *[0.9] * (num_labels - 1)]}]
         for options in told:
             again = exits.Rule(
                 name, lambda read, rule=rule, options=options: rule.score(read, **options), num_labels,

@@ -83,6 +83,7 @@ def test_cells_are_made_once(
         assert cell["curve"][-1] == pytest.approx(theirs["exits"][0]["score"], abs=1e-5)
         assert list(cell["wishes"]) == ["0.3", "0.4", "0.5", "0.6"], "of 3 layers, 2/3 at most"
         assert all(abs(seen["saving"] - float(w)) < 0.1 for w, seen in cell["wishes"].items())
+    assert quality.told([f"--root={glue}", "--seeds", "2"]) == "python benchmarks/quality.py --root DIR --seeds 2"  # fmt: skip
     text = (tmp_path / "quality.md").read_text()
     assert f"{first['area']:.3f}" in text
     assert "`python benchmarks/quality.py --root DIR --tasks mrpc --recipes cut_5 two_stage" in text

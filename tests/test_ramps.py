@@ -7,16 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, results
+from random_models import byte_level
 from safetensors.torch import load_file
 from test_module import SaveAndStop, build, fit, plain, source, tokens
 from test_module import pytestmark as pytestmark
 from torch import Tensor
 
-from deebert import checkpoints, ramps
+from deebert import backbones, checkpoints, ramps
 from deebert.errors import UserError
 from deebert.frozen import FrozenStates
 from deebert.model import EarlyExitModel
 from deebert.ramps import PAPER, READS, Ramp, RampKind
+from deebert.tokens import encode
 
 Run = Callable[..., str]
 KINDS = ("first", "mean", "pair", "first_and_mean", "attention", "shared", "cascade")
@@ -93,15 +95,29 @@ def test_the_second_text_begins_behind_the_first_separator() -> None:
     assert ramps.second_text(ids, 3).tolist() == [3, 4, 6, 1]
 
 
-def test_single_texts_can_be_standardized() -> None:
-    torch.manual_seed(0)
-    mean = 5 * torch.randn(500, 4)
-    ramp, alone = Ramp(4, 2, 0.0, RampKind("pair")), Ramp(4, 2, 0.0, RampKind("mean"))
-    ramp.standardize(torch.cat([mean, torch.zeros(500, 8)], -1))
-    alone.standardize(mean)
-    assert ramp.scale.tolist() == pytest.approx([alone.scale.item()] * 4 + [1] * 8)
-    with pytest.raises(UserError, match="does not vary over the 500 training rows"):
-        ramp.standardize(torch.ones(500, 12))
+TEXTS = {
+    "pair": ("a b", "c d e"),
+    "alone": ("a b", None),
+    "empty": ("a b", ""),
+    "cut": ("a" * 40, "b c"),
+}
+
+
+@pytest.mark.parametrize("kind", ["word pieces", "byte level"])
+@pytest.mark.parametrize("texts", TEXTS)
+def test_the_tokenizer_s_layout(kind: str, texts: str) -> None:
+    """[CLS] a [SEP] b [SEP], and <s> a </s></s> b </s>."""
+    tokenizer = (
+        byte_level() if kind == "byte level" else backbones.tokenizer(plain("backbone", "tiny"))
+    )
+    first, second = TEXTS[texts]
+    columns = [[first]] if second is None else [[first], [second]]
+    ids = encode(tokenizer, columns, 16)["input_ids"][0]
+    found = int(ramps.second_text(torch.tensor([ids]), tokenizer.sep_token_id))
+    assert ids[found - 1] == tokenizer.sep_token_id
+    whole = tokenizer(*(column[0] for column in columns), truncation="longest_first", max_length=16)
+    assert found == 2 + sum(part == 0 for part in whole.sequence_ids())
+    assert (found == len(ids)) == (second is None)
 
 
 @torch.no_grad()
@@ -352,6 +368,22 @@ def test_stage_2_keeps_the_trained_ramps_or_makes_others(
     assert kept == {None: [True] * 2, "mean": [True] * 2, "pair": [], "first_and_mean": []}.get(ramp, [False] * 2)  # fmt: skip
     if ramp in (None, "mean"):
         torch.testing.assert_close(logits(tmp_path), logits(trained), atol=1e-5, rtol=0)
+
+
+def test_an_old_checkpoint_learns_its_separator(run: Run, trained: Path, tmp_path: Path) -> None:
+    file = trained / "checkpoints" / "last.ckpt"
+    content = torch.load(file, weights_only=True)
+    del content["hyper_parameters"]["architecture"]["sep_token_id"]
+    torch.save(content, old := tmp_path / "old.ckpt")
+    run("train.py", "stage=2", f"ckpt={old}", "ramp=pair", "logger=csv", f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
+    made = checkpoints.read(tmp_path / "run" / "checkpoints" / "last.ckpt", "ckpt").model()
+    assert (made.ramp_kind.reads, made.backbone.separator) == ("pair", 3)
+
+
+def test_of_one_text_a_pair_is_its_mean(run: Run, tmp_path: Path) -> None:
+    run("train.py", "task=demo", *TINY, "objective=joint", "ramp=pair", "task.columns=[review]", "stages.1.epochs=1",
+        "data.limit_train=64", f"hydra.run.dir={tmp_path}")  # fmt: skip
+    assert said(tmp_path)["ramp"]["reads"] == results(tmp_path)["ramp"]["reads"] == "mean"
 
 
 def test_resume_goes_on_with_objective_and_ramp(

@@ -149,13 +149,7 @@ class Work:
     def find(self) -> dict[str, Any]:
         """The rule and thresholds: a wish granted by measuring is never granted twice the same."""
         asked = self.classifier.ask(**commands.wish_of(self.options))
-        temperatures = asked.rule.temperatures
-        return {
-            "rule": asked.rule.name,
-            "temperatures": None if temperatures is None else temperatures.tolist(),
-            "prior": asked.rule.prior,
-            "thresholds": asked.thresholds,
-        }
+        return {"rule": asked.rule.name, **asked.rule.fit, "thresholds": asked.thresholds}
 
     def asked(self, found: Mapping[str, Any]) -> "Asked":
         """What was found at the first start, as the classifier takes it."""
