@@ -2,7 +2,8 @@
 
 With the backbone frozen and in eval mode, a ramp's input never changes, so each hidden state that a
 ramp reads is computed once and the ramps train on the cache. The states lie in a memory-mapped file
-(4 bytes x rows x layers x width; MNLI under BERT-base: 14 GB), so they need not fit in memory.
+(4 bytes x rows x layers x width; MNLI under BERT-base: 14 GB, with ramp=pair 41 GB), so they need
+not fit in memory.
 
 Knows nothing of tasks or losses. Shapes: N rows, R features that all ramps read together.
 """
@@ -136,7 +137,8 @@ def _mapped(folder: Path, size: tuple[int, ...]) -> Tensor:
     if 4 * numel > free:  # a sparse file would end in SIGBUS half-way
         raise UserError(
             f"the frozen states take {4 * numel / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB "
-            "free: choose another hydra.run.dir, or stages.2.cache=false"
+            "free: choose another hydra.run.dir, or stages.2.cache=false and "
+            "stages.2.standardize=false"
         )
     handle, name = tempfile.mkstemp(dir=folder, prefix="states-")
     os.close(handle)
