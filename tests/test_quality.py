@@ -215,7 +215,9 @@ def hand_made(quality: ModuleType) -> dict[str, Any]:
     add("qqp", "plain", 1, 0.5)
     add("qqp", "two_stage", 1, 0.5, 0.4)
     add("qqp", "joint", 1, 0.5, 0.3)
-    add("qqp", "detached", 1, 0.5, 0.45)
+    add("qqp", "detached", 1, 0.6, 0.45)
+    add("qqp", "best", 1, 0.5, 0.2)
+    add("qqp", "cut_3", 1, 0.1, layers=3)
     return {"starts": {"s": start}, "failed": {}, "cells": cells}
 
 
@@ -236,7 +238,9 @@ def test_report_by_hand(quality: ModuleType, tmp_path: Path) -> None:
     ]  # fmt: skip
     assert joint_qqp[1:7] == ["1, screening", "0.500", "100.0", "0.300", "60.0", "-0.100 (0 of 1)"]
     # At 50 % both are 0.3 on seed 1's curve, 0.8 - 0.5; at 5/6 they are at the first ramp, 0.2.
-    points = {row[0]: row[1:] for row in rows if row[0].startswith("cut")}
+    *mrpc, qqp = [row for row in rows if row[0].startswith("cut")]
+    assert qqp[5:] == ["42", "best", "0.000", "**no**"], "though detached has 0.1 there"
+    points = {row[0]: row[1:] for row in mrpc}
     assert points["cut_3"] == [
         "1, screening",
         "50.0%",
@@ -251,4 +255,4 @@ def test_report_by_hand(quality: ModuleType, tmp_path: Path) -> None:
     [detached, *_] = [row for row in rows if row[0] == "detached"]
     assert detached == ["detached", "1", "1, screening", "1 of 1", "90.0", "45.0"]
     text = (tmp_path / "quality.md").read_text()
-    assert "`COMMAND`: 15 cells" in text
+    assert "`COMMAND`: 17 cells" in text
