@@ -37,7 +37,7 @@ so that a difference may be chance. *seconds*: of training, all runs of the reci
 that may have done more."""
 BASELINES = """\
 Without early exit, a point each; beside it *best* at the same saving and with the same seeds (where
-that was not run the recipe that scores best there, chosen by looking, which flatters it a little):"""
+that was not run the recipe that scores best there; chosen by looking, which flatters it a bit):"""
 
 
 class TaskCells:
