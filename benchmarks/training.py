@@ -124,7 +124,8 @@ def report(turns: dict[str, list[dict[str, Any]]], epochs: int) -> str:
         "# An epoch of stage 1 against the original's loop",
         "",
         f"MRPC (3,668 rows), packaged MiniLM, {BATCH_SIZE} rows a step, lr {LR}, {epochs} epoch(s) "
-        f"and a validation, float32, {about['threads']} CPU threads; a turn a seed. Command: `python benchmarks/training.py --root DIR`",
+        f"and a validation, float32, {about['threads']} CPU threads; a turn a seed. Command: "
+        "`python benchmarks/training.py --root DIR`",
         "",
         "| | seconds | accuracy | times faster, turn by turn |",
         "|---|---:|---:|---:|",
