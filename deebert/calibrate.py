@@ -22,7 +22,8 @@ from deebert.tasks import Task
 
 FOLDS = 5
 FEWEST = 20  # rows to choose anything on
-PRIOR_SAVINGS = [0.2, 0.3, 0.4, 0.5, 0.6]  # at which priors are compared
+GROUPS = 10  # of rows, each left out once, to see how sure the gain of a prior is
+SURE = 1.0  # standard errors that it must exceed
 SPEEDUP_STEPS = 1000  # savings among which one is looked for that is fast enough
 LOSSES = ("excess", "disagreement")
 
@@ -129,7 +130,7 @@ def choose(record: Record, task: Task, rule: Rule, wish: Wish) -> Choice:
     if wish.max_drop is not None:
         return Choice(rule, _promised(record, task, rule, wish))
     if rule.asks_prior:
-        rule = relative(record, task, rule)
+        rule = relative(record, task, rule, _about(record, rule, wish))
     verdict = curves.judged(rule, record)
     if wish.target_speedup is not None:
         return Choice(rule, _fast_enough(record, verdict, rule, wish))
@@ -150,25 +151,52 @@ def choose(record: Record, task: Task, rule: Rule, wish: Wish) -> Choice:
     return Choice(rule, threshold)
 
 
-def relative(record: Record, task: Task, rule: Rule) -> Rule:
-    """The rule relative to the prior under which the score stays highest as more is saved.
+def _about(record: Record, rule: Rule, wish: Wish) -> float:
+    """About what saving a wish will come to: by entropy."""
+    if wish.target_saving is not None:
+        return wish.target_saving
+    uniform = rule.fitted(prior=[1.0] * rule.num_labels)
+    verdict = curves.judged(uniform, record)
+    return curves.savings(verdict, _fast_enough(record, verdict, uniform, wish)).mean().item()
+
+
+def relative(record: Record, task: Task, rule: Rule, saving: float) -> Rule:
+    """The rule relative to the prior that keeps the score highest about this saving.
 
     A uniform one is entropy, which serves the accuracy best. With the frequencies of the classes
     rows that look like most leave late; with their inverse, those that look like few: which of
-    them helps F1 or Matthews' correlation depends on what these count. Compared at the same savings
-    whatever is asked, so that asking for more does not change the rule.
+    them helps F1 or Matthews' correlation depends on what these count. One of the two is taken only
+    where it is surely better on these rows, by a jackknife over groups of them.
     """
     assert record.labels_N is not None
-    counts_C = torch.bincount(record.labels_N.long(), minlength=task.num_labels) + 1.0
-    best, found = -np.inf, rule
+    labels_N = record.labels_N
+    counts_C = torch.bincount(labels_N.long(), minlength=task.num_labels) + 1.0
+    near = [min(max(saving + step, 0.0), 1.0) for step in (-0.05, 0.0, 0.05)]
+    left_out = torch.arange(len(record)) % GROUPS
+
+    def score(answers: list[Tensor], rows: Tensor) -> float:
+        return sum(task.score(each[rows], labels_N[rows]) for each in answers)
+
+    best, found, plain = 0.0, rule, list[Tensor]()
     for power in (0, 1, -1):
         tried = rule.fitted(prior=(counts_C**power / (counts_C**power).sum()).tolist())
-        verdict, total = curves.judged(tried, record), 0.0
-        for threshold in curves.thresholds_for(verdict.score_NL, PRIOR_SAVINGS):
-            layer_N = exit_layer(verdict.score_NL, threshold)
-            total += task.score(curves.answered(verdict, task, layer_N), record.labels_N)
-        if total > best:
-            best, found = total, tried
+        verdict = curves.judged(tried, record)
+        layers = [
+            exit_layer(verdict.score_NL, threshold)
+            for threshold in curves.thresholds_for(verdict.score_NL, near)
+        ]
+        answers = [curves.answered(verdict, task, layer_N) for layer_N in layers]
+        if not power:
+            found, plain = tried, answers
+            continue
+        gain = score(answers, left_out >= 0) - score(plain, left_out >= 0)
+        without = [
+            score(answers, left_out != group) - score(plain, left_out != group)
+            for group in range(GROUPS)
+        ]
+        gain -= SURE * np.sqrt((GROUPS - 1) * np.var(without))
+        if gain > best:
+            best, found = gain, tried
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from deebert import calibrate, curves, exits
 from deebert.checkpoints import Checkpoint
+from deebert.exits import Rule
 from deebert.records import HELD_OUT, Record
 from deebert.saved import Saved
 from deebert.tasks import Task
@@ -75,7 +76,7 @@ def _scores(record: Record, task: Task, what: Saved) -> list[str]:
     num_labels = task.num_labels
     rule = exits.named(what.exit, num_labels) if what.exit else exits.default(num_labels)
     if rule.asks_prior:
-        rule = calibrate.relative(record, task, rule)
+        return [*lines, *_relative(record, task, rule), ""]
     verdict = curves.judged(rule, record)
     found = curves.thresholds_for(verdict.score_NL, list(SAVINGS))
     lines += [f"Exit rule `{rule.name}`; thresholds chosen on these very rows:", ""]
@@ -84,6 +85,19 @@ def _scores(record: Record, task: Task, what: Saved) -> list[str]:
         saved = f"{point['expected_saving']:.1%}"
         lines.append(f"| {saved} | {_points(point['score'])} | {point['threshold']:.4g} |")
     return [*lines, ""]
+
+
+def _relative(record: Record, task: Task, rule: Rule) -> list[str]:
+    """The same for a rule whose prior, and so the meaning of a threshold, goes with the saving."""
+    lines = [f"Exit rule `{rule.name}`; prior and thresholds chosen on these very rows:", ""]
+    lines += [f"| layers saved | {task.metrics[0]} |", "|---|---|"]
+    for saving in SAVINGS:
+        fitted = calibrate.relative(record, task, rule, saving)
+        verdict = curves.judged(fitted, record)
+        thresholds = curves.thresholds_for(verdict.score_NL, [saving])
+        [point] = curves.curve(record, task, fitted, list(thresholds))
+        lines.append(f"| {point['expected_saving']:.1%} | {_points(point['score'])} |")
+    return lines
 
 
 def _points(score: float) -> str:

@@ -302,8 +302,6 @@ class EarlyExitClassifier:
         known = set(Wish.__dataclass_fields__) - {"costs"} | {"threshold"}
         if unknown := sorted(set(values) - known):
             raise UserError(f"{unknown[0]}= is no part of a wish; {', '.join(sorted(known))} are")
-        if rule.asks_prior and not {"target_saving", "target_speedup"} & set(values):
-            raise UserError(exits.NO_PRIOR.format(rule.name))
         if not set(values) & set(WISHES[1:]):
             threshold = values.pop("threshold", 0.0)
             if values:
@@ -312,7 +310,8 @@ class EarlyExitClassifier:
             listed = isinstance(threshold, list | tuple)
             checked = list(check_thresholds(list(threshold) if listed else threshold, "threshold"))
             thresholds: Thresholds = checked if listed else checked[0]
-            exits.limits(thresholds, self.num_layers)
+            if exits.limits(thresholds, self.num_layers).any() and rule.asks_prior:
+                raise UserError(exits.NO_PRIOR.format(rule.name))
             return Asked(rule, thresholds, wish)
         granted = Wish(**values)
         record = self._calibration_rows

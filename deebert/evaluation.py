@@ -75,8 +75,8 @@ def evaluate(
         for part in parts:
             del part["trade_off"], part["length_bins"], part["examples"]
     results = parts[0] | {"exit": {"name": rule.name, **rule.options}}
-    if rule.relative:
-        results["exit"]["prior"] = rule.prior
+    if question.rule.prior is not None:  # given; one that was found is said with the calibration
+        results["exit"]["prior"] = question.rule.prior
     if parts[1:]:
         results["other_splits"] = parts[1:]
     if granted:

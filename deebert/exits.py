@@ -330,7 +330,7 @@ def default(num_labels: int) -> Rule:
 
 
 def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 < value < math.inf
+    return isinstance(value, int | float) and value is not True and 0 < value < 1e30
 
 
 def _temperature(logits_NC: Tensor, labels_N: Tensor) -> float:

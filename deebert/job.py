@@ -68,6 +68,19 @@ def complete(cfg: DictConfig, job: Job) -> Checkpoint | None:
     Raises:
         UserError: the checkpoint is missing, unreadable or of the wrong stage, or contradicted.
     """
+    _pair_of_one_text(cfg)  # before it is held against the checkpoint's ramp
+    origin = _origin(cfg, job)
+    _pair_of_one_text(cfg)  # the task may be the checkpoint's
+    return origin
+
+
+def _pair_of_one_text(cfg: DictConfig) -> None:
+    """Of one text ramp=pair is ramp=mean (`ramps.RampKind`), which is smaller."""
+    if cfg.ramp.get("reads") == "pair" and len(cfg.task.get("columns") or ()) == 1:
+        cfg.ramp.reads = "mean"
+
+
+def _origin(cfg: DictConfig, job: Job) -> Checkpoint | None:
     if cfg.resume:
         if cfg.ckpt:
             raise UserError(f"resume={cfg.resume} and ckpt={cfg.ckpt}: give one of them")

@@ -253,8 +253,7 @@ class Runner:
         if threshold is not None and target_saving is not None:
             raise RunnerError("threshold= and target_saving=: ask for one of them")
         if threshold is not None:
-            self._limits(threshold)
-            if self.rule is relative_entropy:
+            if self._limits(threshold).any() and self.rule is relative_entropy:
                 raise RunnerError(
                     f"threshold={_short(threshold)}: the exit rule relative_entropy needs a prior, "
                     "which goes with a wish; use target_saving="

@@ -47,9 +47,6 @@ def train(cfg: DictConfig) -> float | None:
     check(config)
     L.seed_everything(config["seed"], workers=True, verbose=False)
     task = Task.from_config(config["task"])
-    if config["ramp"]["reads"] == "pair" and len(task.columns) == 1:
-        log.info("ramp=pair: task %s has one text, so its ramps are those of ramp=mean", task.name)
-        cfg.ramp.reads = config["ramp"]["reads"] = "mean"
     teacher, trained = None, False
     if origin:
         tokenizer, model = origin.tokenizer(), origin.model()

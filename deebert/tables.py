@@ -238,7 +238,9 @@ def _promise(found: dict[str, Any], metric: str) -> list[str]:
     """What may be relied on, in a sentence."""
     lines = [f"Note: {note}." for note in found["notes"]]
     with_it = []
-    for flag, name in (("temperature", "temperatures"), ("exit.prior", "prior")):
+    if found["prior"]:
+        with_it.append(f"exit={found['rule']}")
+    for flag, name in (("exit.prior", "prior"), ("temperature", "temperatures")):
         if found[name]:
             with_it.append(f"{flag}=[{','.join(f'{value:.9g}' for value in found[name])}]")
     if with_it:

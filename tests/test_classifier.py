@@ -1,5 +1,6 @@
 """A trained model used from Python: answers, wishes, what is saved, and what is refused."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -92,6 +93,20 @@ def test_saved_and_loaded_it_is_the_same(classifier: EarlyExitClassifier, tmp_pa
     everything = "".join(p.read_text() for p in folder.glob("*.json"))
     assert "/tmp" not in everything, "no folder of this machine"
     assert str(ROOT) not in everything
+
+
+def test_a_threshold_needs_the_prior_it_was_found_with(classifier: EarlyExitClassifier) -> None:
+    full = classifier.ask(threshold=0, exit="relative_entropy")
+    assert classifier.predict([("a", "b")], threshold=0, exit="relative_entropy").exit_layers == [3]
+    assert full.thresholds == 0
+    for wish in ({"threshold": 0.5}, {"max_drop": 0.5}):
+        with pytest.raises(UserError, match="exit=relative_entropy needs a prior"):
+            classifier.ask(exit="relative_entropy", **wish)
+    granted = classifier.ask(target_saving=0.3, exit="relative_entropy")
+    assert granted.rule.prior is not None
+    saved = dataclasses.replace(classifier.saved, exit="relative_entropy")
+    text = card.card(saved, classifier.task)
+    assert "Exit rule `relative_entropy`; prior and thresholds chosen on these very rows" in text
 
 
 def test_the_card(classifier: EarlyExitClassifier) -> None:
