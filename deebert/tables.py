@@ -238,10 +238,10 @@ def _promise(found: dict[str, Any], metric: str) -> list[str]:
     """What may be relied on, in a sentence."""
     lines = [f"Note: {note}." for note in found["notes"]]
     with_it = []
-    if found["prior"]:
+    if found.get("prior"):  # not known to older results
         with_it.append(f"exit={found['rule']}")
     for flag, name in (("exit.prior", "prior"), ("temperature", "temperatures")):
-        if found[name]:
+        if found.get(name):
             with_it.append(f"{flag}=[{','.join(f'{value:.9g}' for value in found[name])}]")
     if with_it:
         lines.append(f"To use the threshold again: {' '.join(with_it)}")
