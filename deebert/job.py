@@ -76,7 +76,8 @@ def complete(cfg: DictConfig, job: Job) -> Checkpoint | None:
 
 def _pair_of_one_text(cfg: DictConfig) -> None:
     """Of one text ramp=pair is ramp=mean (`ramps.RampKind`), which is smaller."""
-    if cfg.ramp.get("reads") == "pair" and len(cfg.task.get("columns") or ()) == 1:
+    columns = OmegaConf.select(cfg, "task.columns")  # of a checkpoint's task nothing is known yet
+    if cfg.ramp.get("reads") == "pair" and columns is not None and len(columns) == 1:
         cfg.ramp.reads = "mean"
 
 
