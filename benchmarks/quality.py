@@ -120,7 +120,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     **{f"layer_drop_{k}": (DROPPING, f"{PRUNED}=[{few}]") for k, few in SPREAD.items()},
     **{f"student_{k}": (STAGE1, f"{STUDENT} {CUT.format(few)}") for k, few in SPREAD.items()},
 }
-# What experiment=best and exit=relative_entropy give, together.
+# The same runs, left by another rule; best is the ramp of experiment=best with it.
 RECIPES["best"] = RECIPES["two_stage_pair"]
 RECIPES["two_stage_relative"] = RECIPES["two_stage"]
 RULE = dict.fromkeys(("best", "two_stage_relative"), "relative_entropy")  # the others: entropy

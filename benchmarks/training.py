@@ -6,8 +6,8 @@ The original (castorini/DeeBERT, run_highway_glue.py): every input padded to 128
 step by step, all ramps evaluated in each step although only the final classifier learns, AdamW
 parameter by parameter, 8 rows a step, float32. Ours is `python train.py stage=1` with the same
 learning rate and epochs and 8 rows a step, and then with 16; none writes weights. Each is a process
-of its own; who begins changes from turn to turn. The
-seconds are those of training and of the validation at its end, without start-up and tokenizing.
+of its own; who begins changes from turn to turn. The seconds are those of training and of the
+validation at its end, without start-up and tokenizing.
 Writes benchmarks/training.json and training.md.
 """
 

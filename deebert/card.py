@@ -94,8 +94,8 @@ def _relative(record: Record, task: Task, rule: Rule) -> list[str]:
     for saving in SAVINGS:
         fitted = calibrate.relative(record, task, rule, saving)
         verdict = curves.judged(fitted, record)
-        thresholds = curves.thresholds_for(verdict.score_NL, [saving])
-        [point] = curves.curve(record, task, fitted, list(thresholds))
+        [threshold] = curves.thresholds_for(verdict.score_NL, [saving])
+        [point] = curves.curve(record, task, fitted, [threshold])
         lines.append(f"| {point['expected_saving']:.1%} | {_points(point['score'])} |")
     return lines
 

@@ -159,7 +159,7 @@ def described(model: EarlyExitModel, task: Task, asked: Asked, precision: str) -
         "num_labels": model.num_labels,
         "longest_input": model.backbone.longest_input,
         "pad_token_id": model.backbone.pad_token_id,
-        "sep_token_id": model.config.get("sep_token_id"),  # known if a ramp asks
+        "sep_token_id": model.backbone.separator,  # known if a ramp asks
         "rule": {"name": asked.rule.name, "options": dict(asked.rule.options)},
         "asked": {"wish": dict(asked.wish), **_granted(asked)},
         "savings": [],

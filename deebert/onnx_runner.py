@@ -290,6 +290,7 @@ class Runner:
         """
         inputs = [self._cut(given) for given in inputs]
         limits_L = self._limits(thresholds)
+        options = self.options if prior is None else {**self.options, "prior": prior}
         size = (len(inputs), self.num_layers, self.num_labels)
         out = Answers(
             np.empty((size[0], size[2]), np.float32),
@@ -300,7 +301,7 @@ class Runner:
             for start in range(0, len(inputs), WINDOW):
                 window = range(start, min(start + WINDOW, len(inputs)))
                 for rows in _by_length(window, inputs):
-                    self._run(rows, inputs, limits_L, temperatures, prior, out)
+                    self._run(rows, inputs, limits_L, temperatures, options, out)
         return out
 
     def _run(
@@ -309,11 +310,10 @@ class Runner:
         inputs: Sequence[Mapping[str, Sequence[int]]],
         limits_L: np.ndarray,
         temperatures: Sequence[float] | None,
-        prior: Sequence[float] | None,
+        options: Mapping[str, Any],
         out: Answers,
     ) -> None:
         """Run a batch until all have left, and write their answers down."""
-        options = self.options if prior is None else {**self.options, "prior": prior}
         rows_B = np.array(rows)
         length_B = np.array([len(inputs[row]["input_ids"]) for row in rows])
         batch = [inputs[row] for row in rows]

@@ -153,7 +153,6 @@ class Work:
 
     def asked(self, found: Mapping[str, Any]) -> "Asked":
         """What was found at the first start, as the classifier takes it."""
-
         from deebert import exits
         from deebert.classifier import Asked
 
