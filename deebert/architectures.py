@@ -167,6 +167,19 @@ def _run(layer: Any, hidden_BSH: Tensor, context: Any) -> Tensor:
     return layer(hidden_BSH, context)
 
 
+def _first_of_bert(layer: Any, hidden_BSH: Tensor, context: Any) -> Tensor:
+    # Contiguous, or a linear map takes the slice input by input.
+    mixed_B1H = layer.attention.self(hidden_BSH, context)[0][:, :1].contiguous()
+    hidden_B1H = layer.attention.output(mixed_B1H, hidden_BSH[:, :1])
+    return layer.output(layer.intermediate(hidden_B1H), hidden_B1H)
+
+
+def _first_of_distilbert(layer: Any, hidden_BSH: Tensor, context: Any) -> Tensor:
+    mixed_B1H = layer.attention(hidden_BSH, context)[0][:, :1].contiguous()
+    hidden_B1H = layer.sa_layer_norm(mixed_B1H + hidden_BSH[:, :1])
+    return layer.output_layer_norm(layer.ffn(hidden_B1H) + hidden_B1H)
+
+
 def _run_first_of_tuple(layer: Any, hidden_BSH: Tensor, context: Any) -> Tensor:
     return layer(hidden_BSH, **context)[0]
 
@@ -206,6 +219,8 @@ class Architecture:
     embed: encoder, ids, mask, token types or None -> the states before layer 1.
     context: encoder, states, mask -> what a layer takes besides the states.
     run: layer, states, context -> states.
+    run_for_first: the same for the first token alone, (B, S, H) -> (B, 1, H), with dropout and
+        gradients; None: only whole layers can be run.
     after: encoder, layer's number, states before and after it, context -> the states handed on.
     first_position: configuration -> the number of the first token's position.
     first_is_special: is layer 1 made differently from the others?
@@ -217,21 +232,29 @@ class Architecture:
     embed: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor] = _embed
     context: Callable[[Any, Tensor, Tensor], Any] = _mask
     run: Callable[[Any, Tensor, Any], Tensor] = _run
+    run_for_first: Callable[[Any, Tensor, Any], Tensor] | None = None
     after: Callable[[Any, int, Tensor, Tensor, Any], Tensor] = _nothing
     first_position: Callable[[Mapping[str, Any]], int] = lambda config: 0
     first_is_special: bool = False
 
 
 _ROBERTA = Architecture(
-    pooler=True, parts=_bert_parts, first_position=lambda config: config["pad_token_id"] + 1
+    pooler=True,
+    parts=_bert_parts,
+    run_for_first=_first_of_bert,
+    first_position=lambda config: config["pad_token_id"] + 1,
 )
 ARCHITECTURES = {
-    "bert": Architecture(pooler=True, parts=_bert_parts, embed=_embed_typed),
+    "bert": Architecture(
+        pooler=True, parts=_bert_parts, embed=_embed_typed, run_for_first=_first_of_bert
+    ),
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "camembert": _ROBERTA,
-    "electra": Architecture(parts=_bert_parts, embed=_embed_electra),
-    "distilbert": Architecture("transformer.layer", parts=_distilbert_parts),
+    "electra": Architecture(parts=_bert_parts, embed=_embed_electra, run_for_first=_first_of_bert),
+    "distilbert": Architecture(
+        "transformer.layer", parts=_distilbert_parts, run_for_first=_first_of_distilbert
+    ),
     "mpnet": Architecture(
         pooler=True,
         context=_mpnet_context,

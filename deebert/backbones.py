@@ -125,6 +125,15 @@ class Backbone(nn.Module):
         after_BSH = self.architecture.run(self.layers[index], hidden_BSH, context)
         return self.architecture.after(self.encoder, index, hidden_BSH, after_BSH, context)
 
+    def run_layer_for_first(self, index: int, hidden_BSH: Tensor, context: Any) -> Tensor:
+        """What `run_layer` makes of the first token, for whoever reads no other: (B, S, H) ->
+        (B, 1, H), where it can be had at a third of the layer's work (but not its bits)."""
+        run = self.architecture.run_for_first
+        if run is None:
+            return self.run_layer(index, hidden_BSH, context)[:, :1]
+        after_B1H = run(self.layers[index], hidden_BSH, context)
+        return self.architecture.after(self.encoder, index, hidden_BSH[:, :1], after_B1H, context)
+
     def skip_layer(self, index: int, hidden_BSH: Tensor, context: Any) -> Tensor:
         """What `run_layer` gives if the layer does nothing: a norm after the last layer remains."""
         return self.architecture.after(self.encoder, index, hidden_BSH, hidden_BSH, context)

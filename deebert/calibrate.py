@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deebert import curves, exits, per_ramp, risk
+from deebert import curves, exits, per_ramp, prior, risk
 from deebert.curves import Thresholds
 from deebert.errors import UserError, unknown
 from deebert.exits import Rule, Verdict, exit_layer
@@ -22,8 +22,6 @@ from deebert.tasks import Task
 
 FOLDS = 5
 FEWEST = 20  # rows to choose anything on
-GROUPS = 10  # of rows, each left out once, to see how sure the gain of a prior is
-SURE = 1.0  # standard errors that it must exceed
 SPEEDUP_STEPS = 1000  # savings among which one is looked for that is fast enough
 LOSSES = ("excess", "disagreement")
 
@@ -130,7 +128,7 @@ def choose(record: Record, task: Task, rule: Rule, wish: Wish) -> Choice:
     if wish.max_drop is not None:
         return Choice(rule, _promised(record, task, rule, wish))
     if rule.asks_prior:
-        rule = relative(record, task, rule, _about(record, rule, wish))
+        rule = prior.search(record, task, rule, _about(record, rule, wish))
     verdict = curves.judged(rule, record)
     if wish.target_speedup is not None:
         return Choice(rule, _fast_enough(record, verdict, rule, wish))
@@ -158,46 +156,6 @@ def _about(record: Record, rule: Rule, wish: Wish) -> float:
     uniform = rule.fitted(prior=[1.0] * rule.num_labels)
     verdict = curves.judged(uniform, record)
     return curves.savings(verdict, _fast_enough(record, verdict, uniform, wish)).mean().item()
-
-
-def relative(record: Record, task: Task, rule: Rule, saving: float) -> Rule:
-    """The rule relative to the prior that keeps the score highest about this saving.
-
-    A uniform one is entropy, which serves the accuracy best. With the frequencies of the classes
-    rows that look like most leave late; with their inverse, those that look like few: which of
-    them helps F1 or Matthews' correlation depends on what these count. One of the two is taken only
-    where it is surely better on these rows, by a jackknife over groups of them.
-    """
-    assert record.labels_N is not None
-    labels_N = record.labels_N
-    counts_C = torch.bincount(labels_N.long(), minlength=task.num_labels) + 1.0
-    near = [min(max(saving + step, 0.0), 1.0) for step in (-0.05, 0.0, 0.05)]
-    left_out = torch.arange(len(record)) % GROUPS
-
-    def score(answers: list[Tensor], rows: Tensor) -> float:
-        return sum(task.score(each[rows], labels_N[rows]) for each in answers)
-
-    best, found, plain = 0.0, rule, list[Tensor]()
-    for power in (0, 1, -1):
-        tried = rule.fitted(prior=(counts_C**power / (counts_C**power).sum()).tolist())
-        verdict = curves.judged(tried, record)
-        layers = [
-            exit_layer(verdict.score_NL, threshold)
-            for threshold in curves.thresholds_for(verdict.score_NL, near)
-        ]
-        answers = [curves.answered(verdict, task, layer_N) for layer_N in layers]
-        if not power:
-            found, plain = tried, answers
-            continue
-        gain = score(answers, left_out >= 0) - score(plain, left_out >= 0)
-        without = [
-            score(answers, left_out != group) - score(plain, left_out != group)
-            for group in range(GROUPS)
-        ]
-        gain -= SURE * np.sqrt((GROUPS - 1) * np.var(without))
-        if gain > best:
-            best, found = gain, tried
-    return found
 
 
 def check(num_rows: int, has_labels: bool, split: str, task: Task, rule: Rule, wish: Wish) -> None:

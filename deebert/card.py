@@ -6,7 +6,7 @@ Everything in it comes from the run's configuration and records. Knows no weight
 from collections.abc import Mapping
 from typing import Any
 
-from deebert import calibrate, curves, exits
+from deebert import curves, exits, prior
 from deebert.checkpoints import Checkpoint
 from deebert.exits import Rule
 from deebert.records import HELD_OUT, Record
@@ -75,29 +75,20 @@ def _scores(record: Record, task: Task, what: Saved) -> list[str]:
         return [*lines, "The ramps before the last are not trained.", ""]
     num_labels = task.num_labels
     rule = exits.named(what.exit, num_labels) if what.exit else exits.default(num_labels)
-    if rule.asks_prior:
-        return [*lines, *_relative(record, task, rule), ""]
-    verdict = curves.judged(rule, record)
-    found = curves.thresholds_for(verdict.score_NL, list(SAVINGS))
-    lines += [f"Exit rule `{rule.name}`; thresholds chosen on these very rows:", ""]
-    lines += [f"| layers saved | {metric} | threshold |", "|---|---|---|"]
-    for point in curves.curve(record, task, rule, list(dict.fromkeys(found))):
-        saved = f"{point['expected_saving']:.1%}"
-        lines.append(f"| {saved} | {_points(point['score'])} | {point['threshold']:.4g} |")
-    return [*lines, ""]
-
-
-def _relative(record: Record, task: Task, rule: Rule) -> list[str]:
-    """The same for a rule whose prior, and so the meaning of a threshold, goes with the saving."""
-    lines = [f"Exit rule `{rule.name}`; prior and thresholds chosen on these very rows:", ""]
-    lines += [f"| layers saved | {task.metrics[0]} |", "|---|---|"]
+    found, columns = "thresholds", ["layers saved", metric, "threshold"]
+    if rule.asks_prior:  # it goes with the saving, and what a threshold means goes with it
+        found, columns = "prior and thresholds", columns[:2]
+    lines += [f"Exit rule `{rule.name}`; {found} chosen on these very rows:", ""]
+    lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    rows = []
     for saving in SAVINGS:
-        fitted = calibrate.relative(record, task, rule, saving)
-        verdict = curves.judged(fitted, record)
-        [threshold] = curves.thresholds_for(verdict.score_NL, [saving])
-        [point] = curves.curve(record, task, fitted, [threshold])
-        lines.append(f"| {point['expected_saving']:.1%} | {_points(point['score'])} |")
-    return lines
+        fitted = prior.search(record, task, rule, saving) if rule.asks_prior else rule
+        thresholds = curves.thresholds_for(curves.judged(fitted, record).score_NL, [saving])
+        [point] = curves.curve(record, task, fitted, thresholds)
+        saved, threshold = f"{point['expected_saving']:.1%}", f"{point['threshold']:.4g}"
+        row = [saved, _points(point["score"]), threshold][: len(columns)]
+        rows.append(f"| {' | '.join(row)} |")
+    return [*lines, *dict.fromkeys(rows), ""]
 
 
 def _points(score: float) -> str:

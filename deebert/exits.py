@@ -194,7 +194,7 @@ class Rule:
         temperatures: (L,) divides the logits of each ramp first; None for 1.
         relative: does `score` also take a prior?
         prior: (C,) shares of the classes, for a relative rule; None: it is to be found on the
-            calibration rows of a wish (`calibrate.relative`).
+            calibration rows of a wish (`prior.search`).
         options: what else tells this rule from others of its name, for results.json.
     """
 

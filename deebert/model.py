@@ -167,7 +167,12 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
         second_B, features = self.second_text(input_ids), []
         for index, ramp in enumerate(self.all_ramps):
             before_BSH = hidden_BSH
-            run = self.backbone.skip_layer if index in skipped else self.backbone.run_layer
+            if index in skipped:
+                run = self.backbone.skip_layer
+            elif index == len(self.ramps) - 1:  # the final classifier reads the first token
+                run = self.backbone.run_layer_for_first
+            else:
+                run = self.backbone.run_layer
             hidden_BSH = run(index, before_BSH, context)
             to_ramp_BSH = hidden_BSH
             if flow is not None:

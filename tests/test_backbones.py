@@ -113,6 +113,34 @@ def test_rows_may_leave_between_layers(model_type: str, more: dict) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("attention", "dropout"),
+    [("sdpa", 0.0), ("eager", 0.0), ("eager", 1.0)],  # 1: all is dropped, and no chance in it
+)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_layer_for_the_first_token_alone(model_type: str, attention: str, dropout: float) -> None:
+    """The same state and gradients as from the whole layer, in training."""
+    torch.manual_seed(2)
+    backbone = backbones.pretrained(tiny(model_type, initializer_range=0.3))[0].double().train()
+    if model_type != "deberta-v2":  # it has one of its own
+        backbone.encoder.set_attn_implementation(attention)
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+    ids, mask, types = batch()
+    hidden, context = backbone.embed(ids, mask, types)
+    hidden = torch.randn_like(hidden).requires_grad_()
+    parameters = [hidden, *backbone.layers[2].parameters()]
+    found = []
+    for run in (backbone.run_layer, backbone.run_layer_for_first):
+        after = run(2, hidden, context)
+        gradients = torch.autograd.grad(after[:, 0].pow(3).sum(), parameters)
+        found.append((after.shape[1], [after[:, 0], *gradients]))
+    (_, whole), (tokens, alone) = found
+    assert tokens == 1
+    torch.testing.assert_close(alone, whole, atol=1e-9, rtol=1e-9)
+
+
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 @torch.no_grad()
 def test_parts_make_up_a_layer(model_type: str) -> None:
