@@ -8,7 +8,6 @@ from typing import Any
 
 from deebert import curves, exits, prior
 from deebert.checkpoints import Checkpoint
-from deebert.exits import Rule
 from deebert.records import HELD_OUT, Record
 from deebert.saved import Saved
 from deebert.tasks import Task
