@@ -123,10 +123,10 @@ def report(turns: dict[str, list[dict[str, Any]]], epochs: int) -> str:
     lines = [
         "# An epoch of stage 1 against the original's loop",
         "",
-        f"MRPC (3,668 rows), packaged MiniLM, {BATCH_SIZE} rows a step unless said, lr {LR}, {epochs} "
-        f"epoch(s) and a validation, float32, {about['threads']} CPU threads; a turn a seed, from 1. "
-        f"Command: `python benchmarks/training.py --root DIR --turns {len(turns['original'])} "
-        f"--epochs {epochs}`",
+        f"MRPC (3,668 rows), packaged MiniLM, {BATCH_SIZE} rows a step unless said, lr {LR}, "
+        f"{epochs} epoch(s) and a validation, float32, {about['threads']} CPU threads; a turn a "
+        "seed, from 1. Command: `python benchmarks/training.py --root DIR "
+        f"--turns {len(turns['original'])} --epochs {epochs}`",
         "",
         "| | seconds | accuracy | times faster, turn by turn |",
         "|---|---:|---:|---:|",

@@ -82,11 +82,10 @@ def _scores(record: Record, task: Task, what: Saved) -> list[str]:
     rows = []
     for saving in SAVINGS:
         fitted = prior.search(record, task, rule, saving) if rule.asks_prior else rule
-        thresholds = curves.thresholds_for(curves.judged(fitted, record).score_NL, [saving])
-        [point] = curves.curve(record, task, fitted, thresholds)
-        saved, threshold = f"{point['expected_saving']:.1%}", f"{point['threshold']:.4g}"
-        row = [saved, _points(point["score"]), threshold][: len(columns)]
-        rows.append(f"| {' | '.join(row)} |")
+        [threshold] = curves.thresholds_for(curves.judged(fitted, record).score_NL, [saving])
+        [point] = curves.curve(record, task, fitted, [threshold])
+        row = [f"{point['expected_saving']:.1%}", _points(point["score"]), f"{threshold:.4g}"]
+        rows.append(f"| {' | '.join(row[: len(columns)])} |")
     return [*lines, *dict.fromkeys(rows), ""]
 
 
