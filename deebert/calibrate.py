@@ -321,6 +321,8 @@ def calibration(
         What results.json holds under `calibration`: `wish`, `rule`, `temperatures`, `prior`,
         `thresholds` (the ones to use from now on), `calibration_split`, `num_calibration`,
         `expected` and `measured`, with 95 % intervals for as many new rows as were reported.
+        Where cross-fitted, also what each fold was measured with: `fold_thresholds`, `fold_fits`
+        (temperatures and prior), and how many were left at full depth, `folds_at_full_depth`.
     """
     reported = records[0]
     seen = reported if held_out is None else held_out
@@ -350,6 +352,7 @@ def calibration(
     if held_out is None:
         found["folds_at_full_depth"] = chosen.count(None)
         found["fold_thresholds"] = [each.thresholds if each else 0.0 for each in chosen]
+        found["fold_fits"] = [each.rule.fit if each else rule.fit for each in chosen]
     if records[1:]:  # rows that had no part in it either way
         found["measured_elsewhere"] = {
             record.split: measured(record, task, *choice(record, task)) for record in records[1:]

@@ -6,7 +6,7 @@ import torch
 from test_curves import task
 
 from deebert import exits
-from deebert.calibrate import FOLDS, Wish, calibration, choose, losses, unlike
+from deebert.calibrate import FOLDS, Choice, Wish, calibration, choose, folds, losses, unlike
 from deebert.calibrate import _cross_fitted as cross_fitted
 from deebert.errors import UserError
 from deebert.exits import exit_layer
@@ -168,6 +168,21 @@ def test_the_prior_is_what_serves_the_metric() -> None:
     assert scores["mrpc"] > by_entropy + 0.04
     accuracy = calibration(seen, [unseen], task("sst2"), RULE, wish)["measured"]["score"]
     assert scores["sst2"] == pytest.approx(accuracy, abs=1e-9), "a uniform prior is entropy"
+
+
+def test_folds_are_measured_with_what_the_other_rows_chose() -> None:
+    record, wish = unbalanced(2000, 1), Wish(target_saving=0.5)
+    rule, mrpc = exits.named("relative_entropy", 2), task("mrpc")
+    found = calibration(None, [record], mrpc, rule, wish)
+    fold_N = folds(len(record))
+    predictions_N = torch.empty_like(record.labels_N)
+    for fold, (threshold, fit) in enumerate(
+        zip(found["fold_thresholds"], found["fold_fits"], strict=True)
+    ):
+        assert fit["prior"] == choose(record.rows(fold_N != fold), mrpc, rule, wish).rule.prior
+        choice = Choice(rule.fitted(**fit), threshold)
+        predictions_N[fold_N == fold] = choice(record.rows(fold_N == fold), mrpc)[1]
+    assert mrpc.score(predictions_N, record.labels_N) == found["measured"]["score"]
 
 
 def test_a_prior_is_found_for_savings_on_labelled_rows() -> None:
