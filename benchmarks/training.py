@@ -117,18 +117,20 @@ def ours(root: str, epochs: int, seed: int, batch_size: int, more: list[str]) ->
     }
 
 
-def report(turns: dict[str, list[dict[str, Any]]], epochs: int) -> str:
+def report(turns: dict[str, list[dict[str, Any]]], epochs: int, train: str = "") -> str:
     """The Markdown table."""
     about = turns["deebert"][0]["environment"]
+    command = f"--turns {len(turns['original'])} --epochs {epochs}"
+    if train:
+        command += f' --train "{train}"'
     lines = [
         "# An epoch of stage 1 against the original's loop",
         "",
         f"MRPC (3,668 rows), packaged MiniLM, {BATCH_SIZE} rows a step unless said, lr {LR}, "
         f"{epochs} epoch(s) and a validation, float32, {about['threads']} CPU threads; a turn a "
-        "seed, from 1. Command: `python benchmarks/training.py --root DIR "
-        f"--turns {len(turns['original'])} --epochs {epochs}`",
+        f"seed, from 1. Command: `python benchmarks/training.py --root DIR {command}`",
         "",
-        "| | seconds | accuracy | times faster, turn by turn |",
+        "| | seconds, median | accuracy | times faster, turn by turn |",
         "|---|---:|---:|---:|",
     ]
     for name, rows in turns.items():
@@ -166,7 +168,7 @@ def main() -> None:
             turns[name].append(found)
             print(name, found["seconds"], flush=True)
     (HERE / "training.json").write_text(json.dumps(turns, indent=1) + "\n")
-    text = report(turns, given.epochs)
+    text = report(turns, given.epochs, given.train)
     (HERE / "training.md").write_text(text)
     print(text)
 

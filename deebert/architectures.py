@@ -220,7 +220,7 @@ class Architecture:
     context: encoder, states, mask -> what a layer takes besides the states.
     run: layer, states, context -> states.
     run_for_first: the same for the first token alone, (B, S, H) -> (B, 1, H), with dropout and
-        gradients; None: only whole layers can be run.
+        gradients; None: only whole layers can be run, or `after` looks at other tokens.
     after: encoder, layer's number, states before and after it, context -> the states handed on.
     first_position: configuration -> the number of the first token's position.
     first_is_special: is layer 1 made differently from the others?

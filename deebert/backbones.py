@@ -127,7 +127,8 @@ class Backbone(nn.Module):
 
     def run_layer_for_first(self, index: int, hidden_BSH: Tensor, context: Any) -> Tensor:
         """What `run_layer` makes of the first token, for whoever reads no other: (B, S, H) ->
-        (B, 1, H), where it can be had at a third of the layer's work (but not its bits)."""
+        (B, 1, H). About a third of its work, where layers can be run in parts; the same numbers but
+        for rounding."""
         run = self.architecture.run_for_first
         if run is None:
             return self.run_layer(index, hidden_BSH, context)[:, :1]

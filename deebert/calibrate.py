@@ -153,9 +153,9 @@ def _about(record: Record, rule: Rule, wish: Wish) -> float:
     """About what saving a wish will come to: by entropy."""
     if wish.target_saving is not None:
         return wish.target_saving
-    uniform = rule.fitted(prior=[1.0] * rule.num_labels)
-    verdict = curves.judged(uniform, record)
-    return curves.savings(verdict, _fast_enough(record, verdict, uniform, wish)).mean().item()
+    entropy = rule.uniform()
+    verdict = curves.judged(entropy, record)
+    return curves.savings(verdict, _fast_enough(record, verdict, entropy, wish)).mean().item()
 
 
 def check(num_rows: int, has_labels: bool, split: str, task: Task, rule: Rule, wish: Wish) -> None:
@@ -322,7 +322,7 @@ def calibration(
         `thresholds` (the ones to use from now on), `calibration_split`, `num_calibration`,
         `expected` and `measured`, with 95 % intervals for as many new rows as were reported.
         Where cross-fitted, also what each fold was measured with: `fold_thresholds`, `fold_fits`
-        (temperatures and prior), and how many were left at full depth, `folds_at_full_depth`.
+        (temperatures and prior; None at full depth), and `folds_at_full_depth`, how many were.
     """
     reported = records[0]
     seen = reported if held_out is None else held_out
@@ -352,7 +352,7 @@ def calibration(
     if held_out is None:
         found["folds_at_full_depth"] = chosen.count(None)
         found["fold_thresholds"] = [each.thresholds if each else 0.0 for each in chosen]
-        found["fold_fits"] = [each.rule.fit if each else rule.fit for each in chosen]
+        found["fold_fits"] = [each.rule.fit if each else None for each in chosen]
     if records[1:]:  # rows that had no part in it either way
         found["measured_elsewhere"] = {
             record.split: measured(record, task, *choice(record, task)) for record in records[1:]
@@ -387,7 +387,7 @@ def _cross_fitted(
             chosen.append(choose(record.rows(~unseen), task, rule, wish))
         except Infeasible:  # enough rows for the promise, but not in four fifths of them
             chosen.append(None)
-        choice = chosen[-1] or Choice(rule, 0.0)
+        choice = chosen[-1] or Choice(rule.uniform(), 0.0)
         layer_N[unseen], predictions_N[unseen] = choice(record.rows(unseen), task)
     return layer_N, predictions_N, chosen
 

@@ -108,6 +108,7 @@ def _training(origin: Checkpoint) -> str:
         "longest input": f"{config['data']['max_length']} tokens",
     }
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in told.items())]
-    command = "python train.py stage=1, then stage=2 ckpt=RUN, of"
-    where = "[deebert](https://aclanthology.org/2020.acl-main.204/)"
-    return "\n".join([*lines, "", f"With `{command}` {where}.", ""])
+    commands = ["`python train.py stage=1`", "`python train.py stage=2 ckpt=RUN`"]
+    how = ", then ".join(commands[: config["stage"]])
+    where = "[DeeBERT](https://aclanthology.org/2020.acl-main.204/)"
+    return "\n".join([*lines, "", f"After {where}, with {how} of `deebert`.", ""])

@@ -68,12 +68,13 @@ def evaluate(
         record.check()
     granted = None if question.wish is None else _granted(records, task, question, held_out)
     rule = question.rule
-    if granted and rule.asks_prior:  # what is drawn is what was granted
-        rule = rule.fitted(prior=granted["prior"])
+    if granted:  # what is drawn is what was granted
+        rule = rule.fitted(granted["temperatures"], granted["prior"])
     parts = [_of_split(record, task, rule, question.thresholds) for record in records]
     if not trained:
         for part in parts:
             del part["trade_off"], part["length_bins"], part["examples"]
+            part["analysis"] |= {"oracle": None, "overthinking_rate": None}
     results = parts[0] | {"exit": {"name": rule.name, **rule.options}}
     if question.rule.prior is not None:  # given; one that was found is said with the calibration
         results["exit"]["prior"] = question.rule.prior

@@ -220,11 +220,16 @@ class Rule:
             )
             raise UserError(why)
         if self.prior is not None:
+            if not self.relative:
+                raise UserError(
+                    f"exit.prior={self.prior} is for exit=relative_entropy; exit={self.name} has "
+                    "no prior"
+                )
             numbers = isinstance(self.prior, list) and all(map(_is_share, self.prior))
-            if not self.relative or not numbers or len(self.prior) != self.num_labels:
+            if not numbers or len(self.prior) != self.num_labels:
                 raise UserError(
                     f"exit.prior={self.prior} must be {self.num_labels} shares above 0, one for "
-                    "each class, and is for exit=relative_entropy"
+                    "each class"
                 )
         if self.reads == "unsure" and self.looks_back:
             raise UserError(
@@ -280,6 +285,12 @@ class Rule:
         """The same rule with these, where they are given."""
         scales = self.temperatures if temperatures is None else torch.tensor(temperatures).float()
         return replace(self, temperatures=scales, prior=self.prior if prior is None else prior)
+
+    def uniform(self) -> "Rule":
+        """The same rule, or with the prior that makes it entropy where one has to be found."""
+        return (
+            self.fitted(prior=[1 / self.num_labels] * self.num_labels) if self.asks_prior else self
+        )
 
     def grid(self, num: int = 200) -> list[float]:
         """Thresholds from conservative to aggressive that do not depend on any data."""

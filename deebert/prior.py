@@ -32,18 +32,14 @@ def search(record: Record, task: Task, rule: Rule, saving: float) -> Rule:
     """
     assert record.labels_N is not None
     count_C = torch.bincount(record.labels_N.long(), minlength=task.num_labels) + 1.0
-    found = _relative_to(torch.ones_like(count_C), rule)
+    found = rule.uniform()
     entropy, most = _answers(found, record, task, saving), 0.0
     for weight_C in (count_C, 1 / count_C):
-        tried = _relative_to(weight_C, rule)
+        tried = rule.fitted(prior=(weight_C / weight_C.sum()).tolist())
         gain = _sure_gain(_answers(tried, record, task, saving), entropy, record, task)
         if gain > most:
             found, most = tried, gain
     return found
-
-
-def _relative_to(weight_C: Tensor, rule: Rule) -> Rule:
-    return rule.fitted(prior=(weight_C / weight_C.sum()).tolist())
 
 
 def _answers(rule: Rule, record: Record, task: Task, saving: float) -> list[Tensor]:

@@ -41,6 +41,9 @@ def check(config: dict[str, Any]) -> None:
         raise UserError(
             f"calibration={config['calibration']} must be auto, heldout, crossfit, or a split"
         )
+    if (rule := config.get("exit")) and not {"name", "score"} <= set(rule):
+        said = " ".join(f"exit.{name}={value}" for name, value in rule.items())
+        raise UserError(f"{said} without a rule: say exit=NAME, too ({', '.join(exits.RULES)})")
     for flag in ("per_ramp", "analysis"):
         if not isinstance(config[flag], bool):
             raise UserError(f"{flag}={config[flag]} must be true or false")
@@ -170,7 +173,7 @@ def _rule(values: dict[str, Any], score: Score, task: Task) -> Rule:
         str(values["name"]), score, task.num_labels, largest, regression, looks_back, reads,
         relative=relative, prior=values.get("prior"), options=told,
     )  # fmt: skip
-    tried = rule.fitted(prior=[1.0] * task.num_labels) if rule.asks_prior else rule
+    tried = rule.uniform()
     try:
         tried(torch.zeros(2, 4, task.num_labels), torch.zeros(2, 4))
         alone = rule.looks_back or _judges_alone(tried)
@@ -178,7 +181,9 @@ def _rule(values: dict[str, Any], score: Score, task: Task) -> Rule:
         raise
     except Exception as error:  # a function of the user's own may fail in any way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"exit={rule.name}: its function fails: {reason} (exit.score)") from error
+        raise UserError(
+            f"exit={rule.name}: its function fails: {reason} (exit.score, exit.relative)"
+        ) from error
     if not alone:
         raise UserError(
             f"exit.looks_back=false, but what exit={rule.name} says of a ramp depends on those "

@@ -148,6 +148,8 @@ def read(folder: Path, flag: str) -> Saved:
         shape = json.loads((folder / "config.json").read_text("utf-8"))
         config = about["config"]
         architecture = {k: v for k, v in shape["config"].items() if k not in NO_SHAPE}
+        if config["ramp"].get("reads") == "pair" and architecture.get("sep_token_id") is None:
+            raise wrong("config.json has no sep_token_id, by which ramps tell two texts apart")
         files = {
             name: (folder / name).read_text("utf-8") for name in map(_inside, about["tokenizer"])
         }

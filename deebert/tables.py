@@ -244,7 +244,8 @@ def _promise(found: dict[str, Any], metric: str) -> list[str]:
         if found.get(name):
             with_it.append(f"{flag}=[{','.join(f'{value:.9g}' for value in found[name])}]")
     if with_it:
-        lines.append(f"To use the threshold again: {' '.join(with_it)}")
+        with_it.append(f"threshold={_threshold(found['thresholds'])}")
+        lines.append(f"To use it again: {' '.join(with_it)}")
     if idle := found.get("folds_at_full_depth"):
         lines.append(f"Note: in {idle} folds four fifths of the rows were too few: full depth.")
     wish = found["wish"]

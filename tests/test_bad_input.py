@@ -198,6 +198,8 @@ def bad_input(tmp_path: Path, glue: Path, stage1: Path, stage2: Path) -> dict[st
         "speed-up per ramp": (evaluate, (f"ckpt={stage2}", "target_speedup=2", "per_ramp=true"), "per_ramp=true needs target_saving="),
         "speed-up too large": (evaluate, (f"ckpt={stage2}", "target_speedup=1000", "repeats=1"), "target_speedup=1000 is more than exit=entropy can reach: about"),
         "runtime": (evaluate, (f"ckpt={stage2}", "threshold=0.1", "timing=1", "runtime=tvm"), "runtime 'tvm' is unknown; choose one of: torch, onnx"),
+        "a prior without its rule": (evaluate, (f"ckpt={stage2}", "+exit.prior=[0.5,0.5]", "threshold=0.3"), "exit.prior=[0.5, 0.5] without a rule: say exit=NAME, too (entropy, relative_entropy"),
+        "a prior for entropy": (evaluate, (f"ckpt={stage2}", "exit=entropy", "+exit.prior=[0.5,0.5]", "threshold=0.3"), "exit.prior=[0.5, 0.5] is for exit=relative_entropy; exit=entropy has no prior"),
         "temperature of a learned score": (evaluate, (f"ckpt={stage2}", "exit=learned", "target_saving=0.3", "temperature=true"), "judges by a learned score"),
         "best epoch by full depth": (train, (*mrpc, here, "objective=joint", "callbacks.best.monitor=val/score"), "use callbacks.best.monitor=val/mean_ramp_score"),
         "layer drop on two devices": (train, (*mrpc, here, "stages.1.layer_drop=0.2", "trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu"), "trainer.strategy=ddp_find_unused_parameters_true"),

@@ -5,10 +5,11 @@ import pytest
 import torch
 from test_curves import task
 
-from deebert import exits
+from deebert import curves, exits
 from deebert.calibrate import FOLDS, Choice, Wish, calibration, choose, folds, losses, unlike
 from deebert.calibrate import _cross_fitted as cross_fitted
 from deebert.errors import UserError
+from deebert.evaluation import Question, evaluate
 from deebert.exits import exit_layer
 from deebert.records import Record
 
@@ -185,6 +186,14 @@ def test_folds_are_measured_with_what_the_other_rows_chose() -> None:
     assert mrpc.score(predictions_N, record.labels_N) == found["measured"]["score"]
 
 
+def test_a_fold_of_too_few_rows_runs_to_full_depth_without_a_prior() -> None:
+    record, rule = unbalanced(22, 1), exits.named("relative_entropy", 2)
+    found = calibration(None, [record], task("mrpc"), rule, Wish(target_saving=0.4))
+    assert found["folds_at_full_depth"] == 5
+    assert (found["fold_thresholds"], found["fold_fits"]) == ([0.0] * 5, [None] * 5)
+    assert found["measured"]["expected_saving"] == 0
+
+
 def test_a_prior_is_found_for_savings_on_labelled_rows() -> None:
     record, rule = unbalanced(2000, 1), exits.named("relative_entropy", 2)
     with pytest.raises(UserError, match="exit=relative_entropy needs a prior"):
@@ -323,3 +332,11 @@ def test_a_regression_can_be_asked_for_a_saving() -> None:
     assert found["measured"]["expected_saving"] == pytest.approx(0.4, abs=0.03)
     assert 0 < found["measured"]["score"] < found["measured"]["full_depth_score"]
     assert found["measured"]["excess"] is None
+
+
+def test_what_is_drawn_is_what_was_granted() -> None:
+    record, wish = unbalanced(500, 1), Wish(target_saving=0.4, temperature=True)
+    found = evaluate([record], task("sst2"), Question(RULE, [0.3], wish))
+    tempered = RULE.fitted(found["calibration"]["temperatures"])
+    assert found["curve"] == curves.curve(record, task("sst2"), tempered, [0.3])
+    assert found["curve"] != curves.curve(record, task("sst2"), RULE, [0.3])

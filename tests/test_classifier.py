@@ -118,6 +118,7 @@ def test_the_card(classifier: EarlyExitClassifier) -> None:
     assert f"| {found:.4g} |" in text
     assert text.startswith("---\nlibrary_name: deebert\n")
     assert "from deebert import EarlyExitClassifier" in text
+    assert "with `python train.py stage=1`, then `python train.py stage=2 ckpt=RUN` of" in text
 
 
 def test_loads_without_the_training_libraries(
@@ -210,6 +211,7 @@ HOSTILE = {
     "a record of other weights": "other weights",
     "a rule that is no name": "is no name",
     "an unknown rule": "exit 'os.system' is unknown",
+    "pairs, and no separator": "config.json has no sep_token_id",
 }
 
 
@@ -254,6 +256,9 @@ def test_refuses_a_damaged_or_hostile_folder(
         save_file(few, folder / "model.safetensors")
     elif what == "a record of other weights":
         save_file(weights | {name: weights[name] + 1}, folder / "model.safetensors")
+    elif what == "pairs, and no separator":
+        damaged(folder, "deebert.json", lambda a: a["config"]["ramp"].update(reads="pair"))
+        damaged(folder, "config.json", lambda a: a["config"].update(sep_token_id=None))
     elif what == "a rule that is no name":
         damaged(folder, "deebert.json", lambda a: a.update(exit={"_target_": "os.system"}))
     else:

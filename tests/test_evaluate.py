@@ -96,7 +96,9 @@ def test_a_record_answers_without_model_or_data(
 @pytest.mark.parametrize("rule", ["entropy", "relative_entropy", "probability", "margin", "patience", "confident_patience", "ensemble", "vote"])  # fmt: skip
 def test_every_rule_grants_a_saving(run: Run, rule: str, stage2: Path, tmp_path: Path) -> None:
     printed = run("evaluate.py", f"record={stage2}", f"exit={rule}", "target_saving=0.3", f"hydra.run.dir={tmp_path}")  # fmt: skip
-    assert ("exit=relative_entropy exit.prior=[0." in printed) == (rule == "relative_entropy")
+    assert ("To use it again: exit=relative_entropy exit.prior=[0." in printed) == (
+        rule == "relative_entropy"
+    )
     found = results(tmp_path)
     assert found["exit"]["name"] == found["calibration"]["rule"] == rule
     assert found["calibration"]["expected"]["expected_saving"] >= 0.3 - 1e-9

@@ -94,7 +94,7 @@ def test_relative_entropy_of_sure_rows_keeps_its_digits() -> None:
 def test_a_prior_has_a_share_of_each_class(prior: object) -> None:
     with pytest.raises(UserError, match=r"exit.prior=.*must be 3 shares above 0"):
         exits.named("relative_entropy", 3).fitted(prior=prior)
-    with pytest.raises(UserError, match="is for exit=relative_entropy"):
+    with pytest.raises(UserError, match="exit=entropy has no prior"):
         exits.named("entropy", 3).fitted(prior=[0.2, 0.3, 0.5])
 
 
