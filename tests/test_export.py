@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 from random_models import CLASS_RULES, RAMPS, byte_level, inputs_of, middles, model_of, world
 
-from deebert import EarlyExitClassifier, demo, exits, export, onnx_runner, tokens
+from deebert import EarlyExitClassifier, curves, demo, exits, export, onnx_runner, tokens
 from deebert.classifier import Asked
 from deebert.engine import Engine
 from deebert.errors import UserError
@@ -153,9 +153,14 @@ def test_wishes_of_every_kind(wish: dict, classifier: EarlyExitClassifier, tmp_p
     assert found.difference < 1e-5
     expected = classifier.predict(pairs(), **wish)
     answers = Runner(tmp_path / "model", threads=1).predict(pairs())
-    assert [each["exit_layer"] for each in answers] == expected.exit_layers
-    shares = [each["probability"] for each in answers]
-    assert shares == pytest.approx([each["probability"] for each in expected], abs=1e-4)
+    [record] = classifier.saved.records.values()
+    score_NK = curves.judged(classifier.ask(**wish).rule, record).score_NL[:, :-1]
+    # Temperatures of ramps that have learned nothing may make all scores one number but for its
+    # last bit: then which rows leave is chance.
+    if "temperature" not in wish or score_NK.max() - score_NK.min() > 1e-6:
+        assert [each["exit_layer"] for each in answers] == expected.exit_layers
+        shares = [each["probability"] for each in answers]
+        assert shares == pytest.approx([each["probability"] for each in expected], abs=1e-4)
     same = {name: wish[name] for name in ("exit", "temperature", "per_ramp") if name in wish}
     for saving in found.savings:
         asked = Runner(tmp_path / "model").ask(target_saving=saving)
