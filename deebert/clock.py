@@ -80,8 +80,7 @@ class Clock:
                 cases, folds_N = [found["fold_thresholds"]], calibrate.folds(len(record))
             elif "fold_thresholds" in found:
                 log.warning("timed on the rows that temperatures or a prior were fitted on")
-            if fitted:
-                rule = rule.fitted(found["temperatures"], found["prior"])
+            rule = rule.fitted(found["temperatures"], found["prior"])
         tokens = self.data.tokens(record.split)
         row_of = {index: row for row, index in enumerate(tokens["index"][:])}
         inputs = self._inputs(record.split, [row_of[index] for index in record.index_N.tolist()])
