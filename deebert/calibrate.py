@@ -404,7 +404,7 @@ def expected(record: Record, task: Task, choice: Choice, num_new: int) -> dict[s
         labels_N = record.labels_N.to(task.target_dtype())
         deviation = curves.score_deviation(task, predictions_N, labels_N)
         interval = risk.mean_interval(found["score"], deviation, len(record), num_new)
-        found["score_interval"] = curves.within(*interval, -1, 1)
+        found["score_interval"] = curves.within(*interval, task.lowest_score, 1)
     return found
 
 

@@ -227,7 +227,9 @@ def trade_off(record: Record, task: Task, rule: Rule) -> dict[str, Any]:
             labels_N = record.labels_N.to(task.target_dtype())
             width = 1.96 * score_deviation(task, predictions_N, labels_N)
             width /= math.sqrt(len(record))
-            found["score_interval"] = within(found["score"] - width, found["score"] + width, -1, 1)
+            found["score_interval"] = within(
+                found["score"] - width, found["score"] + width, task.lowest_score, 1
+            )
         points.append(found)
     return {"trade_off": points, "length_bins": bins}
 

@@ -188,6 +188,11 @@ class Task:
         """The headline metric."""
         return METRICS[self.metrics[0]](predictions, labels)
 
+    @property
+    def lowest_score(self) -> float:
+        """Of the headline metric: -1 of a correlation, 0 of a share."""
+        return -1 if self.metrics[0] in ("matthews", *REGRESSION) else 0
+
     def target_dtype(self) -> torch.dtype:
         """The dtype in which labels reach the loss."""
         return torch.float32 if self.is_regression else torch.long

@@ -265,6 +265,20 @@ def test_intervals_stay_where_values_can_be() -> None:
     assert -1 <= low < high <= 1
 
 
+@pytest.mark.parametrize(("name", "lowest"), [("sst2", 0), ("mrpc", 0), ("cola", -1), ("stsb", -1)])
+def test_only_a_correlation_can_be_negative(name: str, lowest: int) -> None:
+    assert task(name).lowest_score == lowest
+
+
+def test_an_f1_of_nothing_is_not_under_it() -> None:
+    few = simulated(20)
+    wrong_NC = 9.0 * torch.nn.functional.one_hot(1 - few.labels_N, 2)
+    few = dataclasses.replace(few, logits_NLC=wrong_NC[:, None].expand(-1, 5, -1))
+    found = calibration(few, [few], task("mrpc"), RULE, Wish(target_saving=0.4))["expected"]
+    low, high = found["score_interval"]
+    assert found["score"] == 0 == low < high
+
+
 def test_other_splits_are_measured_with_the_same_thresholds() -> None:
     first, second = simulated(400, 1), simulated(300, 2, split="validation_mismatched")
     found = calibration(None, [first, second], task("sst2"), RULE, Wish(target_saving=0.4))
