@@ -33,7 +33,7 @@ from deebert.architectures import (
     architecture,
     longest_input,
 )
-from deebert.errors import UserError
+from deebert.errors import UserError, first_line
 
 
 class Backbone(nn.Module):
@@ -175,7 +175,7 @@ def pretrained(spec: Mapping[str, Any]) -> tuple[Backbone, nn.Linear | None]:
         except UserError:
             raise
         except Exception as error:  # the library checks its sizes in many ways
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"backbone {spec['name']}: {reason} (backbone.config.*)") from error
     path = _locate(spec)
     config = _load(AutoConfig.from_pretrained, path, spec)
@@ -226,7 +226,7 @@ def tokenizer_from_files(files: Mapping[str, str | bytes]) -> PreTrainedTokenize
                 (Path(folder) / name).write_bytes(content)
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # damaged files fail in many ways
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"the tokenizer cannot be loaded: {reason}") from error
 
 
@@ -285,7 +285,7 @@ def _load(loader: Any, path: str, spec: Mapping[str, Any]) -> Any:
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"backbone {spec['name']}: cannot load {path!r} ({reason}). Without a network use "
             "backbone=minilm (from the package installer) or backbone.path=a local folder"

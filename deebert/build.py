@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from deebert import backbones
 from deebert.data import TextDataModule
-from deebert.errors import UserError
+from deebert.errors import UserError, first_line
 from deebert.job import Job
 from deebert.records import HELD_OUT
 from deebert.tasks import Task
@@ -83,9 +83,10 @@ def remember_held_out(config: dict[str, Any], data: TextDataModule) -> None:
     """
     values = config["data"]
     size = data.calibration_size
-    found = data.fingerprint(HELD_OUT) if size else None
+    found = data.text_fingerprint(HELD_OUT) if size else None
     expected = values.get("calibration_rows")
-    if expected and found != expected:
+    # Older runs remember the rows by their tokens.
+    if expected and found != expected and data.fingerprint(HELD_OUT) != expected:
         raise UserError(
             f"data.root={data.root}: the training rows have changed since the checkpoint was "
             "trained, so its held-out rows can no longer be told from those it has seen; give the "
@@ -136,11 +137,7 @@ def instantiated(flag: str, values: DictConfig | None, **extra: Any) -> Any:
     try:
         return instantiate(values, _convert_="all", **extra)
     except InstantiationException as error:
-        raise UserError(f"{flag}: {_first_line(error.__cause__ or error)} ({flag}.*)") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{flag}: {first_line(error.__cause__ or error)} ({flag}.*)") from error
 
 
 def refuse_unsafe_sweep(trainer: L.Trainer, job: Job) -> None:
@@ -164,7 +161,7 @@ def closing() -> Iterator[None]:
         try:
             yield
         except MisconfigurationException as error:  # a wrong trainer.* or callbacks.* value
-            raise UserError(_first_line(error)) from error
+            raise UserError(first_line(error)) from error
         finally:
             # One W&B run per job: without this all jobs of a sweep would share the first one's.
             wandb = sys.modules.get("wandb")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deebert import curves, exits, per_ramp, prior, risk
 from deebert.curves import Thresholds
-from deebert.errors import UserError, unknown
+from deebert.errors import UserError, is_number, unknown
 from deebert.exits import Rule, Verdict, exit_layer
 from deebert.records import Record
 from deebert.tasks import Task
@@ -89,8 +89,7 @@ def _number(
 ) -> None:
     if value is None:
         return
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not low <= value < high or (value == low and not with_low):
+    if not is_number(value) or not low <= value < high or (value == low and not with_low):
         bracket = "[" if with_low else "("
         raise UserError(f"{flag}={value!r} must be in {bracket}{low}, {high}): {meaning}")
 

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from deebert import curves, exits, prior
-from deebert.checkpoints import Checkpoint
 from deebert.records import HELD_OUT, Record
-from deebert.saved import Saved
+from deebert.saved import Saved, public
 from deebert.tasks import Task
 
 SAVINGS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -18,14 +17,14 @@ HUB_METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spear
 
 def card(what: Saved, task: Task) -> str:
     """Markdown with the hub's header."""
-    config = what.checkpoint.config
+    config = public(what.checkpoint.config)
     title = f"# {config['backbone']['name']} on {task.name}, early exit"
     lines = [_header(config, task), title, ""]
-    lines += [_what_it_is(config, task), "", "## Use it", "", _use(task), ""]
+    lines += [_what_it_is(task), "", "## Use it", "", _use(task), ""]
     for record in what.records.values():
         if record.split != HELD_OUT and record.labels_N is not None:
             lines += _scores(record, task, what)
-    lines += ["## How it was trained", "", _training(what.checkpoint)]
+    lines += ["## How it was trained", "", _training(config, what.checkpoint.epochs_done)]
     return "\n".join(lines)
 
 
@@ -42,7 +41,7 @@ def _header(config: Mapping[str, Any], task: Task) -> str:
     return "\n".join([*lines, f"metrics: [{', '.join(metrics)}]", "---", ""])
 
 
-def _what_it_is(config: Mapping[str, Any], task: Task) -> str:
+def _what_it_is(task: Task) -> str:
     classes = "a number" if task.labels is None else f"one of: {', '.join(task.labels)}"
     reads = " and ".join(f"`{column}`" for column in task.columns)
     return (
@@ -93,10 +92,9 @@ def _points(score: float) -> str:
     return f"{score:.4f}"
 
 
-def _training(origin: Checkpoint) -> str:
-    config = origin.config
+def _training(config: Mapping[str, Any], epochs_done: int) -> str:
     recipe = config["stages"][str(config["stage"])]
-    if not origin.epochs_done:  # trained by somebody else
+    if not epochs_done:  # trained by somebody else
         return f"Published: {config['backbone'].get('path') or config['backbone']['name']}\n"
     told = {
         "backbone": config["backbone"].get("path") or config["backbone"]["name"],

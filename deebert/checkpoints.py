@@ -98,6 +98,12 @@ def find(path: str, flag: str, name: str) -> Path:
     raise UserError(f"{flag}={path}: the folder holds no checkpoints/{name}; give a run folder")
 
 
+def lasting(given: str) -> str:
+    """A path that holds from another working directory, too; what is none here, an id on the hub,
+    as it is."""
+    return str(Path(given).absolute()) if Path(given).exists() else given
+
+
 def read(path: Path, flag: str) -> Checkpoint:
     """Read a checkpoint written by `train.py`. Nothing in it is executed.
 

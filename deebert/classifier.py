@@ -281,7 +281,7 @@ class EarlyExitClassifier:
         # None says something of confidence only: "on average".
         wish = {name: v for name, v in given.items() if v is not None or name == "confidence"}
         if not wish:
-            wish = dict(self.saved.wish or {})
+            wish = dict(self.saved.wish)
         said = [name for name in WISHES if name in wish]
         if len(said) > 1:
             both = " and ".join(f"{name}={wish[name]}" for name in said)
@@ -385,8 +385,9 @@ class EarlyExitClassifier:
         """
         what = self.saved
         if exit is not None or wish:
-            self.ask(exit=exit, **wish)  # refused here, or by everyone who loads it
-            what = replace(what, exit=exit or what.exit, wish=wish)
+            asked = self.ask(exit=exit, **wish).wish  # refused here, or by everyone who loads it
+            plain = {name: value for name, value in asked.items() if name != "exit"}
+            what = replace(what, exit=exit or what.exit, wish=plain)
         self.model.to("cpu")
         try:
             saved.write(what, self.model, Path(folder), card.card(what, self.task))

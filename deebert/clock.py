@@ -40,8 +40,9 @@ class Clock:
         """Raises:
         UserError: a precision cannot be had; better said before the model has run.
         """
-        for precision in self.protocol.precisions:
-            engine.check(self.model, precision, self.device, self.protocol.runtime)
+        with undisturbed(self.protocol.threads):  # ONNX Runtime's are started here, for good
+            for precision in self.protocol.precisions:
+                engine.check(self.model, precision, self.device, self.protocol.runtime)
 
     def with_costs(self, question: Question, split: str) -> Question:
         """The question, with the measured cost of each layer if it asks for a speed-up.

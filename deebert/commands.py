@@ -14,7 +14,7 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deebert.errors import UserError, unknown
+from deebert.errors import UserError, first_line, unknown
 
 Options = TypeVar("Options")  # a command's dataclass
 
@@ -95,7 +95,7 @@ def parse(kind: type[Options], arguments: Sequence[str]) -> Options:
                 value = OmegaConf.to_container(OmegaConf.create(f"x: {text}"))["x"]  # type: ignore[index, call-overload]
             OmegaConf.update(found, key, value, merge=False)
         except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"{argument}: {reason} ({known[key].metadata['meaning']})") from error
     for key in known:
         if OmegaConf.is_missing(found, key):

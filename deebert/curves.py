@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deebert.errors import UserError
+from deebert.errors import UserError, is_number
 from deebert.exits import Rule, Verdict, exit_layer
 from deebert.records import Record
 from deebert.tasks import TABLE_METRICS, Task, confusion
@@ -46,8 +46,7 @@ def check_thresholds(thresholds: Any, flag: str) -> list[float]:
     if not listed:
         raise UserError(f"{flag}=[] is empty; give numbers >= 0, e.g. {flag}=[0,0.1,0.3]")
     for value in listed:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value < 0:
+        if not is_number(value) or not math.isfinite(value) or value < 0:
             raise UserError(
                 f"{flag}={value} is not a threshold: it must be a number >= 0 (0 never exits; for "
                 "entropy everything leaves at layer 1 above ln(number of labels))"

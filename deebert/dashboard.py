@@ -8,7 +8,7 @@ import argparse
 import sys
 from typing import Any
 
-from deebert.errors import UserError
+from deebert.errors import UserError, first_line
 
 EXTRA = "pip install 'deebert[dashboard]'"
 
@@ -94,7 +94,7 @@ def _save(entity: str, project: str) -> None:
     try:
         view.save()  # says where the view is
     except Exception as error:  # W&B's own, gql's and requests' have no common ancestor
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"the view was not saved, W&B says: {reason}") from error
 
 

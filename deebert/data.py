@@ -213,9 +213,11 @@ class TextDataModule(L.LightningDataModule):
 
     def fingerprint(self, split: str) -> str:
         """A hash of a split's tokens and labels, whatever file they came from."""
-        tokens = self.tokens(split)
-        columns = [name for name in ("input_ids", "label") if name in tokens.column_names]
-        return str(Hasher.hash([tokens[name][:] for name in columns]))
+        return _hash(self.tokens(split), "input_ids", "label")
+
+    def text_fingerprint(self, split: str) -> str:
+        """The same of its texts, however they are cut to tokens."""
+        return _hash(self._rows(split), "text_a", "text_b", "label")
 
     def texts(self, split: str, indices: list[int]) -> list[str]:
         """The texts of these rows, named by their `index`; those of a pair with " / " between."""
@@ -280,6 +282,11 @@ class TextDataModule(L.LightningDataModule):
         if "label" in rows:
             batch["labels"] = torch.tensor(rows["label"], dtype=self.task.target_dtype())
         return batch
+
+
+def _hash(rows: datasets.Dataset, *columns: str) -> str:
+    """Of those of the columns that are there."""
+    return str(Hasher.hash([rows[name][:] for name in columns if name in rows.column_names]))
 
 
 def calibration_size_of(num_rows: int) -> int:

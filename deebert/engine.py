@@ -31,7 +31,7 @@ from torch import Tensor
 from deebert import exits, onnx_layer
 from deebert.architectures import LayerParts
 from deebert.batching import by_length, padded
-from deebert.errors import UserError, unknown
+from deebert.errors import UserError, first_line, unknown
 from deebert.exits import Rule
 from deebert.kernels import check_precision, without_onednn
 from deebert.model import EarlyExitModel
@@ -216,7 +216,7 @@ def _device(given: torch.device | str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         there = "cpu, cuda" if torch.cuda.is_available() else "cpu"
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"device={given} is not here, as are: {there} ({reason})") from error
     return device
 

@@ -1,6 +1,10 @@
-"""The one exception for a user's mistake. Its message is what the user sees, alone on its line."""
+"""The one exception for a user's mistake. Its message is what the user sees, alone on its line.
+
+And what such messages and the checks before them are made of.
+"""
 
 from collections.abc import Iterable
+from typing import Any, TypeGuard
 
 
 class UserError(ValueError):
@@ -11,3 +15,18 @@ def unknown(what: str, value: object, choices: Iterable[object], flag: str) -> U
     """The error for a value outside a known set of choices."""
     listed = ", ".join(str(choice) for choice in choices)
     return UserError(f"{what} {value!r} is unknown; choose one of: {listed} ({flag}=...)")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, shortly; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Is it one, and no truth value, which Python takes for one?"""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_whole(value: Any) -> TypeGuard[int]:
+    """The same of whole numbers."""
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deebert.errors import UserError, unknown
+from deebert.errors import UserError, is_number, is_whole, unknown
 
 
 class Verdict(NamedTuple):
@@ -136,7 +136,7 @@ def learned(unsure_NL: Tensor) -> Tensor:
 
 
 def _check_patience(patience: int) -> None:
-    if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
+    if not is_whole(patience) or patience < 1:
         raise UserError(f"exit.score.patience={patience} must be a whole number of 1 or more")
 
 
@@ -341,7 +341,7 @@ def default(num_labels: int) -> Rule:
 
 
 def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and value is not True and 0 < value < 1e30
+    return is_number(value) and 0 < value < 1e30
 
 
 def _temperature(logits_NC: Tensor, labels_N: Tensor) -> float:

@@ -178,7 +178,7 @@ def _granted(asked: Asked) -> dict[str, Any]:
 
 
 def _asked(classifier: EarlyExitClassifier, wish: Mapping[str, Any]) -> Asked:
-    wanted = dict(wish) or dict(classifier.saved.wish or {})
+    wanted = dict(wish) or dict(classifier.saved.wish)
     if "target_speedup" in wanted:
         speedup = wanted["target_speedup"]
         raise UserError(

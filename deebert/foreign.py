@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from deebert import backbones
 from deebert.architectures import longest_input
-from deebert.errors import UserError
+from deebert.errors import UserError, first_line
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read
 VOCABULARIES = (
@@ -126,8 +126,3 @@ def tokenizer_files(folder: Path, model_type: str, vocab_size: int) -> dict[str,
     if tokenizer.pad_token is None:
         raise UserError("its tokenizer has no padding token")
     return backbones.tokenizer_files(tokenizer)
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library says, shortly."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from deebert import checkpoints, curves, objectives, origins, ranks, records
 from deebert.checkpoints import Checkpoint, Origin
-from deebert.errors import UserError, unknown
+from deebert.errors import UserError, is_number, is_whole, unknown
 from deebert.objectives import PAPER, trains_ramps
 
 log = logging.getLogger(__name__)
@@ -147,8 +147,7 @@ def _complete_student(cfg: DictConfig, job: Job) -> Checkpoint:
     with open_dict(cfg):
         cfg.data.unlabelled = unlabelled
         cfg.backbone.layers = layers
-        if Path(cfg.teacher).exists():  # a path must hold from another working directory too
-            cfg.teacher = str(Path(cfg.teacher).absolute())
+        cfg.teacher = checkpoints.lasting(str(cfg.teacher))
     return origin
 
 
@@ -352,8 +351,7 @@ def _check_training(config: dict[str, Any]) -> None:
     _whole(f"{flag}.batch_size", recipe["batch_size"], 1)
     for key in ("lr", "warmup", "weight_decay", *({"layer_drop"} & recipe.keys())):
         value = recipe[key]
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 <= value <= 1 or (key == "lr" and value == 0):
+        if not is_number(value) or not 0 <= value <= 1 or (key == "lr" and value == 0):
             raise UserError(f"{flag}.{key}={value} must be a number between 0 and 1")
     if config["trainer"]["max_epochs"] != recipe["epochs"]:
         raise UserError(
@@ -409,7 +407,6 @@ def _check_objective(config: dict[str, Any]) -> None:
 
 
 def _whole(flag: str, value: Any, low: int, high: int | None = None) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < low or (high is not None and value > high):
+    if not is_whole(value) or value < low or (high is not None and value > high):
         limit = f"of {low} or more" if high is None else f"from {low} to {high}"
         raise UserError(f"{flag}={value} must be a whole number {limit}")

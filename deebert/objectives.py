@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deebert.errors import UserError, unknown
+from deebert.errors import UserError, is_number, unknown
 from deebert.exits import entropy
 
 UNLABELLED = -100  # the label of a row that has none, as torch's cross-entropy ignores it
@@ -323,5 +323,5 @@ def build(values: Mapping[str, Any], stage: int) -> Objective:
 
 
 def _check(option: str, value: Any, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+    if not is_number(value) or not low <= value <= high:
         raise UserError(f"objective.{option}={value} must be a number between {low} and {high}")

@@ -549,7 +549,7 @@ def _short(value: Any) -> str:
 
 
 def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _option(argument: str) -> tuple[str, Any]:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deebert import foreign, ramps
+from deebert import checkpoints, foreign, ramps
 from deebert.architectures import architecture, longest_input
 from deebert.checkpoints import Checkpoint
-from deebert.errors import UserError, unknown
+from deebert.errors import UserError, first_line, unknown
 from deebert.model import EarlyExitModel
 from deebert.tasks import Task
 
@@ -177,7 +177,7 @@ def _read(folder: Path, source: str, said: Mapping[str, Any]) -> Checkpoint:
         "task": task,
         "backbone": {
             "name": Path(source).name or folder.resolve().name,
-            "path": str(folder.resolve()) if Path(source).exists() else source,
+            "path": checkpoints.lasting(source),
             "layers": None,
             "epochs": 10 if kind == "roberta" else 3,  # as conf/backbone/ has it
         },
@@ -232,7 +232,7 @@ def _complete(
     try:
         expected = EarlyExitModel.shapes(shape, num_labels)
     except Exception as error:
-        raise UserError(f"its config.json is of no model ({foreign.first_line(error)})") from error
+        raise UserError(f"its config.json is of no model ({first_line(error)})") from error
     for name, value in ours.items():
         if name not in expected:
             raise UserError(f"its weights hold {name}, which is no part of this model")

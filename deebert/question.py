@@ -13,7 +13,7 @@ from deebert.calibrate import Wish
 from deebert.checkpoints import Origin
 from deebert.data import TextDataModule
 from deebert.engine import RUNTIMES
-from deebert.errors import UserError, unknown
+from deebert.errors import UserError, first_line, is_number, is_whole, unknown
 from deebert.evaluation import Question, check_lengths
 from deebert.exits import Rule, Score
 from deebert.kernels import PRECISIONS
@@ -49,7 +49,7 @@ def check(config: dict[str, Any]) -> None:
             raise UserError(f"{flag}={config[flag]} must be true or false")
     temperature = config["temperature"]
     listed = temperature if isinstance(temperature, list) else []
-    numbers = listed and all(_is_number(value) and value > 0 for value in listed)
+    numbers = listed and all(is_number(value) and value > 0 for value in listed)
     if not numbers and not isinstance(temperature, bool):
         raise UserError(
             f"temperature={temperature} must be true (fit them), false, or a list of numbers "
@@ -148,13 +148,13 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return is_whole(value) and value >= 1
 
 
 def _rule(values: dict[str, Any], score: Score, task: Task) -> Rule:
     """The rule that `conf/exit/` names, tried on a few logits before the model has run."""
     largest, regression = values.get("largest"), values.get("regression", False)
-    if largest is not None and not (_is_number(largest) and largest > 0):
+    if largest is not None and not (is_number(largest) and largest > 0):
         raise UserError(f"exit.largest={largest} must be a number above 0, or null")
     if regression is not None and not isinstance(regression, bool):
         raise UserError(f"exit.regression={regression} must be true, false, or null for either")
@@ -180,7 +180,7 @@ def _rule(values: dict[str, Any], score: Score, task: Task) -> Rule:
     except UserError:
         raise
     except Exception as error:  # a function of the user's own may fail in any way
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"exit={rule.name}: its function fails: {reason} (exit.score, exit.relative)"
         ) from error
@@ -201,10 +201,6 @@ def _judges_alone(rule: Rule) -> bool:
     return torch.allclose(together.score_NL[:, -1:], alone.score_NL) and torch.allclose(
         together.answer_NLC[:, -1:], alone.answer_NLC
     )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_model(

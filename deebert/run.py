@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
-from deebert import backbones, build, calibrate, evaluation, question, records, report
+from deebert import backbones, build, calibrate, checkpoints, evaluation, question, records, report
 from deebert.callbacks import EarlyExitEvaluation
 from deebert.checkpoints import Checkpoint, Origin
 from deebert.clock import Clock
@@ -152,7 +152,8 @@ def evaluate(cfg: DictConfig) -> float | None:
         calibrate.check(len(columns), labelled, named, task, asked.rule, asked.wish)
     remembered = origin.config | {key: config[key] for key in ("task", "data", "backbone")}
     module = EarlyExitModule(model, remembered, origin.tokenizer_files)
-    callback = EarlyExitEvaluation(None, asked, chosen_on, config["analysis"], str(config["ckpt"]))
+    ckpt = checkpoints.lasting(str(config["ckpt"]))
+    callback = EarlyExitEvaluation(None, asked, chosen_on, config["analysis"], ckpt)
     protocol = question.protocol(config)
     if protocol and not origin.ramps_trained and config["threshold"] != 0:
         raise UserError(

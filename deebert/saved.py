@@ -11,7 +11,7 @@ Nothing that such a folder says is executed, and no name in it leads out of it.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class Saved:
     checkpoint: Checkpoint
     records: dict[str, Record]
     exit: str | None = None
-    wish: Mapping[str, Any] | None = None
+    wish: Mapping[str, Any] = field(default_factory=dict)
 
 
 def is_saved(folder: Path) -> bool:
@@ -69,20 +69,21 @@ def write(saved: Saved, model: EarlyExitModel, folder: Path, card: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from error
-    (folder / SAVING).touch()
-    (folder / FILE).unlink(missing_ok=True)  # until the rest is there: nothing, rather than a mix
-    model.save_pretrained(folder)
     config = public(saved.checkpoint.config)
-    for name, text in saved.checkpoint.tokenizer_files.items():
-        (folder / Path(name).name).write_text(text, "utf-8")
     about = {
         "schema": SCHEMA,
         "config": config,
         "tokenizer": sorted(Path(name).name for name in saved.checkpoint.tokenizer_files),
         "epochs_done": saved.checkpoint.epochs_done,
         "exit": saved.exit,
-        "wish": dict(saved.wish or {}),
+        "wish": dict(saved.wish),
     }
+    told = json.dumps(about, indent=2) + "\n"
+    (folder / SAVING).touch()
+    (folder / FILE).unlink(missing_ok=True)  # until the rest is there: nothing, rather than a mix
+    model.save_pretrained(folder)
+    for name, text in saved.checkpoint.tokenizer_files.items():
+        (folder / Path(name).name).write_text(text, "utf-8")
     for old in (folder / "records").glob("*.safetensors"):  # of what was saved here before
         old.unlink()
     fingerprint = checkpoints.fingerprint(load_file(folder / "model.safetensors"))
@@ -90,7 +91,7 @@ def write(saved: Saved, model: EarlyExitModel, folder: Path, card: str) -> None:
         header = {"checkpoint": fingerprint, "data": None, "config": config}
         record.save(folder / "records", header)
     (folder / "README.md").write_text(card, "utf-8")
-    (folder / FILE).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+    (folder / FILE).write_text(told, "utf-8")
     (folder / SAVING).unlink()
 
 

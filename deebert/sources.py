@@ -16,7 +16,7 @@ import datasets
 import pandas as pd
 
 from deebert import demo
-from deebert.errors import UserError
+from deebert.errors import UserError, first_line
 from deebert.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def _read(task: Task, files: list[Path]) -> datasets.Dataset:
             )
     except Exception as error:  # datasets wraps pyarrow's and pandas' errors in its own
         cause = error.__cause__ or error
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        reason = first_line(cause)
         raise UserError(f"{files[0]}: cannot be read as {ending} ({reason})") from error
     if ending == "tsv" and task.tsv:
         renamed = {
@@ -131,7 +131,7 @@ def _from_hub(task: Task, split: str) -> datasets.Dataset:
     try:
         return datasets.load_dataset(*task.hub, split=split)
     except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"task {task.name}: cannot reach {'/'.join(task.hub)} on the hub ({reason}). Without a "
             "network use data.root=a local folder with the files, or task=demo; and backbone=minilm"

@@ -1,11 +1,14 @@
 """A trained model used from Python: answers, wishes, what is saved, and what is refused."""
 
+import copy
 import dataclasses
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,9 +93,41 @@ def test_saved_and_loaded_it_is_the_same(classifier: EarlyExitClassifier, tmp_pa
             assert file.read_bytes() == (tmp_path / "twice" / file.relative_to(folder)).read_bytes()
     about = json.loads((tmp_path / "twice" / "deebert.json").read_text())
     assert about["wish"] == {"target_saving": 0.4}, "the wish stays"
-    everything = "".join(p.read_text() for p in folder.glob("*.json"))
+    everything = "".join(p.read_text() for p in [*folder.glob("*.json"), folder / "README.md"])
     assert "/tmp" not in everything, "no folder of this machine"
     assert str(ROOT) not in everything
+
+
+def test_an_evaluation_is_loaded_from_anywhere(
+    run: Callable[..., str], stage2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(stage2.parent)
+    run("evaluate.py", "ckpt=stage2", "threshold=0.69", "logger=csv", f"hydra.run.dir={tmp_path / 'out'}")  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    found = EarlyExitClassifier.from_pretrained("out")
+    assert found.saved.records.keys() == {"validation"}
+    assert found.predict(PAIRS).exit_layers == [3] * 4
+
+
+def test_a_card_names_no_folder_of_this_machine(
+    classifier: EarlyExitClassifier, tmp_path: Path
+) -> None:
+    config = copy.deepcopy(classifier.saved.checkpoint.config)
+    for path, told in ((str(tmp_path / "bert"), ""), ("bert-base-uncased", "bert-base-uncased")):
+        config["backbone"]["path"] = path
+        origin = dataclasses.replace(classifier.saved.checkpoint, config=config)
+        text = card.card(dataclasses.replace(classifier.saved, checkpoint=origin), classifier.task)
+        assert str(tmp_path) not in text
+        assert ("base_model: bert-base-uncased" in text) == bool(told)
+
+
+@pytest.mark.parametrize("threshold", [np.float32(0.5), torch.tensor([0.25, 0.5])])
+def test_a_wish_is_saved_as_plain_numbers(
+    classifier: EarlyExitClassifier, tmp_path: Path, threshold: Any
+) -> None:
+    classifier.save_pretrained(tmp_path / "saved", threshold=threshold)
+    again = EarlyExitClassifier.from_pretrained(tmp_path / "saved")
+    assert again.ask().thresholds == threshold.tolist()
 
 
 def test_a_threshold_needs_the_prior_it_was_found_with(classifier: EarlyExitClassifier) -> None:

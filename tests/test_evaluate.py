@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY, mrpc_rows, results, write_rows
 
+from deebert import records
+
 Run = Callable[..., str]
 
 
@@ -161,6 +163,16 @@ def test_held_out_rows_are_in_neither_stage(run: Run, held_out: Path, tmp_path: 
     assert results(tmp_path)["split"] == "validation"
     run("evaluate.py", f"record={tmp_path}", "target_saving=0.3", f"hydra.run.dir={tmp_path / 'again'}")  # fmt: skip
     assert results(tmp_path / "again")["calibration"] == found
+
+
+def test_held_out_rows_are_the_same_however_they_are_cut(
+    run: Run, held_out: Path, tmp_path: Path
+) -> None:
+    said = ("target_saving=0.3", "calibration=heldout", "data.max_length=10", "logger=csv")
+    run("evaluate.py", f"ckpt={held_out}", *said, f"hydra.run.dir={tmp_path}")
+    assert results(tmp_path)["calibration"]["calibration_split"] == "calibration"
+    lengths = records.load(tmp_path / "records" / "calibration.safetensors")[0].length_N
+    assert lengths.max() == 10, "they were cut"
 
 
 def test_changed_training_rows_are_not_taken_for_held_out(

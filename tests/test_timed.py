@@ -1,11 +1,13 @@
 """evaluate.py with a clock: timing=, precision=, target_speedup=."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import results
+from conftest import ROOT, results
 
 Run = Callable[..., str]
 
@@ -54,6 +56,18 @@ def test_layers_in_onnx_runtime(run: Run, stage2: Path, tmp_path: Path) -> None:
     assert case["seconds_full_depth"] == case["seconds_threshold_0"]  # not torch's
     assert case["equal_exits"] == case["equal_predictions"] == 1
     assert "float32 (onnx)" in (tmp_path / "results.md").read_text()
+
+
+def test_onnx_runtime_takes_the_threads_it_is_given(stage2: Path, tmp_path: Path) -> None:
+    """In a process of its own: they are started once."""
+    command = [
+        sys.executable, "evaluate.py", f"ckpt={stage2}", "threshold=0.69", "timing=all",
+        "runtime=onnx", "threads=2", "repeats=1", "logger=csv", f"hydra.run.dir={tmp_path}",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    [case] = results(tmp_path)["timing"]
+    assert (case["runtime"], case["threads"]) == ("onnx", 2), "OMP_NUM_THREADS says 1"
 
 
 def test_a_speed_up_is_asked_for_and_timed_on_unseen_rows(

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deebert.commands import engine_of
-from deebert.errors import UserError
+from deebert.errors import UserError, first_line
 from deebert.files import answers, disk, folder_in
 from deebert.files.folder_in import File
 from deebert.files.folder_out import ERRORS, Folder
@@ -140,7 +140,7 @@ def _session(ray: Any, options: PredictOptions) -> Iterator[None]:
     try:
         ray.init(address, logging_level="ERROR", log_to_driver=False, **here)
     except (ConnectionError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({reason})") from None
     is_main = threading.current_thread() is threading.main_thread()
     if is_main:  # Ray would end this process in the middle of whatever it does, with a core dump

@@ -6,7 +6,7 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 from pyarrow import parquet, types
 
-from deebert.errors import UserError
+from deebert.errors import UserError, first_line
 from deebert.files.lines import PAGE
 from deebert.files.rows import ONE_BLOCK, Row, Source, check_names
 
@@ -100,5 +100,5 @@ def _value(cell: Any) -> Any:
 
 
 def _damaged(where: str, error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     return UserError(f"{where}: it cannot be read as Parquet ({reason})")

@@ -115,7 +115,7 @@ class Work:
             "part_rows": options.part_rows,
             "model": saved.checkpoint.fingerprint,
             **commands.engine_of(options),
-            "wish": commands.wish_of(options) or dict(saved.wish or {}),
+            "wish": commands.wish_of(options) or dict(saved.wish),
         }
 
     def do(self, kept: Parts, answer: Answer) -> dict[str, Any]:
