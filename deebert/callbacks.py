@@ -34,7 +34,7 @@ class EarlyExitEvaluation(Callback):
     """Score and expected saving for each threshold, score of every ramp, exit histogram.
 
     Logs `val/score` (full depth, headline metric), `val/<metric>`, `val/loss` (the stage's own
-    objective), `val/ramp_<layer>/score`, their mean `val/mean_ramp_score`, and
+    objective, of the labels alone), `val/ramp_<layer>/score`, their mean `val/mean_ramp_score`, and
     `val/threshold_<t>/{score,expected_saving}`; a second validation split is logged under its own
     name, a test under `test/`. Files go to the run folder (`trainer.default_root_dir`); `results`
     holds what results.json holds.

@@ -20,6 +20,10 @@ from deebert.tasks import Task
 log = logging.getLogger(__name__)
 
 EXAMPLES = 5
+NO_ROWS = (
+    "calibration={}: there are no such rows; use calibration=crossfit, or the name of a split "
+    "(held out rows are there if data.calibration_size was not 0 in training)"
+)
 CURVE_SAVINGS = [step / 10 for step in range(10)]  # where a rule has no thresholds of its own
 
 
@@ -59,11 +63,7 @@ def evaluate(
         UserError: logits are not finite, thresholds do not fit the number of ramps, or the wish
             cannot be granted.
     """
-    if question.wish is not None and not trained:
-        raise UserError(
-            "a wish needs trained ramps, and this checkpoint is of stage 1: train them with "
-            "python train.py stage=2 ckpt=RUN"
-        )
+    assert trained or question.wish is None, "question.check_model"
     for record in records:
         record.check()
     granted = None if question.wish is None else _granted(records, task, question, held_out)
@@ -75,9 +75,9 @@ def evaluate(
         for part in parts:
             del part["trade_off"], part["length_bins"], part["examples"]
             part["analysis"] |= {"oracle": None, "overthinking_rate": None}
-    results = parts[0] | {"exit": {"name": rule.name, **rule.options}}
-    if question.rule.prior is not None:  # given; one that was found is said with the calibration
-        results["exit"]["prior"] = question.rule.prior
+    # Prior and temperatures that were given; those that were found are said with the calibration.
+    told = {name: value for name, value in question.rule.fit.items() if value is not None}
+    results = parts[0] | {"exit": {"name": rule.name, **rule.options, **told}}
     if parts[1:]:
         results["other_splits"] = parts[1:]
     if granted:
@@ -175,11 +175,7 @@ def source(
     """
     if held_out is None:
         if question.calibration not in ("auto", "crossfit"):
-            raise UserError(
-                f"calibration={question.calibration}: there are no such rows; use "
-                "calibration=crossfit, or the name of a split (held out rows are there if "
-                "data.calibration_size was not 0 in training)"
-            )
+            raise UserError(NO_ROWS.format(question.calibration))
         return None, None
     if question.calibration == "crossfit":
         return None, None

@@ -214,8 +214,15 @@ class EarlyExitModule(L.LightningModule):
             raise UserError(
                 f"trainer.gradient_clip_algorithm={gradient_clip_algorithm}: only 'norm' is known"
             )
-        if gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        if not gradient_clip_val:
+            return
+        # Of what is not optimized nobody has taken out the factor that float16 needs.
+        if scaler := getattr(self.trainer.precision_plugin, "scaler", None):
+            optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            for parameter in self.parameters():
+                if parameter.grad is not None and id(parameter) not in optimized:
+                    parameter.grad /= scaler.get_scale()
+        torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
         self.zero_grad()  # also what gets gradients without being optimized

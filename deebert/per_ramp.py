@@ -102,10 +102,11 @@ def _ascend(
             gain = np.where(reach[:, ramp], value[:, ramp] - value[rows, later], 0.0)
             ordered = score[order[ramp], ramp]
             can_leave = int(np.isfinite(ordered).sum())  # inf sorts last: never under a threshold
-            total = np.cumsum(gain[order[ramp]])[:can_leave]
+            total, leaving = np.cumsum(gain[order[ramp]])[:can_leave], ordered[:can_leave]
+            total[:-1][leaving[1:] == leaving[:-1]] = -np.inf  # equal scores leave together
             last = int(total.argmax()) if can_leave else 0
             pays = can_leave and total[last] > 0
-            found[ramp] = _above(ordered[:can_leave], last) if pays else 0.0
+            found[ramp] = _above(leaving, last) if pays else 0.0
             later = np.where(score[:, ramp] < found[ramp], ramp, later)
         if np.array_equal(before, found):
             break

@@ -14,7 +14,7 @@ from deebert.checkpoints import Origin
 from deebert.data import TextDataModule
 from deebert.engine import RUNTIMES
 from deebert.errors import UserError, first_line, is_number, is_whole, unknown
-from deebert.evaluation import Question, check_lengths
+from deebert.evaluation import NO_ROWS, Question, check_lengths
 from deebert.exits import Rule, Score
 from deebert.kernels import PRECISIONS
 from deebert.records import HELD_OUT
@@ -204,17 +204,25 @@ def _judges_alone(rule: Rule) -> bool:
 
 
 def check_model(
-    question: Question, config: dict[str, Any], num_layers: int, *, learned: bool
+    question: Question, config: dict[str, Any], num_layers: int, *, learned: bool, trained: bool
 ) -> None:
     """What can be known before the model has run.
 
     Args:
         learned: have the ramps a learned exit score?
+        trained: are the ramps?
 
     Raises:
-        UserError: thresholds or temperatures are not as many as the ramps, or the exit rule reads
-            what is not there.
+        UserError: thresholds or temperatures are not as many as the ramps, the exit rule reads
+            what is not there, or untrained ramps are asked for more than a curve.
     """
+    timed = config["timing"] is not None and config["threshold"] != 0
+    if not trained and (question.wish is not None or timed):
+        raise UserError(
+            f"{'timing=' if timed else 'a wish'} needs trained ramps, and this checkpoint is of "
+            "stage 1: train them with python train.py stage=2 ckpt=RUN, or look at full depth "
+            "alone: threshold=0"
+        )
     if question.rule.reads == "unsure" and not learned:
         raise UserError(exits.NOT_LEARNED.format(question.rule.name))
     check_lengths(question.thresholds, num_layers)
@@ -244,5 +252,8 @@ def calibration_split(config: dict[str, Any], data: TextDataModule, origin: Orig
         return named
     # Another task's rows (ax with an MNLI checkpoint) have no held-out part.
     same = config["task"]["name"] == origin.config["task"]["name"]
-    reported = HELD_OUT in data.eval_splits
-    return HELD_OUT if same and not reported and data.calibration_size else None
+    if same and HELD_OUT not in data.eval_splits and data.calibration_size:
+        return HELD_OUT
+    if named == "heldout":
+        raise UserError(NO_ROWS.format(named))
+    return None

@@ -130,7 +130,8 @@ def evaluate(cfg: DictConfig) -> float | None:
     if config["layers"] is not None:
         _cut(model, config, origin, "layers", config["layers"])
     learned = model.ramp_kind.predicts is not None
-    question.check_model(asked, config, len(model.ramps), learned=learned)
+    trained = origin.ramps_trained
+    question.check_model(asked, config, len(model.ramps), learned=learned, trained=trained)
     data = build.data_module(task, origin.tokenizer(), config, origin.architecture, 1)
     if config["split"]:
         data.eval_splits = (config["split"],)
@@ -155,11 +156,6 @@ def evaluate(cfg: DictConfig) -> float | None:
     ckpt = checkpoints.lasting(str(config["ckpt"]))
     callback = EarlyExitEvaluation(None, asked, chosen_on, config["analysis"], ckpt)
     protocol = question.protocol(config)
-    if protocol and not origin.ramps_trained and config["threshold"] != 0:
-        raise UserError(
-            "timing= needs trained ramps, and this checkpoint is of stage 1: train them with "
-            "python train.py stage=2 ckpt=RUN, or time full depth alone: threshold=0"
-        )
     if protocol and str(config["trainer"]["precision"]) not in ("32-true", "32"):
         raise UserError(
             f"trainer.precision={config['trainer']['precision']} with timing=: leave it out; what "
@@ -192,7 +188,10 @@ def _evaluate_records(
     config: dict[str, Any], task: Task, asked: Question, origin: Origin, job: Job
 ) -> float | None:
     """The same from saved logits: neither model nor data is needed."""
-    found = [records.load(file)[0] for file in sorted(origin.path.glob("*.safetensors"))]
+    if job.said("logger"):
+        log.warning("record= asks without a run that could be logged: logger= is left out")
+    found = [records.load(file)[0] for file in origin.path.glob("*.safetensors")]
+    found.sort(key=lambda record: task.order(record.split))
     wanted = config["split"]
     named = HELD_OUT if config["calibration"] in ("auto", "heldout") else config["calibration"]
     held_out = next((r for r in found if r.split == named and r.split != wanted), None)
@@ -202,12 +201,13 @@ def _evaluate_records(
     if not reported:
         splits = ", ".join(record.split for record in found)
         raise UserError(f"split={wanted}: {origin.path} has records of: {splits} (split=...)")
-    learned = reported[0].unsure_NL is not None
-    question.check_model(asked, config, reported[0].num_layers, learned=learned)
+    learned, trained = reported[0].unsure_NL is not None, origin.ramps_trained
+    num_layers = reported[0].num_layers
+    question.check_model(asked, config, num_layers, learned=learned, trained=trained)
     if len({record.logits_NLC.shape[1:] for record in found}) > 1:
         raise UserError(f"record={config['record']}: its records have different numbers of ramps")
     header = report.header(origin.config)
-    answer = evaluation.evaluate(reported, task, asked, held_out, trained=origin.ramps_trained)
+    answer = evaluation.evaluate(reported, task, asked, held_out, trained=trained)
     results = header | {"record": str(config["record"])} | answer
     report.save(results, job.folder)
     return _result(True, job)
@@ -222,5 +222,7 @@ def _result(is_global_zero: bool, job: Job) -> float | None:
         return None
     results = json.loads(file.read_text())
     report.show(results, job.folder)
-    asked = results.get("calibration", {}).get("measured") or results["exits"][-1]
+    [point, *others] = results["curve"]
+    full = results["exits"][-1] if others else point  # or the one threshold that was asked for
+    asked = results.get("calibration", {}).get("measured") or full
     return None if asked["score"] is None else float(asked["score"])

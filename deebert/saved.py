@@ -23,6 +23,7 @@ from deebert.checkpoints import Checkpoint
 from deebert.errors import UserError
 from deebert.model import EarlyExitModel
 from deebert.records import Record
+from deebert.tasks import Task
 
 FILE = "deebert.json"
 SAVING = ".saving"  # beside it until all is written
@@ -183,8 +184,9 @@ def records_of(folder: Path, checkpoint: Checkpoint) -> dict[str, Record]:
     Raises:
         UserError: one is damaged, or of other weights.
     """
-    found = {}
-    for file in sorted((folder / "records").glob("*.safetensors")):
+    found, task = {}, Task.from_config(checkpoint.config["task"])
+    files = (folder / "records").glob("*.safetensors")
+    for file in sorted(files, key=lambda file: task.order(file.stem)):
         found[file.stem], header = records.load(file)
         if header["checkpoint"] != checkpoint.fingerprint:
             raise UserError(f"{file}: a record of other weights than {checkpoint.path}; remove it")

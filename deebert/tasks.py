@@ -188,6 +188,11 @@ class Task:
         """The headline metric."""
         return METRICS[self.metrics[0]](predictions, labels)
 
+    def order(self, split: str) -> tuple[int, str]:
+        """What splits are sorted by: those to be reported first, the headline's before all."""
+        known = (*self.validation, *self.test)
+        return (known.index(split) if split in known else len(known), split)
+
     @property
     def lowest_score(self) -> float:
         """Of the headline metric: -1 of a correlation, 0 of a share."""

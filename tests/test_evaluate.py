@@ -1,5 +1,6 @@
 """evaluate.py from the command line: curves, wishes, promises, records."""
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,11 @@ import torch
 from conftest import ROOT, TINY, mrpc_rows, results, write_rows
 
 from deebert import records
+from deebert.job import Job
+from deebert.run import _result
 
 Run = Callable[..., str]
+FACTS = ("checkpoint", "data", "config")  # of a record's header
 
 
 def test_evaluate_gives_the_same_again(run: Run, stage2: Path, tmp_path: Path) -> None:
@@ -110,6 +114,35 @@ def test_every_rule_grants_a_saving(run: Run, rule: str, stage2: Path, tmp_path:
     assert found["curve"][0]["expected_saving"] == 0
     assert found["curve"][-1]["expected_saving"] > 0.3
     assert f'"exit":{{"name":"{rule}"' in (tmp_path / "report.html").read_text()
+
+
+def test_a_sweeper_is_given_the_score_of_the_threshold(
+    run: Run, stage2: Path, tmp_path: Path
+) -> None:
+    found, header = records.load(stage2 / "records" / "validation.safetensors")
+    found.logits_NLC[:, 0] = -found.logits_NLC[:, -1]  # ramp 1 is wrong where full depth is right
+    found.save(tmp_path / "records", {name: header[name] for name in FACTS})
+    told = {}
+    for threshold in ("0", "0.7"):
+        folder = tmp_path / threshold
+        run(
+            "evaluate.py", f"record={tmp_path}", f"threshold={threshold}", f"hydra.run.dir={folder}"
+        )
+        [point] = results(folder)["curve"]
+        told[threshold] = _result(True, Job(folder, frozenset(), None))
+        assert told[threshold] == point["score"]
+    assert told["0"] != told["0.7"]
+
+
+def test_the_first_validation_split_is_the_headline(run: Run, stage2: Path, tmp_path: Path) -> None:
+    found, header = records.load(stage2 / "records" / "validation.safetensors")
+    header["config"]["task"]["validation"] = ["validation", "extra"]
+    for split in ("validation", "extra"):
+        record = dataclasses.replace(found, split=split)
+        record.save(tmp_path / "records", {name: header[name] for name in FACTS})
+    run("evaluate.py", f"record={tmp_path}", f"hydra.run.dir={tmp_path / 'out'}")
+    assert results(tmp_path / "out")["split"] == "validation"
+    assert [part["split"] for part in results(tmp_path / "out")["other_splits"]] == ["extra"]
 
 
 def test_a_threshold_per_ramp_is_applied_to_each(run: Run, stage2: Path, tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """What each stage trains, in which mode, on which gradients."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from omegaconf import OmegaConf
 
 from deebert import backbones
@@ -160,31 +162,47 @@ def test_what_trains_and_in_which_mode(
             assert training == (kind != "stage 2 cached"), name
 
 
-def test_faithful_stage_2_clips_the_norm_of_everything(glue: Path, tmp_path: Path) -> None:
-    """In the original the frozen backbone's gradients count in the clipped norm, and are those of
-    the last step alone."""
+def faithful_norms(glue: Path, path: Path, steps: int, **options: Any) -> list[tuple[float, float]]:
+    """What is left of the gradients in each step: the norm of all, and of the backbone's."""
     module, data = build("stage 2 faithful", glue)
-    clipped, backbone = [], []
+    found = []
 
     class Norms(L.Callback):
         def on_train_batch_end(
             self, trainer: L.Trainer, module: EarlyExitModule, *_: object
         ) -> None:
             parts = [[p.grad for p in part.parameters() if p.grad is not None] for part in (module, module.model.backbone)]  # fmt: skip
-            norms = [torch.stack([grad.norm() for grad in part]).norm().item() for part in parts]
-            clipped.append(norms[0])
-            backbone.append(norms[1])
+            found.append(
+                tuple(torch.stack([g.norm() for g in part]).norm().item() for part in parts)
+            )
 
     trainer = L.Trainer(
-        default_root_dir=tmp_path, logger=False, enable_checkpointing=False, callbacks=[Norms()],
-        enable_progress_bar=False, enable_model_summary=False, max_steps=5, limit_val_batches=0,
-        gradient_clip_val=1e-3, accelerator="cpu", use_distributed_sampler=False,
+        default_root_dir=path, logger=False, enable_checkpointing=False, callbacks=[Norms()],
+        enable_progress_bar=False, enable_model_summary=False, max_steps=steps, limit_val_batches=0,
+        gradient_clip_val=1e-3, accelerator="cpu", use_distributed_sampler=False, **options,
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
+    return found
+
+
+def test_faithful_stage_2_clips_the_norm_of_everything(glue: Path, tmp_path: Path) -> None:
+    """In the original the frozen backbone's gradients count in the clipped norm, and are those of
+    the last step alone."""
+    clipped, backbone = zip(*faithful_norms(glue, tmp_path, 5), strict=True)
     assert clipped == pytest.approx([1e-3] * 5, rel=1e-3)
     assert all(0 < norm < 1e-3 for norm in backbone), "gradients flow into the frozen backbone"
     # Had they piled up over the steps, almost all of the norm would be the backbone's by now.
     assert max(backbone) < 3 * min(backbone)
+
+
+def test_in_float16_the_backbone_s_gradients_count_as_much(glue: Path, tmp_path: Path) -> None:
+    """The scaler's factor is taken out of those that it does not know of, too."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    half = MixedPrecision("16-mixed", "cpu", scaler)
+    [(clipped, backbone)] = faithful_norms(glue, tmp_path, 1, plugins=[half])
+    [(_, expected)] = faithful_norms(glue, tmp_path, 1)
+    assert clipped == pytest.approx(1e-3, rel=1e-2)
+    assert backbone == pytest.approx(expected, rel=0.02)
 
 
 def test_weight_decay_spares_biases_and_layer_norms(glue: Path) -> None:

@@ -1,3 +1,4 @@
+import numpy as np
 import torch
 from test_calibrate import simulated, task
 
@@ -59,6 +60,17 @@ def test_ramps_without_an_opinion_are_no_exits() -> None:
         if found is not None:
             saved = 1 - exit_layer(verdict.score_NL, found).double().mean().item() / 5
             assert saved >= saving
+
+
+def test_rows_of_equal_scores_leave_together() -> None:
+    """A rule with steps: the best place within a step is none that a threshold can have."""
+    score = np.array([[0.1, 0.0]] * 4 + [[0.2, 0.0]] * 4, np.float32)
+    worth = np.array([[1, 0]] * 2 + [[0, 1]] * 4 + [[1, 0]] * 2, float)
+    order = [np.arange(8)]  # the first two gain, the next four lose, the last two gain
+    start = np.zeros(1, np.float32)
+    assert per_ramp._ascend(score, worth, 0.0, order, start).tolist() == [0.0]
+    left = per_ramp._ascend(score, worth[[0, 1, 6, 2, 3, 4, 5, 7]], 0.0, order, start)
+    assert 0.1 < left[0] <= 0.2, "all of the first step, none of the second"
 
 
 def test_a_threshold_is_above_its_row_in_float32() -> None:

@@ -112,5 +112,6 @@ def test_temperatures_and_a_threshold_for_each_ramp(run: Run, stage2: Path, tmp_
     found = results(tmp_path)
     [case] = found["timing"]
     assert case["threshold"] == [0.6, 0.69]
+    assert found["exit"]["temperatures"] == [2, 0.5, 1], "a threshold means nothing without them"
     assert case["exit_counts"] == found["curve"][0]["exit_counts"]
     assert case["equal_exits"] == 1
