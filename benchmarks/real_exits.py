@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import rivals
 import torch
 
 from deebert import checkpoints, curves, exits, records, report
@@ -48,6 +49,7 @@ def compare(run: Path) -> list[dict[str, Any]]:
     origin = checkpoints.read(checkpoints.find(str(run), "RUN", "best.ckpt"), "RUN")
     task = Task.from_config(origin.config["task"])
     model, values = origin.model(), origin.config["data"]
+    rivals.check_paper(model)
     data = TextDataModule(
         task, origin.tokenizer(), root=values["root"], max_length=values["max_length"],
         limit_train=None, calibration_size=0, batch_size=1, num_workers=0, seed=0,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from deebert import exits, onnx_layer
 from deebert.batching import by_length, padded
 from deebert.engine import Answers
+from deebert.errors import UserError
 from deebert.model import INPUTS, EarlyExitModel
 from deebert.speed import Inputs
 
@@ -27,10 +28,22 @@ Run = Callable[[Inputs], Answers | Tensor]
 ORIGINAL_LENGTH = 128  # --max_seq_length of castorini/DeeBERT's scripts
 
 
+def check_paper(model: EarlyExitModel) -> None:
+    """Raises:
+    UserError: its ramps are not the paper's, and would be asked about what they don't read.
+    """
+    if model.ramp_kind.reads != "first" or model.ramp_kind.sees_previous:
+        raise UserError(
+            f"ramp.reads={model.ramp_kind.reads}: the original's protocol and cut models are made "
+            "for the paper's ramps; leave them out (--systems bcdfg)"
+        )
+
+
 def original(model: EarlyExitModel, threshold: float) -> Run:
     """DeeBERT's own protocol: one input at a time, padded to 128 tokens, every ramp evaluated, and
     after each layer the host decides by the ramp's entropy.
     """
+    check_paper(model)
     backbone, ramps = model.backbone, model.ramps
 
     @torch.inference_mode()
@@ -98,6 +111,7 @@ def plain(model: EarlyExitModel, precision: str, token_budget: int) -> Run:
 
 def cut(model: EarlyExitModel, depth: int, token_budget: int) -> Run:
     """The library's first so many layers; the ramp there answers all inputs."""
+    check_paper(model)
     backbone, ramp = model.backbone, model.ramps[depth - 1]
 
     def forward(tokens: dict[str, Tensor]) -> Tensor:

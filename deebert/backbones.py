@@ -7,8 +7,6 @@ Shapes: B batch, S tokens, H hidden.
 
 import hashlib
 import importlib.util
-import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from string import ascii_lowercase, digits, punctuation
@@ -198,48 +196,6 @@ def tokenizer(spec: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     if "config" in spec:
         return _character_tokenizer()
     return _load(AutoTokenizer.from_pretrained, _locate(spec), spec)
-
-
-def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """A tokenizer as plain text by file name, to be kept in a checkpoint."""
-    # The last call's truncation and padding would be saved too, and change the text.
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return {path.name: path.read_text("utf-8") for path in sorted(Path(folder).iterdir())}
-
-
-def tokenizer_from_files(files: Mapping[str, str | bytes]) -> PreTrainedTokenizerBase:
-    """The tokenizer that `tokenizer_files` wrote down, or that lies in somebody's folder.
-
-    Raises:
-        UserError: these files make no tokenizer.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            for given, text in files.items():
-                # A checkpoint is somebody's file: its names may not lead out of the folder.
-                name = Path(given).name
-                text = _harmless(text) if name == "tokenizer_config.json" else text
-                content = text.encode() if isinstance(text, str) else text
-                (Path(folder) / name).write_bytes(content)
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # damaged files fail in many ways
-            reason = first_line(error)
-            raise UserError(f"the tokenizer cannot be loaded: {reason}") from error
-
-
-def _harmless(text: str | bytes) -> str:
-    """tokenizer_config.json without what names code, or files that may lie elsewhere."""
-    values = json.loads(text)
-    named = {"auto_map", "init_inputs", "name_or_path"}
-    kept = {
-        key: value
-        for key, value in values.items()
-        if key not in named and not key.endswith(("_file", "_files"))
-    }
-    return json.dumps(kept)
 
 
 def random_config(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from deebert import curves, exits, report, tracking
+from deebert import curves, exits, report, tables, tracking
 from deebert.checkpoints import fingerprint
 from deebert.evaluation import Question, evaluate
 from deebert.layers import layer_table
@@ -45,7 +45,6 @@ class EarlyExitEvaluation(Callback):
         calibration: the split among those evaluated that thresholds are chosen on, not reported.
         layers: look at every layer, too (`layers.layer_table`).
         ckpt: what is evaluated, as it was given; None: what this run trains.
-        timed: results and the reported record -> what results.json holds under `timing`.
     """
 
     def __init__(
@@ -55,7 +54,6 @@ class EarlyExitEvaluation(Callback):
         calibration: str | None = None,
         layers: bool = False,
         ckpt: str | None = None,
-        timed: Callable[[dict[str, Any], Record], list[dict[str, Any]]] | None = None,
     ) -> None:
         self.thresholds = (
             None if thresholds is None else curves.check_thresholds(thresholds, "thresholds")
@@ -64,7 +62,8 @@ class EarlyExitEvaluation(Callback):
         self.calibration = calibration
         self.layers = layers
         self.ckpt = ckpt
-        self.timed = timed
+        # Results and the reported record -> what results.json holds under `timing`.
+        self.timed: Callable[[dict[str, Any], Record], list[dict[str, Any]]] | None = None
         self.results: dict[str, Any] = {}
         self._records: list[Record] = []
         self._batches: dict[int, list[dict[str, Tensor]]] = defaultdict(list)
@@ -128,7 +127,7 @@ class EarlyExitEvaluation(Callback):
         self.results["ckpt"] = self.ckpt or trainer.default_root_dir
         if trainer.state.fn == "fit":
             self.results["epoch"] = trainer.current_epoch + 1  # of the epochs counted from 1
-        evaluations = report.splits(self.results)
+        evaluations = tables.splits(self.results)
         if self.layers:
             for part in evaluations:
                 loader = trainer.datamodule.loader(part["split"])  # type: ignore[attr-defined]
@@ -170,7 +169,7 @@ class EarlyExitEvaluation(Callback):
         if trainer.state.fn != "test":
             self._save_records(trainer, pl_module)
         folder = Path(trainer.default_root_dir)
-        for part in report.splits(self.results):
+        for part in tables.splits(self.results):
             for rows in part.get("examples", {}).values():
                 indices = [row["index"] for row in rows]
                 texts = trainer.datamodule.texts(part["split"], indices)  # type: ignore[attr-defined]
@@ -247,6 +246,6 @@ def _append_csv(file: Path, results: dict[str, Any]) -> None:
         writer = csv.writer(stream)
         if fresh:
             writer.writerow(["epoch", "split", *tracking.curve_columns(results)])
-        for part in report.splits(results):
+        for part in tables.splits(results):
             where = (results.get("epoch", ""), part["split"])
             writer.writerows([*where, *row] for row in tracking.curve_rows(part))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from deebert import backbones
+from deebert import tokens
 from deebert.errors import UserError
 from deebert.model import EarlyExitModel
 from deebert.objectives import trains_ramps
@@ -78,7 +78,7 @@ class Checkpoint(Origin):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer it was trained with."""
-        return backbones.tokenizer_from_files(self.tokenizer_files)
+        return tokens.from_files(self.tokenizer_files)
 
 
 def find(path: str, flag: str, name: str) -> Path:

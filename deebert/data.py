@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from deebert import backbones, sources, tokens
+from deebert import sources, tokens
 from deebert.errors import UserError
 from deebert.objectives import UNLABELLED
 from deebert.records import HELD_OUT
@@ -311,7 +311,7 @@ def _tokenize(
 
     # Named by content: the hash that datasets takes of a fast tokenizer changes with each call.
     columns = {name: rows[name][:] for name in rows.column_names}
-    name = Hasher.hash([columns, backbones.tokenizer_files(tokenizer), max_length])
+    name = Hasher.hash([columns, tokens.files_of(tokenizer), max_length])
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "deebert"
     try:
         folder.mkdir(parents=True, exist_ok=True)

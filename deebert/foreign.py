@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
-from deebert import backbones
+from deebert import tokens
 from deebert.architectures import longest_input
 from deebert.errors import UserError, first_line
 
@@ -103,7 +103,7 @@ def _is_weight(item: tuple[Any, Any]) -> bool:
 
 
 def tokenizer_files(folder: Path, model_type: str, vocab_size: int) -> dict[str, str]:
-    """Its tokenizer as plain text by file name (`backbones.tokenizer_files`).
+    """Its tokenizer as plain text by file name (`tokens.files_of`).
 
     Raises:
         UserError: there is none, it cannot be loaded, or it has ids that the model has not.
@@ -113,7 +113,7 @@ def tokenizer_files(folder: Path, model_type: str, vocab_size: int) -> dict[str,
         raise UserError(f"it holds no tokenizer: {choices}")
     there = {name: (folder / name).read_bytes() for name in TOKENIZER if (folder / name).is_file()}
     kind = json.dumps({"model_type": model_type})  # for folders that say it nowhere else
-    tokenizer = backbones.tokenizer_from_files({**there, "config.json": kind.encode()})
+    tokenizer = tokens.from_files({**there, "config.json": kind.encode()})
     vocabulary = tokenizer.get_vocab()
     # The library makes up a vocabulary of special tokens where it finds none of the type's own.
     if len(set(vocabulary) - set(tokenizer.all_special_tokens)) < FEWEST_PIECES:
@@ -125,4 +125,4 @@ def tokenizer_files(folder: Path, model_type: str, vocab_size: int) -> dict[str,
         )
     if tokenizer.pad_token is None:
         raise UserError("its tokenizer has no padding token")
-    return backbones.tokenizer_files(tokenizer)
+    return tokens.files_of(tokenizer)

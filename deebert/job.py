@@ -5,7 +5,7 @@ Knows Hydra and checkpoints; builds nothing.
 """
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -127,26 +127,22 @@ def _origin(cfg: DictConfig, job: Job) -> Checkpoint | None:
     )
     # A recipe that the user names now (experiment=...) is not overruled by the one of then.
     recipe = () if job.said("experiment") else ("stages",)
-    unlabelled = cfg.data.unlabelled  # what stage 1 has learned from is no matter of stage 2
-    _inherit(cfg, origin, job, fixed=("task", "backbone"), taken=("data", "seed", "ramp", *recipe))
-    with open_dict(cfg):
-        cfg.data.unlabelled = unlabelled
+    taken = ("data", "seed", "ramp", *recipe)
+    # What stage 1 has learned from is no matter of stage 2.
+    _inherit(cfg, origin, job, fixed=("task", "backbone"), taken=taken, kept=("data.unlabelled",))
     return origin
 
 
 def _complete_student(cfg: DictConfig, job: Job) -> Checkpoint:
     """Find the teacher, and take from it what the command line does not say, but for its layers."""
-    if (layers := cfg.backbone.layers) is None:
+    if cfg.backbone.layers is None:
         raise UserError(
             f"teacher={cfg.teacher} needs backbone.layers=[...]: the layers of the teacher, from "
             "1, that its student starts from"
         )
-    origin, unlabelled = read_teacher(cfg), cfg.data.unlabelled
-    job = replace(job, explicit=job.explicit - {"backbone.layers"})
-    _inherit(cfg, origin, job, fixed=("task", "backbone"), taken=("data", "seed"))
+    origin, kept = read_teacher(cfg), ("data.unlabelled", "backbone.layers")
+    _inherit(cfg, origin, job, fixed=("task", "backbone"), taken=("data", "seed"), kept=kept)
     with open_dict(cfg):
-        cfg.data.unlabelled = unlabelled
-        cfg.backbone.layers = layers
         cfg.teacher = checkpoints.lasting(str(cfg.teacher))
     return origin
 
@@ -241,10 +237,16 @@ def _evaluated(cfg: DictConfig) -> Origin:
 
 
 def _inherit(
-    cfg: DictConfig, origin: Origin, job: Job, *, fixed: tuple[str, ...], taken: tuple[str, ...]
+    cfg: DictConfig,
+    origin: Origin,
+    job: Job,
+    *,
+    fixed: tuple[str, ...],
+    taken: tuple[str, ...],
+    kept: tuple[str, ...] = (),
 ) -> None:
     """Take values from the checkpoint. `fixed` ones may not be contradicted on the command line;
-    of the `taken` ones, what is said on the command line wins."""
+    of the `taken` ones, what is said on the command line wins; those `kept` inside them stay."""
     _refuse_other_task(cfg, origin)
     size = origin.config["data"].setdefault("calibration_size", 0)  # of a run before there was one
     if "data.calibration_size" in job.explicit and cfg.data.calibration_size != size:
@@ -255,7 +257,10 @@ def _inherit(
     with open_dict(cfg):
         for key in (*fixed, *taken):
             theirs = OmegaConf.create({key: origin.config[key]})
-            for said in (s for s in job.explicit if s == key or s.startswith(f"{key}.")):
+            for said in (s for s in kept if s.startswith(f"{key}.")):
+                OmegaConf.update(theirs, said, OmegaConf.select(cfg, said), merge=False)
+            explicit = job.explicit - {*kept}
+            for said in (s for s in explicit if s == key or s.startswith(f"{key}.")):
                 ours, saved = OmegaConf.select(cfg, said), OmegaConf.select(theirs, said)
                 if said in fixed and "name" in (ours or ()) and ours.name == saved.name:
                     continue  # a task or backbone named again: as it was then

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from deebert import tables
 from deebert.objectives import trains_ramps
 
 
@@ -15,7 +16,7 @@ def curve(results: dict[str, Any], title: str, file: Path) -> None:
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=[3, 2]
     )
-    for part in (results, *results.get("other_splits", [])):
+    for part in tables.splits(results):
         label = "" if part is results else f" ({part['split']})"
         points = part.get("trade_off", [])
         if trains_ramps(results["objective"]) and part["exits"][0]["score"] is not None:

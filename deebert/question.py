@@ -3,6 +3,7 @@
 Builds no model and reads no rows.
 """
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -25,8 +26,11 @@ WISHES = ("target_saving", "target_speedup", "max_drop")
 READS = ("logits", "unsure")
 
 
-def check(config: dict[str, Any]) -> None:
+def check(config: dict[str, Any], said: Callable[[str], bool]) -> None:
     """What would otherwise fail after the model has run.
+
+    Args:
+        said: is this key on the command line?
 
     Raises:
         UserError: a value is of the wrong kind, or two contradict each other.
@@ -42,8 +46,8 @@ def check(config: dict[str, Any]) -> None:
             f"calibration={config['calibration']} must be auto, heldout, crossfit, or a split"
         )
     if (rule := config.get("exit")) and not {"name", "score"} <= set(rule):
-        said = " ".join(f"exit.{name}={value}" for name, value in rule.items())
-        raise UserError(f"{said} without a rule: say exit=NAME, too ({', '.join(exits.RULES)})")
+        given = " ".join(f"exit.{name}={value}" for name, value in rule.items())
+        raise UserError(f"{given} without a rule: say exit=NAME, too ({', '.join(exits.RULES)})")
     for flag in ("per_ramp", "analysis"):
         if not isinstance(config[flag], bool):
             raise UserError(f"{flag}={config[flag]} must be true or false")
@@ -58,16 +62,15 @@ def check(config: dict[str, Any]) -> None:
     asking = ("threshold", "thresholds", *WISHES)
     wishes = [name for name in asking if config[name] is not None]
     if len(wishes) > 1:
-        said = " and ".join(f"{name}={config[name]}" for name in wishes)
-        raise UserError(f"{said}: ask for one of them")
+        both = " and ".join(f"{name}={config[name]}" for name in wishes)
+        raise UserError(f"{both}: ask for one of them")
     if not {"target_saving", "max_drop"} & set(wishes):
         for flag in ("per_ramp", "temperature"):
             if config[flag] is True:
                 raise UserError(f"{flag}=true needs target_saving= or max_drop=")
     if protocol(config) is None:
-        unsaid = {"precision": "float32", "runtime": "torch", "repeats": 5, "threads": None}
-        for flag, unset in unsaid.items():
-            if config[flag] != unset:
+        for flag in ("precision", "runtime", "repeats", "threads"):
+            if said(flag):
                 raise UserError(f"{flag}={config[flag]} is of what is timed: add timing=all")
         return
     if config["record"]:

@@ -20,7 +20,6 @@ from rich.table import Table
 from deebert import pictures
 from deebert.page import page
 from deebert.tables import more_tables, notes, tables
-from deebert.tables import splits as splits  # where callbacks.py looks for it
 
 SCHEMA = 1
 PACKAGES = (

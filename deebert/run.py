@@ -10,7 +10,17 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
-from deebert import backbones, build, calibrate, checkpoints, evaluation, question, records, report
+from deebert import (
+    backbones,
+    build,
+    calibrate,
+    checkpoints,
+    evaluation,
+    question,
+    records,
+    report,
+    tokens,
+)
 from deebert.callbacks import EarlyExitEvaluation
 from deebert.checkpoints import Checkpoint, Origin
 from deebert.clock import Clock
@@ -62,7 +72,7 @@ def train(cfg: DictConfig) -> float | None:
             model.new_ramps(kind)
     else:
         tokenizer = backbones.tokenizer(config["backbone"])
-        tokenizer_files = backbones.tokenizer_files(tokenizer)
+        tokenizer_files = tokens.files_of(tokenizer)
         model = EarlyExitModel.from_backbone(config["backbone"], task.num_labels, config["ramp"])
     if model.ramp_kind.reads == "pair":
         model.backbone.separator = tokenizer.sep_token_id
@@ -118,7 +128,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     origin = complete_evaluation(cfg, job)
     config = plain(cfg)
     check(config)
-    question.check(config)
+    question.check(config, job.said)
     task = Task.from_config(config["task"])
     score = None
     if config.get("exit") and (score := build.instantiated("exit", cfg.exit.score)) is None:

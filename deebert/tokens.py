@@ -1,9 +1,16 @@
-"""Texts -> token ids, the same way in training, evaluation and use. Knows nothing of models."""
+"""Texts -> token ids, the same way in training, evaluation and use; and a tokenizer as plain text.
+Knows nothing of models.
+"""
 
-from collections.abc import Iterable, Iterator, Sequence
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from deebert.errors import UserError, first_line
 
 TOKENS = ("input_ids", "token_type_ids")  # what an encoder may be given beside the mask
 LONG = 8  # characters a token of max_length: pairs of more are cut by hand
@@ -95,3 +102,44 @@ def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
     if 2 * first <= room:
         return first, room - first
     return room // 2, room - room // 2
+
+
+def files_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """A tokenizer as plain text by file name, to be kept in a checkpoint."""
+    # The last call's truncation and padding would be saved too, and change the text.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_text("utf-8") for path in sorted(Path(folder).iterdir())}
+
+
+def from_files(files: Mapping[str, str | bytes]) -> PreTrainedTokenizerBase:
+    """The tokenizer that `files_of` wrote down, or that lies in somebody's folder.
+
+    Raises:
+        UserError: these files make no tokenizer.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for given, text in files.items():
+                # A checkpoint is somebody's file: its names may not lead out of the folder.
+                name = Path(given).name
+                text = _harmless(text) if name == "tokenizer_config.json" else text
+                content = text.encode() if isinstance(text, str) else text
+                (Path(folder) / name).write_bytes(content)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # damaged files fail in many ways
+            raise UserError(f"the tokenizer cannot be loaded: {first_line(error)}") from error
+
+
+def _harmless(text: str | bytes) -> str:
+    """tokenizer_config.json without what names code, or files that may lie elsewhere."""
+    values = json.loads(text)
+    named = {"auto_map", "init_inputs", "name_or_path"}
+    kept = {
+        key: value
+        for key, value in values.items()
+        if key not in named and not key.endswith(("_file", "_files"))
+    }
+    return json.dumps(kept)

@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModel, BertForSequenceClassification
 
-from deebert import backbones
+from deebert import backbones, tokens
 from deebert.architectures import ARCHITECTURES
 from deebert.errors import UserError
 from deebert.model import EarlyExitModel
@@ -266,9 +266,9 @@ def test_minilm_is_the_hub_s_own_file_and_is_not_imported() -> None:
 def test_tokenizer_survives_as_text() -> None:
     tokenizer = backbones.tokenizer(spec("tiny"))
     tokenizer("a long text", truncation=True, max_length=4)  # leaves its truncation behind
-    files = backbones.tokenizer_files(tokenizer)
-    assert files == backbones.tokenizer_files(backbones.tokenizer(spec("tiny")))
-    again = backbones.tokenizer_from_files(files)
+    files = tokens.files_of(tokenizer)
+    assert files == tokens.files_of(backbones.tokenizer(spec("tiny")))
+    again = tokens.from_files(files)
     assert again("Good kettle", "bad one") == tokenizer("Good kettle", "bad one")
 
 

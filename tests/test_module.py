@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from omegaconf import OmegaConf
 
-from deebert import backbones
+from deebert import backbones, tokens
 from deebert.data import TextDataModule
 from deebert.errors import UserError
 from deebert.frozen import FrozenStates
@@ -50,7 +50,7 @@ def build(
         batch_size=batch_size, eval_batch_size=64, num_workers=0, seed=3,
     )  # fmt: skip
     model = EarlyExitModel.from_backbone(spec, 2, config["ramp"])
-    return EarlyExitModule(model, config, backbones.tokenizer_files(tokenizer)), data
+    return EarlyExitModule(model, config, tokens.files_of(tokenizer)), data
 
 
 class Spy(L.Callback):
@@ -306,7 +306,7 @@ SHARES = {
 }  # fmt: skip
 
 
-def tokens() -> dict[str, torch.Tensor]:
+def a_batch() -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     mask = (torch.arange(12) < torch.tensor([12, 7, 3, 9])[:, None]).long()
     return {"input_ids": torch.randint(5, 60, (4, 12)) * mask, "attention_mask": mask}
@@ -333,8 +333,8 @@ def test_gradients_flow_as_worked_out_by_hand(objective: str, ramp: str, glue: P
     for each in model.all_ramps:  # large enough for every ramp's gradient to count
         torch.nn.init.normal_(each.pooler.weight, std=0.3)
         torch.nn.init.normal_(each.classifier.weight, std=0.5)
-    logits = model(**tokens())
-    flowing = model.ramp_logits(module.states(tokens()))
+    logits = model(**a_batch())
+    flowing = model.ramp_logits(module.states(a_batch()))
     assert torch.equal(flowing, logits), "forward it changes nothing"
     cross_entropy = torch.nn.functional.cross_entropy
     singles = [gradients(cross_entropy(logits[:, k], labels), model) for k in range(3)]
@@ -354,7 +354,7 @@ def test_gradients_flow_as_worked_out_by_hand(objective: str, ramp: str, glue: P
 def test_distillation_moves_the_backbone_but_not_the_teacher(glue: Path) -> None:
     """Without labels, in stage 1: neither the final classifier nor the layer below it alone."""
     module, _ = build("stage 1", glue, objective="distill")
-    logits = module.model.eval()(**tokens())
+    logits = module.model.eval()(**a_batch())
     found = gradients(module.objective.loss(logits, torch.full((4,), UNLABELLED)), module.model)
     moved = {name for name, gradient in found.items() if gradient.abs().sum() > 0}
     still = {name for name in found if name.startswith("ramps.2.") or ".layer.2." in name}

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_backbones import batch, tiny
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from deebert import EarlyExitClassifier, backbones, checkpoints, origins, published, saved
+from deebert import EarlyExitClassifier, backbones, checkpoints, origins, published, saved, tokens
 from deebert.errors import UserError
 from deebert.exits import entropy, exit_layer
 
@@ -471,10 +471,10 @@ def test_never_runs_the_code_that_a_folder_brings(plain: Path, tmp_path: Path) -
     assert "outside" not in everything
     assert not {"auto_map", "trust_remote_code"} & set(found.architecture)
     files = found.tokenizer_files | {"tokenizer_config.json": json.dumps(settings)}
-    backbones.tokenizer_from_files(files)  # as a hostile checkpoint would bring it
+    tokens.from_files(files)  # as a hostile checkpoint would bring it
     for name in ("..", "", "/"):
         with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
-            backbones.tokenizer_from_files({name: "x"})
+            tokens.from_files({name: "x"})
     spec = {"name": "x", "path": str(folder)}
     backbones.pretrained(spec)  # stage 1 from the same folder
     assert not (tmp_path / "owned").exists()

@@ -59,11 +59,6 @@ class File:
                 if number not in self.done:
                     yield number, block, share
 
-    def more(self, rows: Sequence[Row]) -> int:
-        """How many of the rows have columns that are left out."""
-        known = self.known
-        return 0 if known is None else sum(not known.issuperset(row.values) for row in rows)
-
     def named(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row of the output, with the name of the file."""
         return {FILE: self.name, **{_renamed(name, row): value for name, value in row.items()}}
@@ -132,13 +127,10 @@ def looked_into(
                     f"input={path}: a column of Parquet has one type, and JSON lines do not say "
                     "which; parts=jsonl, or keep=none"
                 )
-            again = source.names if columns.kept is None else columns.kept
-            wanted = frozenset((*columns.texts, *again))
-            next(source.rows(wanted))  # a file without rows is refused
             work = Work(said, source, classifier, columns)
+            wanted, known = work.wanted, work.known
+            next(source.rows(wanted))  # a file without rows is refused
             layout = _with_file(work.layout(kind))
-        cut = options.keep == "all" and columns.kept is not None and source.free
-        known = frozenset(source.names) if cut else None
         held, size = rows_in.format_of(str(path), options.format), path.stat().st_size
         where = str(path.absolute())
         found.append(File(number, name, where, held, size, wanted, columns, layout, known))

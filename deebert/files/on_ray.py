@@ -29,7 +29,7 @@ from deebert.files.folder_in import File
 from deebert.files.folder_out import ERRORS, Folder
 from deebert.files.progress import Progress
 from deebert.files.work import COUNTED as OF_A_PART
-from deebert.files.work import PredictOptions, Work, about, told
+from deebert.files.work import PredictOptions, Work, about, more, told
 
 if TYPE_CHECKING:
     from deebert.classifier import Asked, EarlyExitClassifier
@@ -264,7 +264,7 @@ class Worker:
         file: File = pickle.loads(given["file"])
         rows = pickle.loads(given["rows"])
         found = answers.answered(self.classifier, self.asked, rows, file.columns)
-        counts = (len(rows), len(found.bad), found.layers, file.more(rows), given["bytes"])
+        counts = (len(rows), len(found.bad), found.layers, more(rows, file.known), given["bytes"])
         counted = dict(zip(COUNTED, counts, strict=True))
         said, bad = map(file.named, found.rows), map(file.named, found.bad)
         block = given["block"]

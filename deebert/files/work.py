@@ -118,13 +118,23 @@ class Work:
             "wish": commands.wish_of(options) or dict(saved.wish),
         }
 
+    @property
+    def wanted(self) -> frozenset[str]:
+        """The columns that are read."""
+        again = self.source.names if self.columns.kept is None else self.columns.kept
+        return frozenset((*self.columns.texts, *again))
+
+    @property
+    def known(self) -> frozenset[str] | None:
+        """The columns that can be kept, where rows may have more, which are left out."""
+        cut = self.options.keep == "all" and self.columns.kept is not None and self.source.free
+        return frozenset(self.source.names) if cut else None
+
     def do(self, kept: Parts, answer: Answer) -> dict[str, Any]:
         """Go on after the parts that are there, to the end; what there is to say of it."""
         asked = self.asked(kept.begin(self.job, self.options.overwrite, self.find))
         layout = self.layout(rows_out.format_of(kept.output))
-        again = self.source.names if self.columns.kept is None else self.columns.kept
-        rows = self.source.rows({*self.columns.texts, *again})
-        blocks = rows_in.blocks(rows, self.options.part_rows)
+        blocks = rows_in.blocks(self.source.rows(self.wanted), self.options.part_rows)
         before = self._pass_over(blocks, kept)
         num_layers = self.classifier.num_layers
         began, now = time.monotonic(), told(_counted(kept), num_layers)
@@ -193,13 +203,16 @@ class Work:
 
     def _noted(self, blocks: Iterator[list[Row]]) -> Iterator[list[Row]]:
         """The blocks, with what is to be known of each when its answers come."""
-        cut = self.options.keep == "all" and self.columns.kept is not None and self.source.free
-        names = {*self.source.names}
+        known = self.known
         for rows in blocks:
-            more = sum(not names.issuperset(row.values) for row in rows) if cut else 0
-            noted = {"rows": len(rows), "digest": _digest(rows), "more": more}
+            noted = {"rows": len(rows), "digest": _digest(rows), "more": more(rows, known)}
             self.pending.append(noted | {"position": self.source.position()})
             yield rows
+
+
+def more(rows: Sequence[Row], known: frozenset[str] | None) -> int:
+    """How many of the rows have columns that are left out."""
+    return 0 if known is None else sum(not known.issuperset(row.values) for row in rows)
 
 
 def _counted(kept: Parts) -> dict[str, int]:
