@@ -39,6 +39,10 @@ BASELINES = """\
 Without early exit, a point each; beside it *best* at the same saving and with the same seeds (where
 that was not run the recipe that scores best there; chosen by looking, which flatters it a bit):"""
 
+RIVALS = f"""\
+Models that have fewer layers for every input, beside *{RECOMMENDED}* where it saves as much, of the
+tasks and seeds that both were run on; a task's score is the mean over its seeds:"""
+
 
 class TaskCells:
     """The cells of a task, by recipe and seed."""
@@ -80,6 +84,16 @@ class TaskCells:
         """Of a baseline that has fewer layers than plain fine-tuning."""
         [mine, full] = (next(iter(cells.values())) for cells in (self.of[recipe], self.plain))
         return 1 - mine["num_layers"] / full["num_layers"]
+
+    def against(self, rival: str) -> list[tuple[float, float]]:
+        """A baseline, and the recommended recipe at its saving, of each seed that both have: in %
+        of plain fine-tuning."""
+        mine, theirs = self.of.get(RECOMMENDED, {}), self.of.get(rival, {})
+        found = []
+        for seed in mine.keys() & theirs.keys() & self.plain.keys():
+            pair = score(theirs[seed]), at(mine[seed], self.saving(rival))
+            found.append(tuple(100 * each / score(self.plain[seed]) for each in pair))
+        return found
 
     def best_at(self, saving: float, seeds: set[int]) -> tuple[float, str]:
         """The mean score at a saving of the recommended recipe, or where that lacks these seeds the
@@ -200,6 +214,23 @@ def summary(tasks: list[TaskCells]) -> list[str]:
     return markdown([*columns, "area, %, mean over tasks", "at 50%, %, mean over tasks"], rows)
 
 
+def rivals(tasks: list[TaskCells]) -> list[str]:
+    """What has fewer layers for every input, against the recommended recipe at the same saving."""
+    columns = ["baseline", "saving", "tasks", "fewest seeds", "its score, %", f"{RECOMMENDED}, %"]
+    tasks = [task for task in tasks if task.metric not in REGRESSION]
+    rows = []
+    for rival in sorted({recipe for task in tasks for recipe in task.points} - {"plain"}):
+        met = [(task, pairs) for task in tasks if (pairs := task.against(rival))]
+        if not met:
+            continue
+        saving, fewest = met[0][0].saving(rival), min(len(pairs) for _, pairs in met)
+        theirs, mine = ([mean(pair[side] for pair in pairs) for _, pairs in met] for side in (0, 1))
+        better = sum(ours > other for ours, other in zip(mine, theirs, strict=True))
+        row = [rival, f"{saving:.1%}", str(len(met)), seeds(fewest)]
+        rows.append([*row, f"{mean(theirs):.1f}", f"{mean(mine):.1f}", f"{better} of {len(met)}"])
+    return markdown([*columns, f"tasks on which {RECOMMENDED} is better"], rows)
+
+
 def conditions(start: dict[str, Any], number: int) -> str:
     where = start["environment"]
     versions, commit = where["versions"], (where["git_commit"] or "unknown")[:7]
@@ -216,7 +247,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
     names = sorted({cell["task"] for cell in cells if cell["recipe"] == "plain"})
     tasks = [TaskCells(name, cells) for name in names]
     lines = ["# Ways to train the ramps", "", READING, "", "![score against saving](quality.png)"]
-    lines += ["", "## Over tasks", "", *summary(tasks)]
+    lines += ["", "## Over tasks", "", *summary(tasks), "", RIVALS, "", *rivals(tasks)]
     for task in tasks:
         used = next(iter(task.plain.values()))["rows"]
         rows = ", ".join(f"{n} of {split}" for split, n in used.items() if split != "digest")

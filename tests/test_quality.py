@@ -221,6 +221,13 @@ def hand_made(quality: ModuleType) -> dict[str, Any]:
     return {"starts": {"s": start}, "failed": {}, "cells": cells}
 
 
+def test_the_committed_report_is_that_of_its_numbers(quality: ModuleType, tmp_path: Path) -> None:
+    shutil.copy(quality.HERE / "quality.json", tmp_path)
+    assert quality.main(["--report-only", "--results", str(tmp_path)]) == 0
+    told = (quality.HERE / "quality.md").read_text()
+    assert (tmp_path / "quality.md").read_text() == told
+
+
 def test_report_by_hand(quality: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "quality.json").write_text(json.dumps(hand_made(quality)))
     assert quality.main(["--report-only", "--results", str(tmp_path)]) == 0
@@ -238,7 +245,8 @@ def test_report_by_hand(quality: ModuleType, tmp_path: Path) -> None:
     ]  # fmt: skip
     assert joint_qqp[1:7] == ["1, screening", "0.500", "100.0", "0.300", "60.0", "-0.100 (0 of 1)"]
     # At 50 % both are 0.3 on seed 1's curve, 0.8 - 0.5; at 5/6 they are at the first ramp, 0.2.
-    *mrpc, qqp = [row for row in rows if row[0].startswith("cut")]
+    rival, *mrpc, qqp = [row for row in rows if row[0].startswith("cut")]
+    assert rival == ["cut_3", "50.0%", "1", "1, screening", "20.0", "0.0", "0 of 1"]
     assert qqp[5:] == ["42", "best", "0.000", "**no**"], "though detached has 0.1 there"
     points = {row[0]: row[1:] for row in mrpc}
     assert points["cut_3"] == [
