@@ -9,7 +9,7 @@ import torch
 from conftest import TINY, results
 from random_models import byte_level
 from safetensors.torch import load_file
-from test_module import SaveAndStop, build, fit, plain, source, tokens
+from test_module import SaveAndStop, a_batch, build, fit, plain, source
 from test_module import pytestmark as pytestmark
 from torch import Tensor
 
@@ -138,7 +138,7 @@ def test_attention_weighs_the_real_tokens() -> None:
 @torch.no_grad()
 def test_the_model_gives_each_ramp_its_layer(kind: str) -> None:
     model = model_of(kind)
-    inputs = tokens()
+    inputs = a_batch()
     inputs["input_ids"][:, 2] = 3  # the separator
     hidden, context = model.backbone.embed(**inputs)
     previous, expected, second = None, [], torch.full([len(inputs["input_ids"])], 3)
@@ -152,7 +152,7 @@ def test_the_model_gives_each_ramp_its_layer(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_padding_does_not_matter(kind: str) -> None:
-    model, inputs = model_of(kind), tokens()
+    model, inputs = model_of(kind), a_batch()
     inputs["input_ids"][:, 2] = 3  # the separator
     together = model(**inputs)
     assert together.std(0).min() > 1e-3, "rows differ"
@@ -271,14 +271,14 @@ def test_files_give_back_the_trained_model(kind: str, glue: Path, tmp_path: Path
             module.model.load_state_dict(before)
         fit(module, source(module, data, tmp_path), tmp_path, SaveAndStop(tmp_path / "x.ckpt"))
         model = module.model.eval()
-        expected = model(**tokens())
+        expected = model(**a_batch())
         again = checkpoints.read(tmp_path / "x.ckpt", "ckpt").model()
         model.save_pretrained(tmp_path / stage)
         published = EarlyExitModel.from_pretrained(tmp_path / stage).eval()
         for copy in (again, published):
             assert copy.ramp_kind == model.ramp_kind
             assert_equal_weights(copy.state_dict(), model.state_dict())
-            assert torch.equal(copy(**tokens()), expected)
+            assert torch.equal(copy(**a_batch()), expected)
             if kind == "shared":
                 assert copy.all_ramps[0].pooler is copy.all_ramps[1].pooler
         before = again.state_dict()
@@ -291,7 +291,7 @@ def test_new_ramps_are_published_as_what_they_are(tmp_path: Path) -> None:
     model.eval().save_pretrained(tmp_path, config=None)  # as push_to_hub says it
     again = EarlyExitModel.from_pretrained(tmp_path).eval()
     assert again.ramp_kind == RampKind("mean")
-    assert torch.equal(again(**tokens()), model(**tokens()))
+    assert torch.equal(again(**a_batch()), model(**a_batch()))
 
 
 @pytest.mark.parametrize(
