@@ -91,6 +91,8 @@ class TaskCells:
         mine, theirs = self.of.get(RECOMMENDED, {}), self.of.get(rival, {})
         found = []
         for seed in mine.keys() & theirs.keys() & self.plain.keys():
+            if score(self.plain[seed]) == 0:
+                continue
             pair = score(theirs[seed]), at(mine[seed], self.saving(rival))
             found.append(tuple(100 * each / score(self.plain[seed]) for each in pair))
         return found

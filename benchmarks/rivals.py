@@ -34,8 +34,8 @@ def check_paper(model: EarlyExitModel) -> None:
     """
     if model.ramp_kind.reads != "first" or model.ramp_kind.sees_previous:
         raise UserError(
-            f"ramp.reads={model.ramp_kind.reads}: the original's protocol and cut models are made "
-            "for the paper's ramps; leave them out (--systems bcdfg)"
+            f"{model.ramp_kind}: the original's protocol and models cut short are for the paper's "
+            "ramps alone"
         )
 
 

@@ -213,11 +213,13 @@ class TextDataModule(L.LightningDataModule):
 
     def fingerprint(self, split: str) -> str:
         """A hash of a split's tokens and labels, whatever file they came from."""
-        return _hash(self.tokens(split), "input_ids", "label")
+        return str(Hasher.hash(_columns(self.tokens(split), "input_ids", "label")))
 
     def text_fingerprint(self, split: str) -> str:
-        """The same of its texts, however they are cut to tokens."""
-        return _hash(self._rows(split), "text_a", "text_b", "label")
+        """The same of its words, however they are cut to tokens."""
+        rows = self._rows(split)
+        words = [[text.split() for text in column] for column in _columns(rows, "text_a", "text_b")]
+        return str(Hasher.hash([*words, *_columns(rows, "label")]))
 
     def texts(self, split: str, indices: list[int]) -> list[str]:
         """The texts of these rows, named by their `index`; those of a pair with " / " between."""
@@ -284,9 +286,9 @@ class TextDataModule(L.LightningDataModule):
         return batch
 
 
-def _hash(rows: datasets.Dataset, *columns: str) -> str:
-    """Of those of the columns that are there."""
-    return str(Hasher.hash([rows[name][:] for name in columns if name in rows.column_names]))
+def _columns(rows: datasets.Dataset, *names: str) -> list[list[Any]]:
+    """The values of those that are there."""
+    return [rows[name][:] for name in names if name in rows.column_names]
 
 
 def calibration_size_of(num_rows: int) -> int:

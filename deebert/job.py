@@ -259,8 +259,7 @@ def _inherit(
             theirs = OmegaConf.create({key: origin.config[key]})
             for said in (s for s in kept if s.startswith(f"{key}.")):
                 OmegaConf.update(theirs, said, OmegaConf.select(cfg, said), merge=False)
-            explicit = job.explicit - {*kept}
-            for said in (s for s in explicit if s == key or s.startswith(f"{key}.")):
+            for said in (s for s in job.explicit if s == key or s.startswith(f"{key}.")):
                 ours, saved = OmegaConf.select(cfg, said), OmegaConf.select(theirs, said)
                 if said in fixed and "name" in (ours or ()) and ours.name == saved.name:
                     continue  # a task or backbone named again: as it was then

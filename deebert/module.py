@@ -209,20 +209,17 @@ class EarlyExitModule(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        """Clip the norm over everything that has a gradient, as the original does."""
+        """Clip the norm over everything that has a gradient, as the original does; in float16, as
+        it does there, over what is optimized, whose gradients alone the scaler looks after."""
         if str(gradient_clip_algorithm or "norm") not in ("norm", "GradClipAlgorithmType.NORM"):
             raise UserError(
                 f"trainer.gradient_clip_algorithm={gradient_clip_algorithm}: only 'norm' is known"
             )
-        if not gradient_clip_val:
-            return
-        # Of what is not optimized nobody has taken out the factor that float16 needs.
-        if scaler := getattr(self.trainer.precision_plugin, "scaler", None):
-            optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            for parameter in self.parameters():
-                if parameter.grad is not None and id(parameter) not in optimized:
-                    parameter.grad /= scaler.get_scale()
-        torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        clipped = list(self.parameters())
+        if getattr(self.trainer.precision_plugin, "scaler", None):
+            clipped = [each for group in optimizer.param_groups for each in group["params"]]
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(clipped, gradient_clip_val)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
         self.zero_grad()  # also what gets gradients without being optimized

@@ -182,7 +182,8 @@ def evaluate(cfg: DictConfig) -> float | None:
             callback.question = asked = clock.with_costs(asked, data.eval_splits[0])
             callback.timed = partial(clock.timed, asked)
         trainer.test(module, datamodule=data, verbose=False)
-    return _result(trainer.is_global_zero, job)
+    at_threshold = config["threshold"] is not None and trained
+    return _result(trainer.is_global_zero, job, at_threshold=at_threshold)
 
 
 def _cut(
@@ -218,12 +219,14 @@ def _evaluate_records(
         raise UserError(f"record={config['record']}: its records have different numbers of ramps")
     header = report.header(origin.config)
     answer = evaluation.evaluate(reported, task, asked, held_out, trained=trained)
-    results = header | {"record": str(config["record"])} | answer
+    results = header | {"record": checkpoints.lasting(str(config["record"]))} | answer
     report.save(results, job.folder)
-    return _result(True, job)
+    at_threshold = config["threshold"] is not None and trained
+    return _result(True, job, at_threshold=at_threshold)
 
 
-def _result(is_global_zero: bool, job: Job) -> float | None:
+def _result(is_global_zero: bool, job: Job, *, at_threshold: bool = False) -> float | None:
+    """What a sweeper is given: what became of a wish, else full depth, or the one threshold."""
     if not is_global_zero:
         return None
     file = job.folder / "results.json"  # with ddp_spawn all that the processes leave behind
@@ -232,7 +235,6 @@ def _result(is_global_zero: bool, job: Job) -> float | None:
         return None
     results = json.loads(file.read_text())
     report.show(results, job.folder)
-    [point, *others] = results["curve"]
-    full = results["exits"][-1] if others else point  # or the one threshold that was asked for
-    asked = results.get("calibration", {}).get("measured") or full
+    told = results["curve"][0] if at_threshold else results["exits"][-1]
+    asked = results.get("calibration", {}).get("measured") or told
     return None if asked["score"] is None else float(asked["score"])

@@ -3,9 +3,10 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from conftest import mrpc_rows, write_rows
 from omegaconf import OmegaConf
 
-from deebert import backbones
+from deebert import backbones, build
 from deebert.data import LengthBatches, TextDataModule
 from deebert.errors import UserError
 from deebert.tasks import Task
@@ -29,6 +30,24 @@ def sampler(**changes: object) -> LengthBatches:
     torch.manual_seed(0)
     options = {"lengths": torch.randint(3, 60, (1003,)).tolist(), "batch_size": 8, "shuffle": True, "seed": 5}  # fmt: skip
     return LengthBatches(**(options | changes))
+
+
+def test_held_out_rows_are_known_by_their_words(glue: Path, tmp_path: Path) -> None:
+    data = module("mrpc", glue, calibration_size=20)
+    config: dict = {"data": {}}
+    build.remember_held_out(config, data)
+    found = config["data"]["calibration_rows"]
+    build.remember_held_out(config, module("mrpc", glue, calibration_size=20, max_length=10))
+    older = {"data": {"calibration_rows": data.fingerprint("calibration")}}  # by their tokens
+    build.remember_held_out(older, data)
+    assert older["data"] == config["data"] == {"calibration_size": 20, "calibration_rows": found}
+    rows = mrpc_rows("train", 96)
+    spaced = [row | {"sentence1": f" {row['sentence1']} "} for row in rows]
+    write_rows(tmp_path / "mrpc", "train", spaced)
+    build.remember_held_out(config, module("mrpc", tmp_path, calibration_size=20))
+    write_rows(tmp_path / "mrpc", "train", [row | {"label": 1 - row["label"]} for row in rows])
+    with pytest.raises(UserError, match="the training rows have changed"):
+        build.remember_held_out(config, module("mrpc", tmp_path, calibration_size=20))
 
 
 def test_every_row_once_an_epoch_in_batches_of_similar_length() -> None:

@@ -129,8 +129,10 @@ def test_a_sweeper_is_given_the_score_of_the_threshold(
             "evaluate.py", f"record={tmp_path}", f"threshold={threshold}", f"hydra.run.dir={folder}"
         )
         [point] = results(folder)["curve"]
-        told[threshold] = _result(True, Job(folder, frozenset(), None))
+        job = Job(folder, frozenset(), None)
+        told[threshold] = _result(True, job, at_threshold=True)
         assert told[threshold] == point["score"]
+        assert _result(True, job) == results(folder)["exits"][-1]["score"]
     assert told["0"] != told["0.7"]
 
 

@@ -162,8 +162,8 @@ def test_what_trains_and_in_which_mode(
             assert training == (kind != "stage 2 cached"), name
 
 
-def faithful_norms(glue: Path, path: Path, steps: int, **options: Any) -> list[tuple[float, float]]:
-    """What is left of the gradients in each step: the norm of all, and of the backbone's."""
+def faithful_norms(glue: Path, path: Path, steps: int, **options: Any) -> list[tuple[float, ...]]:
+    """The norms that the gradients of each step are left with: of all, the backbone's, the ramps'."""
     module, data = build("stage 2 faithful", glue)
     found = []
 
@@ -171,7 +171,7 @@ def faithful_norms(glue: Path, path: Path, steps: int, **options: Any) -> list[t
         def on_train_batch_end(
             self, trainer: L.Trainer, module: EarlyExitModule, *_: object
         ) -> None:
-            parts = [[p.grad for p in part.parameters() if p.grad is not None] for part in (module, module.model.backbone)]  # fmt: skip
+            parts = [[p.grad for p in part.parameters() if p.grad is not None] for part in (module, module.model.backbone, module.model.ramps)]  # fmt: skip
             found.append(
                 tuple(torch.stack([g.norm() for g in part]).norm().item() for part in parts)
             )
@@ -188,21 +188,20 @@ def faithful_norms(glue: Path, path: Path, steps: int, **options: Any) -> list[t
 def test_faithful_stage_2_clips_the_norm_of_everything(glue: Path, tmp_path: Path) -> None:
     """In the original the frozen backbone's gradients count in the clipped norm, and are those of
     the last step alone."""
-    clipped, backbone = zip(*faithful_norms(glue, tmp_path, 5), strict=True)
+    clipped, backbone, _ = zip(*faithful_norms(glue, tmp_path, 5), strict=True)
     assert clipped == pytest.approx([1e-3] * 5, rel=1e-3)
     assert all(0 < norm < 1e-3 for norm in backbone), "gradients flow into the frozen backbone"
     # Had they piled up over the steps, almost all of the norm would be the backbone's by now.
     assert max(backbone) < 3 * min(backbone)
 
 
-def test_in_float16_the_backbone_s_gradients_count_as_much(glue: Path, tmp_path: Path) -> None:
-    """The scaler's factor is taken out of those that it does not know of, too."""
+def test_in_float16_only_what_is_optimized_counts(glue: Path, tmp_path: Path) -> None:
+    """The scaler's factor is still in the backbone's gradients, which would leave ramps nothing."""
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     half = MixedPrecision("16-mixed", "cpu", scaler)
-    [(clipped, backbone)] = faithful_norms(glue, tmp_path, 1, plugins=[half])
-    [(_, expected)] = faithful_norms(glue, tmp_path, 1)
-    assert clipped == pytest.approx(1e-3, rel=1e-2)
-    assert backbone == pytest.approx(expected, rel=0.02)
+    [(_, backbone, ramps)] = faithful_norms(glue, tmp_path, 1, plugins=[half])
+    assert backbone > 1, "1024 times as large"
+    assert ramps == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_weight_decay_spares_biases_and_layer_norms(glue: Path) -> None:

@@ -396,6 +396,11 @@ def test_the_command_names_the_rule_and_quotes_the_run(show: Open) -> None:
     tab = show(full_results() | {"ckpt": "my runs/it's=1"})
     rule = {"exit": {"name": "margin"}}
     assert text(show(full_results() | rule), "#command").endswith(" exit=margin target_saving=0.40")
+    fit = {"prior": [0.25, 0.75], "temperatures": [2, 0.5, 1]}
+    given = full_results() | {"exit": {"name": "relative_entropy", **fit}}
+    assert text(show(given), "#command").endswith(
+        " exit=relative_entropy 'exit.prior=[0.25,0.75]' 'temperature=[2,0.5,1]' target_saving=0.40"
+    )
     assert text(tab, "#command").startswith(
         """python evaluate.py 'ckpt="my runs/it'\\''s=1"' target_saving="""
     )
