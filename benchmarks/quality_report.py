@@ -64,15 +64,14 @@ class TaskCells:
         found = [value(cell) for cell in self.of[recipe].values()]
         return [each for each in found if each is not None]
 
-    def relative(self, recipe: str, value: Value) -> list[float]:
+    def share(self, found: float | None, seed: int) -> float | None:
         """In % of plain fine-tuning with the same seed, where that is there and not 0."""
+        full = score(self.plain[seed]) if seed in self.plain else 0
+        return None if found is None or full == 0 else 100 * found / full
 
-        def share(cell: Cell) -> float | None:
-            full = score(self.plain[cell["seed"]]) if cell["seed"] in self.plain else 0
-            found = value(cell)
-            return None if found is None or full == 0 else 100 * found / full
-
-        return self.values(recipe, share)
+    def relative(self, recipe: str, value: Value) -> list[float]:
+        """The same of all seeds."""
+        return self.values(recipe, lambda cell: self.share(value(cell), cell["seed"]))
 
     def differences(self, recipe: str) -> list[float]:
         """Area less the reference's, of the seeds that both have."""
@@ -90,11 +89,11 @@ class TaskCells:
         of plain fine-tuning."""
         mine, theirs = self.of.get(RECOMMENDED, {}), self.of.get(rival, {})
         found = []
-        for seed in mine.keys() & theirs.keys() & self.plain.keys():
-            if score(self.plain[seed]) == 0:
-                continue
-            pair = score(theirs[seed]), at(mine[seed], self.saving(rival))
-            found.append(tuple(100 * each / score(self.plain[seed]) for each in pair))
+        for seed in mine.keys() & theirs.keys():
+            its = self.share(score(theirs[seed]), seed)
+            ours = self.share(at(mine[seed], self.saving(rival)), seed)
+            if its is not None and ours is not None:
+                found.append((its, ours))
         return found
 
     def best_at(self, saving: float, seeds: set[int]) -> tuple[float, str]:
