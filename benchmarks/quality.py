@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import quality_report
+import torch
 from omegaconf import OmegaConf
 from quality_report import GRID, WISHES
 
@@ -117,6 +118,12 @@ RECIPES: dict[str, tuple[str, ...]] = {
     },
     # Without early exit, a point each: the first layers alone, LayerDrop, a student.
     **{f"cut_{k}": (f"{STAGE1} {first}",) for k, first in FIRST.items()},
+    # The first three layers with the ramp of best, fine-tuned for it alone; as three layers cost
+    # half of six, for twice as long. A fourth layer stands above it, for its final classifier.
+    "pair_cut_3": (
+        f"{STAGE1} {FIRST[4]} ramp=pair objective=weighted objective.weights=[0,0,1,0] "
+        "stages.1.epochs={twice}",
+    ),
     **{f"layer_drop_{k}": (DROPPING, f"{PRUNED}=[{few}]") for k, few in SPREAD.items()},
     **{f"student_{k}": (STAGE1, f"{STUDENT} {CUT.format(few)}") for k, few in SPREAD.items()},
 }
@@ -124,6 +131,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
 RECIPES["best"] = RECIPES["two_stage_pair"]
 RECIPES["two_stage_relative"] = RECIPES["two_stage"]
 RULE = dict.fromkeys(("best", "two_stage_relative"), "relative_entropy")  # the others: entropy
+ANSWERS = {"pair_cut_3": 3}  # always at this ramp; the others after their last layer
 # Runs that others go on from: their checkpoints (0.3 GB) stay.
 BEGUN = {steps[:end] for steps in RECIPES.values() for end in range(1, len(steps))}
 
@@ -133,7 +141,9 @@ def commands(recipe: str, task: str, seed: int, overrides: list[str]) -> list[st
     lines = []
     for line in RECIPES[recipe]:
         if line.startswith(STAGE1):  # the others take these from their checkpoint
-            line += f" task={task} seed={seed} stages.1.epochs={TASKS[task].epochs}"
+            line = line.replace("{twice}", str(2 * TASKS[task].epochs))
+            epochs = "" if "epochs=" in line else f" stages.1.epochs={TASKS[task].epochs}"
+            line += f" task={task} seed={seed}{epochs}"
         line = line.replace("{epochs}", str(TASKS[task].ramp_epochs))
         if line.startswith("train.py"):
             line = " ".join([line, TRAINING, *overrides])
@@ -142,14 +152,17 @@ def commands(recipe: str, task: str, seed: int, overrides: list[str]) -> list[st
 
 
 @cache
-def subset(name: str, root: str, out: Path) -> tuple[Path, dict[str, Any]]:
-    """The rows of a task that are used: their folder, how many they are, and their digest."""
+def subset(name: str, root: str, out: Path) -> tuple[Path, dict[str, Any], float | None]:
+    """The rows of a task that are used: their folder, how many they are and their digest, and the
+    score on those of (the first) validation if all get the same answer, the one that scores best.
+    """
     values: Any = OmegaConf.to_object(
         OmegaConf.load(HERE.parent / "conf" / "task" / f"{name}.yaml")
     )
     task = Task.from_config(values)
     frames: dict[str, Any] = {}
     rows: dict[str, Any] = {}
+    floor = None
     for split in filter(None, (task.train, *task.validation)):
         if split != task.train and not sources.exists(task, split, root):
             continue  # not all have MNLI's second one
@@ -159,6 +172,10 @@ def subset(name: str, root: str, out: Path) -> tuple[Path, dict[str, Any]]:
         names = {"label": task.label} | dict(zip(("text_a", "text_b"), task.columns, strict=False))
         frames[split] = data.select(chosen).to_pandas().rename(columns=names)
         rows[split] = len(chosen)
+        if split == task.validation[0] and not task.is_regression:
+            labels = torch.tensor(data.select(chosen)["label"][:])
+            same = [torch.full_like(labels, answer) for answer in range(task.num_labels)]
+            floor = max(task.score(answers, labels) for answers in same)
     digest = _digest("".join(frame.to_csv() for frame in frames.values()))
     folder = out / "data" / f"{name}-{digest}"
     if not folder.exists():
@@ -167,7 +184,7 @@ def subset(name: str, root: str, out: Path) -> tuple[Path, dict[str, Any]]:
         for split, frame in frames.items():
             frame.to_parquet(part / f"{split}.parquet")
         part.rename(folder)
-    return folder, rows | {"digest": digest}
+    return folder, rows | {"digest": digest}, floor
 
 
 def _digest(text: str) -> str:
@@ -274,8 +291,11 @@ def cell(runs: Runs, recipe: str, lines: list[str], name: str, data: Path) -> di
         said = re.findall(r"trained in ([\d.]+) s", log.read_text() if log.exists() else "")
         seconds.append(float(said[-1]) if said else 0.0)
     results = json.loads((folder / "results.json").read_text())
-    found = {name: results[name] for name in ("metric", "num_layers")}
-    found |= {"full": results["exits"][-1]["scores"], "seconds": seconds}
+    depth = ANSWERS.get(recipe, results["num_layers"])
+    found = {"metric": results["metric"], "num_layers": depth, "seconds": seconds}
+    found["full"] = results["exits"][depth - 1]["scores"]
+    if recipe in ANSWERS:
+        return found | {"operations": depth}  # its ramp reads all tokens
     if "trade_off" not in results:  # its ramps are not trained
         return found
     record, header = records.load(folder / "records" / f"{results['split']}.safetensors")
@@ -296,7 +316,14 @@ def save(found: dict[str, Any], file: Path) -> None:
     report.replace_text(file, "{" + ",\n".join(kinds) + "}\n")
 
 
-def run_all(given: argparse.Namespace, found: dict[str, Any], file: Path) -> list[str]:
+def load(file: Path) -> dict[str, Any]:
+    """Commands and machines; the last line of cells that failed; those that are finished; the score
+    of a constant answer, by task."""
+    found = json.loads(file.read_text()) if file.exists() else {}
+    return {kind: found.get(kind, {}) for kind in ("starts", "failed", "cells", "floors")}
+
+
+def run_all(given: argparse.Namespace, file: Path) -> list[str]:
     """Make all cells that are asked for and not there; returns those that failed."""
     out, failed = given.out.absolute(), []
     out.mkdir(parents=True, exist_ok=True)
@@ -306,28 +333,32 @@ def run_all(given: argparse.Namespace, found: dict[str, Any], file: Path) -> lis
     recipes = dict.fromkeys(["plain", *given.recipes])  # all is told in % of plain
     for seed, task, recipe in product(given.seeds, given.tasks, recipes):
         new: dict[str, Any] = {"task": task, "recipe": recipe, "seed": seed}
-        key, kind = f"{task} {recipe} {seed}", "cells"
+        key, kind, floor = f"{task} {recipe} {seed}", "cells", None
         needs_classes = recipe in RULE or "exit_weighted" in " ".join(RECIPES[recipe])
         if task == "stsb" and needs_classes:
             continue
+        there = load(file)["cells"].get(key, {})
         try:
-            data, rows = subset(task, str(Path(given.root).absolute()), out)
+            data, rows, floor = subset(task, str(Path(given.root).absolute()), out)
             lines = commands(recipe, task, seed, given.overrides)
             new |= {"commands": lines, "rows": rows}
             new |= {"rule": RULE[recipe]} if recipe in RULE else {}
-            there = found["cells"].get(key, {})
             whole = "area" not in there or there.keys() >= {"rule", "half_the_work"}
             if not given.again and whole and new.items() <= there.items():
                 continue
             print(key, flush=True)
-            new |= cell(runs, recipe, lines, f"{task}-{seed}", data)
-        except (UserError, OSError) as error:
-            new["error"], kind = str(error), "failed"
+            made = new | cell(runs, recipe, lines, f"{task}-{seed}", data)
+        except (UserError, OSError, ValueError, LookupError) as error:
+            made, kind = new | {"error": str(error)}, "failed"
             failed.append(f"failed: {key}: {error}")
             print(f"  failed: {error}", flush=True)
+        found = load(file)  # again: another process may have written to it meanwhile
         found["failed"].pop(key, None)
-        found[kind][key] = new | {"start": number}
+        if not new.items() <= there.items():  # what is there is of other rows or commands
+            found["cells"].pop(key, None)
+        found[kind][key] = made | {"start": number}
         found["starts"][number] = start
+        found["floors"] |= {} if floor is None else {task: floor}
         save(found, file)
     return failed
 
@@ -364,18 +395,16 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if not given.root and not given.report_only:
         parser.error("--root=DIR is missing: the folder with the GLUE files")
+    if given.overrides and given.results == HERE:
+        parser.error("--overrides makes other cells than those of the table: say --results=DIR")
     given.command = told(sys.argv[1:] if arguments is None else arguments)
     file, failed = given.results / "quality.json", []
-    # Commands and machines; the last line of cells that failed; those that are finished.
-    found: dict[str, Any] = {"starts": {}, "failed": {}, "cells": {}}
-    if file.exists():
-        found = json.loads(file.read_text())
     try:
         if not given.report_only:
-            failed = run_all(given, found, file)
+            failed = run_all(given, file)
     except KeyboardInterrupt:
         failed = ["stopped: the same command goes on from here"]
-    quality_report.write(found, given.results)
+    quality_report.write(load(file), given.results)
     print("\n".join(failed))
     return 1 if failed else 0
 

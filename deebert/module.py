@@ -30,7 +30,7 @@ class EarlyExitModule(L.LightningModule):
         teacher: the model that a student learns from; frozen, and no part of the checkpoint.
 
     Raises:
-        UserError: the objective is unknown, or not for this stage.
+        UserError: the objective is unknown, or not for this stage or this number of ramps.
     """
 
     def __init__(
@@ -50,6 +50,11 @@ class EarlyExitModule(L.LightningModule):
         self.seed = config["seed"]
         self.recipe = config["stages"][str(self.stage)]
         self.objective = objectives.build(config["objective"], self.stage)
+        wanted = self.objective.num_ramps
+        if wanted not in (None, len(model.ramps)):
+            raise UserError(
+                f"objective.weights has {wanted} values; of {len(model.ramps)} ramps each needs one"
+            )
         flow = self.objective.flow
         self.flow = flow(len(model.ramps)) if flow else None
         self.trains_ramps = self.objective.trains_ramps

@@ -8,7 +8,8 @@ cross-entropy).
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -49,11 +50,13 @@ def joint(logits_BLC: Tensor, labels_B: Tensor) -> Tensor:
     return ramp_losses(logits_BLC, labels_B).sum()
 
 
-def weighted(logits_BLC: Tensor, labels_B: Tensor) -> Tensor:
+def weighted(
+    logits_BLC: Tensor, labels_B: Tensor, *, weights: Sequence[float] | None = None
+) -> Tensor:
     """Mean of the losses of every ramp, layer k's weighted by k (PABEE, Zhou et al., NeurIPS 2020,
-    equation 5)."""
+    equation 5), or by the k-th of `weights`."""
     losses_L = ramp_losses(logits_BLC, labels_B)
-    weight_L = torch.arange(1, len(losses_L) + 1, device=losses_L.device)
+    weight_L = losses_L.new_tensor(weights or range(1, len(losses_L) + 1))
     return (weight_L * losses_L).sum() / weight_L.sum()
 
 
@@ -216,6 +219,7 @@ class Objective:
         needs_classes: can a regression not have it?
         taught: (B, L, C) logits, (B, C) those of a teacher's final classifier -> scalar that is
             added to the loss; None: there is no teacher.
+        num_ramps: how many ramps, the last too, it is made for; None: any number.
     """
 
     name: str
@@ -227,6 +231,7 @@ class Objective:
     unlabelled: bool = False
     needs_classes: bool = False
     taught: Callable[[Tensor, Tensor], Tensor] | None = None
+    num_ramps: int | None = None
 
 
 def _in_turns(step: int, num_steps: int) -> bool:
@@ -235,6 +240,19 @@ def _in_turns(step: int, num_steps: int) -> bool:
 
 def _at_first(final_share: float, step: int, num_steps: int) -> bool:
     return step < round(final_share * num_steps)
+
+
+def _weighted(weights: Sequence[float] | None = None) -> Objective:
+    if weights is None:
+        return Objective("weighted", weighted)
+    usable = isinstance(weights, Sequence) and all(is_number(each) for each in weights)
+    if not usable or not min(weights, default=-1) >= 0 or not 0 < sum(weights) < math.inf:
+        raise UserError(
+            f"objective.weights={weights} must be a number of at least 0 for each ramp, the last "
+            "too, and not all of them 0"
+        )
+    loss = partial(weighted, weights=tuple(weights))
+    return Objective("weighted", loss, num_ramps=len(weights))
 
 
 def _mixed(final_share: float = 0.5) -> Objective:
@@ -272,7 +290,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "final": lambda: Objective("final", final, trains_ramps=False),
     "ramps": lambda: Objective("ramps", ramps, stages=(2,)),
     "joint": lambda: Objective("joint", joint),
-    "weighted": lambda: Objective("weighted", weighted),
+    "weighted": _weighted,
     # BERxiT, section 3.2: the final classifier alone and everything together, in turns.
     "alternating": lambda: Objective("alternating", joint, alone=_in_turns),
     "mixed": _mixed,

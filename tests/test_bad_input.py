@@ -178,6 +178,7 @@ def bad_input(tmp_path: Path, glue: Path, stage1: Path, stage2: Path) -> dict[st
         "an objective of stage 1": (train, ("stage=2", f"ckpt={stage1}", "objective=joint"), "objective=joint is for stage=1; in stage=2 choose one of: ramps, exit_weighted, distill"),
         "an option it lacks": (train, (*mrpc, here, "objective=joint", "+objective.temperature=2"), "objective.temperature: joint has no options"),
         "a share above 1": (train, (*mrpc, here, "objective=mixed", "objective.final_share=2"), "objective.final_share=2 must be a number between 0 and 1"),
+        "weights of two ramps": (train, (*mrpc, here, "objective=weighted", "objective.weights=[1,2]"), "objective.weights has 2 values; of 3 ramps each needs one"),
         "no temperature": (train, (*mrpc, here, "objective=distill", "objective.temperature=0"), "objective.temperature=0 must be a number between 0.01 and 100"),
         "unknown features": (train, (*mrpc, here, "ramp.reads=last"), "ramp.reads 'last' is unknown; choose one of: first, mean, pair, first_and_mean, attention"),
         "a pooler half shared": (train, (*mrpc, here, "ramp.shared_pooler=half"), "ramp.shared_pooler=half must be true or false"),

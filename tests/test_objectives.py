@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -55,6 +56,7 @@ def test_mean_over_the_batch_for_each_ramp() -> None:
         (ramps, FIRST + SECOND, 10 + 1),
         (joint, FIRST + SECOND + LAST, 10 + 1 + 1),
         (weighted, (1 * FIRST + 2 * SECOND + 3 * LAST) / 6, (10 + 2 * 1 + 3 * 1) / 6),
+        (partial(weighted, weights=(0, 3, 1)), (3 * SECOND + LAST) / 4, (3 * 1 + 1) / 4),
     ],
 )
 def test_sums_of_the_ramps_losses(
@@ -236,6 +238,12 @@ def test_whose_turn_a_step_is(values: dict, turns: str) -> None:
         ({"name": "distill", "temperature": 0}, "objective.temperature=0 must be a number between 0.01 and 100"),
         ({"name": "distill", "label_weight": -0.1}, "objective.label_weight=-0.1 must be a number between 0 and 1"),
         ({"name": "exit_weighted", "exit_weight": 2}, "objective.exit_weight=2 must be a number between 0 and 1"),
+        ({"name": "weighted", "weights": 3}, "objective.weights=3 must be a number of at least 0 for each ramp"),
+        ({"name": "weighted", "weights": []}, "objective.weights=[] must be"),
+        ({"name": "weighted", "weights": [1, "x"]}, "objective.weights=[1, 'x'] must be"),
+        ({"name": "weighted", "weights": [1, -1, 1]}, "objective.weights=[1, -1, 1] must be"),
+        ({"name": "weighted", "weights": [0, 0.0]}, "objective.weights=[0, 0.0] must be"),
+        ({"name": "weighted", "weights": [1, math.nan]}, "objective.weights=[1, nan] must be"),
         ({"name": "distill", "label_weight": None}, "objective.label_weight=None must be a number"),
     ],
 )  # fmt: skip
