@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,7 @@ REFERENCE = "two_stage"
 RECOMMENDED = "best"
 FEW = 3  # seeds; with fewer, a row is a screening
 BEST = 4  # recipes in the picture, beside the reference
+TOKEN = 5 / 6  # of the last layer is spared where only its first token is read (docs/clock.md)
 Cell = dict[str, Any]
 Value = Callable[[Cell], float | None]
 
@@ -26,9 +27,10 @@ READING = """\
 Scores are the task's headline metric on validation rows. *area*: the mean score over savings from 0
 to 80 % of the layers, on straight lines between points 2 % apart. There, and in the columns
 *at ...*, thresholds were chosen for that saving on other rows than those they are scored on (cross-
-fitted in 5 folds): of the entropy; in *best* and *relative* of the entropy relative to a prior that
-those rows choose; in recipes with *learned* of the learned exit score, elsewhere in stsb of the
-change from ramp to ramp (which lets nothing go at ramp 1; beyond that the curve is a line to it).
+fitted in 5 folds): of the entropy; in *relative*, and in *best* where the metric is F1 or Matthews'
+correlation, of the entropy relative to a prior that those rows choose; in recipes with *learned* of
+the learned exit score, elsewhere in stsb of the change from ramp to ramp (which lets nothing go at
+ramp 1; beyond that the curve is a line to it).
 *half the work*: where half of the operations of full depth are saved: a ramp on the first token
 costs k - 5/6 layers, one that reads all tokens k (docs/clock.md). *%*: of the score of plain
 fine-tuning, without ramps, of the same task and seed. *area - two_stage*: paired by seed, and how
@@ -40,15 +42,30 @@ Without early exit, a point each; beside it *best* at the same saving and with t
 that was not run the recipe that scores best there; chosen by looking, which flatters it a bit):"""
 
 RIVALS = f"""\
-Models that have fewer layers for every input, beside *{RECOMMENDED}* where it saves as much, of the
-tasks and seeds that both were run on; a task's score is the mean over its seeds:"""
+What does the same for every input, beside *{RECOMMENDED}* of the tasks and seeds that both were run
+on; a task's score is the mean over its seeds. *ramp k*: the same ramps, but all leave at the k-th:
+the difference is early exit's own. *pair_cut*: the first layers with such a ramp, fine-tuned for it
+alone. *cut*, *layer_drop*, *student*: models of fewer layers; as in plain fine-tuning, what answers
+reads the first token, so of their last layer 5/6 are not computed. *{RECOMMENDED}* stands here
+twice: where its mean exit layer is their number of layers, and where it computes no more layers
+than they do, *operations* being what that is of full depth. *constant*: the same answer to all, the
+one that scores best."""
+
+
+class Fixed(NamedTuple):
+    """What does the same for every input, with one seed: its score, its layers, and as how many it
+    computes."""
+
+    score: float
+    layers: int
+    computed: float
 
 
 class TaskCells:
-    """The cells of a task, by recipe and seed."""
+    """The cells of a task, by recipe and seed; `floor` is what a constant answer scores."""
 
-    def __init__(self, name: str, cells: list[Cell]) -> None:
-        self.name = name
+    def __init__(self, name: str, cells: list[Cell], floor: float | None) -> None:
+        self.name, self.floor = name, floor
         self.of: dict[str, dict[int, Cell]] = {}
         for cell in cells:
             if cell["task"] == name:
@@ -84,17 +101,42 @@ class TaskCells:
         [mine, full] = (next(iter(cells.values())) for cells in (self.of[recipe], self.plain))
         return 1 - mine["num_layers"] / full["num_layers"]
 
-    def against(self, rival: str) -> list[tuple[float, float]]:
-        """A baseline, and the recommended recipe at its saving, of each seed that both have: in %
-        of plain fine-tuning."""
-        mine, theirs = self.of.get(RECOMMENDED, {}), self.of.get(rival, {})
+    def fixed(self) -> dict[str, dict[int, Fixed]]:
+        """The baselines, and the recommended recipe if all leave at the same ramp, by seed."""
+        found: dict[str, dict[int, Fixed]] = {}
+        for recipe in [recipe for recipe in self.points if recipe != "plain"]:
+            for seed, cell in self.of[recipe].items():
+                layers = cell["num_layers"]
+                computed = cell.get("operations", layers - TOKEN)
+                found.setdefault(recipe, {})[seed] = Fixed(score(cell), layers, computed)
+        for seed, cell in self.of.get(RECOMMENDED, {}).items():
+            for k, ramp in enumerate(cell["ramps"][1:-1], 2):  # at the first, early exit is it
+                its = Fixed(ramp[cell["metric"]], k, k)
+                found.setdefault(f"ramp {k}", {})[seed] = its
+        return found
+
+    def against(self, rival: str) -> list[tuple[float, float, float]]:
+        """A rival, and the recommended recipe at its saving and at its operations (NaN: it needs
+        more), of each seed that both have: in % of plain fine-tuning."""
+        mine, theirs = self.of.get(RECOMMENDED, {}), self.fixed().get(rival, {})
         found = []
         for seed in mine.keys() & theirs.keys():
-            its = self.share(score(theirs[seed]), seed)
-            ours = self.share(at(mine[seed], self.saving(rival)), seed)
-            if its is not None and ours is not None:
-                found.append((its, ours))
+            its, cell = theirs[seed], mine[seed]
+            # An input that leaves at layer k computes k at most: the ramps may read all tokens.
+            savings = [1 - layers / cell["num_layers"] for layers in (its.layers, its.computed)]
+            best = [at(cell, saving) for saving in savings]
+            if its.computed < 1:
+                best[1] = math.nan
+            shares = [self.share(each, seed) for each in (its.score, *best)]
+            if None not in shares:
+                found.append(tuple(shares))
         return found
+
+    def floor_share(self) -> float | None:
+        """What a constant answer scores, in % of plain fine-tuning."""
+        shares = [self.share(self.floor, seed) for seed in self.plain]
+        found = [share for share in shares if share is not None]
+        return mean(found) if found else None
 
     def best_at(self, saving: float, seeds: set[int]) -> tuple[float, str]:
         """The mean score at a saving of the recommended recipe, or where that lacks these seeds the
@@ -216,20 +258,46 @@ def summary(tasks: list[TaskCells]) -> list[str]:
 
 
 def rivals(tasks: list[TaskCells]) -> list[str]:
-    """What has fewer layers for every input, against the recommended recipe at the same saving."""
-    columns = ["baseline", "saving", "tasks", "fewest seeds", "its score, %", f"{RECOMMENDED}, %"]
+    """What does the same for every input, against the recommended recipe."""
+    columns = ["rival", "saving", "tasks", "fewest seeds", "its score, %", f"{RECOMMENDED}, %"]
+    columns += ["better on", "operations", f"{RECOMMENDED} with as many, %", "better on"]
     tasks = [task for task in tasks if task.metric not in REGRESSION]
     rows = []
-    for rival in sorted({recipe for task in tasks for recipe in task.points} - {"plain"}):
+    for rival in sorted({rival for task in tasks for rival in task.fixed()}):
         met = [(task, pairs) for task in tasks if (pairs := task.against(rival))]
         if not met:
             continue
-        saving, fewest = met[0][0].saving(rival), min(len(pairs) for _, pairs in met)
-        theirs, mine = ([mean(pair[side] for pair in pairs) for _, pairs in met] for side in (0, 1))
-        better = sum(ours > other for ours, other in zip(mine, theirs, strict=True))
-        row = [rival, f"{saving:.1%}", str(len(met)), seeds(fewest)]
-        rows.append([*row, f"{mean(theirs):.1f}", f"{mean(mine):.1f}", f"{better} of {len(met)}"])
-    return markdown([*columns, f"tasks on which {RECOMMENDED} is better"], rows)
+        its = next(iter(met[0][0].fixed()[rival].values()))
+        full = next(iter(met[0][0].plain.values()))["num_layers"]
+        scores, *both = zip(*(map(mean, zip(*pairs, strict=True)) for _, pairs in met), strict=True)
+        sides = []
+        for ours in both:
+            better = sum(mine > other for mine, other in zip(ours, scores, strict=True))
+            impossible = math.isnan(sum(ours))
+            sides += ["-", "-"] if impossible else [f"{mean(ours):.1f}", f"{better} of {len(met)}"]
+        row = [rival, f"{1 - its.layers / full:.1%}", str(len(met))]
+        row += [seeds(min(len(pairs) for _, pairs in met)), f"{mean(scores):.1f}", *sides[:2]]
+        rows.append([*row, f"{its.computed / (full - TOKEN):.1%}", *sides[2:]])
+    if floors := [found for task in tasks if (found := task.floor_share()) is not None]:
+        row = ["constant", "100.0%", str(len(floors)), "-", f"{mean(floors):.1f}"]
+        rows.append([*row, "-", "-", "0.0%", "-", "-"])
+    return markdown(columns, rows)
+
+
+def strangers(task: TaskCells) -> list[str]:
+    """The cells that should not stand beside the others: of other rows than plain fine-tuning's, or
+    made by other commands than the same recipe's with another seed."""
+    rows = next(iter(task.plain.values()))["rows"]
+    found = []
+    for recipe, cells in task.of.items():
+        made = [
+            [line.replace(f" seed={seed} ", " ") for line in cell["commands"]]
+            for seed, cell in cells.items()
+        ]
+        for (seed, cell), commands in zip(cells.items(), made, strict=True):
+            if cell["rows"] != rows or commands != made[0]:
+                found.append(f"- **of other rows or commands** {task.name} {recipe} {seed}")
+    return found
 
 
 def conditions(start: dict[str, Any], number: int) -> str:
@@ -246,7 +314,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
     """quality.md and quality.png."""
     cells = sorted(found["cells"].values(), key=lambda cell: cell["seed"])
     names = sorted({cell["task"] for cell in cells if cell["recipe"] == "plain"})
-    tasks = [TaskCells(name, cells) for name in names]
+    tasks = [TaskCells(name, cells, found["floors"].get(name)) for name in names]
     lines = ["# Ways to train the ramps", "", READING, "", "![score against saving](quality.png)"]
     lines += ["", "## Over tasks", "", *summary(tasks), "", RIVALS, "", *rivals(tasks)]
     for task in tasks:
@@ -261,6 +329,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
     lines += ["", "The commands of each recipe, here of one task and seed:", ""]
     told = {cell["recipe"]: cell["commands"] for cell in reversed(cells)}
     lines += [f"- {recipe}: `{'`, `'.join(told[recipe])}`" for recipe in sorted(told)]
+    lines += [line for task in tasks for line in strangers(task)]
     lines += [f"- **failed** {key}: {cell['error']}" for key, cell in found["failed"].items()]
     (folder / "quality.md").write_text("\n".join(lines) + "\n")
     if tasks:
@@ -285,7 +354,13 @@ def picture(tasks: list[TaskCells], file: Path) -> None:
                 curve = np.mean([cell["curve"] for cell in task.of[recipe].values()], 0)
                 savings = [100 * saving for saving in GRID]
                 handles[recipe] = axis.plot(savings, curve, color=f"C{i}")[0]
-        for kind, mark in {"plain": "o", "cut": "x", "layer_drop": "^", "student": "s"}.items():
+        for kind, mark in {
+            "plain": "o",
+            "cut": "x",
+            "pair_cut": "D",
+            "layer_drop": "^",
+            "student": "s",
+        }.items():
             for recipe in [recipe for recipe in task.points if recipe.startswith(kind)]:
                 point = 100 * task.saving(recipe), mean(task.values(recipe, score))
                 handles[kind] = axis.plot(*point, linestyle="", marker=mark, color="0.3")[0]

@@ -99,6 +99,22 @@ def test_cells_are_made_once(
     assert len(commands) == 1
     assert json.loads((tmp_path / "quality.json").read_text()) == found
 
+    # What was made by other commands does not stand beside the failure of what was asked for.
+    given[given.index("--recipes") + 1 : given.index("--overrides")] = ["two_stage"]
+    assert quality.main([*given, "stages.1.lr=fast"]) == 1
+    found = json.loads((tmp_path / "quality.json").read_text())
+    assert list(found["cells"]) == ["mrpc two_stage_mean 1", "mrpc two_stage_relative 1"]
+    failed = [f"mrpc {recipe} 1" for recipe in ("cut_5", "plain", "two_stage")]
+    assert list(found["failed"]) == failed
+
+
+def test_cells_of_overrides_stay_out_of_the_committed_table(
+    quality: ModuleType, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        quality.main(["--root", "x", "--overrides", "backbone=tiny"])
+    assert "say --results=DIR" in capsys.readouterr().err
+
 
 SCRIPT = """
 import os, pathlib, sys
@@ -218,7 +234,9 @@ def hand_made(quality: ModuleType) -> dict[str, Any]:
     add("qqp", "detached", 1, 0.6, 0.45)
     add("qqp", "best", 1, 0.5, 0.2)
     add("qqp", "cut_3", 1, 0.1, layers=3)
-    return {"starts": {"s": start}, "failed": {}, "cells": cells}
+    cells["qqp best 1"]["ramps"] = [{"f1": value} for value in (0.2, 0.3, 0.05, 0.4, 0.5, 0.5)]
+    cells["qqp pair_cut_3 1"] = cells["qqp cut_3 1"] | {"recipe": "pair_cut_3", "operations": 3}
+    return {"starts": {"s": start}, "failed": {}, "cells": cells, "floors": {"mrpc": 0.45}}
 
 
 def test_the_committed_report_is_that_of_its_numbers(quality: ModuleType, tmp_path: Path) -> None:
@@ -246,7 +264,20 @@ def test_report_by_hand(quality: ModuleType, tmp_path: Path) -> None:
     assert joint_qqp[1:7] == ["1, screening", "0.500", "100.0", "0.300", "60.0", "-0.100 (0 of 1)"]
     # At 50 % both are 0.3 on seed 1's curve, 0.8 - 0.5; at 5/6 they are at the first ramp, 0.2.
     rival, *mrpc, qqp = [row for row in rows if row[0].startswith("cut")]
-    assert rival == ["cut_3", "50.0%", "1", "1, screening", "20.0", "0.0", "0 of 1"]
+    # Of its third layer 1/6 is computed: 2.167 of the 5.167 layers that full depth computes. As
+    # many are 63.9 % of six layers saved, where the curve is under 0 (0.5 - 0.639).
+    assert rival == [
+        "cut_3", "50.0%", "1", "1, screening", "20.0", "0.0", "0 of 1", "41.9%", "-27.8", "0 of 1",
+    ]  # fmt: skip
+    [pair_cut, _] = [row for row in rows if row[0] == "pair_cut_3"]
+    assert pair_cut[4:] == ["20.0", "0.0", "0 of 1", "58.1%", "0.0", "0 of 1"]
+    # Ramp 2 costs two layers: 2/3 saved, 0.5 - 0.667; it has 0.3 of full depth's 0.5.
+    ramps = {row[0]: row[1:] for row in rows if row[0].startswith("ramp ")}
+    assert list(ramps) == ["ramp 2", "ramp 3", "ramp 4", "ramp 5"]
+    assert ramps["ramp 2"][3:6] == ["60.0", "-33.3", "0 of 1"]
+    assert ramps["ramp 5"][3:] == ["100.0", "66.7", "0 of 1", "96.8%", "66.7", "0 of 1"]
+    # 0.45 is 56.25, 50 and 45 % of plain fine-tuning's .8, .9 and 1.
+    assert ["constant", "100.0%", "1", "-", "50.4"] in [row[:5] for row in rows]
     assert qqp[5:] == ["42", "best", "0.000", "**no**"], "though detached has 0.1 there"
     points = {row[0]: row[1:] for row in mrpc}
     assert points["cut_3"] == [
@@ -263,4 +294,15 @@ def test_report_by_hand(quality: ModuleType, tmp_path: Path) -> None:
     [detached, *_] = [row for row in rows if row[0] == "detached"]
     assert detached == ["detached", "1", "1, screening", "1 of 1", "90.0", "45.0"]
     text = (tmp_path / "quality.md").read_text()
-    assert "`COMMAND`: 17 cells" in text
+    assert "`COMMAND`: 18 cells" in text
+    assert text.count("**of other rows or commands**") == 0
+
+    other = hand_made(quality)
+    other["cells"]["mrpc joint 2"]["rows"]["digest"] = "other"
+    other["cells"]["mrpc joint 3"]["commands"] = ["joint backbone=tiny"]
+    (tmp_path / "quality.json").write_text(json.dumps(other))
+    assert quality.main(["--report-only", "--results", str(tmp_path)]) == 0
+    text = (tmp_path / "quality.md").read_text()
+    assert "- **of other rows or commands** mrpc joint 2\n" in text
+    assert "- **of other rows or commands** mrpc joint 3\n" in text
+    assert text.count("**of other rows or commands**") == 2
