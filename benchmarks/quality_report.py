@@ -213,6 +213,18 @@ def exit_table(task: TaskCells) -> list[str]:
     return markdown(columns, rows)
 
 
+def ramp_table(task: TaskCells) -> list[str]:
+    """What every ramp scores if all leave there."""
+    depths = range(1, max(len(cell["ramps"]) for cell in task.of[task.exits[0]].values()) + 1)
+    rows = []
+    for recipe in task.exits:
+        scores = [
+            [ramp[cell["metric"]] for ramp in cell["ramps"]] for cell in task.of[recipe].values()
+        ]
+        rows.append([recipe, *(f"{mean(seen):.3f}" for seen in zip(*scores, strict=True))])
+    return markdown(["recipe, all leave at", *(f"ramp {k}" for k in depths)], rows)
+
+
 def point_table(task: TaskCells) -> list[str]:
     columns = ["baseline", "seeds", "saving", "score", "%", "seconds"]
     rows = []
@@ -321,7 +333,9 @@ def write(found: dict[str, Any], folder: Path) -> None:
         used = next(iter(task.plain.values()))["rows"]
         rows = ", ".join(f"{n} of {split}" for split, n in used.items() if split != "digest")
         lines += ["", f"## {task.name}, {task.metric}", "", f"Rows: {rows}.", ""]
-        lines += [*exit_table(task), "", BASELINES, "", *point_table(task)]
+        lines += exit_table(task)
+        lines += ["", *ramp_table(task)] if task.exits else []
+        lines += ["", BASELINES, "", *point_table(task)]
     lines += ["", "## How it was made", ""]
     for number, start in found["starts"].items():
         if made := sum(cell["start"] == number for cell in cells):
