@@ -4,7 +4,7 @@
 
 RUN: stage-1 runs on MRPC, one a seed. Both variants take turns, seed by seed, in processes of their
 own; the seconds are those of `Trainer.fit` (with the computing of the states, without start-up).
-Writes benchmarks/frozen_cache.json and .md.
+Writes benchmarks/frozen_cache.json and .md, with --rows 800 frozen_cache_800_rows.json and .md.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def main() -> None:
         "",
         f"MRPC, packaged MiniLM, {given.rows or 'all'} training rows in stage 2, `{RECIPE}`, mean "
         f"of {len(ratios)} seeds, float32, 2 CPU threads. "
-        "Command: `python benchmarks/frozen_cache.py --root DIR --stage1 RUN RUN RUN"
+        f"Command: `python benchmarks/frozen_cache.py --root DIR --stage1{' RUN' * len(ratios)}"
         + (f" --rows {given.rows}`" if given.rows else "`"),
         "",
         "| stage 2 | seconds | " + " | ".join(f"ramp {i}" for i in range(1, 7)) + " |",
@@ -83,8 +83,9 @@ def main() -> None:
         f"Times faster, seed by seed: {', '.join(f'{ratio:.1f}' for ratio in ratios)}. "
         f"Largest difference of a ramp's mean accuracy: {100 * largest:.2f} points.",
     ]
-    (HERE / "frozen_cache.json").write_text(json.dumps(runs, indent=1) + "\n")
-    (HERE / "frozen_cache.md").write_text("\n".join(lines) + "\n")
+    name = f"frozen_cache_{given.rows}_rows" if given.rows else "frozen_cache"
+    (HERE / f"{name}.json").write_text(json.dumps(runs, indent=1) + "\n")
+    (HERE / f"{name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines[4:]))
 
 
