@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, CommandFailed, results
+from test_configs import composed
 
 from deebert.errors import UserError
 from deebert.records import Record
@@ -155,6 +156,14 @@ def test_a_killed_run_is_made_again(quality: ModuleType, tmp_path: Path) -> None
     assert seen.read_text() == "xxxxx"
     assert f"ckpt={made} " in (after / "argv").read_text()
     assert (made / "checkpoints").exists()
+
+
+def test_best_is_what_is_recommended(quality: ModuleType) -> None:
+    [_, line] = quality.commands("best", "mrpc", 1, [])
+    said = [word for word in line.split() if word.startswith(("stages.", "ramp"))]
+    measured, recommended = composed(*said), composed("experiment=best")
+    assert measured.ramp == recommended.ramp
+    assert measured.stages["2"] == recommended.stages["2"]
 
 
 def test_area_by_hand(quality: ModuleType) -> None:
