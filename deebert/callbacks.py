@@ -34,10 +34,11 @@ class EarlyExitEvaluation(Callback):
     """Score and expected saving for each threshold, score of every ramp, exit histogram.
 
     Logs `val/score` (full depth, headline metric), `val/<metric>`, `val/loss` (the stage's own
-    objective, of the labels alone), `val/ramp_<layer>/score`, their mean `val/mean_ramp_score`, and
+    objective, without what a teacher or a learned exit score adds; of an objective in turns all
+    ramps'), `val/ramp_<layer>/score`, their mean `val/mean_ramp_score`, and
     `val/threshold_<t>/{score,expected_saving}`; a second validation split is logged under its own
-    name, a test under `test/`. Files go to the run folder (`trainer.default_root_dir`); `results`
-    holds what results.json holds.
+    name, a test under `test/`, without a loss. Files go to the run folder
+    (`trainer.default_root_dir`); `results` holds what results.json holds.
 
     Args:
         thresholds: entropies >= 0; None for the paper's list (`curves.default_thresholds`).
@@ -134,7 +135,9 @@ class EarlyExitEvaluation(Callback):
                 table = layer_table(pl_module.model, loader, task)
                 part["analysis"] |= {"layers": table["layers"], "cka": table["cka"]}
         for i, (record, evaluation) in enumerate(zip(reported, evaluations, strict=True)):
-            scalars = _scalars(record, evaluation, pl_module.objective.loss)
+            # A loss is of training: a test may be of other ramps than those it was made for.
+            loss = None if trainer.state.fn == "test" else pl_module.objective.loss
+            scalars = _scalars(record, evaluation, loss)
             name = prefix if i == 0 else record.split.replace("validation", prefix)
             pl_module.log_dict(
                 {f"{name}/{key}": value for key, value in scalars.items()}, sync_dist=True
@@ -218,12 +221,13 @@ def _gathered(trainer: L.Trainer, batches: list[dict[str, Tensor]]) -> list[dict
     return [batch for part in parts for batch in part]
 
 
-def _scalars(record: Record, evaluation: dict[str, Any], loss: Loss) -> dict[str, float]:
+def _scalars(record: Record, evaluation: dict[str, Any], loss: Loss | None) -> dict[str, float]:
     scalars: dict[str, float] = {}
     if record.labels_N is not None:
         full = evaluation["exits"][-1]
         scalars |= {"score": full["score"], **full["scores"]}
-        scalars["loss"] = loss(record.logits_NLC, record.labels_N).item()
+        if loss:
+            scalars["loss"] = loss(record.logits_NLC, record.labels_N).item()
         scores = [ramp["score"] for ramp in evaluation["exits"]]
         scalars["mean_ramp_score"] = sum(scores) / len(scores)
         for ramp in evaluation["exits"]:

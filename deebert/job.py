@@ -22,7 +22,6 @@ from deebert.objectives import PAPER, trains_ramps
 log = logging.getLogger(__name__)
 
 STAGES = (1, 2)
-DEFAULT_RAMP = "first"  # of conf/train.yaml
 
 
 @dataclass(frozen=True)
@@ -30,15 +29,15 @@ class Job:
     """Where Hydra lets this job write, and what the user said on the command line."""
 
     folder: Path
-    explicit: frozenset[str]  # keys of the overrides, "task", "stages.2.lr"; an experiment's ramp
+    explicit: frozenset[str]  # keys of the overrides, "task", "stages.2.lr"; of an experiment ramp
     sweep: Path | None  # the multirun's folder, None in a single run
 
     @classmethod
     def current(cls) -> "Job":
         hydra = HydraConfig.get()
         keys = {override.partition("=")[0].lstrip("+~") for override in hydra.overrides.task}
-        if "experiment" in keys and hydra.runtime.choices.get("ramp") != DEFAULT_RAMP:
-            keys.add("ramp")  # it names one, and is named on the command line
+        if "experiment" in keys:
+            keys.add("ramp")  # part of what it stands for, as its stages are
         sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
         return cls(Path(hydra.runtime.output_dir), frozenset(keys), sweep)
 
@@ -74,9 +73,11 @@ def complete(cfg: DictConfig, job: Job) -> Checkpoint | None:
     return origin
 
 
-def _pair_of_one_text(cfg: DictConfig) -> None:
+def _pair_of_one_text(cfg: DictConfig, task: Any = None) -> None:
     """Of one text ramp=pair is ramp=mean (`ramps.RampKind`), which is smaller."""
-    columns = OmegaConf.select(cfg, "task.columns")  # of a checkpoint's task nothing is known yet
+    columns = (cfg.get("task") or task or {}).get(
+        "columns"
+    )  # of a checkpoint's task nothing is known yet
     if cfg.ramp.get("reads") == "pair" and columns is not None and len(columns) == 1:
         cfg.ramp.reads = "mean"
 
@@ -88,6 +89,7 @@ def _origin(cfg: DictConfig, job: Job) -> Checkpoint | None:
         origin = checkpoints.read(
             checkpoints.find(str(cfg.resume), "resume", "last.ckpt"), "resume"
         )
+        _pair_of_one_text(cfg, origin.config["task"])
         fixed = ("stage", "stages", "objective", "ramp", "task", "backbone", "seed")
         _inherit(cfg, origin, job, fixed=fixed, taken=("data", "thresholds", "teacher"))
         if cfg.teacher:
@@ -369,6 +371,14 @@ def _check_training(config: dict[str, Any]) -> None:
         raise UserError(
             "callbacks.best.monitor=val/score is the score at full depth, which says nothing of "
             "the ramps that are trained; use callbacks.best.monitor=val/mean_ramp_score"
+        )
+    precision = str(config["trainer"]["precision"])
+    standardize = stage == 2 and recipe["standardize"]
+    if precision in ("bf16-true", "16-true") and (standardize or config["task"]["labels"] is None):
+        what = "faint differences that stages.2.standardize=true shows" if standardize else "labels"
+        raise UserError(
+            f"trainer.precision={precision} would round the {what}: use "
+            f"trainer.precision={precision.replace('true', 'mixed')}"
         )
     if stage != 2:
         return

@@ -191,16 +191,21 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
 
     def ramp_logits(self, states_BR: Tensor) -> Tensor:
         """Each ramp on what it reads: (B, R) -> (B, L, C)."""
-        logits: list[Tensor] = []
-        for ramp, features_BF in zip(self.ramps, self.features(states_BR), strict=True):
-            logits.append(ramp(features_BF, logits[-1] if logits else None))
-        return torch.stack(logits, 1)
+        return self.judged(states_BR)[0]
 
-    def unsure(self, states_BR: Tensor) -> Tensor:
-        """The learned exit score of each ramp, 0 for the final classifier: (B, R) -> (B, L)."""
-        of_each = zip(self.all_ramps[:-1], self.features(states_BR)[:-1], strict=True)
-        scores = [ramp.unsure(features_BF) for ramp, features_BF in of_each]
-        return torch.stack([*scores, torch.zeros_like(scores[0])], 1)
+    def judged(self, states_BR: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same, and the learned exit scores (B, L), 0 for the final classifier; None where the
+        ramps learn none."""
+        logits: list[Tensor] = []
+        scores: list[Tensor] = []
+        for ramp, features_BF in zip(self.all_ramps, self.features(states_BR), strict=True):
+            logits_BC, unsure_B = ramp.judge(features_BF, logits[-1] if logits else None)
+            logits.append(logits_BC)
+            if unsure_B is not None:
+                scores.append(unsure_B)
+        if not scores:
+            return torch.stack(logits, 1), None
+        return torch.stack(logits, 1), torch.stack([*scores, torch.zeros_like(scores[0])], 1)
 
     def features(self, states_BR: Tensor) -> tuple[Tensor, ...]:
         """What `states` gave, apart: (B, R) -> (B, F) for each ramp."""

@@ -30,7 +30,7 @@ class EarlyExitModule(L.LightningModule):
         teacher: the model that a student learns from; frozen, and no part of the checkpoint.
 
     Raises:
-        UserError: the objective is unknown, or not for this stage or this number of ramps.
+        UserError: the objective is unknown, or not for this stage.
     """
 
     def __init__(
@@ -50,11 +50,6 @@ class EarlyExitModule(L.LightningModule):
         self.seed = config["seed"]
         self.recipe = config["stages"][str(self.stage)]
         self.objective = objectives.build(config["objective"], self.stage)
-        wanted = self.objective.num_ramps
-        if wanted not in (None, len(model.ramps)):
-            raise UserError(
-                f"objective.weights has {wanted} values; of {len(model.ramps)} ramps each needs one"
-            )
         flow = self.objective.flow
         self.flow = flow(len(model.ramps)) if flow else None
         self.trains_ramps = self.objective.trains_ramps
@@ -146,14 +141,13 @@ class EarlyExitModule(L.LightningModule):
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         labels_B = batch["labels"]
         states_BR = self.states(batch)
-        logits_BLC = self.model.ramp_logits(states_BR)
+        logits_BLC, unsure_BL = self.model.judged(states_BR)
         if self.stage == 2:  # the final classifier has learned: nothing goes back from it
             logits_BLC = torch.cat([logits_BLC[:, :-1], logits_BLC[:, -1:].detach()], 1)
         loss_of = objectives.final if self._final_alone else self.objective.loss
         loss = loss_of(logits_BLC, labels_B) + self._taught(batch, logits_BLC)
         predicts = self.model.ramp_kind.predicts
-        if predicts is not None and self.trains_ramps:
-            unsure_BL = self.model.unsure(states_BR)
+        if predicts is not None and unsure_BL is not None and self.trains_ramps:
             exit_loss = objectives.exit_loss(unsure_BL, logits_BLC, labels_B, predicts)
             # Not left out: with several processes all parameters must be in every step's loss.
             loss = loss + (0 if self._final_alone else 1) * exit_loss
@@ -178,11 +172,9 @@ class EarlyExitModule(L.LightningModule):
     ) -> dict[str, Tensor]:
         """What a record is made of: logits (B, L, C), learned exit scores (B, L) where there are
         some, labels, index, length, group."""
-        states_BR = self.states(batch)
+        logits_BLC, unsure_BL = self.model.judged(self.states(batch))
         facts = ("labels", "index", "length", "group")
-        found = {"logits": self.model.ramp_logits(states_BR)}
-        if self.model.ramp_kind.predicts is not None:
-            found["unsure"] = self.model.unsure(states_BR)
+        found = {"logits": logits_BLC} | ({} if unsure_BL is None else {"unsure": unsure_BL})
         return found | {name: batch[name] for name in facts if name in batch}
 
     test_step = validation_step
@@ -194,7 +186,7 @@ class EarlyExitModule(L.LightningModule):
         no_decay: list[Tensor] = []
         for name, parameter in trained.named_parameters():
             if parameter.requires_grad:
-                spared = name.endswith("bias") or "LayerNorm" in name or "layer_norm" in name
+                spared = name.endswith("bias") or "norm" in name.lower()  # ModernBERT: attn_norm
                 (no_decay if spared else decay).append(parameter)
         return [
             {"params": decay, "weight_decay": self.recipe["weight_decay"]},

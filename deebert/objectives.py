@@ -246,10 +246,10 @@ def _weighted(weights: Sequence[float] | None = None) -> Objective:
     if weights is None:
         return Objective("weighted", weighted)
     usable = isinstance(weights, Sequence) and all(is_number(each) for each in weights)
-    if not usable or not min(weights, default=-1) >= 0 or not 0 < sum(weights) < math.inf:
+    if not usable or not min(weights, default=-1) >= 0 or not 0 < sum(weights[:-1]) < math.inf:
         raise UserError(
             f"objective.weights={weights} must be a number of at least 0 for each ramp, the last "
-            "too, and not all of them 0"
+            "too, and not 0 for all before it"
         )
     loss = partial(weighted, weights=tuple(weights))
     return Objective("weighted", loss, num_ramps=len(weights))

@@ -184,17 +184,11 @@ class Ramp(nn.Module):
     def judge(
         self, features_BF: Tensor, previous_BC: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits as `forward`, and the learned exit score as `unsure`, or None where none is."""
+        """Logits as `forward`, and the learned exit score (B,), between 0 and 1, or None where
+        `kind.predicts` none. It learns from what the ramp pools, and the ramp nothing from it."""
         pooled_BH = self._pooled(features_BF)
         unsure_B = None if self.kind.predicts is None else self._unsure(pooled_BH)
         return self._logits(pooled_BH, previous_BC), unsure_B
-
-    def unsure(self, features_BF: Tensor) -> Tensor:
-        """The learned exit score, between 0 and 1; only where `kind.predicts`: (B, F) -> (B,).
-
-        It learns from what the ramp pools, and the ramp nothing from it.
-        """
-        return self._unsure(self._pooled(features_BF))
 
     def _pooled(self, features_BF: Tensor) -> Tensor:
         return torch.tanh(self.pooler((features_BF - self.shift) * self.scale))

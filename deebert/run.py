@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from deebert import (
     calibrate,
     checkpoints,
     evaluation,
+    objectives,
     question,
     records,
     report,
@@ -30,7 +32,6 @@ from deebert.frozen import FrozenStates
 from deebert.job import Job, check, complete, complete_evaluation, plain, read_teacher
 from deebert.model import EarlyExitModel
 from deebert.module import EarlyExitModule
-from deebert.objectives import trains_ramps
 from deebert.ramps import RampKind
 from deebert.records import HELD_OUT
 from deebert.tasks import Task
@@ -67,7 +68,8 @@ def train(cfg: DictConfig) -> float | None:
             teacher = origin.model()
             _cut(model, config, origin, "backbone.layers", config["backbone"]["layers"])
         kind = RampKind.from_config(config["ramp"])
-        trained = origin.ramps_trained and kind.reads == model.ramp_kind.reads
+        before = replace(model.ramp_kind, predicts=kind.predicts)
+        trained = origin.ramps_trained and kind == before
         if kind != model.ramp_kind:
             model.new_ramps(kind)
     else:
@@ -78,7 +80,12 @@ def train(cfg: DictConfig) -> float | None:
         model.backbone.separator = tokenizer.sep_token_id
         if tokenizer.sep_token_id is None:
             raise UserError("ramp.reads=pair: the tokenizer has no separator; use ramp=mean")
-    if len(model.ramps) < 2 and trains_ramps(config["objective"]["name"]):
+    wanted = objectives.build(config["objective"], config["stage"]).num_ramps
+    if wanted not in (None, len(model.ramps)):
+        raise UserError(
+            f"objective.weights has {wanted} values; of {len(model.ramps)} ramps each needs one"
+        )
+    if len(model.ramps) < 2 and objectives.trains_ramps(config["objective"]["name"]):
         raise UserError(
             f"backbone {config['backbone']['name']} has one layer: nothing to leave early (it can "
             "be trained with stage=1 objective=final)"

@@ -185,6 +185,8 @@ def bad_input(tmp_path: Path, glue: Path, stage1: Path, stage2: Path) -> dict[st
         "a ramp setting too many": (train, (*mrpc, here, "+ramp.depth=2"), "ramp setting 'depth' is unknown; choose one of: reads, shared_pooler, sees_previous"),
         "a regression has no classes": (train, ("task=stsb", "objective=exit_weighted"), "objective=exit_weighted needs classes"),
         "standardize without cache": (train, ("stage=2", f"ckpt={stage1}", "stages.2.cache=false", "stages.2.standardize=true"), "leave stages.2.cache=true"),
+        "standardized in 8 bits": (train, ("stage=2", f"ckpt={stage1}", "stages.2.standardize=true", "trainer.precision=bf16-true"), "trainer.precision=bf16-true would round the faint differences that stages.2.standardize=true shows: use trainer.precision=bf16-mixed"),
+        "values in 8 bits": (train, ("task=stsb", *TINY, here, "trainer.precision=16-true"), "trainer.precision=16-true would round the labels: use trainer.precision=16-mixed"),
         "a metric nobody logs": (train, (*mrpc, here, "callbacks.best.monitor=val/f2"), "val/f2"),
         "a precision nobody has": (train, (*mrpc, here, "trainer.precision=64-wide"), "64-wide"),
         "training ax": (train, ("task=ax", *TINY, here), "no training split"),

@@ -117,6 +117,19 @@ def test_one_layer_is_trained_and_evaluated(run: Run, glue: Path, tmp_path: Path
         assert (tmp_path / "one" / name).stat().st_size > 500
 
 
+def test_a_run_is_pruned_whatever_its_ramps_learned_from(
+    run: Run, stage2: Path, glue: Path, tmp_path: Path
+) -> None:
+    """A loss over the ramps before the last, or with a weight for each of them, is of training."""
+    weighted = ["objective=weighted", "objective.weights=[1,2,0]", "stages.1.epochs=1"]
+    run("train.py", *said(glue, tmp_path / "weighted", *weighted))
+    for name, ckpt in (("of stage 2", stage2), ("weighted", tmp_path / "weighted")):
+        for layers in ("[1]", "[1,3]"):
+            folder = tmp_path / f"{name} {layers}"
+            run("evaluate.py", f"ckpt={ckpt}", f"layers={layers}", "logger=csv", f"hydra.run.dir='{folder}'")  # fmt: skip
+            assert results(folder)["num_layers"] == layers.count(",") + 1
+
+
 @torch.no_grad()
 def test_skipped_layers_are_as_if_they_were_cut(glue: Path) -> None:
     """Ramps of skipped layers read what the layer before has handed on."""

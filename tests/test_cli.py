@@ -86,9 +86,18 @@ def test_trained_ramps_are_trained_on_as_they_are(
     before, after = weights(tmp_path / "joint"), weights(tmp_path / "more")
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, atol=1e-6, rtol=0, msg=name)
-    # What an experiment does not name is the checkpoint's: here the ramp.
+    # What learns to say how wrong a ramp is comes to trained ramps.
+    told = run(*said, "stages.2.standardize=true", "ramp.predicts=wrong",
+               f"hydra.run.dir={tmp_path / 'wrong'}")  # fmt: skip
+    assert "go on as they are" in told
+    # Ramps of the same features but other parts begin anew.
+    told = run(*said, "stages.2.standardize=true", "ramp.sees_previous=true",
+               f"hydra.run.dir={tmp_path / 'cascade'}")  # fmt: skip
+    assert "go on as they are" not in told
+    assert weights(tmp_path / "cascade")["model.ramps.0.shift"].abs().sum() > 0, "standardized"
+    # An experiment is whole: the paper's ramps, too, are not the checkpoint's.
     run(*said, "experiment=deebert_paper", f"hydra.run.dir={tmp_path / 'paper'}")
-    assert results(tmp_path / "paper")["ramp"]["reads"] == "mean"
+    assert results(tmp_path / "paper")["ramp"]["reads"] == "first"
 
 
 def test_results_keep_their_contract(stage2: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from omegaconf import OmegaConf
+from test_backbones import VARIANTS, tiny
 
 from deebert import backbones, tokens
 from deebert.data import TextDataModule
@@ -217,6 +218,22 @@ def test_weight_decay_spares_biases_and_layer_norms(glue: Path) -> None:
     assert all(name.endswith("bias") or "LayerNorm" in name for name in spared)
     assert not any(name.endswith("bias") or "LayerNorm" in name for name in decayed)
     assert decayed | spared == {n for n, p in module.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(("model_type", "more"), VARIANTS)
+def test_no_norm_is_decayed_whatever_its_name(model_type: str, more: dict) -> None:
+    torch.manual_seed(0)
+    model = EarlyExitModel.from_backbone(tiny(model_type, **more), 2)
+    config = {"stage": 1, "seed": 1, "objective": {"name": "joint"}}
+    config["stages"] = {"1": {"lr": 0.1, "weight_decay": 0.1}}
+    module = EarlyExitModule(model, config, {})
+    decay, spared = (
+        {id(parameter) for parameter in group["params"]} for group in module.parameter_groups()
+    )
+    for name, part in model.named_modules():
+        for kind, parameter in part.named_parameters(recurse=False):
+            is_spared = isinstance(part, torch.nn.LayerNorm) or kind.endswith("bias")
+            assert id(parameter) in (spared if is_spared else decay), f"{name}.{kind}"
 
 
 def test_linear_warm_up_and_decay_to_zero(glue: Path, tmp_path: Path) -> None:

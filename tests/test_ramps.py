@@ -219,7 +219,7 @@ def test_a_learned_exit_score_is_one_head_on_what_each_ramp_pools() -> None:
     head = model.all_ramps[0].exit_head
     assert model.all_ramps[1].exit_head is head
     states = torch.randn(5, 3 * 32, requires_grad=True)
-    found = model.unsure(states)
+    _, found = model.judged(states)
     for index, ramp in enumerate(model.all_ramps[:-1]):
         pooled = torch.tanh(ramp.pooler(states[:, 32 * index : 32 * index + 32]))
         expected = 1 / (1 + torch.exp(-(pooled @ head.weight[0] + head.bias)))
@@ -381,9 +381,14 @@ def test_an_old_checkpoint_learns_its_separator(run: Run, trained: Path, tmp_pat
 
 
 def test_of_one_text_a_pair_is_its_mean(run: Run, tmp_path: Path) -> None:
-    run("train.py", "task=demo", *TINY, "objective=joint", "ramp=pair", "task.columns=[review]", "stages.1.epochs=1",
-        "data.limit_train=64", f"hydra.run.dir={tmp_path}")  # fmt: skip
-    assert said(tmp_path)["ramp"]["reads"] == results(tmp_path)["ramp"]["reads"] == "mean"
+    part, rest = tmp_path / "part", tmp_path / "rest"
+    run("train.py", "task=demo", *TINY, "objective=joint", "experiment=best", "task.columns=[review]", "stages.1.epochs=2",
+        "+trainer.max_steps=3", "stages.1.batch_size=32", "data.limit_train=64", f"hydra.run.dir={part}")  # fmt: skip
+    assert said(part)["ramp"]["reads"] == results(part)["ramp"]["reads"] == "mean"
+    # Whose task is known from the run alone.
+    run("train.py", f"resume={part}", "experiment=best", "+trainer.max_steps=-1", "logger=csv", f"hydra.run.dir={rest}")  # fmt: skip
+    assert results(rest)["ramp"]["reads"] == "mean"
+    assert results(rest)["epoch"] == 2
 
 
 def test_resume_goes_on_with_objective_and_ramp(
