@@ -245,8 +245,12 @@ def _at_first(final_share: float, step: int, num_steps: int) -> bool:
 def _weighted(weights: Sequence[float] | None = None) -> Objective:
     if weights is None:
         return Objective("weighted", weighted)
-    usable = isinstance(weights, Sequence) and all(is_number(each) for each in weights)
-    if not usable or not min(weights, default=-1) >= 0 or not 0 < sum(weights[:-1]) < math.inf:
+    is_list = isinstance(weights, Sequence) and not isinstance(weights, str)
+    if not (
+        is_list
+        and all(is_number(each) and 0 <= each < math.inf for each in weights)
+        and any(weights[:-1])
+    ):
         raise UserError(
             f"objective.weights={weights} must be a number of at least 0 for each ramp, the last "
             "too, and not 0 for all before it"
