@@ -367,7 +367,15 @@ def picture(tasks: list[TaskCells], file: Path) -> None:
             if recipe in task.exits:
                 curve = np.mean([cell["curve"] for cell in task.of[recipe].values()], 0)
                 savings = [100 * saving for saving in GRID]
-                handles[recipe] = axis.plot(savings, curve, color=f"C{i}")[0]
+                above = 3 if recipe == RECOMMENDED else 2
+                handles[recipe] = axis.plot(savings, curve, color=f"C{i}", zorder=above)[0]
+        ramps = [found for name, found in task.fixed().items() if name.startswith("ramp ")]
+        if ramps:  # the same ramps without early exit
+            full = task.of[RECOMMENDED][next(iter(ramps[0]))]["num_layers"]
+            savings = [100 * (1 - next(iter(found.values())).layers / full) for found in ramps]
+            means = [mean(its.score for its in found.values()) for found in ramps]
+            [line] = axis.plot(savings, means, ":", marker=".", color="C1")
+            handles[f"{RECOMMENDED}, all leave at a ramp"] = line
         for kind, mark in {
             "plain": "o",
             "cut": "x",
