@@ -263,7 +263,7 @@ def test_report_by_hand(quality: ModuleType, tmp_path: Path) -> None:
         for line in (tmp_path / "quality.md").read_text().splitlines()
         if line.startswith("| ")
     ]
-    joint_summary, joint_mrpc, joint_qqp = [row for row in rows if row[0] == "joint"]
+    joint_summary, joint_mrpc, _, joint_qqp, _ = [row for row in rows if row[0] == "joint"]
     # Areas of 90, 76.7 and 75 % are 80.6 on average, and 60 on the other task; half of that at 50 %.
     assert joint_summary == ["joint", "2", "1, screening", "1 of 2", "70.3", "35.1"]
     assert joint_mrpc == [
@@ -300,6 +300,8 @@ def test_report_by_hand(quality: ModuleType, tmp_path: Path) -> None:
         "yes",
     ]
     assert points["cut_1"][1:] == ["83.3%", "0.300", "37.5", "42", "two_stage", "0.200", "**no**"]
+    *_, alone = [row for row in rows if row[0] == "best"]
+    assert alone == ["best", "0.200", "0.300", "0.050", "0.400", "0.500", "0.500"]
     [detached, *_] = [row for row in rows if row[0] == "detached"]
     assert detached == ["detached", "1", "1, screening", "1 of 1", "90.0", "45.0"]
     text = (tmp_path / "quality.md").read_text()
