@@ -85,8 +85,8 @@ def record_of(model: EarlyExitModel, inputs: list[dict]) -> Record:
     )  # fmt: skip
     lengths = torch.tensor([len(given["input_ids"]) for given in inputs])
     index = torch.arange(len(inputs))
-    unsure = None if model.ramp_kind.predicts is None else model.unsure(states)
-    return Record("validation", model.ramp_logits(states), None, index, lengths, unsure_NL=unsure)
+    logits, unsure = model.judged(states)
+    return Record("validation", logits, None, index, lengths, unsure_NL=unsure)
 
 
 def types(given: dict) -> Tensor | None:
