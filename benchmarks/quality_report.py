@@ -27,10 +27,10 @@ READING = """\
 Scores are the task's headline metric on validation rows. *area*: the mean score over savings from 0
 to 80 % of the layers, on straight lines between points 2 % apart. There, and in the columns
 *at ...*, thresholds were chosen for that saving on other rows than those they are scored on (cross-
-fitted in 5 folds): of the entropy; in *relative*, and in *best* on qqp (F1 of the rarer class), of the
-entropy relative to a prior that those rows choose; in recipes with *learned* of the learned exit
-score, elsewhere in stsb of the change from ramp to ramp (which lets nothing go at ramp 1; beyond
-that the curve is a line to it).
+fitted in 5 folds): of the entropy; in *relative*, and in *best* on qqp (F1 of the rarer class), of
+the entropy relative to a prior that those rows choose; in recipes with *learned* of the learned
+exit score, elsewhere in stsb of the change from ramp to ramp (which lets nothing go at ramp 1;
+beyond that the curve is a line to it).
 *half the work*: where half of the operations of full depth are saved: a ramp on the first token
 costs k - 5/6 layers, one that reads all tokens k (docs/clock.md). *%*: of the score of plain
 fine-tuning, without ramps, of the same task and seed. *area - two_stage*: paired by seed, and how
