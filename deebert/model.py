@@ -216,11 +216,9 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
         input_ids: Tensor,
         attention_mask: Tensor,
         token_type_ids: Tensor | None = None,
-        *,
-        flow: Flow | None = None,
     ) -> Tensor:
         """Logits of every ramp: (B, S) ids and mask -> (B, L, C)."""
-        return self.ramp_logits(self.states(input_ids, attention_mask, token_type_ids, flow=flow))
+        return self.ramp_logits(self.states(input_ids, attention_mask, token_type_ids))
 
 
 def _scale_gradient(x: Tensor, factor: float) -> Tensor:
