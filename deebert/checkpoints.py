@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from deebert import tokens
+from deebert import objectives, tokens
 from deebert.errors import UserError
 from deebert.model import EarlyExitModel
-from deebert.objectives import trains_ramps
 from deebert.tasks import Task
 
 
@@ -31,7 +30,12 @@ class Origin:
     @property
     def ramps_trained(self) -> bool:
         """Do the ramps before the last say anything?"""
-        return trains_ramps(self.config["objective"]["name"])
+        return objectives.trains_ramps(self.config["objective"]["name"])
+
+    @property
+    def untrained_ramps(self) -> list[int]:
+        """Those, from 1, that say nothing, though others do; the last: the final classifier."""
+        return objectives.untrained(self.config["objective"])
 
 
 @dataclass(frozen=True)

@@ -374,7 +374,7 @@ def limits(thresholds: Sequence[float] | float, num_layers: int) -> Tensor:
     if found.ndim and len(found) != num_layers - 1:
         raise UserError(
             f"threshold={found.tolist()} has {len(found)} values; give one for all ramps, or one "
-            f"for each of the {num_layers - 1} ramps before the last"
+            f"for each ramp before the last ({num_layers - 1})"
         )
     if not (found >= 0).all():  # NaN is not
         raise UserError(f"threshold={thresholds} must be >= 0 (0 never exits)")

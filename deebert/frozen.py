@@ -12,6 +12,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 import lightning as L
@@ -49,12 +50,17 @@ class FrozenStates(L.LightningDataModule):
         data: where the tokens come from; its batch sizes and seed are used here too.
         model: its backbone is run in eval mode without gradients.
         folder: where the memory-mapped files lie while the run lasts.
-        standardize: let each ramp that is to be trained know how its states vary
+        standardize: the ramps, from 0, that are to know how their states vary
             (`Ramp.standardize`).
     """
 
     def __init__(
-        self, data: TextDataModule, model: EarlyExitModel, folder: Path, *, standardize: bool
+        self,
+        data: TextDataModule,
+        model: EarlyExitModel,
+        folder: Path,
+        *,
+        standardize: Collection[int],
     ) -> None:
         super().__init__()
         self.standardize = standardize
@@ -85,8 +91,8 @@ class FrozenStates(L.LightningDataModule):
 
     def _standardize(self, states_NR: Tensor) -> None:
         ramps, features = self.model.all_ramps, self.model.features(states_NR)
-        for ramp, features_NF in zip(ramps[:-1], features[:-1], strict=True):
-            ramp.standardize(features_NF)
+        for index in self.standardize:
+            ramps[index].standardize(features[index])
 
     @torch.no_grad()
     def _compute(self, split: str, device: torch.device) -> StateDataset:

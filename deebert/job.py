@@ -92,6 +92,10 @@ def _origin(cfg: DictConfig, job: Job) -> Checkpoint | None:
         _pair_of_one_text(cfg, origin.config["task"])
         fixed = ("stage", "stages", "objective", "ramp", "task", "backbone", "seed")
         _inherit(cfg, origin, job, fixed=fixed, taken=("data", "thresholds", "teacher"))
+        for key in ("limit_train", "max_length", "unlabelled"):  # which rows, and what of them
+            ours, saved = cfg.data[key], origin.config["data"].get(key)
+            if ours != saved:
+                raise _contradiction(f"data.{key}", ours, saved, origin)
         if cfg.teacher:
             _refuse_another_teacher(cfg)
         for key in ("trainer", "callbacks"):
@@ -263,7 +267,8 @@ def _inherit(
                 OmegaConf.update(theirs, said, OmegaConf.select(cfg, said), merge=False)
             for said in (s for s in job.explicit if s == key or s.startswith(f"{key}.")):
                 ours, saved = OmegaConf.select(cfg, said), OmegaConf.select(theirs, said)
-                if said in fixed and "name" in (ours or ()) and ours.name == saved.name:
+                named = isinstance(ours, DictConfig) and "name" in ours
+                if said in fixed and named and ours.name == saved.name:
                     continue  # a task or backbone named again: as it was then
                 if key in fixed and _name(ours) != _name(saved) and said != "task":
                     raise _contradiction(said, ours, saved, origin)
@@ -359,6 +364,8 @@ def _check_training(config: dict[str, Any]) -> None:
         value = recipe[key]
         if not is_number(value) or not 0 <= value <= 1 or (key == "lr" and value == 0):
             raise UserError(f"{flag}.{key}={value} must be a number between 0 and 1")
+        if key == "layer_drop" and value == 1:
+            raise UserError(f"{flag}.{key}={value} must be below 1, or no layer would ever learn")
     if config["trainer"]["max_epochs"] != recipe["epochs"]:
         raise UserError(
             f"trainer.max_epochs={config['trainer']['max_epochs']}: the number of epochs is part "

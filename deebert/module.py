@@ -102,6 +102,12 @@ class EarlyExitModule(L.LightningModule):
             self.model.ramps[-1].eval()
 
     def on_fit_start(self) -> None:
+        steps = int(self.trainer.estimated_stepping_batches)
+        if self.trains_ramps and all(self.objective.alone(step, steps) for step in range(steps)):
+            raise UserError(
+                f"objective={self.objective.name}: none of the {steps} steps trains the ramps; "
+                f"train for longer (stages.{self.stage}.epochs), or choose another objective"
+            )
         self._set_modes()
         for teacher in self._teacher:
             teacher.eval().to(self.device)

@@ -8,7 +8,6 @@ cross-entropy).
 """
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 from deebert.errors import UserError, is_number, unknown
 from deebert.exits import entropy
 
+MOST_WEIGHT = 1_000_000  # sums of losses so weighted stay far from float32's end
 UNLABELLED = -100  # the label of a row that has none, as torch's cross-entropy ignores it
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -248,12 +248,12 @@ def _weighted(weights: Sequence[float] | None = None) -> Objective:
     is_list = isinstance(weights, Sequence) and not isinstance(weights, str)
     if not (
         is_list
-        and all(is_number(each) and 0 <= each < math.inf for each in weights)
+        and all(is_number(each) and 0 <= each <= MOST_WEIGHT for each in weights)
         and any(weights[:-1])
     ):
         raise UserError(
-            f"objective.weights={weights} must be a number of at least 0 for each ramp, the last "
-            "too, and not 0 for all before it"
+            f"objective.weights={weights} must be a list of numbers from 0 to {MOST_WEIGHT}, one "
+            "for each ramp, the last too, and not 0 for all before it"
         )
     loss = partial(weighted, weights=tuple(weights))
     return Objective("weighted", loss, num_ramps=len(weights))
@@ -312,6 +312,11 @@ def trains_ramps(name: Any) -> bool:
     something? True of a name that is unknown: `build` refuses it."""
     made = OBJECTIVES.get(name) if isinstance(name, str) else None
     return made is None or made().trains_ramps
+
+
+def untrained(values: Mapping[str, Any]) -> list[int]:
+    """The ramps, from 1, that these values of an objective give no weight (`weighted`)."""
+    return [k for k, weight in enumerate(values.get("weights") or (), 1) if weight == 0]
 
 
 def build(values: Mapping[str, Any], stage: int) -> Objective:

@@ -65,9 +65,12 @@ def check(config: dict[str, Any], said: Callable[[str], bool]) -> None:
         both = " and ".join(f"{name}={config[name]}" for name in wishes)
         raise UserError(f"{both}: ask for one of them")
     if not {"target_saving", "max_drop"} & set(wishes):
-        for flag in ("per_ramp", "temperature"):
+        for flag, needed in (
+            ("per_ramp", "target_saving="),
+            ("temperature", "target_saving= or max_drop="),
+        ):
             if config[flag] is True:
-                raise UserError(f"{flag}=true needs target_saving= or max_drop=")
+                raise UserError(f"{flag}=true needs {needed}")
     if protocol(config) is None:
         for flag in ("precision", "runtime", "repeats", "threads"):
             if said(flag):

@@ -71,6 +71,12 @@ def train(cfg: DictConfig) -> float | None:
         before = replace(model.ramp_kind, predicts=kind.predicts)
         trained = origin.ramps_trained and kind == before
         if kind != model.ramp_kind:
+            if origin.ramps_trained and not trained:
+                log.info(
+                    "%s: its ramps are replaced by new ones that read %s (ramp=)",
+                    origin.path,
+                    kind.reads,
+                )
             model.new_ramps(kind)
     else:
         tokenizer = backbones.tokenizer(config["backbone"])
@@ -83,12 +89,16 @@ def train(cfg: DictConfig) -> float | None:
     wanted = objectives.build(config["objective"], config["stage"]).num_ramps
     if wanted not in (None, len(model.ramps)):
         raise UserError(
-            f"objective.weights has {wanted} values; of {len(model.ramps)} ramps each needs one"
+            f"objective.weights={config['objective']['weights']} has {wanted} values; of "
+            f"{len(model.ramps)} ramps each needs one"
         )
+    _tell_untrained(objectives.untrained(config["objective"]), len(model.ramps))
     if len(model.ramps) < 2 and objectives.trains_ramps(config["objective"]["name"]):
+        layers = config["backbone"].get("layers")
+        cut = f" backbone.layers={layers}" if layers else ""
         raise UserError(
-            f"backbone {config['backbone']['name']} has one layer: nothing to leave early (it can "
-            "be trained with stage=1 objective=final)"
+            f"backbone={config['backbone']['name']}{cut} has one layer: nothing to leave early (it "
+            "can be trained with stage=1 objective=final)"
         )
     recipe = config["stages"][str(config["stage"])]
     data = build.data_module(task, tokenizer, config, model.config, recipe["batch_size"])
@@ -99,9 +109,13 @@ def train(cfg: DictConfig) -> float | None:
     module = EarlyExitModule(model, remembered, tokenizer_files, teacher)
     source: L.LightningDataModule = data
     if module.is_cached:
-        standardize = recipe["standardize"] and not trained  # or what they know would be lost
-        if standardize != recipe["standardize"] and not config["resume"]:
-            log.info("stages.2.standardize: the ramps are trained already, and go on as they are")
+        # Not those that are trained: they would read something else than they have learned from.
+        new = {*range(len(model.ramps) - 1)}
+        if origin and trained:
+            new &= {number - 1 for number in origin.untrained_ramps}
+            if recipe["standardize"] and not config["resume"]:
+                log.info("stages.2.standardize: ramps that are trained already go on as they are")
+        standardize = new if recipe["standardize"] else ()
         source = FrozenStates(data, model, job.folder, standardize=standardize)
     resume = str(origin.path) if origin and config["resume"] else None
     with build.closing():
@@ -144,6 +158,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     if not isinstance(origin, Checkpoint):
         return _evaluate_records(config, task, asked, origin, job)
     model = origin.model()
+    _tell_untrained(origin.untrained_ramps, len(model.ramps))
     if config["layers"] is not None:
         _cut(model, config, origin, "layers", config["layers"])
     learned = model.ramp_kind.predicts is not None
@@ -193,6 +208,17 @@ def evaluate(cfg: DictConfig) -> float | None:
     return _result(trainer.is_global_zero, job, at_threshold=at_threshold)
 
 
+def _tell_untrained(untrained: list[int], num_layers: int) -> None:
+    """Say which ramps, from 1, no loss has reached: whoever wants to leave elsewhere may do so."""
+    if untrained:
+        log.warning(
+            "objective.weights: nothing has trained ramp %s, so what leaves there is answered by "
+            "chance%s",
+            ", ".join(map(str, untrained)),
+            " (the last is the final classifier: full depth)" if num_layers in untrained else "",
+        )
+
+
 def _cut(
     model: EarlyExitModel, config: dict[str, Any], origin: Checkpoint, flag: str, layers: list[int]
 ) -> None:
@@ -221,6 +247,7 @@ def _evaluate_records(
         raise UserError(f"split={wanted}: {origin.path} has records of: {splits} (split=...)")
     learned, trained = reported[0].unsure_NL is not None, origin.ramps_trained
     num_layers = reported[0].num_layers
+    _tell_untrained(origin.untrained_ramps, num_layers)
     question.check_model(asked, config, num_layers, learned=learned, trained=trained)
     if len({record.logits_NLC.shape[1:] for record in found}) > 1:
         raise UserError(f"record={config['record']}: its records have different numbers of ramps")

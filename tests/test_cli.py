@@ -82,7 +82,7 @@ def test_trained_ramps_are_trained_on_as_they_are(
     said = ["train.py", "stage=2", f"ckpt={tmp_path / 'joint'}", "stages.2.epochs=1", "logger=csv"]
     told = run(*said, "stages.2.standardize=true", "stages.2.lr=1e-12", "objective=ramps",
                f"hydra.run.dir={tmp_path / 'more'}")  # fmt: skip
-    assert "the ramps are trained already, and go on as they are" in told
+    assert "ramps that are trained already go on as they are" in told
     before, after = weights(tmp_path / "joint"), weights(tmp_path / "more")
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, atol=1e-6, rtol=0, msg=name)
@@ -96,8 +96,27 @@ def test_trained_ramps_are_trained_on_as_they_are(
     assert "go on as they are" not in told
     assert weights(tmp_path / "cascade")["model.ramps.0.shift"].abs().sum() > 0, "standardized"
     # An experiment is whole: the paper's ramps, too, are not the checkpoint's.
-    run(*said, "experiment=deebert_paper", f"hydra.run.dir={tmp_path / 'paper'}")
+    told = run(*said, "experiment=deebert_paper", f"hydra.run.dir={tmp_path / 'paper'}")
     assert results(tmp_path / "paper")["ramp"]["reads"] == "first"
+    assert "its ramps are replaced by new ones that read first" in told
+
+
+def test_a_ramp_without_weight_is_told_and_standardized(
+    run: Callable[..., str], glue: Path, tmp_path: Path
+) -> None:
+    told = run("train.py", "task=mrpc", *TINY, f"data.root={glue}", "objective=weighted",
+               "objective.weights=[0,1,0]", "stages.1.epochs=1", f"hydra.run.dir={tmp_path / 'one'}")  # fmt: skip
+    says = "nothing has trained ramp 1, 3, so what leaves there is answered by chance (the last"
+    assert says in told
+    before = weights(tmp_path / "one")
+    assert before["model.ramps.0.classifier.bias"].abs().sum() == 0
+    assert says in run("evaluate.py", f"ckpt={tmp_path / 'one'}", f"hydra.run.dir={tmp_path / 'scored'}")  # fmt: skip
+    run("train.py", "stage=2", f"ckpt={tmp_path / 'one'}", "stages.2.epochs=1", "logger=csv",
+        "objective=ramps", "stages.2.standardize=true", f"hydra.run.dir={tmp_path / 'two'}")  # fmt: skip
+    after = weights(tmp_path / "two")
+    assert after["model.ramps.0.shift"].abs().sum() > 0
+    assert after["model.ramps.1.shift"].abs().sum() == 0
+    assert (after["model.ramps.1.scale"] == 1).all()
 
 
 def test_results_keep_their_contract(stage2: Path) -> None:

@@ -238,7 +238,7 @@ def test_whose_turn_a_step_is(values: dict, turns: str) -> None:
         ({"name": "distill", "temperature": 0}, "objective.temperature=0 must be a number between 0.01 and 100"),
         ({"name": "distill", "label_weight": -0.1}, "objective.label_weight=-0.1 must be a number between 0 and 1"),
         ({"name": "exit_weighted", "exit_weight": 2}, "objective.exit_weight=2 must be a number between 0 and 1"),
-        ({"name": "weighted", "weights": 3}, "objective.weights=3 must be a number of at least 0 for each ramp"),
+        ({"name": "weighted", "weights": 3}, "objective.weights=3 must be a list of numbers from 0 to 1000000, one for each ramp"),
         ({"name": "weighted", "weights": []}, "objective.weights=[] must be"),
         ({"name": "weighted", "weights": [1, "x"]}, "objective.weights=[1, 'x'] must be"),
         ({"name": "weighted", "weights": [1, -1, 1]}, "objective.weights=[1, -1, 1] must be"),

@@ -250,7 +250,7 @@ def test_the_cache_holds_what_each_ramp_reads(
     kind: str, width: int, glue: Path, tmp_path: Path
 ) -> None:
     module, data = build("stage 2 cached", glue, ramp=kind)
-    frozen = FrozenStates(data, module.model, tmp_path, standardize=True)
+    frozen = FrozenStates(data, module.model, tmp_path, standardize=[0, 1])
     frozen.setup("fit")
     states_NR = frozen._cache["train"].states_NR
     assert states_NR.shape == (96, 2 * width + 32)

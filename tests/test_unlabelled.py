@@ -46,7 +46,7 @@ def ramps_after(glue: Path, path: Path, label_weight: float, *unlabelled: str) -
             part.p = 0.0
     data = told(data, *unlabelled)
     data.batch_size = 200
-    fit(module, FrozenStates(data, module.model, path, standardize=False), path, gradient_clip_val=None)  # fmt: skip
+    fit(module, FrozenStates(data, module.model, path, standardize=[]), path, gradient_clip_val=None)  # fmt: skip
     return module.model.ramps.state_dict()
 
 
@@ -74,7 +74,7 @@ def test_rows_that_have_another_use_are_refused(glue: Path, split: str) -> None:
 def test_frozen_states_include_them(glue: Path, tmp_path: Path) -> None:
     module, data = build("stage 2 cached", glue)
     data = told(data, "test")
-    frozen = FrozenStates(data, module.model, tmp_path, standardize=True)
+    frozen = FrozenStates(data, module.model, tmp_path, standardize=[0, 1])
     frozen.setup("fit")
     batches = list(frozen.train_dataloader())
     assert sum(len(batch["labels"]) for batch in batches) == 112
