@@ -277,7 +277,7 @@ def test_too_long_is_cut_as_the_tokenizer_cuts(caplog: pytest.LogCaptureFixture)
 @pytest.mark.parametrize(
     ("thresholds", "message"),
     [
-        ([0.1, 0.1], r"has 2 values; .* each of the 3 ramps"),
+        ([0.1, 0.1], r"has 2 values; .* each ramp before the last \(3\)"),
         ([0.1] * 4, "has 4 values"),
         (-0.1, "must be >= 0"),
         (math.nan, "must be >= 0"),

@@ -75,9 +75,7 @@ def test_every_question_is_answered(
         printed = run("evaluate.py", *said, "logger=csv", f"hydra.run.dir={tmp_path / 'answer'}")
     except CommandFailed as refusal:
         printed = str(refusal)
-    answers = (
-        "Score against saving|cannot be promised by 40|can reach: about|one for each of the 2 ramps"
-    )
+    answers = "Score against saving|cannot be promised by 40|can reach: about|one for each ramp before the last"
     assert re.search(answers, printed)
 
 
