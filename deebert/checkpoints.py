@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from deebert import objectives, tokens
+from deebert import tokens
 from deebert.errors import UserError
 from deebert.model import EarlyExitModel
+from deebert.objectives import trains_ramps
 from deebert.tasks import Task
 
 
@@ -30,12 +31,7 @@ class Origin:
     @property
     def ramps_trained(self) -> bool:
         """Do the ramps before the last say anything?"""
-        return objectives.trains_ramps(self.config["objective"]["name"])
-
-    @property
-    def untrained_ramps(self) -> list[int]:
-        """Those, from 1, that say nothing, though others do; the last: the final classifier."""
-        return objectives.untrained(self.config["objective"])
+        return trains_ramps(self.config["objective"]["name"])
 
 
 @dataclass(frozen=True)

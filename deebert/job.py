@@ -91,11 +91,8 @@ def _origin(cfg: DictConfig, job: Job) -> Checkpoint | None:
         )
         _pair_of_one_text(cfg, origin.config["task"])
         fixed = ("stage", "stages", "objective", "ramp", "task", "backbone", "seed")
-        _inherit(cfg, origin, job, fixed=fixed, taken=("data", "thresholds", "teacher"))
-        for key in ("limit_train", "max_length", "unlabelled"):  # which rows, and what of them
-            ours, saved = cfg.data[key], origin.config["data"].get(key)
-            if ours != saved:
-                raise _contradiction(f"data.{key}", ours, saved, origin)
+        rows = ("data.limit_train", "data.max_length", "data.unlabelled")  # and what of them
+        _inherit(cfg, origin, job, fixed=(*fixed, *rows), taken=("data", "thresholds", "teacher"))
         if cfg.teacher:
             _refuse_another_teacher(cfg)
         for key in ("trainer", "callbacks"):
@@ -251,8 +248,9 @@ def _inherit(
     taken: tuple[str, ...],
     kept: tuple[str, ...] = (),
 ) -> None:
-    """Take values from the checkpoint. `fixed` ones may not be contradicted on the command line;
-    of the `taken` ones, what is said on the command line wins; those `kept` inside them stay."""
+    """Take values from the checkpoint. `fixed` ones, also inside a taken one ("data.max_length"),
+    may not be contradicted on the command line; of the `taken` ones, what is said there wins;
+    those `kept` inside them stay."""
     _refuse_other_task(cfg, origin)
     size = origin.config["data"].setdefault("calibration_size", 0)  # of a run before there was one
     if "data.calibration_size" in job.explicit and cfg.data.calibration_size != size:
@@ -261,7 +259,7 @@ def _inherit(
             f"was trained with data.calibration_size={size}: other rows would be ones it has seen"
         )
     with open_dict(cfg):
-        for key in (*fixed, *taken):
+        for key in dict.fromkeys(name.partition(".")[0] for name in (*fixed, *taken)):
             theirs = OmegaConf.create({key: origin.config[key]})
             for said in (s for s in kept if s.startswith(f"{key}.")):
                 OmegaConf.update(theirs, said, OmegaConf.select(cfg, said), merge=False)
@@ -270,7 +268,7 @@ def _inherit(
                 named = isinstance(ours, DictConfig) and "name" in ours
                 if said in fixed and named and ours.name == saved.name:
                     continue  # a task or backbone named again: as it was then
-                if key in fixed and _name(ours) != _name(saved) and said != "task":
+                if {key, said} & {*fixed} and _name(ours) != _name(saved) and said != "task":
                     raise _contradiction(said, ours, saved, origin)
                 OmegaConf.update(theirs, said, ours, merge=False)
             cfg[key] = theirs[key]
@@ -364,8 +362,8 @@ def _check_training(config: dict[str, Any]) -> None:
         value = recipe[key]
         if not is_number(value) or not 0 <= value <= 1 or (key == "lr" and value == 0):
             raise UserError(f"{flag}.{key}={value} must be a number between 0 and 1")
-        if key == "layer_drop" and value == 1:
-            raise UserError(f"{flag}.{key}={value} must be below 1, or no layer would ever learn")
+    if recipe.get("layer_drop") == 1:
+        raise UserError(f"{flag}.layer_drop=1 must be below 1, or no layer would ever learn")
     if config["trainer"]["max_epochs"] != recipe["epochs"]:
         raise UserError(
             f"trainer.max_epochs={config['trainer']['max_epochs']}: the number of epochs is part "

@@ -92,7 +92,7 @@ def train(cfg: DictConfig) -> float | None:
             f"objective.weights={config['objective']['weights']} has {wanted} values; of "
             f"{len(model.ramps)} ramps each needs one"
         )
-    _tell_untrained(objectives.untrained(config["objective"]), len(model.ramps))
+    _tell_untrained(config["objective"])
     if len(model.ramps) < 2 and objectives.trains_ramps(config["objective"]["name"]):
         layers = config["backbone"].get("layers")
         cut = f" backbone.layers={layers}" if layers else ""
@@ -112,7 +112,7 @@ def train(cfg: DictConfig) -> float | None:
         # Not those that are trained: they would read something else than they have learned from.
         new = {*range(len(model.ramps) - 1)}
         if origin and trained:
-            new &= {number - 1 for number in origin.untrained_ramps}
+            new &= {number - 1 for number in objectives.untrained(origin.config["objective"])}
             if recipe["standardize"] and not config["resume"]:
                 log.info("stages.2.standardize: ramps that are trained already go on as they are")
         standardize = new if recipe["standardize"] else ()
@@ -155,10 +155,10 @@ def evaluate(cfg: DictConfig) -> float | None:
     if config.get("exit") and (score := build.instantiated("exit", cfg.exit.score)) is None:
         raise UserError("exit.score=null must name a function (exit.score._target_=...)")
     asked = question.asked(config, task, score)
+    _tell_untrained(origin.config["objective"])
     if not isinstance(origin, Checkpoint):
         return _evaluate_records(config, task, asked, origin, job)
     model = origin.model()
-    _tell_untrained(origin.untrained_ramps, len(model.ramps))
     if config["layers"] is not None:
         _cut(model, config, origin, "layers", config["layers"])
     learned = model.ramp_kind.predicts is not None
@@ -208,14 +208,15 @@ def evaluate(cfg: DictConfig) -> float | None:
     return _result(trainer.is_global_zero, job, at_threshold=at_threshold)
 
 
-def _tell_untrained(untrained: list[int], num_layers: int) -> None:
+def _tell_untrained(objective: dict[str, Any]) -> None:
     """Say which ramps, from 1, no loss has reached: whoever wants to leave elsewhere may do so."""
-    if untrained:
+    if untrained := objectives.untrained(objective):
+        is_last = untrained[-1] == len(objective["weights"])
         log.warning(
             "objective.weights: nothing has trained ramp %s, so what leaves there is answered by "
             "chance%s",
             ", ".join(map(str, untrained)),
-            " (the last is the final classifier: full depth)" if num_layers in untrained else "",
+            " (the last is the final classifier: full depth)" if is_last else "",
         )
 
 
@@ -247,7 +248,6 @@ def _evaluate_records(
         raise UserError(f"split={wanted}: {origin.path} has records of: {splits} (split=...)")
     learned, trained = reported[0].unsure_NL is not None, origin.ramps_trained
     num_layers = reported[0].num_layers
-    _tell_untrained(origin.untrained_ramps, num_layers)
     question.check_model(asked, config, num_layers, learned=learned, trained=trained)
     if len({record.logits_NLC.shape[1:] for record in found}) > 1:
         raise UserError(f"record={config['record']}: its records have different numbers of ramps")
