@@ -10,12 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.masking_utils import (
     create_bidirectional_mask,
     create_bidirectional_sliding_window_mask,
 )
 
-from deebert.errors import UserError
+from deebert import untrusted
+from deebert.errors import UserError, first_line, is_whole
+
+MOST_LAYERS = 128  # of the published ones the deepest has 48; a layer takes 10 ms to build
+# Of every model type. The separator is ours: ramps tell two texts apart by it.
+TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 
 
 @dataclass(frozen=True)
@@ -224,6 +230,7 @@ class Architecture:
     after: encoder, layer's number, states before and after it, context -> the states handed on.
     first_position: configuration -> the number of the first token's position.
     first_is_special: is layer 1 made differently from the others?
+    more_settings: that the library reads if they are there, beside those that it has defaults for.
     """
 
     layers: str = "encoder.layer"
@@ -236,6 +243,7 @@ class Architecture:
     after: Callable[[Any, int, Tensor, Tensor, Any], Tensor] = _nothing
     first_position: Callable[[Mapping[str, Any]], int] = lambda config: 0
     first_is_special: bool = False
+    more_settings: tuple[str, ...] = ()
 
 
 _ROBERTA = Architecture(
@@ -266,6 +274,17 @@ ARCHITECTURES = {
         context=_deberta_context,
         run=_run_first_of_tuple,
         after=_convolution,
+        more_settings=(
+            "position_buckets",
+            "norm_rel_ebd",
+            "share_att_key",
+            "conv_kernel_size",
+            "conv_act",
+            "conv_groups",
+            "attention_head_size",
+            "embedding_size",
+            "cls_dropout",
+        ),
     ),
     "modernbert": Architecture(
         "layers",
@@ -273,6 +292,7 @@ ARCHITECTURES = {
         run=_run_modernbert,
         after=_final_norm,
         first_is_special=True,  # it has no norm before its attention
+        more_settings=("head_dim",),
     ),
 }
 
@@ -289,6 +309,36 @@ def architecture(model_type: str) -> Architecture:
             f"{', '.join(ARCHITECTURES)} (backbone=..., or backbone.path=a model of these types)"
         )
     return ARCHITECTURES[model_type]
+
+
+def settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a model type that `given` has, completed with the defaults.
+
+    Nothing else is taken: neither code nor kernels, a precision, labels or a place.
+
+    Args:
+        given: plain values of a configuration that somebody else may have written.
+
+    Raises:
+        UserError: they are not what this model type can be.
+    """
+    model_type = given.get("model_type")
+    if not isinstance(model_type, str):
+        raise UserError("its configuration says no model_type")
+    known = set(AutoConfig.for_model(model_type).to_dict()) if model_type in ARCHITECTURES else ()
+    known = {*known, *architecture(model_type).more_settings, *TOKEN_IDS}
+    known -= set(PreTrainedConfig().to_dict())
+    chosen = {name: given[name] for name in sorted(known & set(given))}
+    chosen = untrusted.plain(chosen, "its configuration")
+    for name in ("num_hidden_layers", "n_layers"):
+        if is_whole(count := chosen.get(name, 1)) and not 1 <= count <= MOST_LAYERS:
+            raise UserError(f"{name}={count!a} must be a whole number from 1 to {MOST_LAYERS}")
+    try:
+        found = AutoConfig.for_model(model_type, **chosen).to_dict()
+        longest_input(found)
+    except Exception as error:  # the library checks its settings in many ways
+        raise UserError(f"its configuration is of no {model_type} ({first_line(error)})") from error
+    return found
 
 
 def keep_layers(encoder: Any, layers: list[int], flag: str) -> None:

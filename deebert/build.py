@@ -14,12 +14,14 @@ from typing import Any
 import lightning as L
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from omegaconf import DictConfig
 
 from deebert import backbones
+from deebert.checkpoint_io import SafeCheckpointIO
 from deebert.data import TextDataModule
 from deebert.errors import UserError, first_line
 from deebert.job import Job
@@ -120,6 +122,7 @@ def trainer(
     trainer = instantiated(
         "trainer",
         cfg.trainer,
+        plugins=_plugins(cfg.trainer.get("plugins")),
         callbacks=[*made, *callbacks],
         logger=loggers,
         default_root_dir=str(job.folder),
@@ -128,6 +131,17 @@ def trainer(
     for logger in loggers:  # after all that may fail: this opens the W&B run
         logger.log_hyperparams(config)
     return trainer
+
+
+def _plugins(given: Any) -> list[Any]:
+    """The user's, and what reads and writes checkpoints unless one of them does."""
+    if given is None or isinstance(given, str):
+        found = [given] if given else []
+    else:
+        made = instantiated("trainer.plugins", given) or []
+        found = made if isinstance(made, list) else [made]
+    has_own = any(isinstance(plugin, CheckpointIO) for plugin in found)
+    return found if has_own else [*found, SafeCheckpointIO()]
 
 
 def instantiated(flag: str, values: DictConfig | None, **extra: Any) -> Any:

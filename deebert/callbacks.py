@@ -18,8 +18,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from deebert import curves, exits, report, tables, tracking
-from deebert.checkpoints import fingerprint
+from deebert import curves, exits, report, tables, tensor_files, tracking
 from deebert.evaluation import Question, evaluate
 from deebert.layers import layer_table
 from deebert.module import EarlyExitModule
@@ -159,7 +158,7 @@ class EarlyExitEvaluation(Callback):
         if not trainer.is_global_zero:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        weights = fingerprint(pl_module.model.state_dict())
+        weights = tensor_files.fingerprint(pl_module.model.state_dict())
         for record in self._records:
             facts = {"checkpoint": weights, "data": data.fingerprint(record.split)}
             facts["config"] = pl_module.hparams["config"]

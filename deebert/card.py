@@ -6,7 +6,10 @@ Everything in it comes from the run's configuration and records. Knows no weight
 from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 from deebert import curves, exits, prior
+from deebert.markdown import code, text
 from deebert.records import HELD_OUT, Record
 from deebert.saved import Saved, public
 from deebert.tasks import Task
@@ -18,7 +21,7 @@ HUB_METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spear
 def card(what: Saved, task: Task) -> str:
     """Markdown with the hub's header."""
     config = public(what.checkpoint.config)
-    title = f"# {config['backbone']['name']} on {task.name}, early exit"
+    title = f"# {text(config['backbone']['name'])} on {text(task.name)}, early exit"
     lines = [_header(config, task), title, ""]
     lines += [_what_it_is(task), "", "## Use it", "", _use(task), ""]
     for record in what.records.values():
@@ -30,20 +33,20 @@ def card(what: Saved, task: Task) -> str:
 
 def _header(config: Mapping[str, Any], task: Task) -> str:
     """What the hub sorts models by."""
-    named = config["backbone"].get("path")
-    lines = ["---", "library_name: deebert", "pipeline_tag: text-classification"]
-    lines += ["tags: [deebert, early-exit]"]
-    if named:
-        lines.append(f"base_model: {named}")
-    if task.hub:
-        lines.append(f"datasets: [{task.hub[0]}]")
-    metrics = [HUB_METRICS.get(name, name) for name in task.metrics]
-    return "\n".join([*lines, f"metrics: [{', '.join(metrics)}]", "---", ""])
+    data = ModelCardData(
+        library_name="deebert",
+        pipeline_tag="text-classification",
+        tags=["deebert", "early-exit"],
+        base_model=config["backbone"].get("path"),
+        datasets=[task.hub[0]] if task.hub else None,
+        metrics=[HUB_METRICS.get(name, name) for name in task.metrics],
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
 
 
 def _what_it_is(task: Task) -> str:
-    classes = "a number" if task.labels is None else f"one of: {', '.join(task.labels)}"
-    reads = " and ".join(f"`{column}`" for column in task.columns)
+    classes = "a number" if task.labels is None else f"one of: {', '.join(map(text, task.labels))}"
+    reads = " and ".join(map(code, task.columns))
     return (
         "A classifier with an off-ramp after each layer (DeeBERT, Xin et al., ACL 2020): easy "
         "inputs leave after a few layers, hard ones run them all, and whoever asks says how much "
@@ -64,7 +67,7 @@ for answer in classifier.predict([{example}], target_saving=0.4):
 
 def _scores(record: Record, task: Task, what: Saved) -> list[str]:
     metric, num_layers = task.metrics[0], record.num_layers
-    title = f"## Scores on {record.split} ({len(record)} rows), {metric}"
+    title = f"## Scores on {text(record.split)} ({len(record)} rows), {metric}"
     ramps = curves.ramp_table(record, task)
     lines = [title, "", f"| ramp | {' | '.join(str(each['layer']) for each in ramps)} |"]
     lines += [f"|{'---|' * (num_layers + 1)}"]
@@ -95,7 +98,8 @@ def _points(score: float) -> str:
 def _training(config: Mapping[str, Any], epochs_done: int) -> str:
     recipe = config["stages"][str(config["stage"])]
     if not epochs_done:  # trained by somebody else
-        return f"Published: {config['backbone'].get('path') or config['backbone']['name']}\n"
+        named = config["backbone"].get("path") or config["backbone"]["name"]
+        return f"Published: {text(named)}\n"
     told = {
         "backbone": config["backbone"].get("path") or config["backbone"]["name"],
         "stage": config["stage"],
@@ -105,7 +109,7 @@ def _training(config: Mapping[str, Any], epochs_done: int) -> str:
         **{name: recipe[name] for name in ("epochs", "batch_size", "lr") if name in recipe},
         "longest input": f"{config['data']['max_length']} tokens",
     }
-    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in told.items())]
+    lines = ["| | |", "|---|---|", *(f"| {name} | {text(value)} |" for name, value in told.items())]
     commands = ["`python train.py stage=1`", "`python train.py stage=2 ckpt=RUN`"]
     how = ", then ".join(commands[: config["stage"]])
     where = "[DeeBERT](https://aclanthology.org/2020.acl-main.204/)"

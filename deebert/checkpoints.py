@@ -4,21 +4,25 @@ A checkpoint is Lightning's, with the run's configuration, the backbone's shape 
 plain values beside the weights; it loads with `weights_only=True`. Knows nothing of training.
 """
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from deebert import tokens
-from deebert.errors import UserError
+from deebert import architectures, remembered, tensor_files, tokens, untrusted
+from deebert.errors import UserError, first_line
 from deebert.model import EarlyExitModel
 from deebert.objectives import trains_ramps
 from deebert.tasks import Task
+
+WEIGHTS_FINGERPRINT = "weights_fingerprint"  # in a checkpoint; those of before have none
+MOST_GROWTH = 4  # bytes of a model for each in the file, where float8 becomes float32
+TRIED = 3  # tokens
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Origin:
     """What a run starts from: a checkpoint, or a record of one."""
 
     path: Path
-    config: dict[str, Any]  # of the run that wrote it
+    config: dict[str, Any]  # of the run that wrote it, as `remembered.accepted` has it
 
     @property
     def ramps_trained(self) -> bool:
@@ -42,104 +46,156 @@ class Checkpoint(Origin):
     tokenizer_files: dict[str, str]
     weights: dict[str, torch.Tensor]
     epochs_done: int
+    said: Mapping[str, Any] = field(default_factory=dict)  # the whole configuration, as it stands
 
     def model(self) -> EarlyExitModel:
-        """The trained model, in eval mode."""
-        task = Task.from_config(self.config["task"])
-        weights = self._by_name
-        shape = self.architecture, task.num_labels, self.config["ramp"]
+        """The trained model, in eval mode.
+
+        Raises:
+            UserError: the weights are not those of such a model, or not finite.
+        """
+        try:
+            return self._model()
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from error
+        except Exception as error:  # the library checks its sizes in many ways
+            reason = first_line(error)
+            raise UserError(f"{self.path}: its shape is that of no model ({reason})") from error
+
+    def _model(self) -> EarlyExitModel:
+        weights, ramp = self._by_name, self.config["ramp"]
+        tensor_files.check_finite(weights)
+        if ramp.get("reads") == "pair" and self.architecture.get("sep_token_id") is None:
+            raise UserError(
+                "its configuration has no sep_token_id, by which its ramps tell two texts apart"
+            )
+        shape = self.architecture, Task.from_config(self.config["task"]).num_labels, ramp
         there = {name: tuple(value.shape) for name, value in weights.items()}
         # Before the model is made: of a hostile size it would take all memory.
-        for name, wanted in EarlyExitModel.shapes(*shape).items():
+        expected, num_bytes = EarlyExitModel.shapes(*shape)
+        for name, wanted in expected.items():
             # Of weights that share their values one is kept, under any of their names.
             found = there.get(name, wanted if wanted in there.values() else None)
             if found != wanted:
                 raise UserError(
-                    f"{self.path}: its weights do not fit its shape ({name} is "
-                    f"{found or 'missing'}, not {wanted})"
+                    f"its weights do not fit its shape ({name} is {found or 'missing'}, not "
+                    f"{wanted})"
                 )
+        storages = {
+            s.data_ptr(): s.nbytes() for w in weights.values() if (s := w.untyped_storage())
+        }
+        if num_bytes > MOST_GROWTH * sum(storages.values()):
+            raise UserError("its weights are fewer numbers than its shape has")
         model = EarlyExitModel(*shape)
         try:
             model.load_weights(weights)
         except RuntimeError as error:
             reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
-            raise UserError(f"{self.path}: its weights do not fit its shape ({reason})") from error
-        return model.eval()
+            raise UserError(f"its weights do not fit its shape ({reason})") from error
+        _try(model.eval())
+        return model
 
     @cached_property
     def fingerprint(self) -> str:
         """Says which weights these are; records carry it."""
-        return fingerprint(self._by_name)
+        return tensor_files.fingerprint(self._by_name)
 
     @property
     def _by_name(self) -> dict[str, torch.Tensor]:
         """The weights as `EarlyExitModel` calls them."""
-        return {name.removeprefix("model."): value for name, value in self.weights.items()}
+        return by_name(self.weights)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer it was trained with."""
-        return tokens.from_files(self.tokenizer_files)
+        """The tokenizer it was trained with.
+
+        Raises:
+            UserError: the files make none, or it has ids that the model has not.
+        """
+        try:
+            found = tokens.from_files(self.tokenizer_files)
+            tokens.check(found, self.architecture)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from error
+        return found
+
+
+def by_name(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights as `EarlyExitModel` calls them."""
+    return {name.removeprefix("model."): value for name, value in state_dict.items()}
+
+
+@torch.inference_mode()
+def _try(model: EarlyExitModel) -> None:
+    """Run a model once: the library finds some settings wrong only then.
+
+    Raises:
+        UserError: its logits are not finite.
+    """
+    ids = torch.zeros(1, min(TRIED, model.backbone.longest_input), dtype=torch.long)
+    if not model(ids, torch.ones_like(ids)).isfinite().all():
+        raise UserError("its logits are not finite")
 
 
 def find(path: str, flag: str, name: str) -> Path:
     """A checkpoint file, or `checkpoints/<name>` of a run folder.
 
     Raises:
-        UserError: neither is there.
+        UserError: neither is there, or it is a link that leads out of the folder.
     """
     given = Path(path)
-    if not given.exists():
+    if not exists(given):
         raise UserError(f"{flag}={path}: no such file or folder; give a run folder or a .ckpt file")
-    if given.is_file():
-        return given
-    for file in (given / "checkpoints" / name, given / name):
-        if file.is_file():
-            return file
+    if not given.is_dir():
+        return given  # a link that the user names may lead anywhere
+    for file in (f"checkpoints/{name}", name):
+        try:
+            return untrusted.inside(given, file)
+        except FileNotFoundError:
+            continue
+        except UserError as error:
+            raise UserError(f"{flag}={path}: {error}") from error
     raise UserError(f"{flag}={path}: the folder holds no checkpoints/{name}; give a run folder")
 
 
 def lasting(given: str) -> str:
     """A path that holds from another working directory, too; what is none here, an id on the hub,
     as it is."""
-    return str(Path(given).absolute()) if Path(given).exists() else given
+    return str(Path(given).absolute()) if exists(given) else given
 
 
 def read(path: Path, flag: str) -> Checkpoint:
     """Read a checkpoint written by `train.py`. Nothing in it is executed.
 
     Raises:
-        UserError: it is no checkpoint, or not one of this program's.
+        UserError: it is no checkpoint, not one of this program's, or damaged.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        hparams = content["hyper_parameters"]
-        checkpoint = Checkpoint(
-            path,
-            of_today(hparams["config"]),
-            hparams["architecture"],
-            hparams["tokenizer"],
-            content["state_dict"],
-            content["epoch"] + 1,
-        )
-        checkpoint.config["stage"], checkpoint.config["task"]["name"], checkpoint.config["data"]
-    except Exception as error:  # unpickling somebody's file fails in many ways
+        return _read(path)
+    except (UserError, LookupError, TypeError, AttributeError, OSError) as error:
+        reason = first_line(error) if isinstance(error, UserError) else type(error).__name__
         raise UserError(
-            f"{flag}={path}: not a checkpoint of this program ({type(error).__name__}); give the "
-            "run folder or checkpoints/best.ckpt of a `python train.py` run"
+            f"{flag}={path}: not a checkpoint of this program, or a damaged one ({reason}); give "
+            "the run folder or checkpoints/best.ckpt of a `python train.py` run"
         ) from error
-    return checkpoint
 
 
-def of_today(config: dict[str, Any]) -> dict[str, Any]:
-    """A saved run's configuration, also of one from before there were some of its choices."""
-    name = config["stages"][str(config["stage"])].get("objective")
-    return {"objective": {"name": name}, "ramp": {}, "teacher": None} | config
-
-
-def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
-    """A hash of a model's weights: names, shapes, types and values."""
-    digest = hashlib.sha256()
-    for name, values in sorted(weights.items()):
-        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-        digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+def _read(path: Path) -> Checkpoint:
+    content = tensor_files.torch_file(path)
+    hparams, weights = content["hyper_parameters"], content["state_dict"]
+    tensor_files.check_weights(weights)
+    kept = content.get(WEIGHTS_FINGERPRINT)
+    if kept is not None and kept != tensor_files.fingerprint(by_name(weights)):
+        raise UserError("its weights are not those that were written: the file is damaged")
+    said = untrusted.plain(hparams["config"], "its configuration")
+    files = untrusted.plain(hparams["tokenizer"], "its tokenizer")
+    if not isinstance(epoch := content["epoch"], int) or not 0 <= epoch < 2**31:
+        raise UserError("its epoch is no number of one")
+    return Checkpoint(
+        path,
+        remembered.accepted(said),
+        architectures.settings(hparams["architecture"]),
+        tokens.known_files(files),
+        weights,
+        epoch + 1,
+        said,
+    )

@@ -119,6 +119,18 @@ class EarlyExitClassifier:
         self.model = origin.model()
         self.tokenizer = origin.tokenizer()
         self.max_length = int(origin.config["data"]["max_length"])
+        longest = self.model.backbone.longest_input
+        if self.max_length > longest:
+            raise UserError(
+                f"{origin.path}: its data.max_length={self.max_length} is more than the {longest} "
+                "tokens that its backbone takes"
+            )
+        for record in what.records.values():
+            if record.num_layers != self.num_layers:
+                raise UserError(
+                    f"{origin.path}: its record of {record.split} is of {record.num_layers} ramps, "
+                    f"and its model has {self.num_layers}"
+                )
         self._rules: dict[str | None, Rule] = {}
         self.rule = self._rule(what.exit)
         self.engine = Engine(
@@ -366,7 +378,7 @@ class EarlyExitClassifier:
         random = torch.Generator().manual_seed(0)  # different ones leave at different layers
         inputs: list[Tokens] = [
             {"input_ids": torch.randint(len(self.tokenizer), (int(n),), generator=random).tolist()}
-            for n in chosen.clamp_min(1)
+            for n in chosen.clamp(1, self.max_length)
         ]
         protocol = Protocol(
             precisions=(self.engine.precision,), runtime=self.engine.runtime, repeats=3

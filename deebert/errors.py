@@ -8,7 +8,13 @@ from typing import Any, TypeGuard
 
 
 class UserError(ValueError):
-    """Bad input: the message names the value, the choices and the flag to use."""
+    """Bad input: the message names the value, the choices and the flag to use.
+
+    It is one line that a terminal shows and does not obey, whatever value it names.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 def unknown(what: str, value: object, choices: Iterable[object], flag: str) -> UserError:

@@ -22,11 +22,12 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from deebert import commands, onnx_graphs
+from deebert import commands, markdown, onnx_graphs, untrusted
 from deebert.architectures import ARCHITECTURES
 from deebert.classifier import Asked, EarlyExitClassifier
 from deebert.commands import WishOptions, option, wish_of
 from deebert.errors import UserError, unknown
+from deebert.markdown import code
 from deebert.model import EarlyExitModel
 from deebert.onnx_layer import PRECISIONS
 from deebert.tasks import Task
@@ -229,8 +230,8 @@ def _check_place(folder: Path, overwrite: bool) -> None:
     if not overwrite:
         raise UserError(f"output={folder} is there; choose another, or give overwrite=true")
     try:
-        ours = json.loads((folder / "deebert.json").read_text("utf-8"))["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
+        ours = untrusted.json_file(folder / "deebert.json").get("format") == FORMAT
+    except (FileNotFoundError, UserError):
         ours = False
     if not ours:
         raise UserError(f"output={folder} is no export; overwrite=true replaces nothing else")
@@ -302,8 +303,9 @@ def _difference(folder: Path, classifier: EarlyExitClassifier) -> list[float]:
 def _write_readme(folder: Path, about: Mapping[str, Any]) -> None:
     task = about["task"]
     text = '"a text"' if len(task["columns"]) == 1 else '["a text", "and another"]'
-    reads = " and ".join(task["columns"])
-    answer = "a number" if task["labels"] is None else f"one of: {', '.join(task['labels'])}"
+    reads = " and ".join(map(code, task["columns"]))
+    classes = task["labels"]
+    answer = "a number" if classes is None else f"one of: {', '.join(map(markdown.text, classes))}"
     savings = [each["target_saving"] for each in about["savings"]]
     wish = "threshold=0.1" if not savings else f"target_saving={savings[len(savings) // 2]}"
     lines = [

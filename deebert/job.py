@@ -5,6 +5,8 @@ Knows Hydra and checkpoints; builds nothing.
 """
 
 import logging
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from deebert import checkpoints, curves, objectives, origins, ranks, records
+from deebert import checkpoints, curves, objectives, origins, ranks, records, remembered
 from deebert.checkpoints import Checkpoint, Origin
 from deebert.errors import UserError, is_number, is_whole, unknown
 from deebert.objectives import PAPER, trains_ramps
@@ -94,9 +96,10 @@ def _origin(cfg: DictConfig, job: Job) -> Checkpoint | None:
         rows = ("data.limit_train", "data.max_length", "data.unlabelled")  # and what of them
         _inherit(cfg, origin, job, fixed=(*fixed, *rows), taken=("data", "thresholds", "teacher"))
         if cfg.teacher:
-            _refuse_another_teacher(cfg)
+            _refuse_another_teacher(cfg, fetch=job.said("teacher"))
         for key in ("trainer", "callbacks"):
-            _inherit_values(cfg, key, origin.config[key], job)
+            _inherit_values(cfg, key, origin.config.get(key, {}), job)
+        _tell_left_out(cfg, origin)
         epochs = cfg.stages[str(cfg.stage)].epochs
         if origin.epochs_done >= epochs:
             raise UserError(
@@ -150,18 +153,25 @@ def _complete_student(cfg: DictConfig, job: Job) -> Checkpoint:
     return origin
 
 
-def read_teacher(cfg: DictConfig) -> Checkpoint:
+def read_teacher(cfg: DictConfig, *, fetch: bool = True) -> Checkpoint:
     """The run that a student learns from.
+
+    Args:
+        fetch: may it be fetched from the hub?
 
     Raises:
         UserError: it is missing, unreadable or of the wrong stage.
     """
-    return _of_stage_1(cfg, "teacher", "a student learns from a stage-1 run")
+    return _of_stage_1(cfg, "teacher", "a student learns from a stage-1 run", fetch=fetch)
 
 
-def _refuse_another_teacher(cfg: DictConfig) -> None:
-    """A resumed student goes on with its teacher, or one of the same kind from another place."""
-    teacher = read_teacher(cfg)
+def _refuse_another_teacher(cfg: DictConfig, *, fetch: bool) -> None:
+    """A resumed student goes on with its teacher, or one of the same kind from another place.
+
+    Args:
+        fetch: may it be fetched from the hub? Not if the checkpoint alone names it.
+    """
+    teacher = read_teacher(cfg, fetch=fetch)
     for key in ("task", "backbone"):
         if teacher.config[key]["name"] != cfg[key].name:
             raise UserError(
@@ -170,9 +180,9 @@ def _refuse_another_teacher(cfg: DictConfig) -> None:
             )
 
 
-def _of_stage_1(cfg: DictConfig, flag: str, why: str) -> Checkpoint:
+def _of_stage_1(cfg: DictConfig, flag: str, why: str, *, fetch: bool = True) -> Checkpoint:
     given = str(cfg[flag])
-    origin = origins.checkpoint(given, flag, said=_said(cfg))
+    origin = origins.checkpoint(given, flag, said=_said(cfg), fetch=fetch)
     if not origin.path.is_file():  # no run that could be gone on with: ramps may be trained anew
         return origin
     if origin.config["stage"] != 1:
@@ -223,8 +233,9 @@ def _evaluated(cfg: DictConfig) -> Origin:
         if not cfg.record:
             return found
     folder = Path(str(cfg.record))
-    folder = folder / "records" if (folder / "records").is_dir() else folder
-    headers = {file: records.load(file)[1] for file in sorted(folder.glob("*.safetensors"))}
+    is_run = (folder / records.FOLDER).is_dir()
+    files = records.files(folder, records.FOLDER if is_run else ".")
+    headers = {file: records.load(file)[1] for file in files}
     if not headers:
         raise UserError(f"record={cfg.record}: no records there; give a run folder that has some")
     for what in ("checkpoint", "config"):
@@ -236,7 +247,7 @@ def _evaluated(cfg: DictConfig) -> Origin:
             f"record={cfg.record} is of another checkpoint than ckpt={cfg.ckpt}: its weights have "
             f"the fingerprint {header['checkpoint']}, not {found.fingerprint}"
         )
-    return Origin(folder, checkpoints.of_today(header["config"]))
+    return Origin(files[0].parent, header["config"])
 
 
 def _inherit(
@@ -260,7 +271,7 @@ def _inherit(
         )
     with open_dict(cfg):
         for key in dict.fromkeys(name.partition(".")[0] for name in (*fixed, *taken)):
-            theirs = OmegaConf.create({key: origin.config[key]})
+            theirs = _literal({key: origin.config[key]})
             for said in (s for s in kept if s.startswith(f"{key}.")):
                 OmegaConf.update(theirs, said, OmegaConf.select(cfg, said), merge=False)
             for said in (s for s in job.explicit if s == key or s.startswith(f"{key}.")):
@@ -272,19 +283,49 @@ def _inherit(
                     raise _contradiction(said, ours, saved, origin)
                 OmegaConf.update(theirs, said, ours, merge=False)
             cfg[key] = theirs[key]
+    root = origin.config["data"].get("root")
+    if root and isinstance(origin, Checkpoint) and not job.said("data.root"):
+        log.info("data.root=%s, as %s says (data.root=... for another folder)", root, origin.path)
 
 
 def _inherit_values(cfg: DictConfig, path: str, theirs: dict[str, Any], job: Job) -> None:
-    """Take plain settings, never a `_target_`: a checkpoint is somebody's file, and what it names
-    would be called."""
+    """Take the settings that `remembered` lets through; each inside a block that is there."""
     with open_dict(cfg):
         ours = OmegaConf.select(cfg, path)
         for key, value in theirs.items() if isinstance(ours, DictConfig) else ():
             inner = f"{path}.{key}"
             if isinstance(value, dict):
                 _inherit_values(cfg, inner, value, job)
-            elif not str(key).startswith("_") and inner not in job.explicit:
+            elif inner not in job.explicit:
                 OmegaConf.update(cfg, inner, value)
+
+
+def _tell_left_out(cfg: DictConfig, origin: Checkpoint) -> None:
+    blocks = {key: cfg.get(key) for key in ("trainer", "callbacks")}
+    ours = {k: OmegaConf.to_container(v, resolve=True) if v else None for k, v in blocks.items()}
+    if lost := remembered.left_out(origin.said, ours):
+        log.warning(
+            "%s: not taken from the checkpoint, which may be somebody else's: %s; say it again on "
+            "the command line if you want it",
+            origin.path,
+            ascii(", ".join(lost))[1:-1],
+        )
+
+
+def _literal(values: Mapping[str, Any]) -> DictConfig:
+    """Return a node of OmegaConf that resolves to these very values: a `${...}` in a text stays."""
+    return OmegaConf.create({key: _escaped(value) for key, value in values.items()})
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, str):
+        # In front of "${" a backslash escapes; each that is there already is doubled.
+        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", value)
+    if isinstance(value, list):
+        return [_escaped(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _escaped(each) for key, each in value.items()}
+    return value
 
 
 def _refuse_other_task(cfg: DictConfig, origin: Origin) -> None:
@@ -297,7 +338,7 @@ def _refuse_other_task(cfg: DictConfig, origin: Origin) -> None:
         return
     if "stage" not in cfg and ours.get("checkpoint_task") == saved["name"]:
         return
-    raise _contradiction("task", ours, OmegaConf.create(saved), origin)
+    raise _contradiction("task", ours, saved, origin)
 
 
 def _contradiction(said: str, ours: Any, saved: Any, origin: Origin) -> UserError:
@@ -308,7 +349,7 @@ def _contradiction(said: str, ours: Any, saved: Any, origin: Origin) -> UserErro
 
 
 def _name(value: Any) -> Any:
-    return value.name if isinstance(value, DictConfig) and "name" in value else value
+    return value["name"] if isinstance(value, DictConfig | dict) and "name" in value else value
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

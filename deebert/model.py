@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from deebert import backbones, ramps
+from deebert import architectures, backbones, ramps
 from deebert.objectives import Flow
 from deebert.ramps import Ramp, RampKind
 
@@ -24,7 +24,8 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
     """A backbone and a ramp per layer; the last ramp is the final classifier.
 
     `save_pretrained(folder)` writes safetensors and config.json, `from_pretrained(folder or id)`
-    reads them back.
+    reads them back. A folder of somebody else's is better read by `EarlyExitClassifier`, which
+    also checks sizes and links before it builds anything.
 
     Args:
         config: plain values of the backbone's Hugging Face configuration, `model_type` among them.
@@ -42,15 +43,21 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
         ramp: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.backbone = backbones.from_config(config)
+        # Of a file that somebody else may have written.
+        self.backbone = backbones.from_config(architectures.settings(config))
         self.num_labels = num_labels
         self.new_ramps(RampKind.from_config(ramp or {}))
 
     @classmethod
-    def shapes(cls, *args: Any) -> dict[str, tuple[int, ...]]:
-        """The shapes of all weights of such a model; takes no memory, however large they are."""
+    def shapes(cls, *args: Any) -> tuple[dict[str, tuple[int, ...]], int]:
+        """The shapes of all weights of such a model, and the bytes that they would take.
+
+        Takes no memory, however large they are.
+        """
         with torch.device("meta"):
-            return {name: tuple(value.shape) for name, value in cls(*args).state_dict().items()}
+            model = cls(*args)
+        num_bytes = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
+        return {name: tuple(value.shape) for name, value in model.state_dict().items()}, num_bytes
 
     @classmethod
     def from_backbone(

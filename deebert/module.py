@@ -56,6 +56,7 @@ class EarlyExitModule(L.LightningModule):
         self.layer_drop = self.recipe.get("layer_drop", 0.0)  # stage 1's alone
         # In a tuple, or torch would take its weights for this module's.
         self._teacher: tuple[EarlyExitModel, ...] = (teacher,) if teacher else ()
+        self.has_stepped = False  # has a training step of this run ended?
         self._freeze()
 
     @property
@@ -117,6 +118,9 @@ class EarlyExitModule(L.LightningModule):
         # Not at the epoch's start: a loader that begins to iterate draws from the generator too.
         if batch_idx == 0:
             torch.manual_seed((self.seed * 100_003 + self.current_epoch) * 1009 + self.global_rank)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.has_stepped = True
 
     def states(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What the ramps read, from a batch of tokens or of frozen states: -> (B, R)."""

@@ -477,7 +477,7 @@ def _about(folder: Path) -> dict[str, Any]:
     file = folder / "deebert.json"
     try:
         about = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         why = "is not there" if isinstance(error, FileNotFoundError) else "cannot be read"
         raise RunnerError(f"{file} {why}; write one with python -m deebert.export") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:

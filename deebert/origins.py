@@ -4,13 +4,13 @@ save_pretrained, a published classifier, or a hub repository that holds one of t
 Knows no weights; `checkpoints`, `saved` and `published` read them.
 """
 
-import json
 import re
 from collections.abc import Mapping
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
-from deebert import checkpoints, foreign, published, records, saved
+from deebert import checkpoints, foreign, published, records, saved, tokens, untrusted
 from deebert.checkpoints import Checkpoint
 from deebert.errors import UserError
 from deebert.saved import Saved
@@ -18,7 +18,7 @@ from deebert.saved import Saved
 FLAG = "model"
 BEST = "best.ckpt"
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
-HUB_FILES = ("config.json", saved.FILE, *foreign.TOKENIZER, "records/*.safetensors")
+HUB_FILES = ("config.json", saved.FILE, *tokens.FILES, "records/*.safetensors")
 PATIENCE = 10.0  # seconds until the hub must have answered
 
 
@@ -39,7 +39,8 @@ def find(given: str | Path, task: str | Mapping[str, Any] | None = None, flag: s
         found = saved.read(place, flag)
     elif scored := _scored(place):
         ckpt, config = scored
-        model = checkpoint(ckpt, f"{flag}={given}: ckpt", said=config)
+        # Whoever wrote results.json may name a file here, but nothing to be fetched.
+        model = checkpoint(ckpt, f"{flag}={given}: ckpt", said=config, fetch=False)
         found = Saved(model, saved.records_of(place, model))
     else:
         values = published.task_values(task) if isinstance(task, str) else task
@@ -55,7 +56,12 @@ def find(given: str | Path, task: str | Mapping[str, Any] | None = None, flag: s
 
 
 def checkpoint(
-    given: str | Path, flag: str, name: str = BEST, said: Mapping[str, Any] | None = None
+    given: str | Path,
+    flag: str,
+    name: str = BEST,
+    said: Mapping[str, Any] | None = None,
+    *,
+    fetch: bool = True,
 ) -> Checkpoint:
     """A model alone.
 
@@ -64,11 +70,12 @@ def checkpoint(
             classifier, or the id of a hub repository with one of the last two.
         name: of the checkpoint in a run folder.
         said: what a published classifier does not say itself (`published.read`).
+        fetch: may the hub be asked for an id? If not, what was downloaded before is found.
 
     Raises:
         UserError: nothing that can be loaded is there.
     """
-    return _checkpoint(_place(given, flag), str(given), flag, name, said or {})
+    return _checkpoint(_place(given, flag, fetch), str(given), flag, name, said or {})
 
 
 def _checkpoint(
@@ -76,9 +83,9 @@ def _checkpoint(
 ) -> Checkpoint:
     if saved.is_saved(place):
         return saved.read(place, flag).checkpoint
-    is_run = (place / "checkpoints" / name).is_file() or (place / name).is_file()
+    is_run = exists(place / "checkpoints" / name) or exists(place / name)
     if place.is_dir() and not is_run:
-        if (place / "config.json").is_file():
+        if exists(place / "config.json"):
             return published.read(place, flag, given, said)
         raise UserError(
             f"{flag}={given}: the folder holds no checkpoints/{name} (give a run folder), no "
@@ -89,45 +96,47 @@ def _checkpoint(
 
 def _scored(folder: Path) -> tuple[str, dict[str, Any]] | None:
     """The checkpoint that evaluate.py has scored here, as it was named, and its configuration."""
-    files = sorted((folder / "records").glob("*.safetensors"))
+    files = records.files(folder) if folder.is_dir() else []
     if not files or (folder / "checkpoints").exists():
         return None
     try:
-        ckpt = json.loads((folder / "results.json").read_text("utf-8"))["ckpt"]
-    except (OSError, ValueError, KeyError, TypeError):
+        ckpt = untrusted.json_file(untrusted.inside(folder, "results.json")).get("ckpt")
+    except (FileNotFoundError, UserError):
         return None
     return (ckpt, records.load(files[0])[1]["config"]) if isinstance(ckpt, str) else None
 
 
-def _place(given: str | Path, flag: str) -> Path:
+def _place(given: str | Path, flag: str, fetch: bool = True) -> Path:
     """Where it lies on this machine; what is no path here may be a hub's id."""
     path, text = Path(given), str(given)
     is_id = re.fullmatch(HUB_ID, text) and ".." not in text and path.suffix != ".ckpt"
-    return _downloaded(text, flag) if is_id and not path.exists() else path
+    return _downloaded(text, flag, fetch) if is_id and not exists(path) else path
 
 
-def _downloaded(repo_id: str, flag: str) -> Path:
+def _downloaded(repo_id: str, flag: str, fetch: bool) -> Path:
     """What is needed of a hub repository; without a network, what was downloaded before."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
     absent = f"{flag}={repo_id}: no such file or folder here, and"
+    failure = "it is named in a file, so it is not fetched"
     try:
-        info = HfApi().model_info(repo_id, timeout=PATIENCE)  # snapshot_download waits for ever
-        there = {file.rfilename for file in info.siblings or ()}
-        weights = next((name for name in foreign.WEIGHTS if name in there), foreign.WEIGHTS[0])
-        return Path(snapshot_download(repo_id, allow_patterns=[*HUB_FILES, weights]))
+        if fetch:
+            info = HfApi().model_info(repo_id, timeout=PATIENCE)  # snapshot_download waits for ever
+            there = {file.rfilename for file in info.siblings or ()}
+            weights = next((name for name in foreign.WEIGHTS if name in there), foreign.WEIGHTS[0])
+            return Path(snapshot_download(repo_id, allow_patterns=[*HUB_FILES, weights]))
     except RepositoryNotFoundError as error:
         raise UserError(
             f"{absent} no repository of this name on the hub that you may read (hf auth login)"
         ) from error
     except Exception as error:  # no network, no answer, an outage
-        failure = error
+        failure = f"the hub cannot be asked ({type(error).__name__})"
     try:
         patterns = [*HUB_FILES, foreign.WEIGHTS[0]]
         return Path(snapshot_download(repo_id, allow_patterns=patterns, local_files_only=True))
     except Exception as error:
         raise UserError(
-            f"{absent} the hub cannot be asked ({type(failure).__name__}); without a network give "
-            f"a local folder (where there is one: hf download {repo_id} --local-dir FOLDER)"
+            f"{absent} {failure}; without a network give a local folder (where there is one: hf "
+            f"download {repo_id} --local-dir FOLDER)"
         ) from error

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deebert import checkpoints, foreign, ramps
-from deebert.architectures import architecture, longest_input
+from deebert.architectures import architecture, longest_input, settings
 from deebert.checkpoints import Checkpoint
 from deebert.errors import UserError, first_line, unknown
 from deebert.model import EarlyExitModel
@@ -166,7 +166,7 @@ def _read(folder: Path, source: str, said: Mapping[str, Any]) -> Checkpoint:
     ours = {name: value for name, value in named.items() if name is not None}
     task = _task(values, said)
     num_labels = _num_labels(ours.get(f"ramps.{num_layers - 1}.classifier.weight"), task, source)
-    shape = foreign.settings(kind, values)
+    shape = settings({**values, "model_type": kind})
     seed = said.get("seed", 42)
     ours = _complete(ours, shape, num_labels, num_layers, None if of_authors else seed)
     if order := _order(values, MNLI[kind] if of_authors else None, Task.from_config(task)):
@@ -191,7 +191,7 @@ def _read(folder: Path, source: str, said: Mapping[str, Any]) -> Checkpoint:
         "thresholds": None,
         "teacher": None,
     }
-    files = foreign.tokenizer_files(folder, kind, shape["vocab_size"])
+    files = foreign.tokenizer_files(folder, shape)
     return Checkpoint(folder, config, shape, files, ours, epochs_done=0)
 
 
@@ -230,9 +230,9 @@ def _complete(
         seed: of the ramps that stage 2 is to train and that are not there; None: all must be.
     """
     try:
-        expected = EarlyExitModel.shapes(shape, num_labels)
+        expected, _ = EarlyExitModel.shapes(shape, num_labels)
     except Exception as error:
-        raise UserError(f"its config.json is of no model ({first_line(error)})") from error
+        raise UserError(f"its configuration is of no model ({first_line(error)})") from error
     for name, value in ours.items():
         if name not in expected:
             raise UserError(f"its weights hold {name}, which is no part of this model")

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from deebert import remembered, tensor_files, untrusted
 from deebert.errors import UserError
 
 SCHEMA = 1
+FOLDER = "records"  # of a run or saved folder
+LONGEST = 2**20  # tokens of an input
 HELD_OUT = "calibration"  # the part of the training split that no stage sees
 
 
@@ -100,52 +102,92 @@ class Record:
         """
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"{self.split}.part"
-        text = json.dumps({"schema": SCHEMA, "split": self.split, **header})
         tensors = {name: values.contiguous() for name, values in self._tensors().items()}
+        facts = {"schema": SCHEMA, "split": self.split, "values": tensor_files.fingerprint(tensors)}
+        text = json.dumps(facts | dict(header))
         save_file(tensors, part, {"deebert": text})
         os.replace(part, folder / f"{self.split}.safetensors")
 
 
+COLUMNS = {  # name in the file -> type, number of dimensions
+    "logits_NLC": (torch.float32, 3), "labels_N": (None, 1), "index_N": (torch.int64, 1),
+    "length_N": (torch.int64, 1), "group_N": (torch.int64, 1), "unsure_NL": (torch.float32, 2),
+}  # fmt: skip
+
+
+def files(folder: Path, place: str = FOLDER) -> list[Path]:
+    """The saved records in a folder of a run or saved folder.
+
+    Raises:
+        UserError: one is a link that leads out of the run or saved folder, or no file.
+    """
+    names = sorted(file.name for file in (folder / place).glob("*.safetensors"))
+    try:
+        return [untrusted.inside(folder, f"{place}/{name}") for name in names]
+    except (UserError, FileNotFoundError) as error:
+        raise UserError(f"{folder}: {error}") from error
+
+
 def load(file: Path) -> tuple[Record, dict[str, Any]]:
-    """A saved record and its header.
+    """A saved record and its header, whose `config` is as `remembered.accepted` has it.
 
     Raises:
         UserError: the file is missing, is no record of this program, or is damaged.
     """
+    if not file.is_file():
+        raise UserError(f"record={file}: no such record")
     try:
-        with safe_open(file, "pt") as content:
-            header = json.loads((content.metadata() or {})["deebert"])
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-        if wrong := _wrong(header, tensors, file):
-            raise UserError(f"record={file}: {wrong}; record again with evaluate.py ckpt=RUN")
-        return Record(header["split"], **({"labels_N": None} | tensors)), header
-    except FileNotFoundError as error:
-        raise UserError(f"record={file}: no such record") from error
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+        tensors, metadata = tensor_files.safetensors_file(file)
+    except UserError as error:
+        raise UserError(f"record={file}: not a record of this program: {error}") from error
+    try:
+        header = untrusted.json_mapping(metadata["deebert"], "its header")
+        header["config"] = remembered.accepted(header["config"])
+        _check(header, tensors, file)
+        columns: dict[str, Any] = {"labels_N": None} | tensors
+        record = Record(header["split"], **columns)
+        record.check()
+    except UserError as error:
+        raise UserError(
+            f"record={file}: {error}; record again with evaluate.py ckpt=RUN"
+        ) from error
+    except (LookupError, TypeError, AttributeError) as error:
         raise UserError(f"record={file}: not a record of this program") from error
+    return record, header
 
 
-def _wrong(header: dict[str, Any], tensors: dict[str, Tensor], file: Path) -> str | None:
-    """What is wrong with a record, or None."""
-    config, logits, labels = header["config"], tensors["logits_NLC"], tensors.get("labels_N")
+def _check(header: dict[str, Any], tensors: dict[str, Tensor], file: Path) -> None:
+    """Check that header and columns are those of one record.
+
+    Raises:
+        UserError: they are not.
+    """
+    config, logits = header["config"], tensors["logits_NLC"]
+    labels, unsure = tensors.get("labels_N"), tensors.get("unsure_NL")
     if header["schema"] != SCHEMA:
-        return f"its schema is {header['schema']}, not {SCHEMA}"
+        raise UserError(f"its schema is {header['schema']!a}, not {SCHEMA}")
     if header["split"] != file.stem:
-        return f"the file was renamed, it is of split {header['split']!r}"
-    if not {"task", "stage", "stages", "seed", "backbone", "data"} <= set(config):
-        return "its configuration is incomplete"
-    if logits.ndim != 3 or logits.dtype != torch.float32 or not len(logits) or not logits.shape[1]:
-        return f"its logits are {tuple(logits.shape)} {logits.dtype}, not (rows, ramps, labels)"
+        raise UserError(f"the file was renamed, it is of split {header['split']!a}")
+    if "values" in header and header["values"] != tensor_files.fingerprint(tensors):
+        raise UserError("its values are not those that were written: it is damaged")
+    for name, values in tensors.items():
+        dtype, num_dims = COLUMNS[name]
+        if values.ndim != num_dims or values.dtype != (dtype or values.dtype):
+            raise UserError(f"its {name} is {tuple(values.shape)} {values.dtype}")
+    if not len(logits) or not logits.shape[1]:
+        raise UserError(f"its logits are {tuple(logits.shape)}, not (rows, ramps, labels)")
     num_labels = len(config["task"]["labels"] or "1")  # a regression has one output
     if logits.shape[2] != num_labels:
-        return f"it has {logits.shape[2]} outputs a ramp, and its task {num_labels}"
-    unsure = tensors.get("unsure_NL")
-    if unsure is not None and unsure.shape != logits.shape[:2]:
-        return f"its learned exit scores are {tuple(unsure.shape)}, not (rows, ramps)"
+        raise UserError(f"it has {logits.shape[2]} outputs a ramp, and its task {num_labels}")
+    if unsure is not None and (unsure.shape != logits.shape[:2] or not unsure.isfinite().all()):
+        raise UserError("its learned exit scores are not (rows, ramps) finite numbers")
     if {len(values) for values in tensors.values()} != {len(logits)}:
-        return "its columns are of different lengths"
-    if labels is not None and num_labels > 1 and not 0 <= labels.min() <= labels.max() < num_labels:
-        return f"its labels are not all between 0 and {num_labels - 1}"
-    return None
+        raise UserError("its columns are of different lengths")
+    if labels is not None:
+        if not labels.isfinite().all() or labels.is_floating_point() != (num_labels == 1):
+            raise UserError(f"its labels are {labels.dtype}, and its task has {num_labels} outputs")
+        if num_labels > 1 and not 0 <= labels.min() <= labels.max() < num_labels:
+            raise UserError(f"its labels are not all between 0 and {num_labels - 1}")
+    lengths = tensors["length_N"]
+    if not 0 <= lengths.min() <= lengths.max() <= LONGEST:
+        raise UserError(f"its inputs have from {lengths.min()} to {lengths.max()} tokens")

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deebert import pictures
+from deebert.markdown import text
 from deebert.page import page
 from deebert.tables import more_tables, notes, tables
 
@@ -134,13 +135,17 @@ def _table(columns: list[str], rows: list[list[str]], narrow: bool = False) -> T
 
 def markdown(results: dict[str, Any]) -> str:
     """The same tables as Markdown."""
-    lines = [f"# {title(results)}", ""]
+    lines = [f"# {text(title(results))}", ""]
     for heading, columns, rows in (*tables(results), *more_tables(results)):
-        lines += [f"## {heading}", "", f"| {' | '.join(columns)} |", f"|{'---:|' * len(columns)}"]
-        lines += [f"| {' | '.join(row)} |" for row in rows]
+        lines += [f"## {text(heading)}", "", _row(columns), f"|{'---:|' * len(columns)}"]
+        lines += [_row(row) for row in rows]
         lines.append("")
-    lines += [f"{note}\n" for note in notes(results)]
+    lines += [f"{text(note)}\n" for note in notes(results)]
     return "\n".join(lines)
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(map(text, cells))} |"
 
 
 def title(results: dict[str, Any]) -> str:

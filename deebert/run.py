@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
@@ -20,13 +21,14 @@ from deebert import (
     objectives,
     question,
     records,
+    remembered,
     report,
     tokens,
 )
 from deebert.callbacks import EarlyExitEvaluation
 from deebert.checkpoints import Checkpoint, Origin
 from deebert.clock import Clock
-from deebert.errors import UserError
+from deebert.errors import UserError, first_line
 from deebert.evaluation import Question
 from deebert.frozen import FrozenStates
 from deebert.job import Job, check, complete, complete_evaluation, plain, read_teacher
@@ -37,12 +39,6 @@ from deebert.records import HELD_OUT
 from deebert.tasks import Task
 
 log = logging.getLogger(__name__)
-
-# What makes a checkpoint self-describing, and a run resumable.
-REMEMBERED = (
-    "task", "backbone", "ramp", "data", "stage", "stages", "objective", "seed", "trainer",
-    "callbacks", "thresholds", "teacher",
-)  # fmt: skip
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -105,8 +101,8 @@ def train(cfg: DictConfig) -> float | None:
     data.prepare_data()  # a mistake in the data shows before anything is logged
     data.train_dataloader()
     build.remember_held_out(config, data)
-    remembered = {key: config[key] for key in REMEMBERED}
-    module = EarlyExitModule(model, remembered, tokenizer_files, teacher)
+    kept = {key: config[key] for key in remembered.KEYS}
+    module = EarlyExitModule(model, kept, tokenizer_files, teacher)
     source: L.LightningDataModule = data
     if module.is_cached:
         # Not those that are trained: they would read something else than they have learned from.
@@ -128,12 +124,27 @@ def train(cfg: DictConfig) -> float | None:
                 "parameters unused: say trainer.strategy=ddp_find_unused_parameters_true"
             )
         start = time.perf_counter()
-        trainer.fit(module, datamodule=source, ckpt_path=resume)
+        try:
+            trainer.fit(module, datamodule=source, ckpt_path=resume, weights_only=True)
+        except (UserError, MisconfigurationException):
+            raise
+        except Exception as error:
+            if resume is None or module.has_stepped:
+                raise
+            # What somebody's file says of optimizer, loops and callbacks fails in many ways.
+            raise UserError(
+                f"resume={config['resume']}: the run cannot be gone on with from this checkpoint "
+                f"({type(error).__name__}: {first_line(error)}); start stage {config['stage']} anew"
+            ) from error
         log.info("trained in %.1f s", time.perf_counter() - start)
         best = trainer.checkpoint_callback
         if isinstance(best, ModelCheckpoint) and best.monitor and best.best_model_path:
             trainer.validate(
-                module, datamodule=source, ckpt_path=best.best_model_path, verbose=False
+                module,
+                datamodule=source,
+                ckpt_path=best.best_model_path,
+                verbose=False,
+                weights_only=True,
             )
     return _result(trainer.is_global_zero, job)
 
@@ -183,8 +194,8 @@ def evaluate(cfg: DictConfig) -> float | None:
         columns = data.tokens(named)
         labelled = "label" in columns.column_names
         calibrate.check(len(columns), labelled, named, task, asked.rule, asked.wish)
-    remembered = origin.config | {key: config[key] for key in ("task", "data", "backbone")}
-    module = EarlyExitModule(model, remembered, origin.tokenizer_files)
+    kept = origin.config | {key: config[key] for key in ("task", "data", "backbone")}
+    module = EarlyExitModule(model, kept, origin.tokenizer_files)
     ckpt = checkpoints.lasting(str(config["ckpt"]))
     callback = EarlyExitEvaluation(None, asked, chosen_on, config["analysis"], ckpt)
     protocol = question.protocol(config)
@@ -235,7 +246,7 @@ def _evaluate_records(
     """The same from saved logits: neither model nor data is needed."""
     if job.said("logger"):
         log.warning("record= asks without a run that could be logged: logger= is left out")
-    found = [records.load(file)[0] for file in origin.path.glob("*.safetensors")]
+    found = [records.load(file)[0] for file in records.files(origin.path, ".")]
     found.sort(key=lambda record: task.order(record.split))
     wanted = config["split"]
     named = HELD_OUT if config["calibration"] in ("auto", "heldout") else config["calibration"]

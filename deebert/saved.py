@@ -6,21 +6,19 @@
     records/SPLIT.safetensors        every ramp's logits for some rows: what wishes are granted from
     README.md                        the model card
 
-Nothing that such a folder says is executed, and no name in it leads out of it.
+Nothing that such a folder says is executed, and no name or link in it leads out of it.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
-from deebert import checkpoints, records
+from deebert import architectures, records, remembered, tensor_files, tokens, untrusted
 from deebert.checkpoints import Checkpoint
-from deebert.errors import UserError
+from deebert.errors import UserError, is_whole
 from deebert.model import EarlyExitModel
 from deebert.records import Record
 from deebert.tasks import Task
@@ -29,12 +27,11 @@ FILE = "deebert.json"
 SAVING = ".saving"  # beside it until all is written
 SCHEMA = 1
 # Of a run's configuration: all but what lies on the machine that it was trained on, or names code.
+WISH = (
+    "threshold", "target_saving", "target_speedup", "max_drop", "confidence", "loss", "per_ramp",
+    "temperature", "exit",
+)  # fmt: skip
 KEPT = ("task", "backbone", "ramp", "data", "stage", "stages", "objective", "seed", "thresholds")
-# What transformers heeds in a config, and what is no part of a model's shape.
-NO_SHAPE = {
-    "dtype", "torch_dtype", "attn_implementation", "_attn_implementation", "auto_map",
-    "quantization_config",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,6 @@ def write(saved: Saved, model: EarlyExitModel, folder: Path, card: str) -> None:
         "exit": saved.exit,
         "wish": dict(saved.wish),
     }
-    told = json.dumps(about, indent=2) + "\n"
     (folder / SAVING).touch()
     (folder / FILE).unlink(missing_ok=True)  # until the rest is there: nothing, rather than a mix
     model.save_pretrained(folder)
@@ -87,12 +83,15 @@ def write(saved: Saved, model: EarlyExitModel, folder: Path, card: str) -> None:
         (folder / Path(name).name).write_text(text, "utf-8")
     for old in (folder / "records").glob("*.safetensors"):  # of what was saved here before
         old.unlink()
-    fingerprint = checkpoints.fingerprint(load_file(folder / "model.safetensors"))
+    # Of weights that share their values the file keeps one.
+    weights, _ = tensor_files.safetensors_file(folder / "model.safetensors")
+    fingerprint = tensor_files.fingerprint(weights)
     for record in saved.records.values():
         header = {"checkpoint": fingerprint, "data": None, "config": config}
         record.save(folder / "records", header)
     (folder / "README.md").write_text(card, "utf-8")
-    (folder / FILE).write_text(told, "utf-8")
+    about["weights"] = fingerprint
+    (folder / FILE).write_text(json.dumps(about, indent=2, allow_nan=False) + "\n", "utf-8")
     (folder / SAVING).unlink()
 
 
@@ -104,6 +103,9 @@ def check_place(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder")
+    for file in (*folder.iterdir(), *(folder / "records").glob("*")):
+        if file.is_symlink():  # what is written there would be written where it leads
+            raise UserError(f"{folder} holds a link, {file.name}; remove it, or name a new folder")
     exported = (folder / "runner.py").exists()
     if (is_saved(folder) and not exported) or (folder / SAVING).exists():
         return
@@ -120,8 +122,8 @@ def public(config: Mapping[str, Any]) -> dict[str, Any]:
     kept["task"] = {k: v for k, v in config["task"].items() if k != "root"}
     kept["data"] = {k: v for k, v in config["data"].items() if k != "root"} | {"root": None}
     kept["backbone"] = dict(config["backbone"])
-    path = Path(str(kept["backbone"].get("path")))
-    if path.is_absolute() or path.exists():  # no name on the hub
+    path = str(kept["backbone"].get("path"))
+    if Path(path).is_absolute() or exists(path):  # no name on the hub
         del kept["backbone"]["path"]
     return kept
 
@@ -131,69 +133,68 @@ def read(folder: Path, flag: str) -> Saved:
     UserError: something is missing, damaged, or does not fit the rest.
     """
 
-    def wrong(what: str, error: Exception | None = None) -> UserError:
-        kind = f" ({type(error).__name__})" if error else ""
-        return UserError(f"{flag}={folder}: {what}{kind}; save the model again from its run")
-
     if (folder / "runner.py").is_file():
         raise UserError(
             f"{flag}={folder}: an ONNX export, which its own runner.py answers with; give the run "
             "or saved folder that it was made of"
         )
-    weights = folder / "model.safetensors"
-    if not weights.is_file():  # safetensors does not say which file it misses
-        raise wrong(f"{weights.name} is missing")
     try:
-        about = json.loads((folder / FILE).read_text("utf-8"))
-        if about["schema"] != SCHEMA:
-            raise wrong(f"{FILE} has schema {about['schema']}, not {SCHEMA}")
-        shape = json.loads((folder / "config.json").read_text("utf-8"))
-        config = about["config"]
-        architecture = {k: v for k, v in shape["config"].items() if k not in NO_SHAPE}
-        if config["ramp"].get("reads") == "pair" and architecture.get("sep_token_id") is None:
-            raise wrong("config.json has no sep_token_id, by which ramps tell two texts apart")
-        files = {
-            name: (folder / name).read_text("utf-8") for name in map(_inside, about["tokenizer"])
-        }
-        checkpoint = Checkpoint(
-            folder,
-            public(checkpoints.of_today(config)),
-            architecture,
-            files,
-            # Copies: the library maps the file, which would pull them from under us if it changed.
-            {name: w.clone() for name, w in load_file(weights).items()},
-            int(about["epochs_done"]),
-        )
-        rule, wish = about["exit"], about["wish"]
-        if not isinstance(rule, str | None) or not isinstance(wish, dict):
-            raise wrong(f"{FILE}: exit={rule!r} is no name, or wish={wish!r} not by name")
-    except UserError:
-        raise
+        found = _read(folder)
+    except UserError as error:
+        raise UserError(f"{flag}={folder}: {error}; save the model again from its run") from error
     except FileNotFoundError as error:
-        raise wrong(f"{Path(str(error.filename)).name} is missing") from error
-    except (OSError, SafetensorError) as error:
-        raise wrong("its weights cannot be read as safetensors", error) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise wrong(f"{FILE} or config.json is damaged", error) from error
-    return Saved(checkpoint, records_of(folder, checkpoint), rule, wish)
+        reason = f"{error.filename} is missing; save the model again from its run"
+        raise UserError(f"{flag}={folder}: {reason}") from error
+    except (LookupError, TypeError, AttributeError) as error:
+        reason = f"{FILE} or config.json is damaged ({type(error).__name__})"
+        raise UserError(f"{flag}={folder}: {reason}; save the model again from its run") from error
+    return replace(found, records=records_of(folder, found.checkpoint))
+
+
+def _read(folder: Path) -> Saved:
+    about = untrusted.json_file(untrusted.inside(folder, FILE))
+    if about["schema"] != SCHEMA:
+        raise UserError(f"{FILE} has schema {about['schema']!a}, not {SCHEMA}")
+    shape = untrusted.json_file(untrusted.inside(folder, "config.json"))
+    weights, _ = tensor_files.safetensors_file(untrusted.inside(folder, "model.safetensors"))
+    tensor_files.check_weights(weights)
+    kept = about.get("weights")  # folders of before do not say it
+    if kept is not None and kept != tensor_files.fingerprint(weights):
+        raise UserError(f"its weights are not those that {FILE} names: they are damaged")
+    if strange := [name for name in about["tokenizer"] if name not in tokens.FILES]:
+        raise UserError(f"{FILE}: {strange[0]!a} is no file of a tokenizer")
+    files = {
+        name: untrusted.text(untrusted.inside(folder, name), untrusted.TOKENIZER_BYTES)
+        for name in about["tokenizer"]
+    }
+    epochs_done = about["epochs_done"]
+    if not is_whole(epochs_done) or epochs_done < 0:
+        raise UserError(f"{FILE}: epochs_done={epochs_done!a} is no number of epochs")
+    rule, wish = about["exit"], about["wish"]
+    if not isinstance(rule, str | None):
+        raise UserError(f"{FILE}: exit={rule!a} is no name")
+    if not isinstance(wish, dict) or not set(wish) <= {*WISH} or not remembered.MAPPING.fits(wish):
+        raise UserError(f"{FILE}: wish={wish!a} is none; its names may be: {', '.join(WISH)}")
+    checkpoint = Checkpoint(
+        folder,
+        public(remembered.accepted(about["config"])),
+        architectures.settings(shape["config"]),
+        files,
+        weights,
+        epochs_done,
+    )
+    return Saved(checkpoint, {}, rule, wish)
 
 
 def records_of(folder: Path, checkpoint: Checkpoint) -> dict[str, Record]:
     """The records of a run or saved folder, by split.
 
     Raises:
-        UserError: one is damaged, or of other weights.
+        UserError: one is damaged, of other weights, or a link that leads out of the folder.
     """
     found, task = {}, Task.from_config(checkpoint.config["task"])
-    files = (folder / "records").glob("*.safetensors")
-    for file in sorted(files, key=lambda file: task.order(file.stem)):
+    for file in sorted(records.files(folder), key=lambda file: task.order(file.stem)):
         found[file.stem], header = records.load(file)
         if header["checkpoint"] != checkpoint.fingerprint:
             raise UserError(f"{file}: a record of other weights than {checkpoint.path}; remove it")
     return found
-
-
-def _inside(name: Any) -> str:
-    if not isinstance(name, str) or Path(name).name != name:
-        raise UserError(f"{FILE}: tokenizer file {name!r} would lie outside the folder")
-    return name

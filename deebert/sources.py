@@ -14,13 +14,15 @@ from typing import Any
 
 import datasets
 import pandas as pd
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
 from deebert import demo
 from deebert.errors import UserError, first_line
-from deebert.tasks import Task
+from deebert.tasks import WORD, Task
 
 log = logging.getLogger(__name__)
 
+HUB = r"\w[\w.-]*(/\w[\w.-]*)?"
 ENDINGS = ("parquet", "jsonl", "json", "tsv", "csv")  # in the order in which they are tried
 
 
@@ -63,7 +65,7 @@ def find_files(task: Task, split: str, root: str) -> list[Path]:
     Raises:
         UserError: the folder itself is missing.
     """
-    if not re.fullmatch(r"[\w.-]+", split):
+    if not re.fullmatch(WORD, split):
         raise UserError(f"split={split} is no name of a split; choose from: {_splits(task)}")
     folder = Path(root)
     if not folder.is_dir():
@@ -128,6 +130,9 @@ def _read_text(task: Task, file: Path) -> pd.DataFrame:
 
 def _from_hub(task: Task, split: str) -> datasets.Dataset:
     assert task.hub is not None
+    # The library would take a folder here, or one of its own readers, for a data set of the hub.
+    if not re.fullmatch(HUB, task.hub[0]) or task.hub[0] in _PACKAGED_DATASETS_MODULES:
+        raise UserError(f"task {task.name}: hub={task.hub[0]} is no data set of the hub (task.hub)")
     try:
         return datasets.load_dataset(*task.hub, split=split)
     except (OSError, datasets.exceptions.DatasetNotFoundError) as error:

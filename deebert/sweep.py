@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 
 from deebert import ranks
 from deebert.errors import UserError
+from deebert.markdown import text
 from deebert.sweep_rows import COLUMNS, ORIGINS, Job, Mean, jobs_of, over_seeds, rows_of
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 
 def _markdown(title: str, jobs: list[Job], rows: list[dict[str, Any]]) -> str:
     missing = [job for job in jobs if job.results is None]
-    lines = [f"# Sweep {title}: {len(jobs) - len(missing)} of {len(jobs)} jobs finished", ""]
+    lines = [f"# Sweep {text(title)}: {len(jobs) - len(missing)} of {len(jobs)} jobs finished", ""]
     if missing:
         table = [
             {"job": job.name, "overrides": " ".join(job.overrides), "what is there": job.problem}
@@ -132,7 +133,7 @@ def _table(rows: list[dict[str, Any]]) -> Iterable[str]:
     """Markdown, without the columns that say nothing in any row."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     columns = [key for key in columns if any(row.get(key) not in (None, "") for row in rows)]
-    yield f"| {' | '.join(column.replace('_', ' ') for column in columns)} |"
+    yield f"| {' | '.join(text(column.replace('_', ' ')) for column in columns)} |"
     yield f"|{'---|' * len(columns)}"
     for row in rows:
         cells = (_cell(column, row.get(column)) for column in columns)
@@ -148,7 +149,7 @@ def _cell(column: str, value: Any) -> str:
         return f"{value:.2f}x"
     if isinstance(value, float):
         return f"{value:g}" if column == "threshold" else f"{value:.4f}"
-    return str(value).replace("|", "\\|")
+    return text(value)
 
 
 def _picture(means: list[Mean]) -> bytes:

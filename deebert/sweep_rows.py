@@ -3,7 +3,6 @@
 Reads results.json and .hydra/overrides.yaml only. Knows nothing of models; imports nothing heavy.
 """
 
-import json
 import statistics
 import sys
 from collections import defaultdict
@@ -11,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from deebert import untrusted
 
 MEASURED = ("score", "expected_saving", "cost_ratio", "speed_up")
 COLUMNS = (
@@ -93,11 +94,11 @@ def _job(folder: Path, name: str) -> Job:
     place = folder / name
     overrides = _overrides(place / ".hydra" / "overrides.yaml")
     try:
-        results = json.loads((place / "results.json").read_text())
+        results = untrusted.json_file(place / "results.json")
         _measured(results)  # all that is needed is in it
     except FileNotFoundError:
         return Job(name, overrides, None, "no results")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return Job(name, overrides, None, f"damaged results.json ({reason})")
     if not (place / "results.md").exists():  # written at the end only, results.json at each epoch
@@ -110,8 +111,10 @@ def _overrides(file: Path) -> tuple[str, ...]:
     from yaml import YAMLError  # type: ignore[import-untyped]
 
     try:
-        return tuple(str(override) for override in OmegaConf.load(file))
-    except (OSError, YAMLError):  # damaged, or hydra.output_subdir=null
+        # As they stand: the value of an environment variable that one names is not for a table.
+        found: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        return tuple(map(str, found))
+    except (OSError, YAMLError, TypeError):  # damaged, or hydra.output_subdir=null
         return ()
 
 

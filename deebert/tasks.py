@@ -73,6 +73,7 @@ METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "pearson": _correlation("pearson_corrcoef"),
     "spearman": _correlation("spearman_corrcoef"),
 }
+WORD = r"\w[\w.-]*"
 BINARY = ("f1", "matthews")
 REGRESSION = ("pearson", "spearman")
 
@@ -138,8 +139,21 @@ class Task:
             value = values.get(key)
             if value is not None and not isinstance(value, list):
                 raise UserError(f"task {name}: {key}: {value!r} must be a list: {key}: [{value}]")
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
-            raise UserError(f"task {name}: its name must be a word of letters, digits, _ and -")
+        # Names of files and folders: no way out of a folder may hide in them.
+        tsv = values.get("tsv")
+        if tsv is not None and not isinstance(tsv, dict):
+            raise UserError(f"task {name}: tsv: {tsv!r} must be a mapping")
+        words = [("name", name), ("folder", (tsv or {}).get("folder"))]
+        words += [(key, values.get(key)) for key in ("train", "checkpoint_task")]
+        words += [(key, each) for key in ("validation", "test") for each in values.get(key) or ()]
+        for what, word in words:
+            if word is None and what != "name":
+                continue
+            if not isinstance(word, str) or not re.fullmatch(WORD, word):
+                raise UserError(
+                    f"task {name}: {word!r}: its {what} must be a word of letters, digits, _, - "
+                    "and . that begins with a letter or digit"
+                )
         if any(isinstance(label, bool) for label in values["labels"] or ()):
             raise UserError(
                 f"task {name}: YAML reads yes, no, on, off as true, false; quote labels"

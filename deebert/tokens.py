@@ -14,6 +14,13 @@ from deebert.errors import UserError, first_line
 
 TOKENS = ("input_ids", "token_type_ids")  # what an encoder may be given beside the mask
 LONG = 8  # characters a token of max_length: pairs of more are cut by hand
+SIZES = {"input_ids": "vocab_size", "token_type_ids": "type_vocab_size"}
+# What a tokenizer is read from: plain names, in one folder.
+FILES = (
+    "tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model",
+    "spm.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+TRIED = ("x", "a fine film", "caf\u00e9 \u5317\u4eac \U0001f600")
 AT_ONCE = 250_000  # characters: a tokenizer holds 100 bytes and more a token, also of what it cuts
 
 
@@ -114,6 +121,19 @@ def files_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         return {path.name: path.read_text("utf-8") for path in sorted(Path(folder).iterdir())}
 
 
+def known_files(files: Mapping[str, Any]) -> dict[str, str]:
+    """Return the files that a tokenizer is made of; others are not taken.
+
+    Raises:
+        UserError: one holds no text.
+    """
+    found = {name: files[name] for name in FILES if name in files}
+    for name, content in found.items():
+        if not isinstance(content, str):
+            raise UserError(f"its {name} is no text")
+    return found
+
+
 def from_files(files: Mapping[str, str | bytes]) -> PreTrainedTokenizerBase:
     """The tokenizer that `files_of` wrote down, or that lies in somebody's folder.
 
@@ -122,15 +142,34 @@ def from_files(files: Mapping[str, str | bytes]) -> PreTrainedTokenizerBase:
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for given, text in files.items():
-                # A checkpoint is somebody's file: its names may not lead out of the folder.
-                name = Path(given).name
+            for name, text in files.items():
                 text = _harmless(text) if name == "tokenizer_config.json" else text
                 content = text.encode() if isinstance(text, str) else text
                 (Path(folder) / name).write_bytes(content)
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # damaged files fail in many ways
             raise UserError(f"the tokenizer cannot be loaded: {first_line(error)}") from error
+
+
+def check(tokenizer: PreTrainedTokenizerBase, architecture: Mapping[str, Any]) -> None:
+    """Check that a model of this shape takes all that the tokenizer makes.
+
+    Raises:
+        UserError: it has ids that the model has not, or cannot be used.
+    """
+    try:
+        # What stands around texts need be no part of the vocabulary.
+        made = [encode(tokenizer, [[text]] * n, 16) for text in TRIED for n in (1, 2)]
+        largest = {
+            name: max(each for ids in made for each in ids.get(name, [[0]])[0]) for name in SIZES
+        }
+        largest["input_ids"] = max(largest["input_ids"], *tokenizer.get_vocab().values())
+    except Exception as error:  # somebody's tokenizer fails in many ways
+        raise UserError(f"the tokenizer cannot be used: {first_line(error)}") from error
+    for name, most in largest.items():
+        size = architecture.get(SIZES[name])
+        if size and most >= size:  # 0 types of DeBERTa: it does not look at them
+            raise UserError(f"its tokenizer has {name} up to {most}, and its model {size} of them")
 
 
 def _harmless(text: str | bytes) -> str:

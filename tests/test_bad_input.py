@@ -1,5 +1,6 @@
 """Bad input is one clear line that names the value, the choices and the flag."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -32,7 +33,9 @@ def bad_input(tmp_path: Path, glue: Path, stage1: Path, stage2: Path) -> dict[st
     ):
         (tmp_path / name).mkdir()
         with safe_open(source, "pt") as content:
-            header = content.metadata()
+            facts = json.loads(content.metadata()["deebert"])
+        del facts["values"]  # as in a record of before
+        header = {"deebert": json.dumps(facts)}
         columns = load_file(source)
         change(columns)
         save_file(columns, tmp_path / name / source.name, header)

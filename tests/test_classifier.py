@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from deebert import EarlyExitClassifier, card, checkpoints, curves, records
+from deebert import EarlyExitClassifier, card, curves, records, tensor_files
 from deebert.errors import UserError
 from deebert.exits import RULES, entropy, exit_layer
 from deebert.records import Record
@@ -151,7 +152,9 @@ def test_the_card(classifier: EarlyExitClassifier) -> None:
     assert f"{score:.4f} |" in text
     found = curves.thresholds_for(entropy(record.logits_NLC), [0.4])[0]
     assert f"| {found:.4g} |" in text
-    assert text.startswith("---\nlibrary_name: deebert\n")
+    header = yaml.safe_load(text.split("---\n")[1])
+    assert header["library_name"] == "deebert"
+    assert header["metrics"] == ["f1", "accuracy"]
     assert "from deebert import EarlyExitClassifier" in text
     assert "with `python train.py stage=1`, then `python train.py stage=2 ckpt=RUN` of" in text
 
@@ -235,18 +238,18 @@ HOSTILE = {
     "a weight is missing": "do not fit its shape",
     "no weights": "model.safetensors is missing",
     "weights that are pickled": "cannot be read as safetensors",
-    "a tokenizer outside": "would lie outside the folder",
-    "a task that names code": "key '_target_' is unknown",
+    "a tokenizer outside": "is no file of a tokenizer",
+    "a task that names code": "its task._target_ is no setting",
     "another schema": "schema 7",
     "not JSON": "is damaged",
-    "a number": "is damaged",
+    "a number": "holds no mapping",
     "an unknown model": "is not supported",
     "a size beyond all memory": "its weights do not fit its shape",
     "such a size, and no such weight": "its weights do not fit its shape",
     "a record of other weights": "other weights",
     "a rule that is no name": "is no name",
     "an unknown rule": "exit 'os.system' is unknown",
-    "pairs, and no separator": "config.json has no sep_token_id",
+    "pairs, and no separator": "its configuration has no sep_token_id",
 }
 
 
@@ -258,6 +261,7 @@ def test_refuses_a_damaged_or_hostile_folder(
     classifier.save_pretrained(folder)
     weights = {k: v.clone() for k, v in load_file(folder / "model.safetensors").items()}
     name = next(iter(weights))
+    damaged(folder, "deebert.json", lambda a: a.pop("weights"))  # as in a folder of before
     if what.startswith("a weight"):  # or its records would give it away
         shutil.rmtree(folder / "records")
     if what == "a weight of another shape":
@@ -384,7 +388,7 @@ def test_shared_parameters_come_back(tmp_path: Path, stage2: Path) -> None:
     loaded.load_weights(load_file(tmp_path / "model.safetensors"))
     expected = model.state_dict()
     assert all(torch.equal(values, expected[name]) for name, values in loaded.state_dict().items())
-    assert checkpoints.fingerprint(loaded.state_dict()) == checkpoints.fingerprint(expected)
+    assert tensor_files.fingerprint(loaded.state_dict()) == tensor_files.fingerprint(expected)
     assert records.HELD_OUT == "calibration"
 
 

@@ -43,6 +43,7 @@ def build(
     config = {
         "stage": stage, "stages": stages, "seed": 3, "task": plain("task", "mrpc"), "data": {},
         "objective": plain("objective", objective or PAPER[stage]), "ramp": plain("ramp", ramp),
+        "backbone": plain("backbone", "tiny"),
     }  # fmt: skip
     spec = plain("backbone", "tiny")
     tokenizer = backbones.tokenizer(spec)

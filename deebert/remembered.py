@@ -1,0 +1,220 @@
+"""What is taken from the configuration in a checkpoint, a saved folder or a record: one table.
+
+Such a file may be somebody else's, so only the keys of this table are taken, each if its value is
+of the kind that the table says. Nothing in it is instantiated, interpolated or called. Knows
+nothing of files.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from deebert import untrusted
+from deebert.errors import UserError, is_number, is_whole
+
+# Of a run's configuration: what makes a checkpoint self-describing, and a run resumable.
+KEYS = (
+    "task", "backbone", "ramp", "data", "stage", "stages", "objective", "seed", "trainer",
+    "callbacks", "thresholds", "teacher",
+)  # fmt: skip
+NEEDED = ("task", "backbone", "data", "stage", "stages", "seed")  # the others came later
+MOST_DEVICES = 64  # also of a checkpoint that asks for a million of them
+MOST_WORKERS = 64
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of plain value; null fits every kind, as it does in the configuration."""
+
+    name: str
+    fits: Callable[[Any], bool]
+
+    def __or__(self, other: "Kind") -> "Kind":
+        return Kind(f"{self.name} or {other.name}", lambda v: self.fits(v) or other.fits(v))
+
+
+def _is_text(value: Any) -> bool:
+    # OmegaConf takes three question marks for a value that is still to come.
+    return isinstance(value, str) and len(value) <= untrusted.TEXT and value != "???"
+
+
+def _whole(low: int, high: int) -> Kind:
+    return Kind(f"a whole number from {low} to {high}", lambda v: is_whole(v) and low <= v <= high)
+
+
+def _list_of(kind: Kind) -> Kind:
+    return Kind(
+        f"a list, each value {kind.name}",
+        lambda v: isinstance(v, list) and all(kind.fits(each) for each in v),
+    )
+
+
+TEXT = Kind("a text", _is_text)
+NAME = Kind(
+    "a name of at most 200 printable characters",
+    lambda v: _is_text(v) and len(v) <= 200 and v.isprintable(),
+)
+# No "${": Hydra resolves what it instantiates twice.
+WORD = Kind(
+    "a word of letters, digits and _./:,+-",
+    lambda v: isinstance(v, str) and re.fullmatch(r"[\w./:,+-]{0,200}", v) is not None,
+)
+FLAG = Kind("true or false", lambda v: isinstance(v, bool))
+NUMBER = Kind("a number", is_number)
+COUNT = _whole(0, 2**40)
+SCALAR = TEXT | FLAG | NUMBER
+PLAIN = Kind("a number, a text, true, false, null, or a list of these", lambda v: _is_plain(v))
+MAPPING = Kind(
+    "a mapping of plain values",
+    lambda v: isinstance(v, dict) and all(map(_is_plain, v.values())),
+)
+
+
+def _is_plain(value: Any) -> bool:
+    listed = value if isinstance(value, list) else [value]
+    return all(each is None or SCALAR.fits(each) for each in listed)
+
+
+# Of a repository of data, never a path or one of the readers of the library `datasets`.
+HUB = Kind(
+    "a repository and a configuration",
+    lambda v: (
+        isinstance(v, list)
+        and len(v) == 2
+        and all(
+            isinstance(each, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", each) for each in v
+        )
+    ),
+)
+
+# A block's keys. `REST` says what all others may be; without it they are not taken.
+REST = "*"
+TASK = {
+    "name": NAME, "columns": _list_of(TEXT), "labels": _list_of(TEXT | NUMBER),
+    "metrics": _list_of(TEXT), "label": TEXT, "train": WORD, "validation": _list_of(WORD),
+    "test": _list_of(WORD), "hub": HUB, "root": TEXT, "tsv": MAPPING, "group": TEXT,
+    "checkpoint_task": WORD, REST: PLAIN,
+}  # fmt: skip
+BACKBONE = {
+    "name": NAME, "path": TEXT, "package": TEXT, "sha256": WORD, "epochs": COUNT,
+    "layers": _list_of(COUNT), "config": MAPPING,
+}  # fmt: skip
+DATA = {
+    "root": TEXT, "max_length": _whole(1, 2**20), "calibration_size": COUNT,
+    "calibration_rows": WORD, "limit_train": COUNT, "unlabelled": _list_of(WORD),
+    "eval_batch_size": _whole(1, 2**16), "num_workers": _whole(0, MOST_WORKERS),
+}  # fmt: skip
+# Lightning's, but for what names code, files or places.
+TRAINER = {
+    **dict.fromkeys(("accelerator", "strategy", "gradient_clip_algorithm", "max_time"), WORD),
+    **dict.fromkeys(("precision", "deterministic"), WORD | NUMBER | FLAG),
+    "devices": _whole(-1, MOST_DEVICES) | WORD | _list_of(_whole(0, MOST_DEVICES)),
+    "num_nodes": _whole(1, MOST_DEVICES),
+    **dict.fromkeys(
+        (
+            "max_epochs", "min_epochs", "max_steps", "min_steps", "gradient_clip_val",
+            "accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval",
+            "num_sanity_val_steps", "log_every_n_steps", "limit_train_batches",
+            "limit_val_batches", "limit_test_batches", "overfit_batches",
+            "reload_dataloaders_every_n_epochs",
+        ),
+        NUMBER,
+    ),
+    **dict.fromkeys(
+        (
+            "use_distributed_sampler", "enable_model_summary", "benchmark", "sync_batchnorm",
+            "detect_anomaly", "inference_mode",
+        ),
+        FLAG,
+    ),
+}  # fmt: skip
+THRESHOLDS = NUMBER | _list_of(NUMBER)
+CALLBACKS = {
+    "early_exit": {"thresholds": THRESHOLDS},
+    "best": {
+        "monitor": WORD, "mode": WORD, "save_on_train_epoch_end": FLAG, "every_n_epochs": COUNT,
+    },
+    "last": {"save_on_train_epoch_end": FLAG, "every_n_epochs": COUNT},
+    "learning_rate": {"logging_interval": WORD, "log_momentum": FLAG},
+}  # fmt: skip
+STAGE: dict[str, Any] = {REST: PLAIN}
+TABLE: dict[str, Any] = {
+    "task": TASK, "backbone": BACKBONE, "ramp": {REST: PLAIN}, "data": DATA, "stage": _whole(1, 2),
+    "stages": {"1": STAGE, "2": STAGE}, "objective": {"name": NAME, REST: PLAIN},
+    "seed": _whole(0, 2**32 - 1), "trainer": TRAINER, "callbacks": CALLBACKS,
+    "thresholds": THRESHOLDS, "teacher": TEXT,
+}  # fmt: skip
+
+
+def accepted(config: Any) -> dict[str, Any]:
+    """Return what is taken of a run's configuration, also of one from before some of its keys.
+
+    Args:
+        config: plain values (`untrusted.plain`).
+
+    Raises:
+        UserError: a key is missing, or its value is of another kind than the table says.
+    """
+    found = _taken(config, TABLE, "")
+    if missing := [key for key in NEEDED if found.get(key) is None]:
+        raise UserError(f"its configuration says no {missing[0]}")
+    for key in ("task", "backbone"):
+        if found[key].get("name") is None:
+            raise UserError(f"its configuration says no {key}.name")
+    recipe = found["stages"].get(str(found["stage"]))
+    if recipe is None:
+        raise UserError(f"its configuration says no stages.{found['stage']}")
+    found.setdefault("objective", {"name": recipe.get("objective")})
+    if not isinstance(found["objective"].get("name"), str):
+        raise UserError("its configuration says no objective.name")
+    return {"ramp": {}, "teacher": None, "thresholds": None} | found
+
+
+def _taken(given: Any, table: Mapping[str, Any], flag: str) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise UserError(f"its {flag or 'configuration'} is no mapping")
+    found: dict[str, Any] = {}
+    for key, value in given.items():
+        kind, inner = table.get(key, table.get(REST)), f"{flag}.{key}".lstrip(".")
+        if kind is None:
+            continue
+        if key.startswith("_"):
+            raise UserError(f"its {inner} is no setting; nothing that it names was called")
+        if isinstance(kind, Kind):
+            if value is not None and not kind.fits(value):
+                raise UserError(f"its {inner} must be {kind.name}, not {_short(value)}")
+            found[key] = value
+        elif value is not None:
+            found[key] = _taken(value, kind, inner)
+    return found
+
+
+def left_out(config: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """List the settings of the trainer and the callbacks that a checkpoint says and that are not
+    taken, where this run has others.
+
+    Args:
+        config: what the checkpoint says, plain values.
+        ours: this run's `trainer` and `callbacks`, plain values.
+    """
+    found = []
+    for block in ("trainer", "callbacks"):
+        here = _flat(ours.get(block), block)
+        taken = _flat(_taken(config.get(block) or {}, TABLE[block], block), block)
+        for flag, value in _flat(config.get(block), block).items():
+            if flag not in taken and value is not None and here.get(flag) != value:
+                found.append(flag)
+    return found
+
+
+def _flat(value: Any, flag: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {flag: value}
+    parts = (_flat(inner, f"{flag}.{key}") for key, inner in value.items())
+    return {name: each for part in parts for name, each in part.items()}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

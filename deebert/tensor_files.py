@@ -1,0 +1,197 @@
+"""Read files of tensors that somebody else may have written: torch.save's and safetensors.
+
+Nothing in such a file is executed, and no size that it claims is allocated before the file itself
+is known to be that large. Knows nothing of what the tensors are for.
+"""
+
+import hashlib
+import pickletools
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from deebert.errors import UserError
+from deebert.untrusted import DEPTH, VALUES
+
+PICKLE_BYTES = 2**26  # of a checkpoint without its tensors; the tokenizer is in it
+# What a pickle of tensors and plain values names. torch alone would also take types that reserve
+# as much memory as the file says.
+GLOBALS = re.compile(
+    r"collections OrderedDict|torch [A-Za-z0-9]+Storage|torch\._utils _rebuild_tensor(_v2)?|"
+    r"torch\._utils _rebuild_parameter|torch\.nn\.parameter Parameter|torch Size|torch\.storage "
+    r"UntypedStorage"
+)
+ZIP = b"PK\x03\x04"
+
+
+def torch_file(file: Path) -> Any:
+    """Read what `torch.save` wrote: tensors and plain values, on the processor.
+
+    Raises:
+        UserError: the file is damaged, or holds anything else.
+    """
+    if not file.is_file():
+        raise UserError(f"{file.name} is no regular file")
+    try:
+        with open(file, "rb") as stream:
+            is_zip = stream.read(len(ZIP)) == ZIP
+            if is_zip:
+                _check_zip(file)
+            else:  # before torch 1.6
+                _check_legacy(stream)
+        # Mapped, so that a tensor cannot be larger than the file; torch 1.6 and later only.
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except UserError:
+        raise
+    except Exception as error:  # unpickling somebody's file fails in many ways
+        raise UserError(
+            f"{file.name} is damaged, or holds more than tensors and plain values "
+            f"({type(error).__name__}); nothing in it was executed"
+        ) from error
+    return _Own(file, is_zip)(found)
+
+
+def _check_zip(file: Path) -> None:
+    """Raises:
+    UserError: bytes were changed, or the parts are larger than the file says.
+    """
+    with zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
+        if sum(part.file_size for part in parts) > file.stat().st_size or any(
+            part.compress_type != zipfile.ZIP_STORED for part in parts
+        ):
+            raise UserError(f"{file.name} is packed in another way than torch.save packs")
+        if (damaged := archive.testzip()) is not None:
+            raise UserError(f"{file.name} is damaged: its part {damaged!a} has another checksum")
+        for part in parts:
+            if part.filename.endswith("data.pkl"):
+                if part.file_size > PICKLE_BYTES:
+                    raise UserError(f"{file.name} holds too much beside its tensors")
+                _check_pickle(archive.read(part), file.name)
+
+
+def _check_legacy(stream: Any) -> None:
+    """The format has five pickles, one behind the other, and then the numbers."""
+    stream.seek(0)
+    for _ in range(5):
+        for code, value, _ in pickletools.genops(stream):
+            _check_code(code.name, value, Path(stream.name).name)
+            if stream.tell() > PICKLE_BYTES:
+                raise UserError(f"{Path(stream.name).name} holds too much beside its tensors")
+
+
+def _check_pickle(pickled: bytes, what: str) -> None:
+    for code, value, _ in pickletools.genops(pickled):
+        _check_code(code.name, value, what)
+
+
+def _check_code(name: str, value: Any, what: str) -> None:
+    if name == "STACK_GLOBAL" or (name in ("GLOBAL", "INST") and not GLOBALS.fullmatch(value)):
+        raise UserError(
+            f"{what} holds more than tensors and plain values (it names {value!a}); nothing "
+            "in it was executed"
+        )
+
+
+class _Own:
+    """Tensors of a mapped file -> tensors in memory of their own.
+
+    The mapped ones would be pulled from under us if the file changed.
+    """
+
+    def __init__(self, file: Path, is_mapped: bool) -> None:
+        self.name, self.is_mapped = file.name, is_mapped
+        self.bytes_left = file.stat().st_size
+        self.values_left = VALUES
+        self.storages: dict[tuple[int, int], torch.UntypedStorage] = {}
+
+    def __call__(self, value: Any, depth: int = 0) -> Any:
+        self.values_left -= 1
+        if depth > DEPTH or self.values_left < 0:
+            raise UserError(f"{self.name} holds too many values, or values too deep inside others")
+        if isinstance(value, Tensor):
+            return self._tensor(value.detach())
+        if isinstance(value, list | tuple):
+            return type(value)([self(each, depth + 1) for each in value])
+        if isinstance(value, dict):
+            return {self(key, depth + 1): self(each, depth + 1) for key, each in value.items()}
+        return value
+
+    def _tensor(self, given: Tensor) -> Tensor:
+        if given.layout != torch.strided or given.is_quantized or given.device.type != "cpu":
+            raise UserError(f"{self.name} holds a tensor that is no plain array of numbers")
+        storage = given.untyped_storage()
+        if given.numel() * given.element_size() > storage.nbytes():  # one number, repeated
+            raise UserError(f"{self.name} holds a tensor that is larger than its numbers")
+        if not self.is_mapped:
+            return given
+        place = storage.data_ptr(), storage.nbytes()
+        if place not in self.storages:
+            self.bytes_left -= storage.nbytes()
+            if self.bytes_left < 0:  # the same numbers under many names
+                raise UserError(f"{self.name} holds more numbers than it has bytes for")
+            self.storages[place] = storage.clone()
+        shape, strides = given.size(), given.stride()
+        empty = torch.empty(0, dtype=given.dtype)
+        return empty.set_(self.storages[place], given.storage_offset(), shape, strides)
+
+
+def safetensors_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file: its tensors by name, and its metadata.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        with safe_open(file, "pt") as stream:
+            # Copies: the library maps the file.
+            found = {name: stream.get_tensor(name).clone() for name in stream.keys()}  # noqa: SIM118
+            return found, stream.metadata() or {}
+    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"{file.name} cannot be read as safetensors ({type(error).__name__})"
+        ) from error
+
+
+def check_weights(weights: Any) -> None:
+    """Check that this is a mapping of weights by name.
+
+    Raises:
+        UserError: it is not, or one is no array of real numbers.
+    """
+    if not isinstance(weights, dict) or not weights:
+        raise UserError("it holds no weights")
+    for name, value in weights.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise UserError("it holds something else than weights by name")
+        if not value.is_floating_point() or value.layout != torch.strided:
+            raise UserError(f"its weight {name!a} is no array of real numbers")
+
+
+def check_finite(weights: Mapping[str, Tensor]) -> None:
+    """Check that all numbers are finite.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise UserError(
+                f"its weight {name!a} holds numbers that are not finite: training diverged; "
+                "lower stages.1.lr or stages.2.lr"
+            )
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Hash tensors: their names, shapes, types and values. Says whether two models are the same."""
+    digest = hashlib.sha256()
+    for name, values in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+        digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
