@@ -75,15 +75,19 @@ class Reserve:
         return self.kind, (2**33,)
 
 
-def nasty(dice: random.Random, bait: Path) -> Any:
-    """A value that does not belong where it is put."""
+def nasty(dice: random.Random, bait: Path, shares: bool) -> Any:
+    """A value that does not belong where it is put.
+
+    Args:
+        shares: can the file hold one value in several places?
+    """
     call = {"_target_": "os.mkdir", "_args_": [str(bait / "owned")]}
     load = {"_target_": "torch.load", "f": str(bait / "evil.pt"), "weights_only": False}
     deep: Any = []
     for _ in range(dice.choice((50, 500))):
         deep = [deep]
     wide: Any = ["x"]
-    for _ in range(30):
+    for _ in range(30 if shares else 3):
         wide = [wide, wide]  # a thousand million of them, in 30 lists
     return dice.choice([
         None, True, -1, 0, 1, 2.5, 10**6, 10**9, 10**18, 1e308, float("nan"), float("inf"), "", "x",
@@ -104,7 +108,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
-def spoil(dice: random.Random, value: Any, bait: Path, times: int = 1) -> str:
+def spoil(dice: random.Random, value: Any, bait: Path, times: int = 1, shares: bool = False) -> str:
     """Change a tree of dicts and lists in some place; what was done."""
     done = []
     for _ in range(times):
@@ -119,19 +123,16 @@ def spoil(dice: random.Random, value: Any, bait: Path, times: int = 1) -> str:
             done.append(f"without {name}")
         elif how < 0.3 and isinstance(inner, dict):
             key = dice.choice(["_target_", "auto_map", "attn_implementation", "plugins", "__class__", "trust_remote_code", "dirpath", "../x", "x.y", "${oc.env:DEEBERT_SECRET}"])  # fmt: skip
-            inner[key] = nasty(dice, bait)
+            inner[key] = nasty(dice, bait, shares)
             done.append(f"{name} beside {key}={_short(inner[key])}")
         else:
-            inner[place[-1]] = nasty(dice, bait)
+            inner[place[-1]] = nasty(dice, bait, shares)
             done.append(f"{name}={_short(inner[place[-1]])}")
     return "; ".join(done)
 
 
 def _short(value: Any) -> str:
-    try:
-        return ascii(value)[:50] if not isinstance(value, list) or len(ascii(value[:1])) < 999 else "deep"  # fmt: skip
-    except (RecursionError, MemoryError):
-        return "deep"
+    return type(value).__name__ if isinstance(value, list) else ascii(value)[:50]
 
 
 def saved_json(dice: random.Random, runs: Path, bait: Path) -> str:
@@ -203,7 +204,7 @@ def checkpoint_values(dice: random.Random, runs: Path, bait: Path) -> str:
         else:
             dice.setstate(state)
         which = dice.randrange(len(roots) + 1)
-        done = spoil(dice, content if which == len(roots) else roots[which], bait, dice.choice((1, 2)))  # fmt: skip
+        done = spoil(dice, content if which == len(roots) else roots[which], bait, dice.choice((1, 2)), shares=True)  # fmt: skip
         torch.save(content, file)
     return f"{run}: {done}"
 

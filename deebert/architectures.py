@@ -18,8 +18,8 @@ from transformers.masking_utils import (
 
 from deebert import untrusted
 from deebert.errors import UserError, first_line, is_whole
+from deebert.untrusted import LAYERS
 
-MOST_LAYERS = 128  # of the published ones the deepest has 48; a layer takes 10 ms to build
 # Of every model type. The separator is ours: ramps tell two texts apart by it.
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 
@@ -331,8 +331,8 @@ def settings(given: Mapping[str, Any]) -> dict[str, Any]:
     chosen = {name: given[name] for name in sorted(known & set(given))}
     chosen = untrusted.plain(chosen, "its configuration")
     for name in ("num_hidden_layers", "n_layers"):
-        if is_whole(count := chosen.get(name, 1)) and not 1 <= count <= MOST_LAYERS:
-            raise UserError(f"{name}={count!a} must be a whole number from 1 to {MOST_LAYERS}")
+        if is_whole(count := chosen.get(name, 1)) and not 1 <= count <= LAYERS:
+            raise UserError(f"{name}={count!a} must be a whole number from 1 to {LAYERS}")
     try:
         found = AutoConfig.for_model(model_type, **chosen).to_dict()
         longest_input(found)

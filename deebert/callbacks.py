@@ -194,7 +194,10 @@ class BestCheckpoint(ModelCheckpoint):
         before = Path(state_dict["best_model_path"])
         moved = self.monitor and self.dirpath and Path(self.dirpath) != before.parent
         if moved and before.is_file():
-            ours = Path(str(self.dirpath)) / before.name
+            # Under its own name: a state may call any file of that run the best.
+            plain = self.filename and "{" not in self.filename
+            name = f"{self.filename}{self.FILE_EXTENSION}" if plain else before.name
+            ours = Path(str(self.dirpath)) / name
             ours.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(before, ours)
             state_dict = state_dict | {

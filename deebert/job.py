@@ -187,7 +187,8 @@ def _of_stage_1(cfg: DictConfig, flag: str, why: str, *, fetch: bool = True) -> 
         return origin
     if origin.config["stage"] != 1:
         raise UserError(f"{flag}={given} is of stage {origin.config['stage']}; {why}")
-    if origin.epochs_done < (epochs := origin.config["stages"]["1"]["epochs"]):
+    epochs = origin.config["stages"]["1"].get("epochs") or 0
+    if origin.epochs_done < epochs:
         log.warning(
             "%s=%s stopped after epoch %d of %d (resume=RUN would finish it); taken as it is",
             flag,
@@ -282,7 +283,9 @@ def _inherit(
                 if {key, said} & {*fixed} and _name(ours) != _name(saved) and said != "task":
                     raise _contradiction(said, ours, saved, origin)
                 OmegaConf.update(theirs, said, ours, merge=False)
-            cfg[key] = theirs[key]
+            # A run from before some of the settings has today's defaults of them.
+            later = key in ("data", "stages")
+            cfg[key] = OmegaConf.merge(cfg[key], theirs[key]) if later else theirs[key]
     root = origin.config["data"].get("root")
     if root and isinstance(origin, Checkpoint) and not job.said("data.root"):
         log.info("data.root=%s, as %s says (data.root=... for another folder)", root, origin.path)

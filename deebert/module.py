@@ -102,6 +102,24 @@ class EarlyExitModule(L.LightningModule):
         if self.stage == 2:
             self.model.ramps[-1].eval()
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.state.fn == "fit":  # Lightning would go on without it
+            for state in ("optimizer_states", "lr_schedulers"):
+                if len(checkpoint[state]) != 1:
+                    raise UserError(f"the checkpoint holds {len(checkpoint[state])} {state}, not 1")
+
+    def on_train_start(self) -> None:
+        # A fused step would read and write past the end of a shorter moment.
+        for optimizer in self.trainer.optimizers:
+            for parameter, state in optimizer.state.items():
+                for name, value in state.items():
+                    shape = () if name == "step" else parameter.shape
+                    if not isinstance(value, Tensor) or value.shape != shape:
+                        raise UserError(
+                            f"the optimizer's {name} is {getattr(value, 'shape', value)} where its "
+                            f"parameter is {tuple(parameter.shape)}"
+                        )
+
     def on_fit_start(self) -> None:
         steps = int(self.trainer.estimated_stepping_batches)
         if self.trains_ramps and all(self.objective.alone(step, steps) for step in range(steps)):

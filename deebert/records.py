@@ -174,6 +174,8 @@ def _check(header: dict[str, Any], tensors: dict[str, Tensor], file: Path) -> No
         dtype, num_dims = COLUMNS[name]
         if values.ndim != num_dims or values.dtype != (dtype or values.dtype):
             raise UserError(f"its {name} is {tuple(values.shape)} {values.dtype}")
+    if logits.shape[1] > untrusted.LAYERS:
+        raise UserError(f"it has {logits.shape[1]} ramps, more than {untrusted.LAYERS}")
     if not len(logits) or not logits.shape[1]:
         raise UserError(f"its logits are {tuple(logits.shape)}, not (rows, ramps, labels)")
     num_labels = len(config["task"]["labels"] or "1")  # a regression has one output

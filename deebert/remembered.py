@@ -12,6 +12,7 @@ from typing import Any
 
 from deebert import untrusted
 from deebert.errors import UserError, is_number, is_whole
+from deebert.tasks import Task
 
 # Of a run's configuration: what makes a checkpoint self-describing, and a run resumable.
 KEYS = (
@@ -138,7 +139,12 @@ CALLBACKS = {
     "last": {"save_on_train_epoch_end": FLAG, "every_n_epochs": COUNT},
     "learning_rate": {"logging_interval": WORD, "log_momentum": FLAG},
 }  # fmt: skip
-STAGE: dict[str, Any] = {REST: PLAIN}
+STAGE = {
+    **dict.fromkeys(("epochs", "batch_size"), COUNT),
+    **dict.fromkeys(("lr", "weight_decay", "warmup", "layer_drop"), NUMBER),
+    **dict.fromkeys(("cache", "standardize"), FLAG),
+    REST: PLAIN,
+}
 TABLE: dict[str, Any] = {
     "task": TASK, "backbone": BACKBONE, "ramp": {REST: PLAIN}, "data": DATA, "stage": _whole(1, 2),
     "stages": {"1": STAGE, "2": STAGE}, "objective": {"name": NAME, REST: PLAIN},
@@ -154,7 +160,8 @@ def accepted(config: Any) -> dict[str, Any]:
         config: plain values (`untrusted.plain`).
 
     Raises:
-        UserError: a key is missing, or its value is of another kind than the table says.
+        UserError: a key is missing, or its value is of another kind than the table says, or it is
+            of no task.
     """
     found = _taken(config, TABLE, "")
     if missing := [key for key in NEEDED if found.get(key) is None]:
@@ -165,6 +172,9 @@ def accepted(config: Any) -> dict[str, Any]:
     recipe = found["stages"].get(str(found["stage"]))
     if recipe is None:
         raise UserError(f"its configuration says no stages.{found['stage']}")
+    if found["data"].get("max_length") is None:
+        raise UserError("its configuration says no data.max_length")
+    Task.from_config(found["task"])
     found.setdefault("objective", {"name": recipe.get("objective")})
     if not isinstance(found["objective"].get("name"), str):
         raise UserError("its configuration says no objective.name")

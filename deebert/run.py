@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import lightning as L
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
@@ -126,15 +125,13 @@ def train(cfg: DictConfig) -> float | None:
         start = time.perf_counter()
         try:
             trainer.fit(module, datamodule=source, ckpt_path=resume, weights_only=True)
-        except (UserError, MisconfigurationException):
-            raise
         except Exception as error:
             if resume is None or module.has_stepped:
                 raise
             # What somebody's file says of optimizer, loops and callbacks fails in many ways.
             raise UserError(
                 f"resume={config['resume']}: the run cannot be gone on with from this checkpoint "
-                f"({type(error).__name__}: {first_line(error)}); start stage {config['stage']} anew"
+                f"({first_line(error)}); start stage {config['stage']} anew"
             ) from error
         log.info("trained in %.1f s", time.perf_counter() - start)
         best = trainer.checkpoint_callback

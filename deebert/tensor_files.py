@@ -109,6 +109,7 @@ class _Own:
         self.name, self.is_mapped = file.name, is_mapped
         self.bytes_left = file.stat().st_size
         self.values_left = VALUES
+        self.copies_left = self.bytes_left
         self.storages: dict[tuple[int, int], torch.UntypedStorage] = {}
 
     def __call__(self, value: Any, depth: int = 0) -> Any:
@@ -126,9 +127,14 @@ class _Own:
     def _tensor(self, given: Tensor) -> Tensor:
         if given.layout != torch.strided or given.is_quantized or given.device.type != "cpu":
             raise UserError(f"{self.name} holds a tensor that is no plain array of numbers")
-        storage = given.untyped_storage()
-        if given.numel() * given.element_size() > storage.nbytes():  # one number, repeated
+        storage, size = given.untyped_storage(), given.numel() * given.element_size()
+        if size > storage.nbytes():  # one number, repeated
             raise UserError(f"{self.name} holds a tensor that is larger than its numbers")
+        if not given.is_contiguous():  # kernels that take numbers in a row would read past its end
+            self.copies_left -= size
+            if self.copies_left < 0:
+                raise UserError(f"{self.name} holds more views of its numbers than numbers")
+            return given.contiguous()
         if not self.is_mapped:
             return given
         place = storage.data_ptr(), storage.nbytes()

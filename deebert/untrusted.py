@@ -18,6 +18,7 @@ JSON_BYTES = 2**24
 TOKENIZER_BYTES = 2**26  # of a tokenizer's file; that of XLM-R has 17 MB
 DEPTH = 20  # of values inside values
 VALUES = 500_000  # in one file
+LAYERS = 128  # of a model; the deepest encoder has 48, and a layer takes 10 ms to build
 TEXT = 10_000  # characters of a name or any other text of a configuration
 
 

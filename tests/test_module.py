@@ -41,7 +41,7 @@ def build(
     stages[str(stage)] |= {"lr": 1e-3, "epochs": 2, **recipe}
     stages["2"]["cache"] = "faithful" not in kind
     config = {
-        "stage": stage, "stages": stages, "seed": 3, "task": plain("task", "mrpc"), "data": {},
+        "stage": stage, "stages": stages, "seed": 3, "task": plain("task", "mrpc"), "data": {"max_length": 64},
         "objective": plain("objective", objective or PAPER[stage]), "ramp": plain("ramp", ramp),
         "backbone": plain("backbone", "tiny"),
     }  # fmt: skip

@@ -1,0 +1,681 @@
+"""Checkpoints, saved folders and records that somebody else wrote: nothing in them is executed,
+written elsewhere, fetched or shown. `benchmarks/fuzz.py` tries many more."""
+
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY, CommandFailed, results
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from deebert import EarlyExitClassifier, export, markdown, origins, remembered, untrusted
+from deebert.errors import UserError
+from deebert.tasks import Task
+
+Run = Callable[..., str]
+Content = dict[str, Any]
+SECRET = "what-only-the-environment-knows"
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+class Reserve:
+    """Takes 8 GB when it is unpickled, also where torch lets in weights alone."""
+
+    def __reduce__(self) -> tuple:
+        return bytearray, (2**33,)
+
+
+@pytest.fixture(scope="module")
+def broken(glue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stage-1 run that broke off after its first epoch."""
+    folder = tmp_path_factory.mktemp("runs") / "broken"
+    command = [
+        sys.executable, "train.py", "task=mrpc", *TINY, f"data.root={glue}", "stages.1.epochs=2",
+        "+trainer.max_steps=12", "callbacks.best.monitor=val/score", f"hydra.run.dir={folder}",
+    ]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=280)
+    for name in ("best", "last"):
+        change(folder, lambda c: c["hyper_parameters"]["config"]["trainer"].pop("max_steps"), name)
+    return folder
+
+
+def change(run: Path, what: Callable[[Content], object], name: str = "last") -> Path:
+    """Change what a run's checkpoint says; its file."""
+    file = run / "checkpoints" / f"{name}.ckpt"
+    content = torch.load(file, weights_only=True)
+    content.pop("weights_fingerprint", None)
+    what(content)
+    torch.save(content, file)
+    return file
+
+
+def last_epoch(run: Path) -> int:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["epoch"]
+
+
+def config(content: Content) -> Content:
+    return content["hyper_parameters"]["config"]
+
+
+@pytest.fixture
+def copy(broken: Path, tmp_path: Path) -> Path:
+    """A copy of it that may be spoiled."""
+    return Path(shutil.copytree(broken, tmp_path / "theirs"))
+
+
+@pytest.fixture
+def resume(run: Run, copy: Path, tmp_path: Path) -> Callable[..., str]:
+    def command(*said: str) -> str:
+        return run("train.py", f"resume={copy}", "logger=csv", f"hydra.run.dir={tmp_path / 'rest'}", *said)  # fmt: skip
+
+    return command
+
+
+def saved(stage2: Path, folder: Path) -> Path:
+    EarlyExitClassifier.from_pretrained(stage2).save_pretrained(folder)
+    return folder
+
+
+def say(folder: Path, name: str, what: Callable[[Content], object]) -> None:
+    """Change what a file of JSON says."""
+    values = json.loads((folder / name).read_text())
+    what(values)
+    (folder / name).write_text(json.dumps(values))
+
+
+# The five that were reproduced.
+
+
+@pytest.mark.parametrize("block", ["trainer", "callbacks", "best"])
+@pytest.mark.parametrize("target", ["torch.load", "torch.hub.load"])
+def test_resume_takes_nothing_that_can_be_called(
+    resume: Callable[..., str], copy: Path, tmp_path: Path, block: str, target: str
+) -> None:
+    owned = tmp_path / "owned"
+    torch.save({"x": Evil(owned)}, tmp_path / "evil.pt")
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "hubconf.py").write_text(f"import os\ndef x(): os.mkdir({str(owned)!r})\n")
+    calls = {
+        "torch.load": {"f": str(tmp_path / "evil.pt"), "weights_only": False},
+        "torch.hub.load": {"repo_or_dir": str(tmp_path / "hub"), "model": "x", "source": "local"},
+    }
+    call = [{"_target_": target, **calls[target]}]
+
+    def spoil(content: Content) -> None:
+        values = config(content)
+        if block == "trainer":
+            values["trainer"] |= {"plugins": call, "callbacks": call, "_target_": "os.mkdir"}
+        elif block == "callbacks":
+            values["callbacks"] |= {"evil": call[0], "more": call, "x": {"y": call}}
+        else:
+            values["callbacks"]["best"] |= {"x": call, "_target_": target, "dirpath": call}
+
+    change(copy, spoil)
+    told = resume()
+    assert not owned.exists()
+    assert "not taken from the checkpoint" in told
+    first = {
+        "trainer": "trainer.plugins",
+        "callbacks": "callbacks.evil",
+        "best": "callbacks.best.x",
+    }
+    assert first[block] in told
+    assert last_epoch(tmp_path / "rest") == 1, "it went on"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
+    """An address with an evil pickle, and what was asked of it."""
+    torch.save({"x": Evil(tmp_path / "owned")}, tmp_path / "evil.pt")
+    content, asked = (tmp_path / "evil.pt").read_bytes(), []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as address:
+        threading.Thread(target=address.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{address.server_port}/best.ckpt", asked
+        address.shutdown()
+
+
+@pytest.mark.parametrize("where", ["http", "a pickle here", "a link", "a run elsewhere"])
+def test_the_best_checkpoint_is_one_of_the_run_s_own(
+    resume: Callable[..., str], copy: Path, broken: Path, server: tuple[str, list[str]],
+    tmp_path: Path, where: str,
+) -> None:  # fmt: skip
+    address, asked = server
+    path = {
+        "http": address, "a pickle here": str(tmp_path / "evil.pt"), "a link": "link.ckpt",
+        "a run elsewhere": str(broken / "checkpoints" / "last.ckpt"),
+    }[where]  # fmt: skip
+    (copy / "checkpoints" / "link.ckpt").symlink_to(tmp_path / "evil.pt")
+    (copy / "checkpoints" / "best.ckpt").unlink()
+    kept = tmp_path / "kept.ckpt"
+    kept.write_text("a file that is none of its business")
+
+    def spoil(content: Content) -> None:
+        for state in content["callbacks"].values():
+            state |= {
+                "best_model_path": path, "kth_best_model_path": str(kept), "dirpath": str(tmp_path),
+                "last_model_path": str(kept), "best_k_models": {str(kept): torch.tensor(9.0)},
+                "best_model_score": torch.tensor(9.0),  # no epoch to come is better
+            }  # fmt: skip
+
+    change(copy, spoil)
+    resume()
+    assert not asked, "nothing is fetched"
+    assert not (tmp_path / "owned").exists()
+    assert kept.exists(), "nothing is removed"
+    assert last_epoch(tmp_path / "rest") == 1, "it went on"
+
+
+def test_a_run_that_was_moved_keeps_its_best_checkpoint(
+    resume: Callable[..., str], copy: Path, tmp_path: Path
+) -> None:
+    """Its state names the folder that it was written in."""
+
+    def better(content: Content) -> None:
+        for state in content["callbacks"].values():
+            state["best_model_score"] = torch.tensor(9.0)
+
+    change(copy, better)
+    shutil.move(copy, copy := tmp_path / "elsewhere")
+    (tmp_path / "theirs").symlink_to(copy)  # what `resume` names
+    resume()
+    best = torch.load(tmp_path / "rest" / "checkpoints" / "best.ckpt", weights_only=True)
+    assert (best["epoch"], last_epoch(tmp_path / "rest")) == (0, 1)
+
+
+def test_resume_writes_into_its_own_folder_alone(
+    resume: Callable[..., str], copy: Path, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+
+    def spoil(content: Content) -> None:
+        callbacks = config(content)["callbacks"]
+        callbacks["last"] |= {"dirpath": str(outside), "filename": "../../x", "save_last": True}
+        callbacks["best"] |= {"dirpath": str(outside), "filename": str(outside / "y")}
+        config(content)["trainer"] |= {"default_root_dir": str(outside), "profiler": "simple"}
+
+    change(copy, spoil)
+    told = resume()
+    assert not outside.exists()
+    files = {p.relative_to(tmp_path).parts[0] for p in tmp_path.rglob("*")}
+    assert files == {"theirs", "rest"}
+    assert {p.name for p in (tmp_path / "rest" / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}  # fmt: skip
+    assert "callbacks.last.dirpath" in told
+
+
+@pytest.mark.parametrize("flag", ["resume", "stage=2", "evaluate", "record", "teacher"])
+def test_a_text_of_a_checkpoint_is_literal(
+    run: Run, copy: Path, stage2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    monkeypatch.setenv("DEEBERT_SECRET", SECRET)
+    name = "${oc.env:DEEBERT_SECRET}\\${stage}"
+
+    def spoil(content: Content) -> None:
+        config(content)["backbone"]["name"] = name
+        config(content)["task"]["labels"] = ["${oc.env:DEEBERT_SECRET}", "b"]
+        config(content)["data"]["calibration_rows"] = None
+
+    change(copy, spoil)
+    said = ["logger=csv", f"hydra.run.dir={tmp_path / 'out'}"]
+    if flag == "resume":
+        told = run("train.py", f"resume={copy}", *said)
+    elif flag == "stage=2":
+        told = run("train.py", "stage=2", f"ckpt={copy}/checkpoints/last.ckpt", *said, "stages.2.epochs=1")  # fmt: skip
+    elif flag == "teacher":
+        told = run("train.py", f"teacher={copy}/checkpoints/last.ckpt", *said, "backbone.layers=[1,2]", "stages.1.epochs=1")  # fmt: skip
+    elif flag == "evaluate":
+        told = run("evaluate.py", f"ckpt={copy}/checkpoints/last.ckpt", *said)
+    else:
+        shutil.copytree(stage2 / "records", tmp_path / "records")
+        [file] = (tmp_path / "records").iterdir()
+        rewrite(file, lambda header, _: header["config"]["backbone"].update(name=name))
+        told = run("evaluate.py", f"record={tmp_path}", *said[1:])
+    assert results(tmp_path / "out")["backbone"] == name
+    assert SECRET not in told
+    for file in (tmp_path / "out").rglob("*"):
+        assert not file.is_file() or SECRET.encode() not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json", "config.json", "model.safetensors", "records"])  # fmt: skip
+def test_a_link_does_not_lead_out_of_a_saved_folder(
+    stage2: Path, tmp_path: Path, name: str
+) -> None:
+    folder = saved(stage2, tmp_path / "saved")
+    file = folder / name
+    outside = tmp_path / "outside" / name
+    outside.parent.mkdir()
+    if file.exists():
+        shutil.move(file, outside)  # valid as it is
+    else:
+        outside.write_text("secret")
+        say(folder, "deebert.json", lambda about: about["tokenizer"].append(name))
+    file.symlink_to(outside)
+    with pytest.raises(UserError, match=r"is a link that leads out of the folder"):
+        EarlyExitClassifier.from_pretrained(folder).save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+# Attacks of our own.
+
+
+def rewrite(file: Path, what: Callable[[Content, dict[str, torch.Tensor]], object]) -> None:
+    """Change the header and the columns of a record."""
+    with safe_open(file, "pt") as content:
+        header = json.loads(content.metadata()["deebert"])
+    columns = load_file(file)
+    header.pop("values", None)
+    what(header, columns)
+    save_file(columns, file, {"deebert": json.dumps(header)})
+
+
+def test_a_link_does_not_lead_out_of_a_run(fails: Run, copy: Path, tmp_path: Path) -> None:
+    shutil.move(copy / "checkpoints" / "last.ckpt", tmp_path / "last.ckpt")
+    (copy / "checkpoints" / "last.ckpt").symlink_to(tmp_path / "last.ckpt")
+    for said in (["train.py", f"resume={copy}"], ["evaluate.py", f"ckpt={copy}/checkpoints/none"]):
+        told = fails(*said, f"hydra.run.dir={tmp_path / 'out'}")
+    told = fails("train.py", f"resume={copy}", f"hydra.run.dir={tmp_path / 'out'}")
+    assert "checkpoints/last.ckpt is a link that leads out of the folder" in told
+    origins.checkpoint(copy / "checkpoints" / "last.ckpt", "ckpt")  # the user names the link itself
+
+
+def test_a_hub_snapshot_s_links_lead_into_its_cache(stage2: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models--me--it" / "snapshots" / "abc"
+    saved(stage2, folder)
+    blobs = folder.parent.parent / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(p for p in list(folder.rglob("*")) if p.is_file()):
+        shutil.move(file, blobs / str(number))
+        file.symlink_to(os.path.relpath(blobs / str(number), file.parent))
+    assert EarlyExitClassifier.from_pretrained(folder).predict([("a", "b")]).exit_layers == [3]
+    (folder / "config.json").unlink()
+    (tmp_path / "config.json").write_text("{}")
+    (folder / "config.json").symlink_to("../../../config.json")
+    with pytest.raises(UserError, match=r"config\.json is a link that leads out of the folder"):
+        EarlyExitClassifier.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("place", ["README.md", "records", "records/validation.safetensors"])
+def test_saving_over_a_folder_writes_and_removes_nothing_elsewhere(
+    stage2: Path, tmp_path: Path, place: str
+) -> None:
+    folder, outside = saved(stage2, tmp_path / "saved"), tmp_path / "outside"
+    outside.mkdir()
+    (outside / "validation.safetensors").write_text("mine")
+    (outside / "README.md").write_text("mine")
+    path = folder / place
+    if path.is_dir():
+        shutil.rmtree(path)
+        path.symlink_to(outside)
+    else:
+        path.unlink()
+        path.symlink_to(outside / path.name)
+    with pytest.raises(UserError, match=rf"holds a link, {path.name}"):
+        EarlyExitClassifier.from_pretrained(stage2).save_pretrained(folder)
+    assert {file.read_text() for file in outside.iterdir()} == {"mine"}
+
+
+def spoiled(copy: Path, tmp_path: Path) -> dict[str, tuple[Callable[[Content], object], str]]:
+    """What a checkpoint may say -> what is said of it."""
+    repeated = torch.zeros(1).expand(10**8, 32)
+    words = "model.backbone.encoder.embeddings.word_embeddings.weight"
+    loop: list[Any] = []
+    loop.append(loop)
+    wide: Any = ["x"]
+    for _ in range(40):
+        wide = [wide, wide]
+
+    def shape(**values: object) -> Callable[[Content], object]:
+        return lambda content: content["hyper_parameters"]["architecture"].update(values)
+
+    def said(block: str, **values: object) -> Callable[[Content], object]:
+        return lambda content: config(content)[block].update(values)
+
+    def huge(content: Content) -> None:
+        shape(vocab_size=10**8)(content)
+        content["state_dict"][words] = repeated
+
+    def weight(value: Any) -> Callable[[Content], object]:
+        return lambda content: content["state_dict"].update({words: value})
+
+    return {
+        "a million layers": (shape(num_hidden_layers=10**6), "num_hidden_layers=1000000 must be a whole number from 1 to 128"),
+        "a vocabulary of one number": (huge, "holds a tensor that is larger than its numbers"),
+        "a huge vocabulary": (shape(vocab_size=10**12), "word_embeddings.weight is (141, 32), not (1000000000000, 32)"),
+        "no heads": (shape(num_attention_heads=0), "its shape is that of no model (integer modulo by zero)"),
+        "heads that do not divide": (shape(num_attention_heads=5), "its shape is that of no model (The hidden size (32) is not a multiple"),
+        "a model type of its own": (shape(model_type="evil/model"), "backbone of type 'evil/model' is not supported"),
+        "memory": (lambda content: content.update(x=Reserve()), "it names '__builtin__ bytearray'"),
+        "a loop": (said("stages", x=loop, **{"1": {"x": loop}}), "too many values, or values too deep"),
+        "a thousand million values": (said("stages", **{"1": {"x": wide}}), "too deep inside others"),
+        "a callable": (said("task", _target_="os.system"), "its task._target_ is no setting"),
+        "a task outside": (said("task", name=".."), "'..': its name must be a word"),
+        "a folder outside": (said("task", tsv={"folder": "../../etc"}), "'../../etc': its folder must be a word"),
+        "a split outside": (said("task", validation=["../../x"]), "'../../x': its validation must be a word"),
+        "a path for a hub": (said("task", hub=["/tmp/evil", "x"]), "its task.hub must be a repository and a configuration"),
+        "a million processes": (said("data", num_workers=10**6), "its data.num_workers must be a whole number from 0 to 64"),
+        "a million devices": (said("trainer", devices=10**6), "its trainer.devices must be a whole number from -1 to 64"),
+        "a batch of everything": (said("data", eval_batch_size=10**9), "its data.eval_batch_size must be a whole number from 1 to 65536"),
+        "a name of two lines": (said("backbone", name="a\nb"), "its backbone.name must be a name of at most 200 printable characters"),
+        "a number for a name": (said("backbone", name=7), "its backbone.name must be a name"),
+        "a stage of its own": (lambda content: config(content).update(stage="1"), "its stage must be a whole number from 1 to 2"),
+        "half a character": (said("backbone", path="\ud800"), "half a character"),
+        "no backbone": (lambda content: config(content).pop("backbone"), "its configuration says no backbone"),
+        "not a number": (weight(torch.full((141, 32), float("nan"))), "holds numbers that are not finite: training diverged"),
+        "numbers near the largest": (weight(torch.full((141, 32), 3e38)), "its logits are not finite"),
+        "whole numbers": (weight(torch.zeros(141, 32, dtype=torch.long)), "is no array of real numbers"),
+        "a text for a weight": (weight("x"), "something else than weights by name"),
+        "no weights": (lambda content: content.update(state_dict={}), "it holds no weights"),
+        "another shape": (weight(torch.zeros(3)), "is (3,), not (141, 32)"),
+        "a tokenizer that is a number": (lambda content: content["hyper_parameters"].update(tokenizer={"tokenizer.json": 1}), "its tokenizer.json is no text"),
+        "ids beyond the vocabulary": (lambda content: word(content, 9999), "its tokenizer has input_ids up to 9999, and its model 141 of them"),
+    }  # fmt: skip
+
+
+def word(content: Content, number: int) -> None:
+    """Give a tokenizer a word whose id the model has not."""
+    files = content["hyper_parameters"]["tokenizer"]
+    values = json.loads(files["tokenizer.json"])
+    values["model"]["vocab"]["film"] = number
+    files["tokenizer.json"] = json.dumps(values)
+
+
+def test_a_spoiled_checkpoint_is_refused_in_one_line(copy: Path, tmp_path: Path) -> None:
+    file, wrong = copy / "checkpoints" / "last.ckpt", {}
+    original = file.read_bytes()
+    for name, (what, says) in spoiled(copy, tmp_path).items():
+        file.write_bytes(original)
+        change(copy, what)
+        start = time.perf_counter()
+        try:
+            EarlyExitClassifier.from_pretrained(file)
+            told = "was accepted"
+        except UserError as error:
+            told = str(error)
+        if says not in told or "\n" in told or time.perf_counter() - start > 5:
+            wrong[name] = told
+    assert not wrong
+
+
+USES = {
+    "stage=2": ("train.py", "stage=2", "ckpt={}"),
+    "teacher": ("train.py", "backbone.layers=[1]", "teacher={}"),
+    "resume": ("train.py", "resume={}"),
+    "evaluate": ("evaluate.py", "ckpt={}"),
+    "predict": ("-m", "deebert.predict", "model={}", "input=rows.jsonl", "output=x.csv"),
+    "serve": ("-m", "deebert.serve", "model={}", "port=18237"),
+    "export": ("-m", "deebert.export", "model={}", "output=x"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_pickle_with_code_is_refused_whoever_reads_it(
+    run: Run, copy: Path, tmp_path: Path, use: str
+) -> None:
+    file = change(copy, lambda content: content.update(callbacks=Evil(tmp_path / "owned")))
+    (tmp_path / "rows.jsonl").write_text('{"sentence1": "a", "sentence2": "b"}\n')
+    script, *said = USES[use]
+    said = [each.format(file) for each in said]
+    if script.endswith(".py"):
+        with pytest.raises(CommandFailed) as failure:
+            run(script, *said, f"hydra.run.dir={tmp_path / 'out'}")
+        printed = str(failure.value)
+    else:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, script, *said], cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=120)  # fmt: skip
+        assert done.returncode == 2
+        printed = done.stderr
+    [line] = [line for line in printed.splitlines() if line.startswith("Error: ")]
+    assert "(it names 'posix mkdir'); nothing in it was executed" in line
+    assert "Traceback" not in printed
+    assert not (tmp_path / "owned").exists()
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_reaches_the_library_of_kernels_is_passed_over(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """attn_implementation may name a repository of code."""
+    kernels = {"attn_implementation": "evil/kernels", "_attn_implementation": "evil/kernels"}
+    more = {**kernels, "auto_map": {"AutoModel": "x.Y"}, "dtype": "float16", "num_labels": 10**9}
+    file = change(copy, lambda content: content["hyper_parameters"]["architecture"].update(more))
+    found = origins.checkpoint(file, "ckpt")
+    assert "evil" not in str(found.architecture)
+    assert found.architecture["dtype"] is None
+    assert found.model().backbone.encoder.config._attn_implementation == "sdpa"
+
+
+def test_flipped_bytes_are_noticed(copy: Path, stage2: Path, tmp_path: Path) -> None:
+    file = copy / "checkpoints" / "last.ckpt"
+    content = bytearray(file.read_bytes())
+    with zipfile.ZipFile(file) as archive:  # in the middle of the numbers of each part
+        places = [p.header_offset + 200 + p.file_size // 2 for p in archive.infolist() if p.file_size > 500]  # fmt: skip
+    assert len(places) > 50
+    for place in places[::7]:
+        spoiled = bytearray(content)
+        spoiled[place] ^= 1
+        file.write_bytes(spoiled)
+        with pytest.raises(UserError, match="is damaged"):
+            origins.checkpoint(file, "ckpt")
+    folder = saved(stage2, tmp_path / "saved")
+    for name in ("model.safetensors", "records/validation.safetensors"):
+        written = (folder / name).read_bytes()
+        flipped = bytearray(written)
+        flipped[-100] ^= 1
+        (folder / name).write_bytes(flipped)
+        with pytest.raises(UserError, match="damaged"):
+            EarlyExitClassifier.from_pretrained(folder)
+        (folder / name).write_bytes(written)
+
+
+@pytest.mark.parametrize("what", ["pipe", "folder", "loop", "device", "empty"])
+@pytest.mark.parametrize("name", ["deebert.json", "config.json", "model.safetensors", "tokenizer.json"])  # fmt: skip
+def test_what_is_no_regular_file_is_refused(
+    stage2: Path, tmp_path: Path, name: str, what: str
+) -> None:
+    folder = saved(stage2, tmp_path / "saved")
+    file = folder / name
+    file.unlink()
+    {
+        "pipe": lambda: os.mkfifo(file), "folder": file.mkdir, "empty": file.touch,
+        "loop": lambda: file.symlink_to(name), "device": lambda: file.symlink_to("/dev/zero"),
+    }[what]()  # fmt: skip
+    with pytest.raises(UserError) as error:
+        EarlyExitClassifier.from_pretrained(folder)
+    assert "\n" not in str(error.value)
+
+
+NASTY: list[Any] = [
+    None, True, -1, 2.5, "x", "", [], {}, [[]], {"a": 1}, 10**18, "../../x", "a\nb", "???", "\x1b[2J",
+    float("nan"), float("inf"), "x" * 100_000,
+]  # fmt: skip
+
+
+def test_wrong_types_in_a_saved_folder_are_never_a_traceback(stage2: Path, tmp_path: Path) -> None:
+    folder = saved(stage2, tmp_path / "saved")
+    original = (folder / "deebert.json").read_text()
+    places = [(key,) for key in json.loads(original)]
+    places += [("config", key) for key in json.loads(original)["config"]]
+    places += [("config", block, key) for block in ("task", "data", "backbone") for key in json.loads(original)["config"][block]]  # fmt: skip
+    for number, place in enumerate(places):
+        for value in NASTY[number % 3 :: 3]:
+            about = json.loads(original)
+            inner = about
+            for key in place[:-1]:
+                inner = inner[key]
+            inner[place[-1]] = value
+            (folder / "deebert.json").write_text(json.dumps(about))
+            try:
+                EarlyExitClassifier.from_pretrained(folder).predict([("a", "b")])
+            except UserError as error:
+                assert str(error).isprintable(), (place, value)  # noqa: PT017
+
+
+def test_a_hostile_record_is_refused_before_it_costs(
+    fails: Run, stage2: Path, tmp_path: Path
+) -> None:
+    [original] = (stage2 / "records").iterdir()
+    cases: dict[str, tuple[Callable[[Content, dict[str, torch.Tensor]], object], str]] = {
+        "lengths": (lambda _, c: c["length_N"].fill_(2 * 10**8), "its inputs have from 200000000 to 200000000 tokens"),
+        "ramps": (lambda _, c: c.update(logits_NLC=torch.zeros(40, 20_000, 2)), "it has 20000 ramps"),
+        "not a number": (lambda _, c: c["logits_NLC"].fill_(float("nan")), "logits that are not finite"),
+        "a type": (lambda _, c: c.update(index_N=c["index_N"].float()), "its index_N is (40,) torch.float32"),
+        "a column": (lambda _, c: c.update(evil_N=torch.zeros(40)), "not a record of this program"),
+        "a callable": (lambda h, _: h["config"]["task"].update(_target_="os.system"), "its task._target_ is no setting"),
+        "a deep header": (lambda h, _: h.update(x=json.loads("[" * 900 + "]" * 900)), "too deep inside others"),
+    }  # fmt: skip
+    for name, (what, says) in cases.items():
+        (tmp_path / name / "records").mkdir(parents=True)
+        file = Path(shutil.copy(original, tmp_path / name / "records"))
+        rewrite(file, what)
+        told = fails("evaluate.py", f"record={tmp_path / name}", f"hydra.run.dir={tmp_path / 'out'}")  # fmt: skip
+        assert says in told, name
+
+
+def test_names_are_escaped_where_they_are_written(
+    run: Run, stage2: Path, copy: Path, tmp_path: Path
+) -> None:
+    name = "<script>alert(1)</script> `a`|b [x](http://x)"
+    labels = ["a\nlicense: evil", "<b>|[x](http://x)"]
+
+    def spoil(content: Content) -> None:
+        config(content)["backbone"] |= {"name": name, "path": "me/it\nlicense: evil"}
+        config(content)["task"] |= {"labels": labels}
+
+    file = change(copy, spoil)
+    run("evaluate.py", f"ckpt={file}", "logger=csv", f"hydra.run.dir={tmp_path / 'out'}")
+    written = (tmp_path / "out" / "results.md").read_text()
+    assert "<script>" not in written
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; \\`a\\`\\|b [x\\](http://x)" in written
+    classifier = EarlyExitClassifier.from_pretrained(file)
+    classifier.save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    _, header, text = card.split("---\n", 2)
+    assert yaml.safe_load(header).keys() == {"library_name", "pipeline_tag", "tags", "base_model", "datasets", "metrics"}  # fmt: skip
+    assert yaml.safe_load(header)["base_model"] == "me/it\nlicense: evil"
+    assert "<" not in text
+    assert "a license: evil, &lt;b&gt;\\|[x\\](http://x)." in text
+
+
+def test_an_error_is_one_line_that_a_terminal_does_not_obey() -> None:
+    assert str(UserError("a\nb\x1b[2J\u202ec café")) == "a\\nb\\x1b[2J\\u202ec café"
+
+
+def test_what_is_named_in_a_file_is_not_fetched(
+    fails: Run, stage2: Path, tmp_path: Path, copy: Path
+) -> None:
+    """The user may name a hub's repository; a checkpoint or results.json may not."""
+    folder = tmp_path / "scored"
+    shutil.copytree(stage2 / "records", folder / "records")
+    (folder / "results.json").write_text(json.dumps({"ckpt": "evil/model"}))
+    with pytest.raises(UserError, match="it is named in a file, so it is not fetched"):
+        EarlyExitClassifier.from_pretrained(folder)
+
+    def spoil(content: Content) -> None:
+        config(content).update(teacher="evil/model", objective={"name": "student"})
+
+    change(copy, spoil)
+    told = fails("train.py", f"resume={copy}", f"hydra.run.dir={tmp_path / 'out'}")
+    assert "teacher=evil/model: no such file or folder here, and it is named in a file" in told
+
+
+def test_a_training_state_that_does_not_fit_is_one_line(
+    fails: Run, copy: Path, tmp_path: Path
+) -> None:
+    original = (copy / "checkpoints" / "last.ckpt").read_bytes()
+
+    def moment(content: Content) -> None:
+        state = content["optimizer_states"][0]["state"]
+        state[next(iter(state))]["exp_avg"] = torch.zeros(3)
+
+    cases: list[Callable[[Content], object]] = [
+        lambda content: content.update(optimizer_states=[]),
+        lambda content: content.update(optimizer_states=[{"state": {}, "param_groups": 7}]),
+        lambda content: content.update(loops="x"),
+        lambda content: content.update(callbacks=7),
+        lambda content: content.update(lr_schedulers=[{"optimizer": 1}]),
+        moment,
+    ]
+    for number, what in enumerate(cases):
+        (copy / "checkpoints" / "last.ckpt").write_bytes(original)
+        change(copy, what)
+        told = fails("train.py", f"resume={copy}", "logger=csv", f"hydra.run.dir={tmp_path / str(number)}")  # fmt: skip
+        assert "the run cannot be gone on with from this checkpoint" in told
+
+
+def test_the_table_takes_what_today_s_runs_say(stage1: Path, stage2: Path) -> None:
+    """Nothing of a run of ours is refused, and all but what names code or files is taken."""
+    for run in (stage1, stage2):
+        content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+        said = config(content)
+        found = remembered.accepted(untrusted.plain(said, "it"))
+        for key in remembered.KEYS:
+            if key != "callbacks":
+                gone = set(said[key] or ()) - set(found[key] or ()) if isinstance(said[key], dict) else set()  # fmt: skip
+                assert gone <= {"_target_"}, key
+        assert remembered.left_out(said, said) == []
+        assert content["weights_fingerprint"] == origins.checkpoint(run, "ckpt").fingerprint
+
+
+def test_a_sweep_s_table_shows_no_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deebert import sweep_rows
+
+    monkeypatch.setenv("DEEBERT_SECRET", SECRET)
+    file = tmp_path / "overrides.yaml"
+    file.write_text("- data.root=${oc.env:DEEBERT_SECRET}\n")
+    assert sweep_rows._overrides(file) == ("data.root=${oc.env:DEEBERT_SECRET}",)
+
+
+@pytest.mark.parametrize("hub", ["json", "pandas", "/tmp/data", "../data"])
+def test_a_hub_s_data_set_is_no_reader_and_no_path(fails: Run, tmp_path: Path, hub: str) -> None:
+    told = fails("train.py", "task=mrpc", *TINY, f"task.hub=['{hub}',x]", f"hydra.run.dir={tmp_path}")  # fmt: skip
+    assert f"hub={hub} is no data set of the hub" in told
+
+
+def test_an_export_of_a_hostile_name(stage2: Path, tmp_path: Path) -> None:
+    classifier = EarlyExitClassifier.from_pretrained(stage2)
+    values = {"name": "mrpc", "columns": ["<script>`", "b"], "labels": ["<b>", "c|d"], "metrics": ["f1"]}  # fmt: skip
+    classifier.task = Task.from_config(values)
+    export.export(classifier, tmp_path / "onnx")
+    text = (tmp_path / "onnx" / "README.md").read_text()
+    assert "`<script>'` and `b`" in text
+    assert "one of: &lt;b&gt;, c\\|d" in text
+
+
+def test_markdown() -> None:
+    assert markdown.text("a\n b") == "a b"
+    assert markdown.code("a`b\n|") == "`a'b \\|`"
