@@ -53,7 +53,7 @@ def nasty(dice: random.Random, bait: Path, shares: bool) -> Any:
     call = {"_target_": "os.mkdir", "_args_": [str(bait / "owned")]}
     load = {"_target_": "torch.load", "f": str(bait / "evil.pt"), "weights_only": False}
     deep: Any = []
-    for _ in range(dice.choice((50, 500))):
+    for _ in range(dice.choice((50, 200))):
         deep = [deep]
     wide: Any = ["x"]
     for _ in range(30 if shares else 3):
@@ -243,7 +243,7 @@ def checkpoint_file(dice: random.Random, runs: Path, bait: Path) -> tuple[str, s
         file.write_bytes(pickle.dumps(Evil(bait / "owned")))
     elif what in ("wide", "deep"):
         inner: Any = ["x"]
-        for _ in range(400 if what == "deep" else 40):
+        for _ in range(200 if what == "deep" else 40):
             inner = [inner] if what == "deep" else [inner, inner]
         content["hyper_parameters"]["config"]["stages"]["1"]["x"] = inner
         torch.save(content, file)

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from deebert import tensor_files, untrusted
 from deebert.checkpoints import WEIGHTS_FINGERPRINT, by_name
 from deebert.errors import UserError
 
 PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")  # of ModelCheckpoint
-SCORES = ("monitor", "best_model_score", "current_score", "kth_value")
+SCORES = ("best_model_score", "current_score", "kth_value")
+MOST_STEPS = 2**40
 # Of LambdaLR, which takes whatever is there for its own attributes.
 SCHEDULE = (
-    "base_lrs", "last_epoch", "_step_count", "_last_lr", "_is_initial",
+    "base_lrs", "last_epoch", "_last_lr", "_step_count", "_is_initial",
     "_get_lr_called_within_step",
 )  # fmt: skip
 
@@ -45,19 +47,47 @@ class SafeCheckpointIO(TorchCheckpointIO):
         """
         file = Path(path)
         content = tensor_files.torch_file(file)
-        if not isinstance(content, dict):
-            raise UserError(f"{file} is no checkpoint")
-        if "callbacks" in content:
-            content["callbacks"] = {
-                name: _own_paths(state, file.parent) for name, state in content["callbacks"].items()
-            }
-        if "lr_schedulers" in content:
-            content["lr_schedulers"] = [
-                {name: state[name] for name in SCHEDULE if name in state}
-                | {"lr_lambdas": [None] * len(state["lr_lambdas"])}
-                for state in content["lr_schedulers"]
-            ]
+        try:
+            if "callbacks" in content:
+                content["callbacks"] = {
+                    name: _own_paths(state, file.parent)
+                    for name, state in content["callbacks"].items()
+                }
+            if "lr_schedulers" in content:
+                content["lr_schedulers"] = [_schedule(state) for state in content["lr_schedulers"]]
+        except (TypeError, AttributeError) as error:
+            raise UserError(f"{file}: its training state is damaged") from error
         return content
+
+
+def check_loops(given: Any, expected: Mapping[str, Any], flag: str = "loops") -> None:
+    """Check what a checkpoint says of Lightning's loops: how many batches and epochs are done.
+
+    Args:
+        expected: what the loops of a new trainer say.
+
+    Raises:
+        UserError: a value is of another kind.
+    """
+    if not isinstance(given, Mapping):
+        raise UserError(f"its {flag} is no mapping")
+    for key, value in expected.items():
+        if key not in given:
+            continue  # of another version of Lightning
+        if isinstance(value, Mapping):
+            check_loops(given[key], value, f"{flag}.{key}")
+        elif type(given[key]) is not type(value) or not 0 <= given[key] < MOST_STEPS:
+            raise UserError(f"its {flag}.{key} is no {type(value).__name__} of a count")
+
+
+def _schedule(state: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: state[name] for name in SCHEDULE if name in state}
+    if missing := [name for name in SCHEDULE[:3] if name not in found]:  # the others came later
+        raise UserError(f"the schedule lacks its {missing[0]}")
+    for name, value in found.items():
+        if not all(map(_is_number, value if isinstance(value, list) else [value])):
+            raise UserError(f"the schedule's {name} is no number")
+    return found | {"lr_lambdas": [None]}
 
 
 def _own_paths(state: Any, folder: Path) -> Any:
@@ -72,10 +102,16 @@ def _own_paths(state: Any, folder: Path) -> Any:
         name = Path(str(path)).name
         return str(folder / name) if name and untrusted.is_inside(folder, name) else ""
 
-    best = state.get("best_k_models") or {}
-    return {
-        **{name: state.get(name) for name in SCORES},
-        **{name: own(state.get(name, "")) for name in PATHS},
-        "best_k_models": {own(path): score for path, score in best.items() if own(path)},
-        "dirpath": str(folder),
-    }
+    best = {own(path): score for path, score in (state.get("best_k_models") or {}).items()}
+    best.pop("", None)
+    scores = {name: state.get(name) for name in SCORES}
+    for score in (*scores.values(), *best.values()):
+        if score is not None and not _is_number(score):
+            raise UserError("a score in the state of a callback is no number")
+    paths = {name: own(state.get(name, "")) for name in PATHS}
+    return {"monitor": state.get("monitor"), **scores, **paths, "best_k_models": best,
+            "dirpath": str(folder)}  # fmt: skip
+
+
+def _is_number(value: Any) -> bool:
+    return (isinstance(value, Tensor) and value.numel() == 1) or isinstance(value, int | float)

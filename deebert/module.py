@@ -15,8 +15,11 @@ from torch.optim import AdamW
 from transformers import get_linear_schedule_with_warmup
 
 from deebert import objectives
+from deebert.checkpoint_io import check_loops
 from deebert.errors import UserError
 from deebert.model import INPUTS, EarlyExitModel
+
+LOOPS = ("fit_loop", "validate_loop", "test_loop", "predict_loop")  # of Lightning's Trainer
 
 
 class EarlyExitModule(L.LightningModule):
@@ -103,10 +106,13 @@ class EarlyExitModule(L.LightningModule):
             self.model.ramps[-1].eval()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.trainer.state.fn == "fit":  # Lightning would go on without it
-            for state in ("optimizer_states", "lr_schedulers"):
-                if len(checkpoint[state]) != 1:
-                    raise UserError(f"the checkpoint holds {len(checkpoint[state])} {state}, not 1")
+        if self.trainer.state.fn != "fit":
+            return
+        for state in ("optimizer_states", "lr_schedulers"):  # Lightning would go on without
+            if len(checkpoint[state]) != 1:
+                raise UserError(f"it holds {len(checkpoint[state])} {state}, not 1")
+        loops = {name: getattr(self.trainer, name).state_dict() for name in LOOPS}
+        check_loops(checkpoint["loops"], loops)
 
     def on_train_start(self) -> None:
         # A fused step would read and write past the end of a shorter moment.
