@@ -21,6 +21,7 @@ from deebert.objectives import trains_ramps
 from deebert.tasks import Task
 
 WEIGHTS_FINGERPRINT = "weights_fingerprint"  # in a checkpoint; those of before have none
+READ = ("hyper_parameters", "state_dict", "epoch", WEIGHTS_FINGERPRINT)
 MOST_GROWTH = 4  # bytes of a model for each in the file, where float8 becomes float32
 TRIED = 3  # tokens
 
@@ -99,6 +100,18 @@ class Checkpoint(Origin):
     def fingerprint(self) -> str:
         """Says which weights these are; records carry it."""
         return tensor_files.fingerprint(self._by_name)
+
+    def check_fingerprint(self, kept: Any) -> None:
+        """Compare the weights with what was noted when they were written.
+
+        Args:
+            kept: the fingerprint; None in files from before it was noted.
+
+        Raises:
+            UserError: these are other weights.
+        """
+        if kept is not None and kept != self.fingerprint:
+            raise UserError("its weights are not those that were written: the file is damaged")
 
     @property
     def _by_name(self) -> dict[str, torch.Tensor]:
@@ -180,17 +193,14 @@ def read(path: Path, flag: str) -> Checkpoint:
 
 
 def _read(path: Path) -> Checkpoint:
-    content = tensor_files.torch_file(path)
+    content = tensor_files.torch_file(path, only=READ)
     hparams, weights = content["hyper_parameters"], content["state_dict"]
     tensor_files.check_weights(weights)
-    kept = content.get(WEIGHTS_FINGERPRINT)
-    if kept is not None and kept != tensor_files.fingerprint(by_name(weights)):
-        raise UserError("its weights are not those that were written: the file is damaged")
     said = untrusted.plain(hparams["config"], "its configuration")
     files = untrusted.plain(hparams["tokenizer"], "its tokenizer")
     if not isinstance(epoch := content["epoch"], int) or not 0 <= epoch < 2**31:
         raise UserError("its epoch is no number of one")
-    return Checkpoint(
+    checkpoint = Checkpoint(
         path,
         remembered.accepted(said),
         architectures.settings(hparams["architecture"]),
@@ -199,3 +209,5 @@ def _read(path: Path) -> Checkpoint:
         epoch + 1,
         said,
     )
+    checkpoint.check_fingerprint(content.get(WEIGHTS_FINGERPRINT))
+    return checkpoint

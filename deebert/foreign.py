@@ -54,12 +54,11 @@ def weights(folder: Path) -> dict[str, Tensor]:
         found = tensor_files.torch_file(file)
     else:
         found, _ = tensor_files.safetensors_file(file)
-    if isinstance(found, dict):  # older ones keep the numbers of positions among their weights
-        found = {
-            name: value.float() if isinstance(value, Tensor) else value
-            for name, value in found.items()
-            if not isinstance(value, Tensor) or value.is_floating_point()
-        }
+    found = {  # older ones keep the numbers of positions among their weights
+        name: value.float() if isinstance(value, Tensor) else value
+        for name, value in found.items()
+        if not isinstance(value, Tensor) or value.is_floating_point()
+    }
     tensor_files.check_weights(found)
     return found
 

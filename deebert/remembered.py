@@ -172,6 +172,8 @@ def accepted(config: Any) -> dict[str, Any]:
     recipe = found["stages"].get(str(found["stage"]))
     if recipe is None:
         raise UserError(f"its configuration says no stages.{found['stage']}")
+    if found["stage"] == 2 and recipe.get("cache") is None:
+        raise UserError("its configuration says no stages.2.cache")
     if found["data"].get("max_length") is None:
         raise UserError("its configuration says no data.max_length")
     Task.from_config(found["task"])

@@ -8,7 +8,7 @@ import hashlib
 import pickletools
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,11 @@ GLOBALS = re.compile(
 ZIP = b"PK\x03\x04"
 
 
-def torch_file(file: Path) -> Any:
-    """Read what `torch.save` wrote: tensors and plain values, on the processor.
+def torch_file(file: Path, only: Collection[str] = ()) -> dict[Any, Any]:
+    """Read a mapping that `torch.save` wrote: tensors and plain values, on the processor.
+
+    Args:
+        only: the keys that are wanted; none: all. The tensors of others take no memory.
 
     Raises:
         UserError: the file is damaged, or holds anything else.
@@ -54,7 +57,10 @@ def torch_file(file: Path) -> Any:
             f"{file.name} is damaged, or holds more than tensors and plain values "
             f"({type(error).__name__}); nothing in it was executed"
         ) from error
-    return _Own(file, is_zip)(found)
+    if not isinstance(found, dict):
+        raise UserError(f"{file.name} holds no mapping")
+    wanted = {key: found[key] for key in found if not only or key in only}
+    return _Own(file, is_zip)(wanted)
 
 
 def _check_zip(file: Path) -> None:
