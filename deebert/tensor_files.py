@@ -5,8 +5,11 @@ is known to be that large. Knows nothing of what the tensors are for.
 """
 
 import hashlib
+import os
 import pickletools
 import re
+import struct
+import tarfile
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -28,6 +31,9 @@ GLOBALS = re.compile(
     r"UntypedStorage"
 )
 ZIP = b"PK\x03\x04"
+# What ends a zip archive: its last record, and what torch.save puts before it (a record with the
+# same values in 64 bits, and where that one lies).
+END, END_64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q20s")
 
 
 def torch_file(file: Path, only: Collection[str] = ()) -> dict[Any, Any]:
@@ -73,17 +79,44 @@ def _check_zip(file: Path) -> None:
             part.compress_type != zipfile.ZIP_STORED for part in parts
         ):
             raise UserError(f"{file.name} is packed in another way than torch.save packs")
+        _check_end(archive, file)
         if (damaged := archive.testzip()) is not None:
             raise UserError(f"{file.name} is damaged: its part {damaged!a} has another checksum")
         for part in parts:
-            if part.filename.endswith("data.pkl"):
+            if part.filename.lower().endswith("data.pkl"):  # to torch's reader cases are one
                 if part.file_size > PICKLE_BYTES:
                     raise UserError(f"{file.name} holds too much beside its tensors")
                 _check_pickle(archive.read(part), file.name)
 
 
+def _check_end(archive: zipfile.ZipFile, file: Path) -> None:
+    """Check that torch's reader finds the same list of parts as Python's, which is checked here.
+
+    Python looks for the list where it must have been before the file was put behind another one,
+    and torch where the end of the file says.
+
+    Raises:
+        UserError: the list is not where the end of the file says, or a comment follows.
+    """
+    with open(file, "rb") as stream:
+        stream.seek(-END.size, os.SEEK_END)
+        mark, *_, size, offset, comment = END.unpack(stream.read())
+        stream.seek(-END.size - END_64.size, os.SEEK_END)
+        mark_64, *_, size_64, offset_64, _ = END_64.unpack(stream.read(END_64.size))
+    if mark_64 == b"PK\x06\x06":
+        same = offset in (offset_64, 2**32 - 1) and size in (size_64, 2**32 - 1)
+        offset, ends = offset_64, offset_64 + size_64 + END_64.size + END.size
+    else:
+        same, ends = True, offset + size + END.size
+    whole = mark == b"PK\x05\x06" and comment == 0 and ends == file.stat().st_size
+    if not (same and whole and archive.start_dir == offset):
+        raise UserError(f"{file.name} is packed in another way than torch.save packs")
+
+
 def _check_legacy(stream: Any) -> None:
     """The format has five pickles, one behind the other, and then the numbers."""
+    if tarfile.is_tarfile(stream.name):  # of before torch 0.1.10: it would be unpacked
+        raise UserError(f"{Path(stream.name).name} is a tar archive, no file of torch.save")
     stream.seek(0)
     for _ in range(5):
         for code, value, _ in pickletools.genops(stream):
@@ -124,8 +157,10 @@ class _Own:
             raise UserError(f"{self.name} holds too many values, or values too deep inside others")
         if isinstance(value, Tensor):
             return self._tensor(value.detach())
-        if isinstance(value, list | tuple):
-            return type(value)([self(each, depth + 1) for each in value])
+        if isinstance(value, list):
+            return [self(each, depth + 1) for each in value]
+        if isinstance(value, tuple):
+            return tuple(self(each, depth + 1) for each in value)
         if isinstance(value, dict):
             return {self(key, depth + 1): self(each, depth + 1) for key, each in value.items()}
         return value

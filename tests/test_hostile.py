@@ -3,11 +3,13 @@ written elsewhere, fetched or shown. `benchmarks/fuzz.py` tries many more."""
 
 import http.client
 import http.server
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import zipfile
@@ -22,7 +24,15 @@ from conftest import ROOT, TINY, CommandFailed, results
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from deebert import EarlyExitClassifier, export, markdown, origins, remembered, untrusted
+from deebert import (
+    EarlyExitClassifier,
+    export,
+    markdown,
+    origins,
+    remembered,
+    tensor_files,
+    untrusted,
+)
 from deebert.errors import UserError
 from deebert.tasks import Task
 
@@ -464,6 +474,60 @@ def test_a_pickle_with_code_is_refused_whoever_reads_it(
     assert "Traceback" not in printed
     assert not (tmp_path / "owned").exists()
     assert not (tmp_path / "x").exists()
+
+
+def test_torch_reads_no_other_archive_than_the_one_that_is_checked(tmp_path: Path) -> None:
+    """Two readers of one file may see two archives in it."""
+    torch.save({"x": torch.ones(3)}, tmp_path / "good")
+    torch.save({"x": Reserve()}, tmp_path / "bad")
+    good, bad = (tmp_path / "good").read_bytes(), (tmp_path / "bad").read_bytes()
+    renamed, packed = io.BytesIO(), io.BytesIO()
+    for stream, name, kind in (
+        (renamed, "DATA.PKL", 0),
+        (packed, "data.pkl", zipfile.ZIP_DEFLATED),
+    ):
+        with zipfile.ZipFile(tmp_path / "bad") as old, zipfile.ZipFile(stream, "w", kind) as new:
+            for part in old.infolist():
+                new.writestr(part.filename.replace("data.pkl", name), old.read(part))
+    with tarfile.open(tmp_path / "tar", "w") as old_kind:
+        old_kind.add(tmp_path / "bad", "pickle")
+    cases = {
+        "behind another": (bad + good, "is packed in another way"),
+        "with a comment": (good + b"x", "is packed in another way"),
+        "two ends": (bad[:-22] + good, "is packed in another way"),
+        "another case": (renamed.getvalue(), "it names '__builtin__ bytearray'"),
+        "deflated": (packed.getvalue(), "is packed in another way"),
+        "tar": ((tmp_path / "tar").read_bytes(), "is a tar archive"),
+    }
+    file = tmp_path / "x.ckpt"
+    for name, (content, says) in cases.items():
+        file.write_bytes(content)
+        with pytest.raises(UserError) as error:
+            tensor_files.torch_file(file)
+        assert says in str(error.value), name
+    file.write_bytes(good)
+    assert tensor_files.torch_file(file)["x"].tolist() == [1, 1, 1]
+
+
+def test_tensors_are_no_larger_than_their_file(tmp_path: Path) -> None:
+    numbers, file = torch.arange(1000.0), tmp_path / "x.pt"
+    cases = {
+        "repeated": ([numbers[:1].expand(10**9)], "larger than its numbers"),
+        "views": ([numbers.reshape(10, 100).t()] * 3, "more views of its numbers than numbers"),
+    }
+    for tensors, says in cases.values():
+        torch.save({str(i): tensor for i, tensor in enumerate(tensors)}, file)
+        with pytest.raises(UserError, match=says):
+            tensor_files.torch_file(file)
+    shared = {"a": numbers, "b": numbers[5:], "c": numbers.reshape(10, 100).t()}
+    torch.save(shared, file)
+    found = tensor_files.torch_file(file)
+    assert all(torch.equal(found[name], value) for name, value in shared.items())
+    assert found["a"].data_ptr() + 20 == found["b"].data_ptr(), "what is shared stays shared"
+    assert found["c"].is_contiguous()
+    torch.save(shared, file, _use_new_zipfile_serialization=False)
+    assert torch.equal(tensor_files.torch_file(file)["c"], shared["c"])
+    assert set(tensor_files.torch_file(file, only=["a"])) == {"a"}
 
 
 def test_what_reaches_the_library_of_kernels_is_passed_over(
