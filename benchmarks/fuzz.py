@@ -165,7 +165,7 @@ def watched(do: Callable[[], None], allowed: list[str], report: int) -> None:
                 seen.append(f"{event} {real}")
 
     sys.addaudithook(watch)
-    outcome, said = "accepted", ""
+    outcome, said, held = "accepted", "", _megabytes("VmRSS")
     try:
         do()
     except Exception as error:
@@ -179,7 +179,8 @@ def watched(do: Callable[[], None], allowed: list[str], report: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     with open(report, "w") as stream:
-        json.dump({"outcome": outcome, "said": said, "seen": seen[:5]}, stream)
+        grown = _megabytes("VmHWM") - held
+        json.dump({"outcome": outcome, "said": said, "seen": seen[:5], "grown": grown}, stream)
     os._exit(0)
 
 
@@ -198,7 +199,7 @@ def observe(
     allowed = [str(out), cache, temporary, "/dev/shm/"]
     before = _times(bait)
     receive, send = os.pipe()
-    held, start = _megabytes(), time.perf_counter()
+    start = time.perf_counter()
     pid = os.fork()
     if pid == 0:
         os.close(receive)
@@ -212,8 +213,15 @@ def observe(
     with open(receive) as stream:
         told = stream.read()
     _, status, used = os.wait4(pid, 0)
-    seconds, grown = time.perf_counter() - start, max(0.0, used.ru_maxrss / 1024 - held)
-    found = json.loads(told) if told else {"outcome": f"killed ({status})", "said": "", "seen": []}
+    seconds = time.perf_counter() - start
+    killed = {
+        "outcome": f"killed ({status})",
+        "said": "",
+        "seen": [],
+        "grown": used.ru_maxrss / 1024,
+    }
+    found = json.loads(told) if told else killed
+    grown = found["grown"]
     printed = (place / "printed").read_text(errors="replace")
     if "Traceback (most recent" in printed:
         found["outcome"] = "traceback"
@@ -243,10 +251,10 @@ def _times(folder: Path) -> dict[Path, int]:
     return {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def _megabytes() -> float:
-    """Return what this process holds."""
+def _megabytes(name: str) -> float:
+    """Return what this process holds (VmRSS), or the most that it has held (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1024
 
 
 def case(number: int, seed: int, originals: Path, work: Path) -> dict[str, Any]:

@@ -292,7 +292,12 @@ ARCHITECTURES = {
         run=_run_modernbert,
         after=_final_norm,
         first_is_special=True,  # it has no norm before its attention
-        more_settings=("head_dim",),
+        more_settings=(
+            "head_dim",
+            "local_rope_theta",
+            "global_rope_theta",
+            "global_attn_every_n_layers",
+        ),
     ),
 }
 
@@ -325,8 +330,9 @@ def settings(given: Mapping[str, Any]) -> dict[str, Any]:
     model_type = given.get("model_type")
     if not isinstance(model_type, str):
         raise UserError("its configuration says no model_type")
-    known = set(AutoConfig.for_model(model_type).to_dict()) if model_type in ARCHITECTURES else ()
-    known = {*known, *architecture(model_type).more_settings, *TOKEN_IDS}
+    more = architecture(model_type).more_settings  # refuses a type that is not in the table
+    default = AutoConfig.for_model(model_type)
+    known = {*default.to_dict(), *default.attribute_map, *more, *TOKEN_IDS}
     known -= set(PreTrainedConfig().to_dict())
     chosen = {name: given[name] for name in sorted(known & set(given))}
     chosen = untrusted.plain(chosen, "its configuration")

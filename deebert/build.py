@@ -121,7 +121,7 @@ def trainer(
         made = [c for c in made if not isinstance(c, LearningRateMonitor)]
     trainer = instantiated(
         "trainer",
-        cfg.trainer,
+        {key: value for key, value in cfg.trainer.items() if key != "plugins"},
         plugins=_plugins(cfg.trainer.get("plugins")),
         callbacks=[*made, *callbacks],
         logger=loggers,
@@ -140,11 +140,14 @@ def _plugins(given: Any) -> list[Any]:
     else:
         made = instantiated("trainer.plugins", given) or []
         found = made if isinstance(made, list) else [made]
-    has_own = any(isinstance(plugin, CheckpointIO) for plugin in found)
-    return found if has_own else [*found, SafeCheckpointIO()]
+    own = [plugin for plugin in found if isinstance(plugin, CheckpointIO)]
+    for plugin in own:  # one that wraps another, as AsyncCheckpointIO
+        if getattr(plugin, "checkpoint_io", plugin) is None:
+            plugin.checkpoint_io = SafeCheckpointIO()  # type: ignore[attr-defined]
+    return found if own else [*found, SafeCheckpointIO()]
 
 
-def instantiated(flag: str, values: DictConfig | None, **extra: Any) -> Any:
+def instantiated(flag: str, values: Any, **extra: Any) -> Any:
     """What a block of the configuration names, or None where the user took it out."""
     if not values:
         return None

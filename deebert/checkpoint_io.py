@@ -1,7 +1,8 @@
 """How Lightning reads and writes checkpoints here: without trusting what a file says.
 
 A resumed run restores the state of optimizer, schedule, loops and callbacks from a file that
-somebody else may have written. Lightning would load and remove files that it names.
+somebody else may have written. Lightning would load and remove files that it names, and fails in
+many ways where a value is of another kind.
 """
 
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch import Tensor
+from torch.optim import Optimizer
 
 from deebert import tensor_files, untrusted
 from deebert.checkpoints import WEIGHTS_FINGERPRINT, by_name
@@ -45,19 +47,71 @@ class SafeCheckpointIO(TorchCheckpointIO):
         Raises:
             UserError: it is no local file, damaged, or holds more than tensors and plain values.
         """
-        file = Path(path)
-        content = tensor_files.torch_file(file)
-        try:
-            if "callbacks" in content:
-                content["callbacks"] = {
-                    name: _own_paths(state, file.parent)
-                    for name, state in content["callbacks"].items()
-                }
-            if "lr_schedulers" in content:
-                content["lr_schedulers"] = [_schedule(state) for state in content["lr_schedulers"]]
-        except (TypeError, AttributeError) as error:
-            raise UserError(f"{file}: its training state is damaged") from error
-        return content
+        return tensor_files.torch_file(Path(path))
+
+
+def clean(content: dict[str, Any], folder: Path, loops: Mapping[str, Any]) -> None:
+    """Leave of a training state what a resumed run may restore.
+
+    Args:
+        content: of the checkpoint; changed in place.
+        folder: that the checkpoint lies in.
+        loops: what the loops of a new trainer say.
+
+    Raises:
+        UserError: a part is missing, or of another kind.
+    """
+    try:
+        for state in ("optimizer_states", "lr_schedulers"):  # Lightning would go on without
+            if len(content[state]) != 1:
+                raise UserError(f"it holds {len(content[state])} {state}, not 1")
+        check_loops(content["loops"], loops)
+        callbacks = content["callbacks"].items()
+        content["callbacks"] = {name: _own_paths(state, folder) for name, state in callbacks}
+        content["lr_schedulers"] = [_schedule(state) for state in content["lr_schedulers"]]
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"its training state is damaged ({type(error).__name__})") from error
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Check what an optimizer has restored.
+
+    A fused step would read and write past the end of a moment that is shorter than its parameter.
+
+    Raises:
+        UserError: a value is of another kind or shape.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            shape = () if name == "step" else parameter.shape
+            if not isinstance(value, Tensor) or value.shape != shape:
+                raise UserError(
+                    f"the optimizer's {name} is {getattr(value, 'shape', value)} where its "
+                    f"parameter is {tuple(parameter.shape)}"
+                )
+    for group in optimizer.param_groups:
+        for name, value in group.items():
+            listed = value if isinstance(value, tuple | list) else [value]
+            if name != "params" and not all(v is None or _is_number(v) for v in listed):
+                raise UserError(f"the optimizer's {name} is no number")
+
+
+def check_best(state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Check that the best checkpoint of a run is one of the same model.
+
+    Args:
+        state: of Lightning's ModelCheckpoint, as `clean` leaves it.
+        weights: of the model that goes on.
+
+    Raises:
+        UserError: it is not.
+    """
+    file = Path(state["best_model_path"])
+    found: Any = tensor_files.torch_file(file, only=("state_dict",)).get("state_dict")
+    tensor_files.check_weights(found)
+    shapes = {name: value.shape for name, value in found.items()}
+    if shapes != {name: value.shape for name, value in weights.items()}:
+        raise UserError(f"{file.name} holds the weights of another model")
 
 
 def check_loops(given: Any, expected: Mapping[str, Any], flag: str = "loops") -> None:

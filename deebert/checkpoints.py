@@ -22,7 +22,8 @@ from deebert.tasks import Task
 
 WEIGHTS_FINGERPRINT = "weights_fingerprint"  # in a checkpoint; those of before have none
 READ = ("hyper_parameters", "state_dict", "epoch", WEIGHTS_FINGERPRINT)
-MOST_GROWTH = 4  # bytes of a model for each in the file, where float8 becomes float32
+MOST_GROWTH = 2  # bytes of a model for each in the file, where 16 bits become 32
+SLACK = 2**20  # bytes: of what is no weight, the numbers of positions
 TRIED = 3  # tokens
 
 
@@ -47,7 +48,7 @@ class Checkpoint(Origin):
     tokenizer_files: dict[str, str]
     weights: dict[str, torch.Tensor]
     epochs_done: int
-    said: Mapping[str, Any] = field(default_factory=dict)  # the whole configuration, as it stands
+    not_taken: Mapping[str, Any] = field(default_factory=dict)  # `remembered.accepted` tells
 
     def model(self) -> EarlyExitModel:
         """The trained model, in eval mode.
@@ -82,10 +83,9 @@ class Checkpoint(Origin):
                     f"its weights do not fit its shape ({name} is {found or 'missing'}, not "
                     f"{wanted})"
                 )
-        storages = {
-            s.data_ptr(): s.nbytes() for w in weights.values() if (s := w.untyped_storage())
-        }
-        if num_bytes > MOST_GROWTH * sum(storages.values()):
+        storages = [value.untyped_storage() for value in weights.values()]
+        there_bytes = sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+        if num_bytes > MOST_GROWTH * there_bytes + SLACK:
             raise UserError("its weights are fewer numbers than its shape has")
         model = EarlyExitModel(*shape)
         try:
@@ -196,18 +196,18 @@ def _read(path: Path) -> Checkpoint:
     content = tensor_files.torch_file(path, only=READ)
     hparams, weights = content["hyper_parameters"], content["state_dict"]
     tensor_files.check_weights(weights)
-    said = untrusted.plain(hparams["config"], "its configuration")
     files = untrusted.plain(hparams["tokenizer"], "its tokenizer")
     if not isinstance(epoch := content["epoch"], int) or not 0 <= epoch < 2**31:
         raise UserError("its epoch is no number of one")
+    config, not_taken = remembered.accepted(untrusted.plain(hparams["config"], "its configuration"))
     checkpoint = Checkpoint(
         path,
-        remembered.accepted(said),
+        config,
         architectures.settings(hparams["architecture"]),
         tokens.known_files(files),
         weights,
         epoch + 1,
-        said,
+        not_taken,
     )
     checkpoint.check_fingerprint(content.get(WEIGHTS_FINGERPRINT))
     return checkpoint

@@ -171,6 +171,9 @@ def between(low: float, high: float) -> float:
     return high
 
 
+MOST_DRAWN = 100  # labels
+
+
 def score_deviation(task: Task, predictions_N: Tensor, labels_N: Tensor, draws: int = 400) -> float:
     """Standard error of the headline metric, by the bootstrap, times sqrt(N).
 
@@ -181,6 +184,9 @@ def score_deviation(task: Task, predictions_N: Tensor, labels_N: Tensor, draws: 
         correlation = min(abs(task.score(predictions_N, labels_N)), 0.9999)
         return 1 - correlation**2
     kinds = task.num_labels
+    if kinds > MOST_DRAWN:  # tables take memory by its square; accuracy is a share
+        share = (predictions_N == labels_N).double().mean().item()
+        return math.sqrt(share * (1 - share))
     # One more row, spread over the table: a perfect score on a few rows is not a sure one.
     cells = confusion(predictions_N, labels_N, kinds).flatten() + 1 / kinds**2
     drawn = np.random.default_rng(0).multinomial(len(labels_N), cells / cells.sum(), draws)

@@ -16,14 +16,26 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from deebert import checkpoints, curves, objectives, origins, ranks, records, remembered
+from deebert import (
+    checkpoints,
+    curves,
+    objectives,
+    origins,
+    ranks,
+    records,
+    remembered,
+    sources,
+    untrusted,
+)
 from deebert.checkpoints import Checkpoint, Origin
 from deebert.errors import UserError, is_number, is_whole, unknown
 from deebert.objectives import PAPER, trains_ramps
+from deebert.tasks import Task
 
 log = logging.getLogger(__name__)
 
 STAGES = (1, 2)
+GLUE = "nyu-mll/glue"  # the one data set that a checkpoint may have fetched
 
 
 @dataclass(frozen=True)
@@ -98,8 +110,8 @@ def _origin(cfg: DictConfig, job: Job) -> Checkpoint | None:
         if cfg.teacher:
             _refuse_another_teacher(cfg, fetch=job.said("teacher"))
         for key in ("trainer", "callbacks"):
-            _inherit_values(cfg, key, origin.config.get(key, {}), job)
-        _tell_left_out(cfg, origin)
+            _inherit_values(cfg, key, origin.config.get(key) or {}, job)
+        _tell_left_out(cfg, origin, job)
         epochs = cfg.stages[str(cfg.stage)].epochs
         if origin.epochs_done >= epochs:
             raise UserError(
@@ -264,6 +276,7 @@ def _inherit(
     may not be contradicted on the command line; of the `taken` ones, what is said there wins;
     those `kept` inside them stay."""
     _refuse_other_task(cfg, origin)
+    own_hub = tuple(OmegaConf.select(cfg, "task.hub") or ())
     size = origin.config["data"].setdefault("calibration_size", 0)  # of a run before there was one
     if "data.calibration_size" in job.explicit and cfg.data.calibration_size != size:
         raise UserError(
@@ -286,9 +299,49 @@ def _inherit(
             # A run from before some of the settings has today's defaults of them.
             later = key in ("data", "stages")
             cfg[key] = OmegaConf.merge(cfg[key], theirs[key]) if later else theirs[key]
-    root = origin.config["data"].get("root")
-    if root and isinstance(origin, Checkpoint) and not job.said("data.root"):
-        log.info("data.root=%s, as %s says (data.root=... for another folder)", root, origin.path)
+    if isinstance(origin, Checkpoint):
+        _check_rows(cfg, origin, job, own_hub)
+
+
+def _check_rows(cfg: DictConfig, origin: Checkpoint, job: Job, own_hub: tuple[str, ...]) -> None:
+    """Look at where a checkpoint says that the rows are.
+
+    Args:
+        own_hub: the data set that the user names; (): none.
+
+    Raises:
+        UserError: a file there is a link that leads out of the folder, or no file.
+    """
+    task = Task.from_config(_plain_block(cfg.task))
+    root = cfg.data.root or task.root
+    if task.hub is not None and task.hub[0] != GLUE and task.hub != own_hub:
+        with open_dict(cfg):
+            cfg.task.hub = list(own_hub) or None
+        if not root:
+            log.warning(
+                "%s names the data set %s, which is not fetched for a file's sake: say "
+                "task=NAME, or data.root=DIR",
+                origin.path,
+                task.hub[0],
+            )
+    if not root or job.said("data.root") or not Path(root).is_dir():
+        return
+    log.info("data.root=%s, as %s says (data.root=... for another folder)", root, origin.path)
+    for split in filter(None, (task.train, *task.validation, *task.test)):
+        for file in sources.find_files(task, split, root):
+            try:
+                untrusted.inside(Path(root), str(file.relative_to(root)))
+            except UserError as error:
+                raise UserError(
+                    f"data.root={root}, as {origin.path} says: {error}; or say data.root={root} "
+                    "yourself"
+                ) from error
+
+
+def _plain_block(block: DictConfig) -> dict[str, Any]:
+    """Return a block of the configuration as plain values."""
+    values: Any = OmegaConf.to_container(block, resolve=True)
+    return dict(values)
 
 
 def _inherit_values(cfg: DictConfig, path: str, theirs: dict[str, Any], job: Job) -> None:
@@ -303,10 +356,23 @@ def _inherit_values(cfg: DictConfig, path: str, theirs: dict[str, Any], job: Job
                 OmegaConf.update(cfg, inner, value)
 
 
-def _tell_left_out(cfg: DictConfig, origin: Checkpoint) -> None:
+def _tell_left_out(cfg: DictConfig, origin: Checkpoint, job: Job) -> None:
+    """Name what of the trainer and the callbacks was not taken.
+
+    Raises:
+        UserError: the run had several processes, and the user does not say so again.
+    """
     blocks = {key: cfg.get(key) for key in ("trainer", "callbacks")}
     ours = {k: OmegaConf.to_container(v, resolve=True) if v else None for k, v in blocks.items()}
-    if lost := remembered.left_out(origin.said, ours):
+    lost = remembered.left_out(origin.not_taken, ours)
+    # Other processes would see other rows, and some would be started for a file's sake.
+    if starts := [flag for flag in lost if flag in remembered.STARTS and not job.said(flag)]:
+        values = " ".join(f"{flag}={origin.not_taken[flag]}" for flag in starts)
+        raise UserError(
+            f"resume={cfg.resume} was trained with {values}: say so again, or what you want "
+            "instead; a checkpoint starts no processes"
+        )
+    if lost := [flag for flag in lost if not job.said(flag)]:
         log.warning(
             "%s: not taken from the checkpoint, which may be somebody else's: %s; say it again on "
             "the command line if you want it",

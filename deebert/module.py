@@ -5,7 +5,9 @@ ramps; stage 2 freezes the first two and trains the other ramps (paper, section 
 of exits, thresholds or files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,8 +16,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import get_linear_schedule_with_warmup
 
-from deebert import objectives
-from deebert.checkpoint_io import check_loops
+from deebert import checkpoint_io, objectives
 from deebert.errors import UserError
 from deebert.model import INPUTS, EarlyExitModel
 
@@ -59,7 +60,7 @@ class EarlyExitModule(L.LightningModule):
         self.layer_drop = self.recipe.get("layer_drop", 0.0)  # stage 1's alone
         # In a tuple, or torch would take its weights for this module's.
         self._teacher: tuple[EarlyExitModel, ...] = (teacher,) if teacher else ()
-        self.has_stepped = False  # has a training step of this run ended?
+        self.is_restored = False  # has all been taken from the checkpoint that is gone on with?
         self._freeze()
 
     @property
@@ -106,25 +107,32 @@ class EarlyExitModule(L.LightningModule):
             self.model.ramps[-1].eval()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.trainer.state.fn != "fit":
+        # Here and not where files are read: every strategy and plugin comes by.
+        if self._trainer is None or self.trainer.state.fn != "fit":
             return
-        for state in ("optimizer_states", "lr_schedulers"):  # Lightning would go on without
-            if len(checkpoint[state]) != 1:
-                raise UserError(f"it holds {len(checkpoint[state])} {state}, not 1")
         loops = {name: getattr(self.trainer, name).state_dict() for name in LOOPS}
-        check_loops(checkpoint["loops"], loops)
+        with self._of_checkpoint():
+            checkpoint_io.clean(checkpoint, Path(str(self.trainer.ckpt_path)).parent, loops)
+            for state in checkpoint["callbacks"].values():
+                if state.get("best_model_path") and state.get("best_model_score") is not None:
+                    checkpoint_io.check_best(state, self.state_dict())
 
     def on_train_start(self) -> None:
-        # A fused step would read and write past the end of a shorter moment.
-        for optimizer in self.trainer.optimizers:
-            for parameter, state in optimizer.state.items():
-                for name, value in state.items():
-                    shape = () if name == "step" else parameter.shape
-                    if not isinstance(value, Tensor) or value.shape != shape:
-                        raise UserError(
-                            f"the optimizer's {name} is {getattr(value, 'shape', value)} where its "
-                            f"parameter is {tuple(parameter.shape)}"
-                        )
+        with self._of_checkpoint():
+            for optimizer in self.trainer.optimizers:
+                checkpoint_io.check_optimizer(optimizer)
+        self.is_restored = True
+
+    @contextmanager
+    def _of_checkpoint(self) -> Iterator[None]:
+        """Say of an error which checkpoint it is of."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(
+                f"resume={self.trainer.ckpt_path}: the run cannot be gone on with from this "
+                f"checkpoint ({error})"
+            ) from error
 
     def on_fit_start(self) -> None:
         steps = int(self.trainer.estimated_stepping_batches)
@@ -142,9 +150,6 @@ class EarlyExitModule(L.LightningModule):
         # Not at the epoch's start: a loader that begins to iterate draws from the generator too.
         if batch_idx == 0:
             torch.manual_seed((self.seed * 100_003 + self.current_epoch) * 1009 + self.global_rank)
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.has_stepped = True
 
     def states(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What the ramps read, from a batch of tokens or of frozen states: -> (B, R)."""

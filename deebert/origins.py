@@ -10,7 +10,7 @@ from os.path import exists
 from pathlib import Path
 from typing import Any
 
-from deebert import checkpoints, foreign, published, records, saved, tokens, untrusted
+from deebert import checkpoints, foreign, published, records, remembered, saved, tokens, untrusted
 from deebert.checkpoints import Checkpoint
 from deebert.errors import UserError
 from deebert.saved import Saved
@@ -103,7 +103,9 @@ def _scored(folder: Path) -> tuple[str, dict[str, Any]] | None:
         ckpt = untrusted.json_file(untrusted.inside(folder, "results.json")).get("ckpt")
     except (FileNotFoundError, UserError):
         return None
-    return (ckpt, records.load(files[0])[1]["config"]) if isinstance(ckpt, str) else None
+    if ckpt is None or not remembered.PATH.fits(ckpt):
+        return None
+    return ckpt, records.load(files[0])[1]["config"]
 
 
 def _place(given: str | Path, flag: str, fetch: bool = True) -> Path:

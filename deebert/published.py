@@ -238,10 +238,18 @@ def _complete(
             raise UserError(f"its weights hold {name}, which is no part of this model")
         if tuple(value.shape) != expected[name]:
             raise UserError(f"its weight {name} is {tuple(value.shape)}, not {expected[name]}")
+    last = f"ramps.{num_layers - 1}."
+
+    def is_made(name: str) -> bool:
+        untrained = seed is not None and name.startswith("ramps.") and not name.startswith(last)
+        return untrained or name.endswith((".shift", ".scale"))
+
+    if missing := sorted(name for name in expected if name not in ours and not is_made(name)):
+        raise UserError(f"its weights lack {missing[0]}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**32 if isinstance(seed, int) else 0)
         made = ramps.make(shape["hidden_size"], num_labels, 0.0, num_layers, ramps.PAPER)
-    last, fresh = f"ramps.{num_layers - 1}.", {}
+    fresh = {}
     for name, value in made.state_dict().items():
         _, _, part = name.partition(".")
         untrained = seed is not None and not f"ramps.{name}".startswith(last)
@@ -250,10 +258,7 @@ def _complete(
             value = ours.get(last + part, value).clone()
         if untrained or part in ("shift", "scale"):
             fresh[f"ramps.{name}"] = value
-    whole = fresh | ours
-    if missing := sorted(set(expected) - set(whole)):
-        raise UserError(f"its weights lack {missing[0]}")
-    return whole
+    return fresh | ours
 
 
 def _task(values: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ came from. Knows nothing of models or tasks: arithmetic on it needs neither.
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from deebert import remembered, tensor_files, untrusted
 from deebert.errors import UserError
+from deebert.tasks import SPLIT
 
 SCHEMA = 1
 FOLDER = "records"  # of a run or saved folder
@@ -109,9 +111,10 @@ class Record:
         os.replace(part, folder / f"{self.split}.safetensors")
 
 
-COLUMNS = {  # name in the file -> type, number of dimensions
-    "logits_NLC": (torch.float32, 3), "labels_N": (None, 1), "index_N": (torch.int64, 1),
-    "length_N": (torch.int64, 1), "group_N": (torch.int64, 1), "unsure_NL": (torch.float32, 2),
+COLUMNS = {  # name in the file -> types, number of dimensions
+    "logits_NLC": ((torch.float32,), 3), "labels_N": ((torch.int64, torch.float32), 1),
+    "index_N": ((torch.int64,), 1), "length_N": ((torch.int64,), 1),
+    "group_N": ((torch.int64,), 1), "unsure_NL": ((torch.float32,), 2),
 }  # fmt: skip
 
 
@@ -142,7 +145,7 @@ def load(file: Path) -> tuple[Record, dict[str, Any]]:
         raise UserError(f"record={file}: not a record of this program: {error}") from error
     try:
         header = untrusted.json_mapping(metadata["deebert"], "its header")
-        header["config"] = remembered.accepted(header["config"])
+        header["config"], _ = remembered.accepted(header["config"])
         _check(header, tensors, file)
         columns: dict[str, Any] = {"labels_N": None} | tensors
         record = Record(header["split"], **columns)
@@ -166,13 +169,15 @@ def _check(header: dict[str, Any], tensors: dict[str, Tensor], file: Path) -> No
     labels, unsure = tensors.get("labels_N"), tensors.get("unsure_NL")
     if header["schema"] != SCHEMA:
         raise UserError(f"its schema is {header['schema']!a}, not {SCHEMA}")
+    if not isinstance(header["split"], str) or not re.fullmatch(SPLIT, header["split"]):
+        raise UserError(f"its split {header['split']!r} is no name of one")
     if header["split"] != file.stem:
         raise UserError(f"the file was renamed, it is of split {header['split']!a}")
     if "values" in header and header["values"] != tensor_files.fingerprint(tensors):
         raise UserError("its values are not those that were written: it is damaged")
     for name, values in tensors.items():
-        dtype, num_dims = COLUMNS[name]
-        if values.ndim != num_dims or values.dtype != (dtype or values.dtype):
+        dtypes, num_dims = COLUMNS[name]
+        if values.ndim != num_dims or values.dtype not in dtypes:
             raise UserError(f"its {name} is {tuple(values.shape)} {values.dtype}")
     if logits.shape[1] > untrusted.LAYERS:
         raise UserError(f"it has {logits.shape[1]} ramps, more than {untrusted.LAYERS}")

@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig
 
 from deebert import (
@@ -77,6 +79,7 @@ def train(cfg: DictConfig) -> float | None:
         tokenizer = backbones.tokenizer(config["backbone"])
         tokenizer_files = tokens.files_of(tokenizer)
         model = EarlyExitModel.from_backbone(config["backbone"], task.num_labels, config["ramp"])
+    tokens.check(tokenizer, model.config)
     if model.ramp_kind.reads == "pair":
         model.backbone.separator = tokenizer.sep_token_id
         if tokenizer.sep_token_id is None:
@@ -122,16 +125,23 @@ def train(cfg: DictConfig) -> float | None:
                 f"stages.1.layer_drop={recipe['layer_drop']} with several devices leaves "
                 "parameters unused: say trainer.strategy=ddp_find_unused_parameters_true"
             )
+        if resume and type(trainer.strategy).load_checkpoint is not Strategy.load_checkpoint:
+            raise UserError(
+                f"resume={config['resume']} with trainer.strategy={config['trainer']['strategy']}, "
+                "which reads checkpoints in a way of its own: use trainer.strategy=auto or ddp"
+            )
         start = time.perf_counter()
         try:
             trainer.fit(module, datamodule=source, ckpt_path=resume, weights_only=True)
+        except (UserError, OSError, torch.OutOfMemoryError):
+            raise
         except Exception as error:
-            if resume is None or module.has_stepped:
+            if resume is None or module.is_restored:
                 raise
             # What somebody's file says of optimizer, loops and callbacks fails in many ways.
             raise UserError(
                 f"resume={config['resume']}: the run cannot be gone on with from this checkpoint "
-                f"({first_line(error)}); start stage {config['stage']} anew"
+                f"({first_line(error)})"
             ) from error
         log.info("trained in %.1f s", time.perf_counter() - start)
         best = trainer.checkpoint_callback

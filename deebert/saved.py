@@ -10,6 +10,7 @@ Nothing that such a folder says is executed, and no name or link in it leads out
 """
 
 import json
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from os.path import exists
@@ -26,11 +27,11 @@ from deebert.tasks import Task
 FILE = "deebert.json"
 SAVING = ".saving"  # beside it until all is written
 SCHEMA = 1
-# Of a run's configuration: all but what lies on the machine that it was trained on, or names code.
 WISH = (
     "threshold", "target_saving", "target_speedup", "max_drop", "confidence", "loss", "per_ramp",
     "temperature", "exit",
 )  # fmt: skip
+# Of a run's configuration: all but what lies on the machine that it was trained on, or names code.
 KEPT = ("task", "backbone", "ramp", "data", "stage", "stages", "objective", "seed", "thresholds")
 
 
@@ -103,9 +104,19 @@ def check_place(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder")
-    for file in (*folder.iterdir(), *(folder / "records").glob("*")):
-        if file.is_symlink():  # what is written there would be written where it leads
-            raise UserError(f"{folder} holds a link, {file.name}; remove it, or name a new folder")
+    there = [*folder.iterdir(), *(folder / records.FOLDER).glob("*")]
+    ours = {FILE, SAVING, "README.md", "config.json", "model.safetensors", *tokens.FILES}
+    for file in there:
+        if not (file.name in ours or file.parent != folder or file.name == records.FOLDER):
+            continue
+        facts = file.lstat()
+        is_file = stat.S_ISREG(facts.st_mode) and facts.st_nlink == 1
+        if not is_file and not (file == folder / records.FOLDER and stat.S_ISDIR(facts.st_mode)):
+            # What is written there would be written where it leads, or not at all.
+            raise UserError(
+                f"{folder}: {file.name} is a link, or no file of its own; remove it, or name a new "
+                "folder"
+            )
     exported = (folder / "runner.py").exists()
     if (is_saved(folder) and not exported) or (folder / SAVING).exists():
         return
@@ -158,11 +169,14 @@ def _read(folder: Path) -> Saved:
     shape = untrusted.json_file(untrusted.inside(folder, "config.json"))
     weights, _ = tensor_files.safetensors_file(untrusted.inside(folder, "model.safetensors"))
     tensor_files.check_weights(weights)
-    if strange := [name for name in about["tokenizer"] if name not in tokens.FILES]:
-        raise UserError(f"{FILE}: {strange[0]!a} is no file of a tokenizer")
+    names = about["tokenizer"]
+    if strange := [name for name in names if name not in tokens.FILES]:
+        raise UserError(f"{FILE}: {strange[0]!r} is no file of a tokenizer")
+    if len(set(names)) < len(names):
+        raise UserError(f"{FILE}: it names a file of a tokenizer twice")
     files = {
         name: untrusted.text(untrusted.inside(folder, name), untrusted.TOKENIZER_BYTES)
-        for name in about["tokenizer"]
+        for name in names
     }
     epochs_done = about["epochs_done"]
     if not is_whole(epochs_done) or epochs_done < 0:
@@ -170,11 +184,16 @@ def _read(folder: Path) -> Saved:
     rule, wish = about["exit"], about["wish"]
     if not isinstance(rule, str | None):
         raise UserError(f"{FILE}: exit={rule!a} is no name")
-    if not isinstance(wish, dict) or not set(wish) <= {*WISH} or not remembered.MAPPING.fits(wish):
+    if (
+        not isinstance(wish, dict)
+        or not set(wish) <= {*WISH}
+        or not remembered.PLAIN_MAPPING.fits(wish)
+    ):
         raise UserError(f"{FILE}: wish={wish!a} is none; its names may be: {', '.join(WISH)}")
+    config, _ = remembered.accepted(about["config"])
     checkpoint = Checkpoint(
         folder,
-        public(remembered.accepted(about["config"])),
+        public(config),
         architectures.settings(shape["config"]),
         files,
         weights,

@@ -9,20 +9,20 @@ import logging
 import math
 import re
 import warnings
+from importlib.util import find_spec
+from os import path
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pandas as pd
-from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
 from deebert import demo
 from deebert.errors import UserError, first_line
-from deebert.tasks import WORD, Task
+from deebert.tasks import HUB, WORD, Task
 
 log = logging.getLogger(__name__)
 
-HUB = r"\w[\w.-]*(/\w[\w.-]*)?"
 ENDINGS = ("parquet", "jsonl", "json", "tsv", "csv")  # in the order in which they are tried
 
 
@@ -128,11 +128,19 @@ def _read_text(task: Task, file: Path) -> pd.DataFrame:
     return pd.read_csv(file, sep="\t", quoting=csv.QUOTE_NONE, **cells)
 
 
+def _is_reader(name: str) -> bool:
+    return "/" not in name and find_spec(f"datasets.packaged_modules.{name}") is not None
+
+
 def _from_hub(task: Task, split: str) -> datasets.Dataset:
     assert task.hub is not None
     # The library would take a folder here, or one of its own readers, for a data set of the hub.
-    if not re.fullmatch(HUB, task.hub[0]) or task.hub[0] in _PACKAGED_DATASETS_MODULES:
-        raise UserError(f"task {task.name}: hub={task.hub[0]} is no data set of the hub (task.hub)")
+    name = task.hub[0]
+    if not re.fullmatch(HUB, name) or path.exists(name) or _is_reader(name):
+        raise UserError(
+            f"task {task.name}: hub={name} is no data set of the hub (task.hub; for a folder here "
+            "data.root=DIR)"
+        )
     try:
         return datasets.load_dataset(*task.hub, split=split)
     except (OSError, datasets.exceptions.DatasetNotFoundError) as error:

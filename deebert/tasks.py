@@ -73,7 +73,12 @@ METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "pearson": _correlation("pearson_corrcoef"),
     "spearman": _correlation("spearman_corrcoef"),
 }
+# Parts of names of files and folders: no way out of a folder may hide in them.
 WORD = r"\w[\w.-]*"
+SPLIT = r"\w[\w.%:\[\]+-]*"  # also a slice of the hub's: train[:80%]
+FOLDER = rf"{WORD}(/{WORD})*|\."
+HUB = rf"{WORD}(/{WORD})?"
+MOST_LABELS = 1000  # tables of labels and predictions grow with their square
 BINARY = ("f1", "matthews")
 REGRESSION = ("pearson", "spearman")
 
@@ -139,17 +144,18 @@ class Task:
             value = values.get(key)
             if value is not None and not isinstance(value, list):
                 raise UserError(f"task {name}: {key}: {value!r} must be a list: {key}: [{value}]")
-        # Names of files and folders: no way out of a folder may hide in them.
         tsv = values.get("tsv")
         if tsv is not None and not isinstance(tsv, dict):
             raise UserError(f"task {name}: tsv: {tsv!r} must be a mapping")
-        words = [("name", name), ("folder", (tsv or {}).get("folder"))]
-        words += [(key, values.get(key)) for key in ("train", "checkpoint_task")]
-        words += [(key, each) for key in ("validation", "test") for each in values.get(key) or ()]
-        for what, word in words:
+        names = [("name", name, WORD), ("folder", (tsv or {}).get("folder"), FOLDER)]
+        names += [(key, values.get(key), SPLIT) for key in ("train", "checkpoint_task")]
+        names += [
+            (key, each, SPLIT) for key in ("validation", "test") for each in values.get(key) or ()
+        ]
+        for what, word, form in names:
             if word is None and what != "name":
                 continue
-            if not isinstance(word, str) or not re.fullmatch(WORD, word):
+            if not isinstance(word, str) or not re.fullmatch(form, word):
                 raise UserError(
                     f"task {name}: {word!r}: its {what} must be a word of letters, digits, _, - "
                     "and . that begins with a letter or digit"
@@ -172,6 +178,12 @@ class Task:
             raise UserError(
                 f"task {name}: labels={list(task.labels)} must name two or more classes"
             )
+        if task.labels is not None and len(task.labels) > MOST_LABELS:
+            raise UserError(
+                f"task {name}: it has {len(task.labels)} labels, more than {MOST_LABELS}"
+            )
+        if len(set(task.metrics)) < len(task.metrics):
+            raise UserError(f"task {name}: metrics={list(task.metrics)[:9]} names one twice")
         if task.labels is not None and len(set(task.labels)) < len(task.labels):
             raise UserError(f"task {name}: labels={list(task.labels)} names a class twice")
         fitting = [

@@ -5,31 +5,43 @@ is known to be that large. Knows nothing of what the tensors are for.
 """
 
 import hashlib
+import io
 import os
+import pickle
 import pickletools
 import re
 import struct
 import tarfile
 import zipfile
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deebert.errors import UserError
-from deebert.untrusted import DEPTH, VALUES
+from deebert.untrusted import DEPTH
 
 PICKLE_BYTES = 2**26  # of a checkpoint without its tensors; the tokenizer is in it
+# Bytes of a number in torch's types of storage.
+STORAGES = {
+    "DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2,
+    "LongStorage": 8, "IntStorage": 4, "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1,
+    "BoolStorage": 1,
+}  # fmt: skip
 # What a pickle of tensors and plain values names. torch alone would also take types that reserve
 # as much memory as the file says.
 GLOBALS = re.compile(
-    r"collections OrderedDict|torch [A-Za-z0-9]+Storage|torch\._utils _rebuild_tensor(_v2)?|"
-    r"torch\._utils _rebuild_parameter|torch\.nn\.parameter Parameter|torch Size|torch\.storage "
-    r"UntypedStorage"
+    rf"collections OrderedDict|torch ({'|'.join(STORAGES)})|torch\._utils _rebuild_tensor(_v2)?|"
+    r"torch\._utils _rebuild_parameter|torch\.nn\.parameter Parameter"
 )
+VALUES = 2**20  # in a file, each tensor one of them
+MOST_MEMOS = 2**24  # values that a pickle refers to again
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of weights
+COUNT_BYTES = 8  # before the numbers of each storage
 ZIP = b"PK\x03\x04"
 # What ends a zip archive: its last record, and what torch.save puts before it (a record with the
 # same values in 64 bits, and where that one lies).
@@ -53,9 +65,13 @@ def torch_file(file: Path, only: Collection[str] = ()) -> dict[Any, Any]:
             if is_zip:
                 _check_zip(file)
             else:  # before torch 1.6
-                _check_legacy(stream)
+                _check_legacy(stream, file.stat().st_size)
         # Mapped, so that a tensor cannot be larger than the file; torch 1.6 and later only.
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+        if not isinstance(found, dict):
+            raise UserError(f"{file.name} holds no mapping")
+        wanted = {key: value for key, value in dict.items(found) if not only or key in only}
+        return _Own(file, is_zip)(wanted)
     except UserError:
         raise
     except Exception as error:  # unpickling somebody's file fails in many ways
@@ -63,15 +79,13 @@ def torch_file(file: Path, only: Collection[str] = ()) -> dict[Any, Any]:
             f"{file.name} is damaged, or holds more than tensors and plain values "
             f"({type(error).__name__}); nothing in it was executed"
         ) from error
-    if not isinstance(found, dict):
-        raise UserError(f"{file.name} holds no mapping")
-    wanted = {key: found[key] for key in found if not only or key in only}
-    return _Own(file, is_zip)(wanted)
 
 
 def _check_zip(file: Path) -> None:
-    """Raises:
-    UserError: bytes were changed, or the parts are larger than the file says.
+    """Check the archive that torch.save writes.
+
+    Raises:
+        UserError: bytes were changed, it is packed in another way, or it names more than tensors.
     """
     with zipfile.ZipFile(file) as archive:
         parts = archive.infolist()
@@ -82,11 +96,11 @@ def _check_zip(file: Path) -> None:
         _check_end(archive, file)
         if (damaged := archive.testzip()) is not None:
             raise UserError(f"{file.name} is damaged: its part {damaged!a} has another checksum")
-        for part in parts:
-            if part.filename.lower().endswith("data.pkl"):  # to torch's reader cases are one
-                if part.file_size > PICKLE_BYTES:
-                    raise UserError(f"{file.name} holds too much beside its tensors")
-                _check_pickle(archive.read(part), file.name)
+        # To torch's reader upper and lower case are one.
+        pickles = [part for part in parts if part.filename.lower().endswith(".pkl")]
+        if len(pickles) != 1 or pickles[0].file_size > PICKLE_BYTES:
+            raise UserError(f"{file.name} holds other things than one mapping and its tensors")
+        _check_pickle(io.BytesIO(archive.read(pickles[0])), file.name)
 
 
 def _check_end(archive: zipfile.ZipFile, file: Path) -> None:
@@ -113,29 +127,66 @@ def _check_end(archive: zipfile.ZipFile, file: Path) -> None:
         raise UserError(f"{file.name} is packed in another way than torch.save packs")
 
 
-def _check_legacy(stream: Any) -> None:
-    """The format has five pickles, one behind the other, and then the numbers."""
+def _check_legacy(stream: BinaryIO, size: int) -> None:
+    """Check a file of before torch 1.6: five pickles, one behind the other, and then the numbers.
+
+    torch would reserve what the pickles claim, and leave as it is what the numbers do not fill.
+
+    Raises:
+        UserError: it names more than tensors, or other numbers than follow.
+    """
+    what = Path(stream.name).name
     if tarfile.is_tarfile(stream.name):  # of before torch 0.1.10: it would be unpacked
-        raise UserError(f"{Path(stream.name).name} is a tar archive, no file of torch.save")
+        raise UserError(f"{what} is a tar archive, no file of torch.save")
     stream.seek(0)
     for _ in range(5):
-        for code, value, _ in pickletools.genops(stream):
-            _check_code(code.name, value, Path(stream.name).name)
-            if stream.tell() > PICKLE_BYTES:
-                raise UserError(f"{Path(stream.name).name} holds too much beside its tensors")
+        _check_pickle(stream, what)
+    stream.seek(0)
+    readers = [_Keys(stream) for _ in range(5)]
+    *_, listed = [reader.load() for reader in readers]
+    claimed = readers[3].claimed
+    if not isinstance(listed, list) or sorted(listed) != sorted(claimed):
+        raise UserError(f"{what} lists other tensors than it holds")
+    if stream.tell() + sum(COUNT_BYTES + each for each in claimed.values()) > size:
+        raise UserError(f"{what} claims more numbers than it has bytes for")
 
 
-def _check_pickle(pickled: bytes, what: str) -> None:
-    for code, value, _ in pickletools.genops(pickled):
-        _check_code(code.name, value, what)
+class _Keys(pickle.Unpickler):
+    """Reads which storages a checked pickle claims, and their bytes; makes no tensor."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        super().__init__(stream)
+        self.claimed: dict[str, int] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        return STORAGES.get(name, lambda *_: None)
+
+    def persistent_load(self, pid: Any) -> None:
+        if pid[0] == "storage":
+            _, item_bytes, key, _, count, *_ = pid
+            claimed = self.claimed.setdefault(key, item_bytes * count)
+            if claimed != item_bytes * count or count < 0:
+                raise UserError("a storage is claimed in two sizes")
 
 
-def _check_code(name: str, value: Any, what: str) -> None:
-    if name == "STACK_GLOBAL" or (name in ("GLOBAL", "INST") and not GLOBALS.fullmatch(value)):
-        raise UserError(
-            f"{what} holds more than tensors and plain values (it names {value!a}); nothing "
-            "in it was executed"
-        )
+def _check_pickle(stream: BinaryIO, what: str) -> None:
+    """Check the next pickle of a stream, and leave the stream behind it.
+
+    Raises:
+        UserError: it names more than tensors and plain values.
+    """
+    for code, value, _ in pickletools.genops(stream):
+        named = code.name in ("GLOBAL", "INST") and not GLOBALS.fullmatch(str(value))
+        if named or code.name == "STACK_GLOBAL":
+            raise UserError(
+                f"{what} holds more than tensors and plain values (it names {value!a}); nothing in "
+                "it was executed"
+            )
+        memo = int(value or 0) if code.name.endswith("BINPUT") else 0
+        if memo > MOST_MEMOS or stream.tell() > PICKLE_BYTES:
+            raise UserError(f"{what} holds too much beside its tensors")
 
 
 class _Own:
@@ -162,7 +213,8 @@ class _Own:
         if isinstance(value, tuple):
             return tuple(self(each, depth + 1) for each in value)
         if isinstance(value, dict):
-            return {self(key, depth + 1): self(each, depth + 1) for key, each in value.items()}
+            items = dict.items(value)  # a pickle may have given it an attribute of this name
+            return {self(key, depth + 1): self(each, depth + 1) for key, each in items}
         return value
 
     def _tensor(self, given: Tensor) -> Tensor:
@@ -217,7 +269,7 @@ def check_weights(weights: Any) -> None:
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UserError("it holds something else than weights by name")
-        if not value.is_floating_point() or value.layout != torch.strided:
+        if value.dtype not in DTYPES or value.layout != torch.strided:
             raise UserError(f"its weight {name!a} is no array of real numbers")
 
 
@@ -228,7 +280,8 @@ def check_finite(weights: Mapping[str, Tensor]) -> None:
         UserError: one is not.
     """
     for name, value in weights.items():
-        if not value.isfinite().all():
+        # Several times faster than `isfinite`; what is no number passes through.
+        if value.numel() and not torch.stack(value.aminmax()).isfinite().all():
             raise UserError(
                 f"its weight {name!a} holds numbers that are not finite: training diverged; "
                 "lower stages.1.lr or stages.2.lr"

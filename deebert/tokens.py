@@ -2,24 +2,21 @@
 Knows nothing of models.
 """
 
-import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from deebert import tokenizer_files
 from deebert.errors import UserError, first_line
+from deebert.tokenizer_files import FILES
 
 TOKENS = ("input_ids", "token_type_ids")  # what an encoder may be given beside the mask
 LONG = 8  # characters a token of max_length: pairs of more are cut by hand
 SIZES = {"input_ids": "vocab_size", "token_type_ids": "type_vocab_size"}
-# What a tokenizer is read from: plain names, in one folder.
-FILES = (
-    "tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model",
-    "spm.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-)  # fmt: skip
 TRIED = ("x", "a fine film", "caf\u00e9 \u5317\u4eac \U0001f600")
 AT_ONCE = 250_000  # characters: a tokenizer holds 100 bytes and more a token, also of what it cuts
 
@@ -54,12 +51,13 @@ def encode(
             if len(first) + len(second) > LONG * max_length:
                 long[i] = first, second
                 given[0][i] = given[1][i] = ""
-    found = dict(tokenizer(*given, truncation="longest_first", max_length=max_length))
-    if long:
-        by_hand = _long_pairs(tokenizer, list(long.values()), max_length)
-        for i, pair in zip(long, by_hand, strict=True):
-            for name, values in found.items():
-                values[i] = pair.get(name, [1] * len(pair["input_ids"]))  # the mask
+    with _in_one_line("the tokenizer fails on these texts"):
+        found = dict(tokenizer(*given, truncation="longest_first", max_length=max_length))
+        if long:
+            by_hand = _long_pairs(tokenizer, list(long.values()), max_length)
+            for i, pair in zip(long, by_hand, strict=True):
+                for name, values in found.items():
+                    values[i] = pair.get(name, [1] * len(pair["input_ids"]))  # the mask
     return found
 
 
@@ -140,15 +138,10 @@ def from_files(files: Mapping[str, str | bytes]) -> PreTrainedTokenizerBase:
     Raises:
         UserError: these files make no tokenizer.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            for name, text in files.items():
-                text = _harmless(text) if name == "tokenizer_config.json" else text
-                content = text.encode() if isinstance(text, str) else text
-                (Path(folder) / name).write_bytes(content)
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # damaged files fail in many ways
-            raise UserError(f"the tokenizer cannot be loaded: {first_line(error)}") from error
+    with tempfile.TemporaryDirectory() as folder, _in_one_line("the tokenizer cannot be loaded"):
+        for name, content in tokenizer_files.harmless(files).items():
+            (Path(folder) / name).write_bytes(content)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def check(tokenizer: PreTrainedTokenizerBase, architecture: Mapping[str, Any]) -> None:
@@ -157,28 +150,25 @@ def check(tokenizer: PreTrainedTokenizerBase, architecture: Mapping[str, Any]) -
     Raises:
         UserError: it has ids that the model has not, or cannot be used.
     """
-    try:
+    with _in_one_line("the tokenizer cannot be used"):
         # What stands around texts need be no part of the vocabulary.
         made = [encode(tokenizer, [[text]] * n, 16) for text in TRIED for n in (1, 2)]
         largest = {
             name: max(each for ids in made for each in ids.get(name, [[0]])[0]) for name in SIZES
         }
         largest["input_ids"] = max(largest["input_ids"], *tokenizer.get_vocab().values())
-    except Exception as error:  # somebody's tokenizer fails in many ways
-        raise UserError(f"the tokenizer cannot be used: {first_line(error)}") from error
     for name, most in largest.items():
         size = architecture.get(SIZES[name])
         if size and most >= size:  # 0 types of DeBERTa: it does not look at them
             raise UserError(f"its tokenizer has {name} up to {most}, and its model {size} of them")
 
 
-def _harmless(text: str | bytes) -> str:
-    """tokenizer_config.json without what names code, or files that may lie elsewhere."""
-    values = json.loads(text)
-    named = {"auto_map", "init_inputs", "name_or_path"}
-    kept = {
-        key: value
-        for key, value in values.items()
-        if key not in named and not key.endswith(("_file", "_files"))
-    }
-    return json.dumps(kept)
+@contextmanager
+def _in_one_line(what: str) -> Iterator[None]:
+    """Somebody's tokenizer fails in many ways; a panic in Rust is no `Exception` in Python."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: {first_line(error)}") from error

@@ -6,7 +6,6 @@ heavy. Messages name the file alone; whoever asked for it adds the flag.
 """
 
 import json
-import math
 import os
 import stat
 from pathlib import Path
@@ -14,12 +13,12 @@ from typing import Any
 
 from deebert.errors import UserError, first_line
 
+OPEN = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 JSON_BYTES = 2**24
 TOKENIZER_BYTES = 2**26  # of a tokenizer's file; that of XLM-R has 17 MB
 DEPTH = 20  # of values inside values
 VALUES = 500_000  # in one file
 LAYERS = 128  # of a model; the deepest encoder has 48, and a layer takes 10 ms to build
-TEXT = 10_000  # characters of a name or any other text of a configuration
 
 
 def root(folder: Path) -> Path:
@@ -28,8 +27,9 @@ def root(folder: Path) -> Path:
     The files of a hub snapshot are links to blobs in the same repository's cache.
     """
     real = folder.resolve()
-    if real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--"):
-        return real.parent.parent
+    for each in (real, *real.parents):
+        if each.parent.name == "snapshots" and each.parent.parent.name.startswith("models--"):
+            return each.parent.parent
     return real
 
 
@@ -48,7 +48,10 @@ def inside(folder: Path, name: str) -> Path:
     except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a name that is too long
         raise UserError(f"{name} cannot be opened ({type(error).__name__})") from error
     if not real.is_relative_to(root(folder)):
-        raise UserError(f"{name} is a link that leads out of the folder; put the file itself there")
+        raise UserError(
+            f"{name} is a link that leads out of the folder; put the file itself there, or name "
+            "the place where it lies"
+        )
     if not real.is_file():
         raise UserError(f"{name} is no regular file")
     return file
@@ -72,7 +75,7 @@ def content(file: Path, limit: int) -> bytes:
     """
     try:
         # A pipe would be waited for without O_NONBLOCK.
-        number = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        number = os.open(file, os.O_RDONLY | OPEN)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
@@ -110,41 +113,49 @@ def json_file(file: Path) -> dict[str, Any]:
     return json_mapping(text(file, JSON_BYTES), file.name)
 
 
-def json_mapping(given: str, what: str) -> dict[str, Any]:
-    """Parse JSON into a mapping of plain, finite values.
+def json_mapping(given: str, what: str, most: int = VALUES) -> dict[str, Any]:
+    """Parse JSON into a mapping of plain values.
+
+    Args:
+        most: values in it.
 
     Raises:
         UserError: it is no JSON, no mapping, or `plain` refuses it.
     """
     try:
-        found = json.loads(given)
+        found = json.loads(given, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} is damaged ({type(error).__name__})") from error
     if not isinstance(found, dict):
         raise UserError(f"{what} holds no mapping")
-    return plain(found, what)
+    return plain(found, what, most)
 
 
-def plain(value: Any, what: str) -> Any:
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def plain(value: Any, what: str, most: int = VALUES) -> Any:
     """Return a copy of values that are plain all through, tuples as lists.
 
-    Plain are finite numbers, texts, true, false, null, and lists of these and mappings by text.
+    Plain are numbers (whole ones of at most 128 bits), texts, true, false, null, and lists of
+    these and mappings by text.
 
     Raises:
         UserError: one is not, or there are too many of them or too deep.
     """
-    left = VALUES
+    left = most
 
     def copied(value: Any, depth: int) -> Any:
         nonlocal left
         left -= 1
         if depth > DEPTH or left < 0:
             raise UserError(f"{what} holds too many values, or values too deep inside others")
-        if value is None or isinstance(value, bool | int):
+        if value is None or isinstance(value, float):
             return value
-        if isinstance(value, float):
-            if not math.isfinite(value):
-                raise UserError(f"{what} holds {value}, which is no finite number")
+        if isinstance(value, int):
+            if not -(2**127) <= value < 2**127:  # a tokenizer's length without limit is 10**30
+                raise UserError(f"{what} holds a whole number of more than 128 bits")
             return value
         if isinstance(value, str):
             if not _is_text(value):

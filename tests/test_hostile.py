@@ -6,6 +6,8 @@ import http.server
 import io
 import json
 import os
+import pickle
+import pickletools
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY, CommandFailed, results
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -353,7 +356,7 @@ def test_saving_over_a_folder_writes_and_removes_nothing_elsewhere(
     else:
         path.unlink()
         path.symlink_to(outside / path.name)
-    with pytest.raises(UserError, match=rf"holds a link, {path.name}"):
+    with pytest.raises(UserError, match=rf"{path.name} is a link, or no file of its own"):
         EarlyExitClassifier.from_pretrained(stage2).save_pretrained(folder)
     assert {file.read_text() for file in outside.iterdir()} == {"mine"}
 
@@ -395,9 +398,8 @@ def spoiled(copy: Path, tmp_path: Path) -> dict[str, tuple[Callable[[Content], o
         "a task outside": (said("task", name=".."), "'..': its name must be a word"),
         "a folder outside": (said("task", tsv={"folder": "../../etc"}), "'../../etc': its folder must be a word"),
         "a split outside": (said("task", validation=["../../x"]), "'../../x': its validation must be a word"),
-        "a path for a hub": (said("task", hub=["/tmp/evil", "x"]), "its task.hub must be a repository and a configuration"),
+        "a path for a hub": (said("task", hub=["/tmp/evil", "x"]), "its task.hub must be a data set of the hub"),
         "a million processes": (said("data", num_workers=10**6), "its data.num_workers must be a whole number from 0 to 64"),
-        "a million devices": (said("trainer", devices=10**6), "its trainer.devices must be a whole number from -1 to 64"),
         "a batch of everything": (said("data", eval_batch_size=10**9), "its data.eval_batch_size must be a whole number from 1 to 65536"),
         "a name of two lines": (said("backbone", name="a\nb"), "its backbone.name must be a name of at most 200 printable characters"),
         "a number for a name": (said("backbone", name=7), "its backbone.name must be a name"),
@@ -706,12 +708,12 @@ def test_the_table_takes_what_today_s_runs_say(stage1: Path, stage2: Path) -> No
     for run in (stage1, stage2):
         content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
         said = config(content)
-        found = remembered.accepted(untrusted.plain(said, "it"))
+        found, rest = remembered.accepted(untrusted.plain(said, "it"))
         for key in remembered.KEYS:
             if key != "callbacks":
                 gone = set(said[key] or ()) - set(found[key] or ()) if isinstance(said[key], dict) else set()  # fmt: skip
-                assert gone <= {"_target_"}, key
-        assert remembered.left_out(said, said) == []
+                assert gone <= {"_target_", "devices", "strategy"}, key
+        assert remembered.left_out(rest, said) == []
         assert content["weights_fingerprint"] == origins.checkpoint(run, "ckpt").fingerprint
 
 
@@ -745,6 +747,204 @@ def test_an_export_of_a_hostile_name(stage2: Path, tmp_path: Path) -> None:
 def test_markdown() -> None:
     assert markdown.text("a\n b") == "a b"
     assert markdown.code("a`b\n|") == "`a'b \\|`"
+
+
+@pytest.mark.parametrize("values", [{"strategy": "ddp", "num_nodes": 2}, {"devices": 64}, {"strategy": "fsdp"}])  # fmt: skip
+def test_a_checkpoint_starts_no_processes(
+    fails: Run, resume: Callable[..., str], copy: Path, tmp_path: Path, values: Content
+) -> None:
+    """They would listen for others on all addresses, and some strategies unpickle checkpoints."""
+    change(copy, lambda content: config(content)["trainer"].update(values))
+    told = fails("train.py", f"resume={copy}", f"hydra.run.dir={tmp_path / 'out'}")
+    named = " ".join(f"trainer.{key}={value}" for key, value in values.items())
+    assert f"was trained with {named}: say so again" in told
+    resume("trainer.devices=1", "trainer.strategy=auto", "+trainer.num_nodes=1")
+    assert last_epoch(tmp_path / "rest") == 1
+
+
+def test_a_strategy_that_reads_checkpoints_itself_is_refused(
+    fails: Run, copy: Path, tmp_path: Path
+) -> None:
+    strategy = "{_target_: test_hostile.Reader}"
+    told = fails("train.py", f"resume={copy}", f"trainer.strategy={strategy}", "trainer.accelerator=cpu", f"hydra.run.dir={tmp_path / 'out'}")  # fmt: skip
+    assert "which reads checkpoints in a way of its own" in told
+
+
+class Reader(SingleDeviceStrategy):
+    """As FSDP, whose own way is a full unpickler."""
+
+    def load_checkpoint(self, *_: object, **__: object) -> dict[str, Any]:
+        raise AssertionError("it was asked")
+
+
+@pytest.mark.parametrize("form", ["one", "a list"])
+def test_a_plugin_of_the_user_s_own_reads_as_safely(
+    resume: Callable[..., str], copy: Path, server: tuple[str, list[str]], tmp_path: Path, form: str
+) -> None:
+    address, asked = server
+
+    def spoil(content: Content) -> None:
+        for state in content["callbacks"].values():
+            state |= {"best_model_path": address, "best_model_score": torch.tensor(9.0)}
+
+    change(copy, spoil)
+    plugin = "{_target_: lightning.pytorch.plugins.io.AsyncCheckpointIO}"
+    resume(f"+trainer.plugins={plugin if form == 'one' else f'[{plugin}]'}")
+    assert not asked
+    assert "weights_fingerprint" in torch.load(tmp_path / "rest" / "checkpoints" / "last.ckpt", weights_only=True)  # fmt: skip
+
+
+def test_a_best_checkpoint_of_another_model_is_refused(
+    fails: Run, copy: Path, tmp_path: Path
+) -> None:
+    def better(content: Content) -> None:
+        for state in content["callbacks"].values():
+            state["best_model_score"] = torch.tensor(9.0)
+
+    change(copy, better)
+    change(copy, lambda content: content["state_dict"].popitem(), "best")
+    told = fails("train.py", f"resume={copy}", "logger=csv", f"hydra.run.dir={tmp_path / 'out'}")
+    assert "best.ckpt holds the weights of another model" in told
+
+
+def test_a_tokenizer_s_settings_name_no_file(stage2: Path, tmp_path: Path) -> None:
+    """`vocab` may be a path to the library `tokenizers`."""
+    secret, folder = tmp_path / "secret.txt", saved(stage2, tmp_path / "saved")
+    secret.write_text("[UNK]\n[PAD]\n[CLS]\n[SEP]\n[MASK]\nswordfish\n")
+    more = {"vocab": str(secret), "merges": str(secret), "tokenizer_class": "BertTokenizer"}
+    say(folder, "tokenizer_config.json", lambda values: values.update(more))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"vocab": str(secret)}))
+    say(folder, "deebert.json", lambda about: about["tokenizer"].append("special_tokens_map.json"))
+    classifier = EarlyExitClassifier.from_pretrained(folder)
+    assert "swordfish" not in classifier.tokenizer.get_vocab()
+    classifier.save_pretrained(tmp_path / "copy")
+    assert not [f for f in (tmp_path / "copy").rglob("*") if f.is_file() and b"swordfish" in f.read_bytes()]  # fmt: skip
+
+
+def parts(**values: Any) -> Callable[[Content], object]:
+    return lambda tokenizer: tokenizer.update(values)
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        (parts(normalizer={"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "i"}, "content": "ii"}] * 26}), "parts, more than 16"),
+        (parts(normalizer={"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "i"}, "content": "ii"}] * 9}), "puts in characters more than 4 times"),
+        (parts(normalizer={"type": "Prepend", "prepend": "x" * 10**6}), "puts in more than 4 characters at once"),
+        (parts(post_processor={"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}}] * 40, "special_tokens": {}}), "its template of a pair has not each text once"),
+        (parts(normalizer={"type": "Precompiled", "precompiled_charsmap": "/////////////////////w=="}), "its precompiled map of characters is damaged"),
+        (parts(pre_tokenizer={"type": "FixedLength", "length": 0}), "a part of type 'FixedLength' is not supported"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_makes_much_of_little_is_refused(
+    stage2: Path, tmp_path: Path, what: Callable[[Content], object], says: str
+) -> None:
+    folder = saved(stage2, tmp_path / "saved")
+    say(folder, "tokenizer.json", what)
+    with pytest.raises(UserError, match=says):
+        EarlyExitClassifier.from_pretrained(folder)
+
+
+def test_a_panic_in_rust_is_one_line(stage2: Path, tmp_path: Path) -> None:
+    folder = saved(stage2, tmp_path / "saved")
+    merges = {"type": "BPE", "continuing_subword_prefix": "####", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}  # fmt: skip
+    say(folder, "tokenizer.json", lambda tokenizer: tokenizer.update(model=merges))
+    say(folder, "tokenizer_config.json", lambda v: v.update(tokenizer_class="TokenizersBackend"))
+    with pytest.raises(UserError, match="the tokenizer cannot be"):
+        EarlyExitClassifier.from_pretrained(folder)
+
+
+def test_old_files_of_torch_fill_what_they_claim(tmp_path: Path) -> None:
+    """torch would leave as it is what a file reserves and does not fill: bytes of this process."""
+    file = tmp_path / "x.bin"
+    torch.save(
+        {"a": torch.ones(1000), "b": torch.zeros(3)}, file, _use_new_zipfile_serialization=False
+    )
+    content, stream = file.read_bytes(), io.BytesIO(file.read_bytes())
+    ends = []
+    for _ in range(5):
+        for _ in pickletools.genops(stream):
+            pass
+        ends.append(stream.tell())
+    assert tensor_files.torch_file(file)["a"].sum() == 1000
+    nothing = content[: ends[3]] + pickle.dumps([], protocol=2) + content[ends[4] :]
+    cases = {
+        "unlisted": (nothing, "lists other tensors than it holds"),
+        "cut": (content[:-100], "claims more numbers than it has bytes for"),
+        "huge": (content.replace(b"M\xe8\x03", b"J\x00\xca\x9a\x3b"[:3]), ""),
+    }
+    for name, (spoiled, says) in cases.items():
+        file.write_bytes(spoiled)
+        with pytest.raises(UserError) as error:
+            tensor_files.torch_file(file)
+        assert says in str(error.value), name
+
+
+def test_rows_are_where_the_user_or_glue_says(
+    run: Run, fails: Run, glue: Path, copy: Path, stage2: Path, tmp_path: Path
+) -> None:
+    """A checkpoint names the folder of its rows, but no file elsewhere, and nothing to fetch."""
+    root = Path(shutil.copytree(glue, tmp_path / "rows"))
+    change(copy, lambda content: config(content)["data"].update(root=str(root)))
+    file = root / "mrpc" / "validation.jsonl"
+    shutil.move(file, tmp_path / "secret.jsonl")
+    file.symlink_to(tmp_path / "secret.jsonl")
+    said = [f"ckpt={copy}/checkpoints/last.ckpt", "logger=csv"]
+    told = fails("evaluate.py", *said, f"hydra.run.dir={tmp_path / 'a'}")
+    assert "mrpc/validation.jsonl is a link that leads out of the folder" in told
+    run("evaluate.py", *said, f"data.root={root}", f"hydra.run.dir={tmp_path / 'b'}")
+    file.unlink()
+    os.mkfifo(file)
+    told = fails("evaluate.py", *said, f"hydra.run.dir={tmp_path / 'c'}")
+    assert "mrpc/validation.jsonl is no regular file" in told
+
+    def elsewhere(content: Content) -> None:
+        config(content)["data"]["root"] = None
+        config(content)["task"] |= {"name": "mine", "hub": ["evil/dataset", "x"]}
+
+    change(copy, elsewhere)
+    told = fails("evaluate.py", *said, f"hydra.run.dir={tmp_path / 'd'}")
+    assert "task mine: no data; give data.root=a folder" in told
+    (tmp_path / "evil" / "dataset").mkdir(parents=True)
+    told = fails("train.py", "task=mrpc", *TINY, f"task.hub=['{tmp_path.name}',x]", f"hydra.run.dir={tmp_path / 'e'}")  # fmt: skip
+    assert "mrpc" in told
+
+
+@pytest.mark.parametrize("place", ["README.md", "tokenizer.json", ".saving"])
+@pytest.mark.parametrize("what", ["pipe", "folder", "hard link"])
+def test_saving_over_what_is_no_file_of_its_own(
+    stage2: Path, tmp_path: Path, place: str, what: str
+) -> None:
+    folder, mine = saved(stage2, tmp_path / "saved"), tmp_path / "mine"
+    mine.write_text("mine")
+    (folder / place).unlink(missing_ok=True)
+    {"pipe": lambda: os.mkfifo(folder / place), "folder": (folder / place).mkdir, "hard link": lambda: os.link(mine, folder / place)}[what]()  # fmt: skip
+    with pytest.raises(UserError, match="is a link, or no file of its own"):
+        EarlyExitClassifier.from_pretrained(stage2).save_pretrained(folder)
+    assert mine.read_text() == "mine"
+
+
+def test_unusual_runs_of_before_still_load(resume: Callable[..., str], copy: Path, tmp_path: Path) -> None:  # fmt: skip
+    """What the table does not take of trainer and callbacks is told, not refused."""
+
+    def unusual(content: Content) -> None:
+        config(content)["trainer"] |= {
+            "max_time": {"hours": 2}, "gradient_clip_val": float("inf"), "devices": 1,
+            "limit_predict_batches": 3, "logger": {"_target_": "x"},
+        }  # fmt: skip
+        config(content)["callbacks"] |= {
+            "mine": {"_target_": "x", "limit": float("inf")},
+            "best": None,
+        }
+        config(content)["task"] |= {"hub": ["nyu-mll/glue", None], "tsv": {"folder": "GLUE/MRPC"}}
+        config(content)["backbone"]["config"] |= {"rope_parameters": {"a": {"b": 1}}}
+        content["callbacks"]["mine"] = {"losses": [0.5] * 600_000}
+
+    change(copy, unusual)
+    told = resume()
+    for flag in ("trainer.max_time.hours", "trainer.limit_predict_batches", "callbacks.mine.limit"):
+        assert flag in told
+    assert not (tmp_path / "rest" / "checkpoints" / "best.ckpt").exists(), "it was taken out"
 
 
 @pytest.fixture(scope="module")
