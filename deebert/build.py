@@ -34,6 +34,7 @@ ADVICE = (
     "Found .* module\\(s\\) in eval mode.*",  # module.py sets the modes deliberately
     ".*does not have many workers.*",  # a fetched batch takes a millisecond
     ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning #21326
+    "Be aware that when using `ckpt_path`, callbacks used .*",  # told in one line (job.py)
     ".*number of training batches .* is smaller than the logging interval.*",
 )
 

@@ -54,13 +54,15 @@ def weights(folder: Path) -> dict[str, Tensor]:
         found = tensor_files.torch_file(file)
     else:
         found, _ = tensor_files.safetensors_file(file)
-    found = {  # older ones keep the numbers of positions among their weights
-        name: value.float() if isinstance(value, Tensor) else value
-        for name, value in found.items()
-        if not isinstance(value, Tensor) or value.is_floating_point()
-    }
-    tensor_files.check_weights(found)
-    return found
+    # Older ones keep the numbers of positions among their weights.
+    whole = {n for n, value in found.items() if isinstance(value, Tensor) and _is_whole(value)}
+    weights = {name: value for name, value in found.items() if name not in whole}
+    tensor_files.check_weights(weights)
+    return {name: value.float() for name, value in weights.items()}
+
+
+def _is_whole(value: Tensor) -> bool:
+    return not value.is_floating_point() and not value.is_complex()
 
 
 def tokenizer_files(folder: Path, architecture: Mapping[str, Any]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deebert import objectives
+from deebert import objectives, untrusted
 from deebert.errors import UserError, is_number, is_whole
 from deebert.tasks import HUB, Task
 
@@ -108,9 +108,13 @@ TASK = {
     "test": _list_of(WORD), "hub": REPOSITORY, "root": PATH, "tsv": PLAIN_MAPPING, "group": TEXT,
     "checkpoint_task": WORD, REST: PLAIN,
 }  # fmt: skip
+LAYERS = Kind(
+    f"a list of at most {untrusted.LAYERS} layers",
+    lambda v: _list_of(COUNT).fits(v) and len(v) <= untrusted.LAYERS,
+)
 BACKBONE = {
     "name": NAME, "path": PATH, "package": TEXT, "sha256": WORD, "epochs": COUNT,
-    "layers": _list_of(COUNT), "config": MAPPING,
+    "layers": LAYERS, "config": MAPPING,
 }  # fmt: skip
 DATA = {
     "root": PATH, "max_length": _whole(1, 2**20), "calibration_size": COUNT,

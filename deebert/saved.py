@@ -107,12 +107,14 @@ def check_place(folder: Path) -> None:
     there = [*folder.iterdir(), *(folder / records.FOLDER).glob("*")]
     ours = {FILE, SAVING, "README.md", "config.json", "model.safetensors", *tokens.FILES}
     for file in there:
-        if not (file.name in ours or file.parent != folder or file.name == records.FOLDER):
-            continue
-        facts = file.lstat()
-        is_file = stat.S_ISREG(facts.st_mode) and facts.st_nlink == 1
-        if not is_file and not (file == folder / records.FOLDER and stat.S_ISDIR(facts.st_mode)):
-            # What is written there would be written where it leads, or not at all.
+        kind = file.lstat()
+        if file == folder / records.FOLDER:
+            fits = stat.S_ISDIR(kind.st_mode)
+        elif file.parent == folder and file.name not in ours:
+            continue  # of somebody else, and left alone
+        else:
+            fits = stat.S_ISREG(kind.st_mode) and kind.st_nlink == 1
+        if not fits:  # what is written there would be written where it leads, or not at all
             raise UserError(
                 f"{folder}: {file.name} is a link, or no file of its own; remove it, or name a new "
                 "folder"

@@ -910,13 +910,22 @@ def test_rows_are_where_the_user_or_glue_says(
     assert "mrpc" in told
 
 
-@pytest.mark.parametrize("place", ["README.md", "tokenizer.json", ".saving"])
-@pytest.mark.parametrize("what", ["pipe", "folder", "hard link"])
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [
+        ("README.md", "pipe"),
+        ("tokenizer.json", "folder"),
+        (".saving", "hard link"),
+        ("records", "pipe"),
+    ],
+)
 def test_saving_over_what_is_no_file_of_its_own(
     stage2: Path, tmp_path: Path, place: str, what: str
 ) -> None:
     folder, mine = saved(stage2, tmp_path / "saved"), tmp_path / "mine"
     mine.write_text("mine")
+    if (folder / place).is_dir():
+        shutil.rmtree(folder / place)
     (folder / place).unlink(missing_ok=True)
     {"pipe": lambda: os.mkfifo(folder / place), "folder": (folder / place).mkdir, "hard link": lambda: os.link(mine, folder / place)}[what]()  # fmt: skip
     with pytest.raises(UserError, match="is a link, or no file of its own"):
