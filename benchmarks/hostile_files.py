@@ -184,7 +184,7 @@ def checkpoint_weights(dice: random.Random, runs: Path, bait: Path) -> tuple[str
     """Other weights in a checkpoint or a saved folder."""
     file = runs / "stage1" / "checkpoints" / "last.ckpt"
     content = torch.load(file, weights_only=True)
-    content.pop("weights_fingerprint")
+    content.pop("weights_fingerprint", None)
     weights = content["state_dict"]
     name = dice.choice(sorted(weights))
     shape = weights[name].shape
