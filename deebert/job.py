@@ -327,7 +327,8 @@ def _check_rows(cfg: DictConfig, origin: Checkpoint, job: Job, own_hub: tuple[st
     if not root or job.said("data.root") or not Path(root).is_dir():
         return
     log.info("data.root=%s, as %s says (data.root=... for another folder)", root, origin.path)
-    for split in filter(None, (task.train, *task.validation, *task.test)):
+    more = [*(cfg.data.get("unlabelled") or ()), cfg.get("split")]
+    for split in filter(None, (task.train, *task.validation, *task.test, *more)):
         for file in sources.find_files(task, split, root):
             try:
                 untrusted.inside(Path(root), str(file.relative_to(root)))

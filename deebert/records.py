@@ -22,6 +22,7 @@ from deebert.tasks import SPLIT
 
 SCHEMA = 1
 FOLDER = "records"  # of a run or saved folder
+MOST_GROUPS = 500  # each has a figure at each threshold
 LONGEST = 2**20  # tokens of an input
 HELD_OUT = "calibration"  # the part of the training split that no stage sees
 
@@ -195,6 +196,9 @@ def _check(header: dict[str, Any], tensors: dict[str, Tensor], file: Path) -> No
             raise UserError(f"its labels are {labels.dtype}, and its task has {num_labels} outputs")
         if num_labels > 1 and not 0 <= labels.min() <= labels.max() < num_labels:
             raise UserError(f"its labels are not all between 0 and {num_labels - 1}")
+    groups = tensors.get("group_N")
+    if groups is not None and len(groups.unique()) > MOST_GROUPS:
+        raise UserError(f"its rows are of more than {MOST_GROUPS} groups")
     lengths = tensors["length_N"]
     if not 0 <= lengths.min() <= lengths.max() <= LONGEST:
         raise UserError(f"its inputs have from {lengths.min()} to {lengths.max()} tokens")

@@ -19,6 +19,7 @@ import pandas as pd
 
 from deebert import demo
 from deebert.errors import UserError, first_line
+from deebert.records import MOST_GROUPS
 from deebert.tasks import HUB, WORD, Task
 
 log = logging.getLogger(__name__)
@@ -201,6 +202,10 @@ def _normalise(raw: datasets.Dataset, task: Task, split: str, where: str) -> dat
             raise UserError(
                 f"{where}: column {task.group!r} must hold whole numbers ({error})"
             ) from None
+        if len(set(columns["group"])) > MOST_GROUPS:
+            raise UserError(
+                f"{where}: column {task.group!r} holds more than {MOST_GROUPS} groups (task.group)"
+            )
     columns["index"] = list(range(len(raw)))
     if task.label in raw.column_names:
         columns["label"] = _labels(raw[task.label][:], task, split, where)

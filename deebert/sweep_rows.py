@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deebert import untrusted
+from deebert.errors import UserError
 
 MEASURED = ("score", "expected_saving", "cost_ratio", "speed_up")
 COLUMNS = (
@@ -98,6 +99,8 @@ def _job(folder: Path, name: str) -> Job:
         _measured(results)  # all that is needed is in it
     except FileNotFoundError:
         return Job(name, overrides, None, "no results")
+    except UserError as error:
+        return Job(name, overrides, None, str(error))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return Job(name, overrides, None, f"damaged results.json ({reason})")

@@ -39,6 +39,7 @@ GLOBALS = re.compile(
     r"torch\._utils _rebuild_parameter|torch\.nn\.parameter Parameter"
 )
 VALUES = 2**20  # in a file, each tensor one of them
+MOST_SHARED = 4  # bytes of all tensors for each of the file; ramps may share a pooler
 MOST_MEMOS = 2**24  # values that a pickle refers to again
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of weights
 COUNT_BYTES = 8  # before the numbers of each storage
@@ -200,6 +201,8 @@ class _Own:
         self.bytes_left = file.stat().st_size
         self.values_left = VALUES
         self.copies_left = self.bytes_left
+        # Whoever reads the tensors spends time and memory on each, also on what they share.
+        self.shared_left = MOST_SHARED * self.bytes_left + 2**20
         self.storages: dict[tuple[int, int], torch.UntypedStorage] = {}
 
     def __call__(self, value: Any, depth: int = 0) -> Any:
@@ -223,6 +226,9 @@ class _Own:
         storage, size = given.untyped_storage(), given.numel() * given.element_size()
         if size > storage.nbytes():  # one number, repeated
             raise UserError(f"{self.name} holds a tensor that is larger than its numbers")
+        self.shared_left -= size
+        if self.shared_left < 0:
+            raise UserError(f"{self.name} holds the same numbers under too many names")
         if not given.is_contiguous():  # kernels that take numbers in a row would read past its end
             self.copies_left -= size
             if self.copies_left < 0:

@@ -45,6 +45,8 @@ PARTS = (
     "BertProcessing", "RobertaProcessing", "TemplateProcessing", "CTC", "ByteFallback", "Fuse",
     "BPEDecoder",
 )  # fmt: skip
+GROWING = ("NFKC", "NFKD", "Precompiled", "Nmt")  # make several characters of one
+SPACE = "\u2581"  # that SentencePiece puts in the place of spaces
 MOST_PARTS = 16
 LONGEST_INSERT = 4  # characters that a part may put in the place of something
 MOST_INSERTS = 4  # parts that put in more than one
@@ -113,8 +115,13 @@ def _check_parts(values: Mapping[str, Any]) -> None:
     inserts = [str(part.get("content", part.get("prepend", ""))) for part in parts]
     if max(map(len, inserts), default=0) > LONGEST_INSERT:
         raise UserError(f"tokenizer.json puts in more than {LONGEST_INSERT} characters at once")
-    if sum(len(insert) > 1 for insert in inserts) > MOST_INSERTS:
-        raise UserError(f"tokenizer.json puts in characters more than {MOST_INSERTS} times")
+    there = [insert for insert in inserts if insert]
+    if sum(len(insert) > 1 for insert in there) > MOST_INSERTS or len(there) > 2 * MOST_INSERTS:
+        raise UserError("tokenizer.json puts in characters too many times")
+    # One sign of Arabic becomes 18 letters: once is what real tokenizers do.
+    growing = sum(kind in GROWING for kind in kinds)
+    if growing > 1 or not all(insert.replace(SPACE, "").isascii() for insert in there):
+        raise UserError("tokenizer.json takes characters apart more than once")
     for part in parts:
         if part.get("type") == "TemplateProcessing":
             _check_template(part)

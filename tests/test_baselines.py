@@ -84,7 +84,9 @@ def test_a_cut_backbone_is_the_library_s_own_model_with_fewer_layers(
     logits = model(ids, mask, types)
     torch.testing.assert_close(logits[:, -1], model.ramps[-1](expected[:, 0]), atol=1e-5, rtol=0)
     again = EarlyExitModel(model.config, 2).eval()  # as a checkpoint rebuilds it
-    assert again.config == model.config
+    aside = ("_name_or_path", "dtype", "architectures", "intermediate_size")  # as in test_backbones
+    ours, theirs = ({k: v for k, v in m.config.items() if k not in aside} for m in (again, model))
+    assert ours == theirs
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(ids, mask, types), logits)
 

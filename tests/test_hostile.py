@@ -514,6 +514,7 @@ def test_torch_reads_no_other_archive_than_the_one_that_is_checked(tmp_path: Pat
 def test_tensors_are_no_larger_than_their_file(tmp_path: Path) -> None:
     numbers, file = torch.arange(1000.0), tmp_path / "x.pt"
     cases = {
+        "many names": ([numbers] * 500, "the same numbers under too many names"),
         "repeated": ([numbers[:1].expand(10**9)], "larger than its numbers"),
         "views": ([numbers.reshape(10, 100).t()] * 3, "more views of its numbers than numbers"),
     }
@@ -620,6 +621,7 @@ def test_a_hostile_record_is_refused_before_it_costs(
         "ramps": (lambda _, c: c.update(logits_NLC=torch.zeros(40, 20_000, 2)), "it has 20000 ramps"),
         "not a number": (lambda _, c: c["logits_NLC"].fill_(float("nan")), "logits that are not finite"),
         "a type": (lambda _, c: c.update(index_N=c["index_N"].float()), "its index_N is (40,) torch.float32"),
+        "groups": (lambda _, c: c.update(logits_NLC=torch.zeros(600, 3, 2), group_N=torch.arange(600), **{n: torch.zeros(600, dtype=torch.long) for n in ("labels_N", "index_N", "length_N")}), "its rows are of more than 500 groups"),
         "a column": (lambda _, c: c.update(evil_N=torch.zeros(40)), "not a record of this program"),
         "a callable": (lambda h, _: h["config"]["task"].update(_target_="os.system"), "its task._target_ is no setting"),
         "a deep header": (lambda h, _: h.update(x=json.loads("[" * 900 + "]" * 900)), "too deep inside others"),
@@ -829,7 +831,9 @@ def parts(**values: Any) -> Callable[[Content], object]:
     ("what", "says"),
     [
         (parts(normalizer={"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "i"}, "content": "ii"}] * 26}), "parts, more than 16"),
-        (parts(normalizer={"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "i"}, "content": "ii"}] * 9}), "puts in characters more than 4 times"),
+        (parts(normalizer={"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "i"}, "content": "ii"}] * 9}), "puts in characters too many times"),
+        (parts(normalizer={"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"Regex": "."}, "content": "\ufdfa"}, {"type": "NFKD"}]}), "takes characters apart more than once"),
+        (parts(normalizer={"type": "Sequence", "normalizers": [{"type": "NFKD"}, {"type": "NFKC"}]}), "takes characters apart more than once"),
         (parts(normalizer={"type": "Prepend", "prepend": "x" * 10**6}), "puts in more than 4 characters at once"),
         (parts(post_processor={"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}}] * 40, "special_tokens": {}}), "its template of a pair has not each text once"),
         (parts(normalizer={"type": "Precompiled", "precompiled_charsmap": "/////////////////////w=="}), "its precompiled map of characters is damaged"),

@@ -232,7 +232,7 @@ def test_what_cannot_be_read_is_listed(tmp_path: Path, capsys: pytest.CaptureFix
     assert [row["job"] for row in table(tmp_path)] == ["0"]
     lines = (tmp_path / "sweep.md").read_text().splitlines()
     assert lines[0].endswith("1 of 5 jobs finished")
-    assert lines[6].startswith("| 1 | seed=2 | damaged results.json (JSONDecodeError")
+    assert lines[6].startswith("| 1 | seed=2 | results.json is damaged (JSONDecodeError) |")
     assert lines[7] == "| 2 | seed=3 | damaged results.json (KeyError: 'backbone') |"
     assert lines[8] == "| 10 | seed=4 | stopped after epoch 2 |"
     assert lines[9] == "| 11 |  | no results |"
