@@ -328,7 +328,8 @@ def _check_rows(cfg: DictConfig, origin: Checkpoint, job: Job, own_hub: tuple[st
         return
     log.info("data.root=%s, as %s says (data.root=... for another folder)", root, origin.path)
     more = [*(cfg.data.get("unlabelled") or ()), cfg.get("split")]
-    for split in filter(None, (task.train, *task.validation, *task.test, *more)):
+    splits = [task.train, *task.validation, *task.test, *more]
+    for split in (each for each in splits if isinstance(each, str)):  # others are refused later
         for file in sources.find_files(task, split, root):
             try:
                 untrusted.inside(Path(root), str(file.relative_to(root)))
