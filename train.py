@@ -9,12 +9,12 @@ from omegaconf import DictConfig
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
-    from deebert import ending
+    from deebert.runs import signals
 
-    with ending.in_one_line(cfg):
-        from deebert import run
+    with signals.in_one_line(cfg):
+        from deebert.runs import train
 
-        return run.train(cfg)
+        return train.train(cfg)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deebert import calibrate, curves, exits, per_ramp, records, report, risk
-from deebert.analysis import analysis
-from deebert.calibrate import Choice, Wish
-from deebert.exits import Rule
-from deebert.records import Record
-from deebert.tasks import Task
+from deebert.data.tasks import Task
+from deebert.evaluation.analysis import analysis
+from deebert.exits import (
+    calibration,
+    curves,
+    records,
+    risk_control,
+    threshold_search,
+)
+from deebert.exits import (
+    rules as exits,
+)
+from deebert.exits.calibration import Choice, Wish
+from deebert.exits.records import Record
+from deebert.exits.rules import Rule
+from deebert.reporting import report
 
 HERE = Path(__file__).parent
 SAVINGS = (0.2, 0.3, 0.4, 0.5)
@@ -37,7 +47,7 @@ def pools(folders: list[Path]) -> Iterable[tuple[str, Task, Record, dict[str, An
     for folder in folders:
         found = [records.load(file) for file in sorted((folder / "records").glob("*.safetensors"))]
         reported = next(record for record, _ in found if record.split != "calibration")
-        rows = [record for record, _ in found if not calibrate.unlike(record, reported)]
+        rows = [record for record, _ in found if not calibration.unlike(record, reported)]
         config = found[0][1]["config"]
         task = Task.from_config(config["task"])
         recipe = {key: config[key] for key in ("seed", "stages", "data")}
@@ -67,11 +77,11 @@ def savings(task: Task, pool: Record, rule: Rule, draws: int) -> list[dict[str, 
         errors, inside, widths = [], 0, []
         for draw in range(draws):
             seen, new = halves(pool, draw)
-            choice = calibrate.choose(seen, task, rule, Wish(target_saving=saving))
+            choice = calibration.choose(seen, task, rule, Wish(target_saving=saving))
             layer_N, _ = choice(seen, task)
             deviation = (layer_N.double() / pool.num_layers).std(correction=0).item()
             expected = 1 - layer_N.double().mean().item() / pool.num_layers
-            low, high = risk.mean_interval(expected, deviation, len(seen), len(new))
+            low, high = risk_control.mean_interval(expected, deviation, len(seen), len(new))
             layer_N, _ = choice(new, task)
             measured = 1 - layer_N.double().mean().item() / pool.num_layers
             errors.append(measured - saving)
@@ -101,13 +111,13 @@ def promises(task: Task, pool: Record, rule: Rule, draws: int) -> list[dict[str,
     layer_NT = torch.stack([exits.exit_layer(verdict.score_NL, t) for t in grid], 1)
     saving_NT = 1 - layer_NT.double().numpy() / pool.num_layers
     rows = []
-    for loss in calibrate.LOSSES if pool.labels_N is not None else ("disagreement",):
-        loss_NT = calibrate.losses(pool, task, rule, grid, loss).numpy().astype(float)
+    for loss in calibration.LOSSES if pool.labels_N is not None else ("disagreement",):
+        loss_NT = calibration.losses(pool, task, rule, grid, loss).numpy().astype(float)
         for limit in DROPS:
             for delta in DELTAS:
                 ways = certified_by(loss, limit, delta)
                 size = len(pool) // 2
-                if limit < risk.smallest_limit(size, delta):
+                if limit < risk_control.smallest_limit(size, delta):
                     continue
                 kept: dict[str, list[list[float]]] = {name: [] for name in ways}
                 random = np.random.default_rng(0)
@@ -147,10 +157,10 @@ def certified_by(loss: str, limit: float, delta: float) -> dict[str, Callable[[n
 
     def ours(loss_NT: np.ndarray) -> int:
         gains = (loss_NT < 0).sum(0) if loss == "excess" else None
-        return risk.learn_then_test((loss_NT > 0).sum(0), gains, len(loss_NT), limit, delta)
+        return risk_control.learn_then_test((loss_NT > 0).sum(0), gains, len(loss_NT), limit, delta)
 
     def clopper_pearson(loss_NT: np.ndarray) -> int:
-        return risk.learn_then_test((loss_NT > 0).sum(0), None, len(loss_NT), limit, delta)
+        return risk_control.learn_then_test((loss_NT > 0).sum(0), None, len(loss_NT), limit, delta)
 
     def mapie(loss_NT: np.ndarray) -> int:
         from mapie.risk_control.fwer_control import control_fwer
@@ -163,7 +173,7 @@ def certified_by(loss: str, limit: float, delta: float) -> dict[str, Callable[[n
 
     def average(loss_NT: np.ndarray) -> int:
         largest = np.maximum.accumulate(loss_NT.clip(0), 1).sum(0)
-        return risk.conformal_risk(largest, len(loss_NT), limit)
+        return risk_control.conformal_risk(largest, len(loss_NT), limit)
 
     return {
         "ours": ours,
@@ -189,7 +199,7 @@ def simulated(draws: int) -> list[dict[str, Any]]:
                     uniform = random.random(size)
                     losses = (uniform[:, None] < risk_T + gain_T).sum(0)
                     gains = (uniform[:, None] > 1 - gain_T).sum(0)
-                    t = risk.learn_then_test(losses, gains, size, limit, delta)
+                    t = risk_control.learn_then_test(losses, gains, size, limit, delta)
                     broken += t > 0 and risk_T[t - 1] > limit
                     last.append(risk_T[t - 1] if t else 0.0)
                 rows.append(
@@ -214,14 +224,14 @@ def selections(task: Task, pool: Record, rule: Rule, draws: int) -> list[dict[st
 
     def temperature(seen: Record, saving: float) -> Choice:
         wish = Wish(target_saving=saving, temperature=True)
-        return calibrate.choose(seen, task, rule, wish)
+        return calibration.choose(seen, task, rule, wish)
 
     def ramps(seen: Record, saving: float) -> Choice:
-        return calibrate.choose(seen, task, rule, Wish(target_saving=saving, per_ramp=True))
+        return calibration.choose(seen, task, rule, Wish(target_saving=saving, per_ramp=True))
 
     def always(seen: Record, saving: float) -> Choice:
         score, right = parts(seen)
-        found = per_ramp._best(score, right, saving)
+        found = threshold_search._best(score, right, saving)
         return Choice(rule, ramps(seen, saving).thresholds if found is None else found.tolist())
 
     def dropped(seen: Record, saving: float) -> Choice:
@@ -336,7 +346,7 @@ def rules(task: Task, pool: Record, draws: int) -> list[dict[str, Any]]:
             values = []
             for draw in range(draws):
                 seen, new = halves(pool, draw)
-                choice = calibrate.choose(seen, task, rule, Wish(target_saving=saving))
+                choice = calibration.choose(seen, task, rule, Wish(target_saving=saving))
                 values.append(measure(choice, new, task))
             saved, accuracy = np.mean(values, 0)
             rows.append({"rule": name, "wished": saving, "saving": saved, "accuracy": accuracy})
@@ -363,7 +373,7 @@ def cost() -> list[dict[str, Any]]:
     rows = []
     for name, wish in wishes.items():
         start = time.perf_counter()
-        calibrate.choose(record, task, exits.default(3), wish)
+        calibration.choose(record, task, exits.default(3), wish)
         rows.append({"wish": name, "seconds": time.perf_counter() - start})
     return rows
 
@@ -393,7 +403,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=1000)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
-    risk.p_value = functools.cache(risk.p_value)  # the same few counts come again and again
+    risk_control.p_value = functools.cache(risk_control.p_value)  # the same few counts come again and again
     found: dict[str, Any] = {"environment": report.environment(), "draws": given.draws}
     found["cost"] = cost()  # first, so that the peak is its own
     found["cost_peak_mib"] = peak_mib()

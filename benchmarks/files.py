@@ -29,12 +29,15 @@ from typing import Any
 
 import torch
 
-from deebert import EarlyExitClassifier, commands, report, sources
+from deebert import EarlyExitClassifier
+from deebert import options as commands
+from deebert.data import loading
+from deebert.data.tasks import Task
 from deebert.errors import UserError
-from deebert.files import parts
-from deebert.files.work import PredictOptions
-from deebert.predict import predict
-from deebert.tasks import Task
+from deebert.predict import parts
+from deebert.predict.command import predict
+from deebert.predict.work import PredictOptions
+from deebert.reporting import report
 
 HERE = Path(__file__).parent
 MEMORY_ROWS = (10_000, 100_000)
@@ -57,7 +60,7 @@ def texts(task: Task, root: str) -> Iterator[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for split in (*filter(None, [task.train]), *task.validation, *task.test):
         with contextlib.suppress(UserError):
-            rows = sources.load(task, split, root)
+            rows = loading.load(task, split, root)
             columns = ("text_a", "text_b")[: len(task.columns)]
             found += zip(*(rows[name][:] for name in columns), strict=True)
     if not found:

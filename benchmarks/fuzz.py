@@ -76,7 +76,10 @@ def command(script: str, *overrides: str) -> None:
 
 def prepare(work: Path) -> Path:
     """Make the runs that are spoiled; this also loads whatever a case would load."""
-    from deebert import EarlyExitClassifier, demo, export, report
+    from deebert import EarlyExitClassifier
+    from deebert.data import demo
+    from deebert.export import onnx_folder
+    from deebert.reporting import report
 
     runs, data = work / "runs", work / "data"
     (data / "mrpc").mkdir(parents=True)
@@ -104,14 +107,15 @@ def prepare(work: Path) -> Path:
     command("train.py", f"resume={runs / 'part'}", "logger=csv", warm[1])
     classifier = EarlyExitClassifier.from_pretrained(runs / "stage2")
     classifier.save_pretrained(runs / "saved")
-    export.export(classifier, work / "onnx")
+    onnx_folder.export(classifier, work / "onnx")
     report.environment()  # it asks git, once
     return runs
 
 
 def way(dice: random.Random, folder: Path, how: str, out: Path) -> tuple[str, Callable[[], None]]:
     """Choose one of the ways in which a user may give the program what was spoiled."""
-    from deebert import EarlyExitClassifier, export
+    from deebert import EarlyExitClassifier
+    from deebert.export import onnx_folder
 
     trained = folder.name in ("stage2", "saved")
     said = [f"hydra.run.dir={out / 'run'}", "logger=csv"]
@@ -124,7 +128,7 @@ def way(dice: random.Random, folder: Path, how: str, out: Path) -> tuple[str, Ca
             classifier.predict(TEXTS, target_saving=0.3)
 
     def exported() -> None:
-        export.export(EarlyExitClassifier.from_pretrained(folder), out / "onnx")
+        onnx_folder.export(EarlyExitClassifier.from_pretrained(folder), out / "onnx")
 
     asked = "target_saving=0.3" if trained else "threshold=0"
     ways: dict[str, Callable[[], None]] = {
@@ -318,7 +322,7 @@ def main(arguments: list[str]) -> int:
     os.environ["HF_HOME"] = str(work / "cache")
     torch.set_num_threads(1)
     originals = prepare(work)
-    from deebert import report
+    from deebert.reporting import report
 
     cases = []
     for number in options.only or range(options.cases):

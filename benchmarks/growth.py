@@ -22,10 +22,11 @@ import torch
 from synthetic import NUM_LABELS, evenly, made, mixed, model_of
 from torch import Tensor
 
-from deebert import flops, report
-from deebert.engine import Engine
-from deebert.speed import FullDepth, Inputs, forced, leaving_at
-from deebert.timing import compare
+from deebert import flops
+from deebert.evaluation.latency import FullDepth, Inputs, forced, leaving_at
+from deebert.evaluation.timing import compare
+from deebert.inference.engine import Engine
+from deebert.reporting import report
 
 HERE = Path(__file__).parent
 BASE = {"layers": 6, "width": 384, "length": 32, "batch": 16}

@@ -30,12 +30,14 @@ import torch
 from omegaconf import OmegaConf
 from quality_report import GRID, WISHES
 
-from deebert import calibrate, curves, exits, records, report, sources
-from deebert.calibrate import Infeasible, Wish
+from deebert.data import loading
+from deebert.data.tasks import Task
 from deebert.errors import UserError
-from deebert.ramps import RampKind
-from deebert.records import Record
-from deebert.tasks import Task
+from deebert.exits import calibration, curves, records, rules
+from deebert.exits.calibration import Infeasible, Wish
+from deebert.exits.records import Record
+from deebert.models.ramps import RampKind
+from deebert.reporting import report
 
 HERE = Path(__file__).parent
 PYTHON = [sys.executable]
@@ -164,9 +166,9 @@ def subset(name: str, root: str, out: Path) -> tuple[Path, dict[str, Any], float
     rows: dict[str, Any] = {}
     floor = None
     for split in filter(None, (task.train, *task.validation)):
-        if split != task.train and not sources.exists(task, split, root):
+        if split != task.train and not loading.exists(task, split, root):
             continue  # not all have MNLI's second one
-        data = sources.load(task, split, root)
+        data = loading.load(task, split, root)
         most = TASKS[name].rows if split == task.train else VALIDATION_ROWS
         chosen = sorted(np.random.default_rng(0).permutation(len(data))[:most].tolist())
         names = {"label": task.label} | dict(zip(("text_a", "text_b"), task.columns, strict=False))
@@ -250,11 +252,11 @@ def trade_off(
     points, wishes = {0.0: ramps[-1]["score"], most: ramps[0]["score"]}, {}
     learned = record.unsure_NL is not None
     exit = exit or ("learned" if learned else None)
-    rule = exits.named(exit, task.num_labels) if exit else exits.default(task.num_labels)
+    rule = rules.named(exit, task.num_labels) if exit else rules.default(task.num_labels)
     for saving in [saving for saving in GRID[1:] if saving < most]:
         wish = Wish(target_saving=saving)
         try:
-            seen = calibrate.calibration(None, [record], task, rule, wish)["measured"]
+            seen = calibration.calibration(None, [record], task, rule, wish)["measured"]
         except Infeasible:  # a rule that must see two ramps before it lets go
             break
         points[seen["expected_saving"]] = seen["score"]
@@ -267,7 +269,7 @@ def trade_off(
     found["half_the_work"] = {}
     wish = Wish(target_speedup=2.0, costs=work(record.num_layers, reads_tokens))
     with contextlib.suppress(Infeasible):
-        seen = calibrate.calibration(None, [record], task, rule, wish)["measured"]
+        seen = calibration.calibration(None, [record], task, rule, wish)["measured"]
         found["half_the_work"] = {"saving": seen["expected_saving"], **seen["scores"]}
     return {"ramps": [ramp["scores"] for ramp in ramps], **found}
 

@@ -15,10 +15,12 @@ from typing import Any
 import rivals
 import torch
 
-from deebert import checkpoints, curves, exits, records, report
-from deebert.data import TextDataModule
-from deebert.model import INPUTS, EarlyExitModel
-from deebert.tasks import Task
+from deebert.data.datamodule import TextDataModule
+from deebert.data.tasks import Task
+from deebert.exits import curves, records, rules
+from deebert.hub import checkpoints
+from deebert.models.early_exit import INPUTS, EarlyExitModel
+from deebert.reporting import report
 
 HERE = Path(__file__).parent
 
@@ -34,7 +36,7 @@ def leave(model: EarlyExitModel, batch: dict[str, Any], threshold: float) -> tup
     for number, ramp in enumerate(model.ramps, 1):
         hidden = model.backbone.run_layer(number - 1, hidden, context)
         logits = ramp(hidden[:, 0])
-        go = exits.entropy(logits) < threshold
+        go = rules.entropy(logits) < threshold
         if number == len(model.ramps):
             go[:] = True
         layers[rows[go]], predictions[rows[go]] = number, logits[go].argmax(-1)
@@ -63,7 +65,7 @@ def compare(run: Path) -> list[dict[str, Any]]:
             for b in batches
         ]
     record = records.Record.from_batches("validation", outputs)
-    rule = exits.default(task.num_labels)
+    rule = rules.default(task.num_labels)
     rows = []
     for point in curves.curve(record, task, rule, list(curves.PAPER_THRESHOLDS)):
         layers = torch.empty(len(record), dtype=torch.long)

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deebert import exits, onnx_layer
-from deebert.batching import by_length, padded
-from deebert.engine import Answers
+from deebert.data.batching import by_length, padded
 from deebert.errors import UserError
-from deebert.model import INPUTS, EarlyExitModel
-from deebert.speed import Inputs
+from deebert.evaluation.latency import Inputs
+from deebert.exits import rules
+from deebert.inference import onnx_layer
+from deebert.inference.engine import Answers
+from deebert.models.early_exit import INPUTS, EarlyExitModel
 
 Run = Callable[[Inputs], Answers | Tensor]
 
@@ -61,7 +62,7 @@ def original(model: EarlyExitModel, threshold: float) -> Run:
             for layer, ramp in enumerate(ramps):
                 hidden_1SH = backbone.run_layer(layer, hidden_1SH, context)
                 logits_1C = ramp(hidden_1SH[:, 0])
-                if bool(exits.entropy(logits_1C) < threshold):
+                if bool(rules.entropy(logits_1C) < threshold):
                     break
             answers.logits_NC[row], answers.layer_N[row] = logits_1C[0], layer + 1
         return answers

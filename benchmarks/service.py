@@ -2,7 +2,7 @@
 
     python benchmarks/service.py RUN --root DIR [--requests N] [--at-once N] [--repeats R]
 
-RUN: a trained model; DIR: where the texts of its task lie (`data.root`). Every request is a few
+RUN: a trained model; DIR: where the texts of its task lie (`datamodule.root`). Every request is a few
 texts and a wish; every answer is held against `EarlyExitClassifier.predict`. The services (one for
 each batch window) take turns, in processes of their own; the clients run on the same machine.
 Writes service.json and service.md, after each turn.
@@ -33,8 +33,10 @@ import numpy as np
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from deebert import EarlyExitClassifier, report, sources
+from deebert import EarlyExitClassifier
 from deebert.classifier import Asked
+from deebert.data import loading
+from deebert.reporting import report
 
 HERE = Path(__file__).parent
 WINDOWS_MS = (0, 10)
@@ -272,7 +274,7 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     classifier = EarlyExitClassifier.from_pretrained(given.run)
     columns = ["text_a", "text_b"][: len(classifier.task.columns)]
-    data = sources.load(classifier.task, given.split, given.root)
+    data = loading.load(classifier.task, given.split, given.root)
     rows = list(zip(*(data[name][:] for name in columns), strict=True))
     rows = [row[0] if len(row) == 1 else list(row) for row in rows]
     asked, offline_seconds = requests_of(classifier, rows, given.requests)

@@ -28,17 +28,21 @@ import speed_report
 import torch
 from rivals import Run
 
-from deebert import calibrate, checkpoints, curves, exits, kernels, report, speed
-from deebert.calibrate import Wish
-from deebert.data import TextDataModule
-from deebert.engine import Answers, Engine
+from deebert.data.datamodule import TextDataModule
+from deebert.data.tasks import Task
+from deebert.data.tokenization import TOKENS
 from deebert.errors import UserError
-from deebert.model import INPUTS, EarlyExitModel
-from deebert.records import Record
-from deebert.speed import FullDepth, Inputs
-from deebert.tasks import Task
-from deebert.timing import Timing, compare
-from deebert.tokens import TOKENS
+from deebert.evaluation import latency
+from deebert.evaluation.latency import FullDepth, Inputs
+from deebert.evaluation.timing import Timing, compare
+from deebert.exits import calibration, curves, rules
+from deebert.exits.calibration import Wish
+from deebert.exits.records import Record
+from deebert.hub import checkpoints
+from deebert.inference import kernels
+from deebert.inference.engine import Answers, Engine
+from deebert.models.early_exit import INPUTS, EarlyExitModel
+from deebert.reporting import report
 
 HERE = Path(__file__).parent
 SAVINGS = (0.2, 0.3, 0.4, 0.5)
@@ -67,8 +71,8 @@ class Subject:
         return self.task.name if reads == "first" else f"{self.task.name}, ramps on {reads}"
 
     @cached_property
-    def rule(self) -> exits.Rule:
-        return exits.default(self.task.num_labels)
+    def rule(self) -> rules.Rule:
+        return rules.default(self.task.num_labels)
 
     @cached_property
     def engines(self) -> dict[str, Engine]:
@@ -230,7 +234,7 @@ def _answered(subject: Subject, system: System, singles: list[int]) -> dict[str,
     if system.threshold is None:
         expected_N = torch.full((len(inputs),), system.depth or record.num_layers)
     else:
-        expected_N = exits.exit_layer(verdict.score_NL, system.threshold)
+        expected_N = rules.exit_layer(verdict.score_NL, system.threshold)
     layer_N = torch.cat([p.layer_N for p in found if isinstance(p, Answers)] or [expected_N])
     predictions_N = task.predict(logits_NC)
     same_N = predictions_N == curves.answered(verdict, task, expected_N)
@@ -275,11 +279,11 @@ def wishes(subject: Subject, given: argparse.Namespace) -> list[Any]:
     fold_N = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0)) % 2
     rows_of = [(fold_N == fold).nonzero().flatten() for fold in (0, 1)]
     others = rows_of[::-1]  # for whom each fold is unseen
-    protocol = speed.Protocol(repeats=given.repeats)
+    protocol = latency.Protocol(repeats=given.repeats)
     costs = []
     for seen in others:
         half = [inputs[row] for row in seen.tolist()]
-        costs.append(tuple(speed.layer_costs(subject.model, half, task.num_labels, protocol)))
+        costs.append(tuple(latency.layer_costs(subject.model, half, task.num_labels, protocol)))
         print(f"  costs of the layers: {' '.join(f'{cost:.3f}' for cost in costs[-1])}", flush=True)
     rows: list[Any] = []
     full = FullDepth(subject.model)
@@ -288,7 +292,7 @@ def wishes(subject: Subject, given: argparse.Namespace) -> list[Any]:
         try:
             wished = [Wish(target_speedup=target, costs=each) for each in costs]
             choices = [
-                calibrate.choose(subject.record.rows(seen), task, subject.rule, wish)
+                calibration.choose(subject.record.rows(seen), task, subject.rule, wish)
                 for seen, wish in zip(others, wished, strict=True)
             ]
         except UserError as error:
@@ -313,7 +317,7 @@ def wishes(subject: Subject, given: argparse.Namespace) -> list[Any]:
                 "costs": costs,
             }
         )
-    timings = compare(runs, speed.requests(inputs, fold_N, None), given.repeats)
+    timings = compare(runs, latency.requests(inputs, fold_N, None), given.repeats)
     for row in rows:
         if timing := timings.get(str(row["target"])):
             row["speed_up"] = 1 / (1 - timing.saving(timings["full depth"]))

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from deebert.engine import Engine
-from deebert.exits import Rule
-from deebert.model import EarlyExitModel
+from deebert.exits.rules import Rule
+from deebert.inference.engine import Engine
+from deebert.models.early_exit import EarlyExitModel
 
 VOCABULARY, NUM_LABELS = 1000, 2
 MIB = 2**20

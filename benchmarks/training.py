@@ -34,9 +34,10 @@ def original(root: str, epochs: int, seed: int) -> dict[str, Any]:
     from torch.nn.functional import cross_entropy
     from transformers import get_linear_schedule_with_warmup
 
-    from deebert import backbones, sources
-    from deebert.ramps import Ramp
-    from deebert.tasks import Task
+    from deebert.data import loading
+    from deebert.data.tasks import Task
+    from deebert.models import backbones
+    from deebert.models.ramps import Ramp
 
     def plain(group: str, name: str) -> Any:
         return OmegaConf.to_container(OmegaConf.load(HERE.parent / "conf" / group / f"{name}.yaml"))
@@ -54,7 +55,7 @@ def original(root: str, epochs: int, seed: int) -> dict[str, Any]:
         ramp.pooler.load_state_dict(pooler.state_dict())
 
     def tensors(split: str) -> torch.utils.data.TensorDataset:
-        rows = sources.load(task, split, root)
+        rows = loading.load(task, split, root)
         encoded = tokenizer(
             rows["text_a"][:], rows["text_b"][:], truncation="longest_first", max_length=PADDED,
             padding="max_length", return_tensors="pt",

@@ -19,18 +19,21 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from deebert import calibrate, card, evaluation, exits, origins, saved, speed, tokens
-from deebert.calibrate import Wish
-from deebert.curves import Thresholds, check_thresholds
-from deebert.engine import WINDOW, Engine
+from deebert.data import tokenization
+from deebert.data.tasks import Task
 from deebert.errors import UserError
-from deebert.evaluation import Question
-from deebert.exits import Rule
-from deebert.records import HELD_OUT, Record
-from deebert.saved import Saved
-from deebert.speed import Protocol
-from deebert.tasks import Task
-from deebert.timing import undisturbed
+from deebert.evaluation import evaluate, latency
+from deebert.evaluation.evaluate import Question
+from deebert.evaluation.latency import Protocol
+from deebert.evaluation.timing import undisturbed
+from deebert.exits import calibration, rules
+from deebert.exits.calibration import Wish
+from deebert.exits.curves import Thresholds, check_thresholds
+from deebert.exits.records import HELD_OUT, Record
+from deebert.exits.rules import Rule
+from deebert.hub import locate, model_card, saved_folder
+from deebert.hub.saved_folder import Saved
+from deebert.inference.engine import WINDOW, Engine
 
 Text = str | Sequence[str] | Mapping[str, Any]  # a text, a pair, or either by the columns' names
 Tokens = Mapping[str, Any]
@@ -46,7 +49,7 @@ class Asked:
 
     Attributes:
         wish: as it was asked.
-        expected: what the calibration rows say of it (`calibrate.calibration`: `expected_saving`,
+        expected: what the calibration rows say of it (`calibration.calibration`: `expected_saving`,
             `interval`, and with labels `score`, `score_interval`); None for thresholds given.
         split: of the calibration rows, or None.
     """
@@ -162,7 +165,7 @@ class EarlyExitClassifier:
         """
         if not isinstance(source, str | Path):
             raise UserError(f"{_short(source)} is no model: give a folder or the id of one")
-        found = origins.find(source, task)
+        found = locate.find(source, task)
         return cls(found, precision=precision, runtime=runtime, device=device)
 
     @property
@@ -212,10 +215,10 @@ class EarlyExitClassifier:
             UserError: one is not a text, or not a pair where the task has two columns.
         """
         found: list[Tokens] = []
-        for some in tokens.portions([self._columns(text) for text in texts]):
+        for some in tokenization.portions([self._columns(text) for text in texts]):
             columns = list(zip(*some, strict=True))
-            encoded = tokens.encode(self.tokenizer, columns, self.max_length)
-            names = [name for name in tokens.TOKENS if name in encoded]
+            encoded = tokenization.encode(self.tokenizer, columns, self.max_length)
+            names = [name for name in tokenization.TOKENS if name in encoded]
             rows = zip(*(encoded[name] for name in names), strict=True)
             found += [dict(zip(names, values, strict=True)) for values in rows]
         return found
@@ -278,7 +281,7 @@ class EarlyExitClassifier:
                 machine (measured at the first time: about ten seconds).
             max_drop: how much worse than full depth it may be at most, 0.01 for one point.
             exit: the exit rule; None for the one it was saved with.
-            **more: `confidence`, `loss`, `per_ramp`, `temperature` of `calibrate.Wish`.
+            **more: `confidence`, `loss`, `per_ramp`, `temperature` of `calibration.Wish`.
                 Nothing at all: as the model was saved, full depth unless it says otherwise.
 
         Raises:
@@ -310,7 +313,7 @@ class EarlyExitClassifier:
         values = dict(wish)
         rule = self._rule(values.pop("exit", None)) if "exit" in values else self.rule
         if rule.reads == "unsure" and self.model.ramp_kind.predicts is None:
-            raise UserError(exits.NOT_LEARNED.format(rule.name))
+            raise UserError(rules.NOT_LEARNED.format(rule.name))
         known = set(Wish.__dataclass_fields__) - {"costs"} | {"threshold"}
         if unknown := sorted(set(values) - known):
             raise UserError(f"{unknown[0]}= is no part of a wish; {', '.join(sorted(known))} are")
@@ -322,19 +325,19 @@ class EarlyExitClassifier:
             listed = isinstance(threshold, list | tuple)
             checked = list(check_thresholds(list(threshold) if listed else threshold, "threshold"))
             thresholds: Thresholds = checked if listed else checked[0]
-            if exits.limits(thresholds, self.num_layers).any() and rule.asks_prior:
-                raise UserError(exits.NO_PRIOR.format(rule.name))
+            if rules.limits(thresholds, self.num_layers).any() and rule.asks_prior:
+                raise UserError(rules.NO_PRIOR.format(rule.name))
             return Asked(rule, thresholds, wish)
         granted = Wish(**values)
         record = self._calibration_rows
         if granted.target_speedup is not None:
             granted = replace(granted, costs=self.costs)
-        choice = calibrate.choose(record, self.task, rule, granted)
+        choice = calibration.choose(record, self.task, rule, granted)
         return Asked(
             choice.rule,
             choice.thresholds,
             wish,
-            calibrate.expected(record, self.task, choice, len(record)),
+            calibration.expected(record, self.task, choice, len(record)),
             record.split,
         )
 
@@ -342,7 +345,7 @@ class EarlyExitClassifier:
         """The same object for the same name: requests to a service are grouped by it."""
         if name not in self._rules:
             num = self.task.num_labels
-            self._rules[name] = exits.default(num) if name is None else exits.named(name, num)
+            self._rules[name] = rules.default(num) if name is None else rules.named(name, num)
         return self._rules[name]
 
     @cached_property
@@ -368,7 +371,7 @@ class EarlyExitClassifier:
             assert held_out is not None
             return held_out
         question = Question(self.rule, None)
-        return evaluation.source(held_out, labelled[0], question)[0] or labelled[0]
+        return evaluate.source(held_out, labelled[0], question)[0] or labelled[0]
 
     @cached_property
     def costs(self) -> tuple[float, ...]:
@@ -384,7 +387,7 @@ class EarlyExitClassifier:
             precisions=(self.engine.precision,), runtime=self.engine.runtime, repeats=3
         )
         with undisturbed(None):
-            costs = speed.layer_costs(
+            costs = latency.layer_costs(
                 self.model, inputs, self.task.num_labels, protocol, self.engine.device
             )
         return tuple(costs)
@@ -402,7 +405,7 @@ class EarlyExitClassifier:
             what = replace(what, exit=exit or what.exit, wish=plain)
         self.model.to("cpu")
         try:
-            saved.write(what, self.model, Path(folder), card.card(what, self.task))
+            saved_folder.write(what, self.model, Path(folder), model_card.card(what, self.task))
         finally:
             self.model.to(self.engine.device)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from deebert.ramps import PAPER, RampKind
+from deebert.models.ramps import PAPER, RampKind
 
 
 class Sizes(NamedTuple):

@@ -22,7 +22,7 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
-from deebert import demo
+from deebert.data import demo
 
 ROOT = Path(__file__).parent.parent
 TINY = ("backbone=tiny", "logger=csv", "data.max_length=64")
@@ -94,7 +94,7 @@ def mrpc_rows(split: str, number: int) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A `data.root` with a small mrpc/ in it."""
+    """A `datamodule.root` with a small mrpc/ in it."""
     root = tmp_path_factory.mktemp("glue")
     for split, number in (("train", 96), ("validation", 40), ("test", 16)):
         write_rows(root / "mrpc", split, mrpc_rows(split, number))

@@ -7,8 +7,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deebert import published
-from deebert.model import EarlyExitModel
+from deebert.hub import conversion
+from deebert.models.early_exit import EarlyExitModel
 
 FOLDER = Path(__file__).parent / "golden"
 NAMES = ("bert-2labels", "bert-3labels", "roberta-2labels", "roberta-3labels")
@@ -32,4 +32,4 @@ def load(name: str) -> tuple[EarlyExitModel, dict[str, Tensor], dict[str, Any]]:
 
 def renamed_key(key: str, kind: str, last: int) -> str:
     """The original's name of a parameter -> ours; "" for its last ramp, which nothing trains."""
-    return published.our_name(key, published.DEEBERT[kind], last) or ""
+    return conversion.our_name(key, conversion.DEEBERT[kind], last) or ""

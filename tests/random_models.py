@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import RobertaTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from deebert import exits
-from deebert.exits import Rule
-from deebert.model import EarlyExitModel
-from deebert.records import Record
+from deebert.exits import rules
+from deebert.exits.records import Record
+from deebert.exits.rules import Rule
+from deebert.models.early_exit import EarlyExitModel
 
 CPU = torch.device("cpu")
 INT8 = "fbgemm" in torch.backends.quantized.supported_engines
@@ -117,7 +117,7 @@ def rule_of(name: str, num_labels: int = 3, **more: object) -> Rule:
     if name == "relative_entropy":
         more |= {"relative": True, "prior": [0.6, 0.3, 0.1]}
     return Rule(
-        name, getattr(exits, name), num_labels, regression=num_labels == 1, looks_back=looks_back,
+        name, getattr(rules, name), num_labels, regression=num_labels == 1, looks_back=looks_back,
         reads=reads, **more,
     )  # fmt: skip
 

@@ -10,9 +10,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torchmetrics.classification import MulticlassCalibrationError
 
-from deebert.analysis import analysis, auroc, calibration, correlation
-from deebert.records import Record
-from deebert.tasks import Task
+from deebert.data.tasks import Task
+from deebert.evaluation.analysis import analysis, auroc, calibration, correlation
+from deebert.exits.records import Record
 
 DEMO = Task("demo", ("text",), ("bad", "good"), ("accuracy",))
 THREE = Task("three", ("text",), ("a", "b", "c"), ("accuracy",))

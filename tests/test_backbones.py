@@ -9,10 +9,11 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModel, BertForSequenceClassification
 
-from deebert import backbones, tokens
-from deebert.architectures import ARCHITECTURES, settings
+from deebert.data import tokenization
 from deebert.errors import UserError
-from deebert.model import EarlyExitModel
+from deebert.models import backbones
+from deebert.models.architectures import ARCHITECTURES, settings
+from deebert.models.early_exit import EarlyExitModel
 
 CONF = Path(__file__).parent.parent / "conf" / "backbone"
 WHOLE = ("mpnet", "deberta-v2", "modernbert")  # layers that cannot be run in parts
@@ -271,9 +272,9 @@ def test_minilm_is_the_hub_s_own_file_and_is_not_imported() -> None:
 def test_tokenizer_survives_as_text() -> None:
     tokenizer = backbones.tokenizer(spec("tiny"))
     tokenizer("a long text", truncation=True, max_length=4)  # leaves its truncation behind
-    files = tokens.files_of(tokenizer)
-    assert files == tokens.files_of(backbones.tokenizer(spec("tiny")))
-    again = tokens.from_files(files)
+    files = tokenization.files_of(tokenizer)
+    assert files == tokenization.files_of(backbones.tokenizer(spec("tiny")))
+    again = tokenization.from_files(files)
     assert again("Good kettle", "bad one") == tokenizer("Good kettle", "bad one")
 
 

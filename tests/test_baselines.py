@@ -14,11 +14,12 @@ from test_backbones import VARIANTS, batch, tiny
 from test_module import build
 from transformers import AutoConfig, AutoModel
 
-from deebert import backbones, checkpoints
-from deebert.architectures import ARCHITECTURES
 from deebert.errors import UserError
-from deebert.model import EarlyExitModel
-from deebert.objectives import OBJECTIVES
+from deebert.hub import checkpoints
+from deebert.models import backbones
+from deebert.models.architectures import ARCHITECTURES
+from deebert.models.early_exit import EarlyExitModel
+from deebert.training.objectives import OBJECTIVES
 
 Run = Callable[..., str]
 # So that a training step can be computed by hand.

@@ -5,15 +5,24 @@ import pytest
 import torch
 from test_curves import task
 
-from deebert import curves, exits
-from deebert.calibrate import FOLDS, Choice, Wish, calibration, choose, folds, losses, unlike
-from deebert.calibrate import _cross_fitted as cross_fitted
 from deebert.errors import UserError
-from deebert.evaluation import Question, evaluate
-from deebert.exits import exit_layer
-from deebert.records import Record
+from deebert.evaluation.evaluate import Question, evaluate
+from deebert.exits import curves, rules
+from deebert.exits.calibration import (
+    FOLDS,
+    Choice,
+    Wish,
+    calibration,
+    choose,
+    folds,
+    losses,
+    unlike,
+)
+from deebert.exits.calibration import _cross_fitted as cross_fitted
+from deebert.exits.records import Record
+from deebert.exits.rules import exit_layer
 
-RULE = exits.default(2)
+RULE = rules.default(2)
 
 
 def simulated(num_rows: int, seed: int = 0, layers: int = 5, split: str = "validation") -> Record:
@@ -42,7 +51,7 @@ def test_a_saving_chosen_on_held_out_rows_holds_on_others(saving: float) -> None
     assert found["calibration_split"] == "calibration"
     assert found["num_calibration"] == 2000
     # The reported rows' own numbers, at the threshold that is printed.
-    layers = exit_layer(exits.entropy(reported.logits_NLC), found["thresholds"])
+    layers = exit_layer(rules.entropy(reported.logits_NLC), found["thresholds"])
     assert found["measured"]["exit_counts"] == layers.bincount(minlength=6)[1:].tolist()
 
 
@@ -156,7 +165,7 @@ def unbalanced(num_rows: int, seed: int) -> Record:
 
 def test_the_prior_is_what_serves_the_metric() -> None:
     seen, unseen, wish = unbalanced(4000, 1), unbalanced(20_000, 2), Wish(target_saving=0.5)
-    rule = exits.named("relative_entropy", 2)
+    rule = rules.named("relative_entropy", 2)
     scores = {}
     for name, prior in (("mrpc", [0.7, 0.3]), ("sst2", [0.5, 0.5])):
         choice = choose(seen, task(name), rule, wish)
@@ -173,7 +182,7 @@ def test_the_prior_is_what_serves_the_metric() -> None:
 
 def test_folds_are_measured_with_what_the_other_rows_chose() -> None:
     record, wish = unbalanced(2000, 1), Wish(target_saving=0.5)
-    rule, mrpc = exits.named("relative_entropy", 2), task("mrpc")
+    rule, mrpc = rules.named("relative_entropy", 2), task("mrpc")
     found = calibration(None, [record], mrpc, rule, wish)
     fold_N = folds(len(record))
     predictions_N = torch.empty_like(record.labels_N)
@@ -187,7 +196,7 @@ def test_folds_are_measured_with_what_the_other_rows_chose() -> None:
 
 
 def test_a_fold_of_too_few_rows_runs_to_full_depth_without_a_prior() -> None:
-    record, rule = unbalanced(22, 1), exits.named("relative_entropy", 2)
+    record, rule = unbalanced(22, 1), rules.named("relative_entropy", 2)
     found = calibration(None, [record], task("mrpc"), rule, Wish(target_saving=0.4))
     assert found["folds_at_full_depth"] == 5
     assert (found["fold_thresholds"], found["fold_fits"]) == ([0.0] * 5, [None] * 5)
@@ -195,7 +204,7 @@ def test_a_fold_of_too_few_rows_runs_to_full_depth_without_a_prior() -> None:
 
 
 def test_a_prior_is_found_for_savings_on_labelled_rows() -> None:
-    record, rule = unbalanced(2000, 1), exits.named("relative_entropy", 2)
+    record, rule = unbalanced(2000, 1), rules.named("relative_entropy", 2)
     with pytest.raises(UserError, match="exit=relative_entropy needs a prior"):
         choose(record, task("mrpc"), rule, Wish(max_drop=0.05))
     given = rule.fitted(prior=[0.7, 0.3])
@@ -209,7 +218,7 @@ def test_a_prior_is_found_for_savings_on_labelled_rows() -> None:
 
 
 def test_with_temperatures_the_prior_is_found_for_the_tempered() -> None:
-    rule, wish = exits.named("relative_entropy", 2), Wish(target_saving=0.4, temperature=True)
+    rule, wish = rules.named("relative_entropy", 2), Wish(target_saving=0.4, temperature=True)
     choice = choose(unbalanced(2000, 1), task("mrpc"), rule, wish)
     assert choice.rule.prior is not None
     assert choice.rule.temperatures is not None
@@ -222,7 +231,7 @@ def test_with_temperatures_the_prior_is_found_for_the_tempered() -> None:
 @pytest.mark.parametrize("temperature", [False, True])
 def test_full_depth_is_the_final_classifier_for_every_rule(name: str, temperature: bool) -> None:
     """A promise against another full depth than the one that is run would be void."""
-    rule = exits.Rule(name, getattr(exits, name), 2)
+    rule = rules.Rule(name, getattr(rules, name), 2)
     record = simulated(2000)
     if temperature:
         rule = rule.tempered(record.logits_NLC, record.labels_N)
@@ -282,7 +291,7 @@ def test_an_f1_of_nothing_is_not_under_it() -> None:
 def test_other_splits_are_measured_with_the_same_thresholds() -> None:
     first, second = simulated(400, 1), simulated(300, 2, split="validation_mismatched")
     found = calibration(None, [first, second], task("sst2"), RULE, Wish(target_saving=0.4))
-    layers = exit_layer(exits.entropy(second.logits_NLC), found["thresholds"])
+    layers = exit_layer(rules.entropy(second.logits_NLC), found["thresholds"])
     there = found["measured_elsewhere"]["validation_mismatched"]
     assert there["exit_counts"] == layers.bincount(minlength=6)[1:].tolist()
 
@@ -336,13 +345,13 @@ def test_a_promise_that_cannot_be_made() -> None:
     assert choose(unlabelled, task("sst2"), RULE, Wish(max_drop=0.05, loss="disagreement")).thresholds  # fmt: skip
     values = dataclasses.replace(simulated(1000), logits_NLC=torch.randn(1000, 5, 1), labels_N=torch.randn(1000))  # fmt: skip
     with pytest.raises(UserError, match="task stsb is a regression"):
-        choose(values, task("stsb"), exits.default(1), Wish(max_drop=0.05))
+        choose(values, task("stsb"), rules.default(1), Wish(max_drop=0.05))
 
 
 def test_a_regression_can_be_asked_for_a_saving() -> None:
     values = torch.randn(500, 5, 1).cumsum(1)
     record = Record("validation", values, values[:, -1, 0] + torch.randn(500), torch.arange(500), torch.ones(500))  # fmt: skip
-    found = calibration(None, [record], task("stsb"), exits.default(1), Wish(target_saving=0.4))
+    found = calibration(None, [record], task("stsb"), rules.default(1), Wish(target_saving=0.4))
     assert found["measured"]["expected_saving"] == pytest.approx(0.4, abs=0.03)
     assert 0 < found["measured"]["score"] < found["measured"]["full_depth_score"]
     assert found["measured"]["excess"] is None

@@ -17,10 +17,13 @@ import yaml
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from deebert import EarlyExitClassifier, card, curves, records, tensor_files
+from deebert import EarlyExitClassifier
 from deebert.errors import UserError
-from deebert.exits import RULES, entropy, exit_layer
-from deebert.records import Record
+from deebert.exits import curves, records
+from deebert.exits.records import Record
+from deebert.exits.rules import RULES, entropy, exit_layer
+from deebert.hub import model_card
+from deebert.untrusted import tensor_files
 
 PAIRS = [("a fine film", "no film"), ("red", "red"), ("one two three four", "two"), ("x", "y z")]
 
@@ -117,7 +120,7 @@ def test_a_card_names_no_folder_of_this_machine(
     for path, is_told in ((str(tmp_path / "bert"), False), ("bert-base-uncased", True)):
         config["backbone"]["path"] = path
         origin = dataclasses.replace(classifier.saved.checkpoint, config=config)
-        text = card.card(dataclasses.replace(classifier.saved, checkpoint=origin), classifier.task)
+        text = model_card.card(dataclasses.replace(classifier.saved, checkpoint=origin), classifier.task)
         assert str(tmp_path) not in text
         assert ("base_model: bert-base-uncased" in text) == is_told
 
@@ -141,12 +144,12 @@ def test_a_threshold_needs_the_prior_it_was_found_with(classifier: EarlyExitClas
     granted = classifier.ask(target_saving=0.3, exit="relative_entropy")
     assert granted.rule.prior is not None
     saved = dataclasses.replace(classifier.saved, exit="relative_entropy")
-    text = card.card(saved, classifier.task)
+    text = model_card.card(saved, classifier.task)
     assert "Exit rule `relative_entropy`; prior and thresholds chosen on these very rows" in text
 
 
 def test_the_card(classifier: EarlyExitClassifier) -> None:
-    text = card.card(classifier.saved, classifier.task)
+    text = model_card.card(classifier.saved, classifier.task)
     [record] = classifier.saved.records.values()
     score = classifier.task.score(record.logits_NLC[:, -1].argmax(-1), record.labels_N)
     assert f"{score:.4f} |" in text

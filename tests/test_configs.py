@@ -7,9 +7,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from deebert import objectives
-from deebert.objectives import OBJECTIVES
-from deebert.ramps import PAPER, RampKind, make
+from deebert.models.ramps import PAPER, RampKind, make
+from deebert.training import objectives
+from deebert.training.objectives import OBJECTIVES
 
 CONF = Path(__file__).parent.parent / "conf"
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from deebert import exits
-from deebert.curves import (
+from deebert.data.tasks import Task
+from deebert.errors import UserError
+from deebert.exits import rules
+from deebert.exits.curves import (
     PAPER_THRESHOLDS,
     check_thresholds,
     curve,
@@ -21,9 +23,7 @@ from deebert.curves import (
     thresholds_for,
     trade_off,
 )
-from deebert.errors import UserError
-from deebert.records import Record
-from deebert.tasks import Task
+from deebert.exits.records import Record
 
 CONF = Path(__file__).parent.parent / "conf" / "task"
 
@@ -45,7 +45,7 @@ def record(logits: list, labels: list | None, group: list | None = None) -> Reco
 
 
 # Row 0: sure and right at once. Row 1: unsure, then sure and wrong, at last right. Row 2: never sure.
-RULE = exits.default(2)
+RULE = rules.default(2)
 SURE, UNSURE = 8.0, 0.0
 LOGITS = [
     [[0, SURE], [0, SURE], [0, SURE]],
@@ -92,7 +92,7 @@ def test_a_regression_leaves_when_its_value_stops_changing() -> None:
     values = record(
         [[[0.0], [1.0], [1.1]], [[0.0], [0.2], [2.0]], [[3.0], [4.0], [4.5]]], [1.0, 2.0, 3.0]
     )
-    full, some = curve(values, task("stsb"), exits.default(1), [0.0, 0.5])
+    full, some = curve(values, task("stsb"), rules.default(1), [0.0, 0.5])
     assert full["expected_saving"] == 0
     assert full["score"] == pytest.approx(1, abs=1e-5)
     assert some["exit_counts"] == [0, 1, 2]
@@ -103,7 +103,7 @@ def test_a_regression_leaves_when_its_value_stops_changing() -> None:
 def test_thresholds_for_a_saving_are_the_smallest_that_grant_it(name: str) -> None:
     torch.manual_seed(0)
     logits = torch.randn(400, 6, 3) * torch.linspace(0.5, 3, 6)[:, None]
-    rule = exits.Rule(name, getattr(exits, name), 3)
+    rule = rules.Rule(name, getattr(rules, name), 3)
     rows = record(logits.tolist(), [0] * 400)
     verdict = judged(rule, rows)
     for saving in (0.0, 0.01, 0.2, 0.4, 0.7, 0.8):
@@ -151,7 +151,7 @@ def test_the_trade_off_is_spread_over_the_saving() -> None:
     logits = torch.randn(600, 4, 3) + 2 * torch.nn.functional.one_hot(labels, 3)[:, None]
     rows = record(logits.tolist(), labels.tolist())
     rows = dataclasses.replace(rows, length_N=torch.randint(4, 90, (600,)))
-    found = trade_off(rows, task("mnli"), exits.default(3))
+    found = trade_off(rows, task("mnli"), rules.default(3))
     points = found["trade_off"]
     saved = [point["expected_saving"] for point in points]
     assert saved == sorted(saved)

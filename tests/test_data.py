@@ -6,10 +6,11 @@ import torch
 from conftest import mrpc_rows, write_rows
 from omegaconf import OmegaConf
 
-from deebert import backbones, build
-from deebert.data import LengthBatches, TextDataModule
+from deebert.data.datamodule import LengthBatches, TextDataModule
+from deebert.data.tasks import Task
 from deebert.errors import UserError
-from deebert.tasks import Task
+from deebert.models import backbones
+from deebert.runs import build
 
 CONF = Path(__file__).parent.parent / "conf"
 

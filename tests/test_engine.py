@@ -32,13 +32,14 @@ from random_models import (
 from test_backbones import WHOLE, tiny
 from torch import Tensor
 
-from deebert import backbones, curves, exits
-from deebert import engine as engine_module
-from deebert.engine import Answers, Engine
 from deebert.errors import UserError
-from deebert.exits import Rule, exit_layer
-from deebert.model import EarlyExitModel
-from deebert.split import SplitLayer
+from deebert.exits import curves, rules
+from deebert.exits.rules import Rule, exit_layer
+from deebert.inference import engine as engine_module
+from deebert.inference.engine import Answers, Engine
+from deebert.inference.split_layer import SplitLayer
+from deebert.models import backbones
+from deebert.models.early_exit import EarlyExitModel
 
 # --- the answers ---------------------------------------------------------------------------------
 
@@ -53,7 +54,7 @@ def test_the_original_s_exits_and_predictions(name: str, token_budget: int | Non
         for row, mask in enumerate(tensors["attention_mask"])
     ]
     engine = Engine(
-        model, exits.default(facts["model"]["num_labels"]), 0, token_budget=token_budget
+        model, rules.default(facts["model"]["num_labels"]), 0, token_budget=token_budget
     )
     for key, layers in list(facts["exit_layer"].items())[:: 3 if token_budget else 1]:
         answers = engine.at(float(key)).run(inputs)
@@ -116,7 +117,7 @@ def test_equals_the_record(model_type: str, ramp: str, data: st.DataObject) -> N
 def test_exits_of_the_property_are_spread(model_type: str) -> None:
     """What is compared above is not always the same layer."""
     _, _, record = world(model_type)
-    scores = exits.entropy(record.logits_NLC)
+    scores = rules.entropy(record.logits_NLC)
     layers = exit_layer(scores, scores[:, :-1].median().item())
     assert layers.bincount(minlength=NUM_LAYERS + 1)[1:].min() >= 3
 
@@ -166,8 +167,8 @@ def test_layers_after_the_exit_are_not_run(model_type: str) -> None:
     handle = model.backbone.layers[2].register_forward_hook(
         lambda layer, args, out: rows.append(len(args[0]))
     )
-    threshold = middles(exits.entropy(record.logits_NLC[:, :2]))[60]
-    answers = Engine(model, exits.default(3), threshold).run(pool)
+    threshold = middles(rules.entropy(record.logits_NLC[:, :2]))[60]
+    answers = Engine(model, rules.default(3), threshold).run(pool)
     handle.remove()
     assert 0 < sum(rows) == (answers.layer_N > 2).sum() < len(pool)
 
@@ -175,7 +176,7 @@ def test_layers_after_the_exit_are_not_run(model_type: str) -> None:
 def test_other_tokens_wait_until_the_ramp_was_asked() -> None:
     """First token first: of inputs that leave, the feed-forward sees one token."""
     model, pool, _ = world("bert")
-    engine = Engine(model, exits.default(3), [0.0, math.inf, 0.0], token_budget=80)
+    engine = Engine(model, rules.default(3), [0.0, math.inf, 0.0], token_budget=80)
     engine.first_token_from = 0
     tokens: list[list[int]] = []
     for run in engine.layers:
@@ -199,7 +200,7 @@ def _counted(seen: list[int], activation: Callable[[Tensor], Tensor], x: Tensor)
 def test_an_endless_stream_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "WINDOW", 7)
     model, pool, record = world("bert")
-    scores = exits.entropy(record.logits_NLC)
+    scores = rules.entropy(record.logits_NLC)
     threshold = middles(scores[:, :-1])[100]
     taken = 0
 
@@ -209,7 +210,7 @@ def test_an_endless_stream_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
             taken += 1
             yield pool[(taken - 1) % len(pool)]
 
-    stream = Engine(model, exits.default(3), threshold).stream(endless())
+    stream = Engine(model, rules.default(3), threshold).stream(endless())
     layers = []
     for window in range(1, 4):
         layers += next(stream).layer_N.tolist()
@@ -236,7 +237,7 @@ class Input(UserDict):
 
 def test_no_more_than_a_window_is_kept() -> None:
     model = world("bert")[0]
-    engine = Engine(model, exits.default(3), math.inf)
+    engine = Engine(model, rules.default(3), math.inf)
     given = {"input_ids": [5, 6], "token_type_ids": [0, 0]}
     total = sum(len(part.layer_N) for part in engine.stream(Input(given) for _ in range(30_000)))
     assert total == 30_000
@@ -247,7 +248,7 @@ def test_no_more_than_a_window_is_kept() -> None:
 
 
 def test_nothing_to_run() -> None:
-    engine = Engine(world("bert")[0], exits.default(3), 0.1)
+    engine = Engine(world("bert")[0], rules.default(3), 0.1)
     with pytest.raises(UserError, match="there are no inputs to run"):
         engine.run([])
     assert list(engine.stream([])) == []
@@ -259,7 +260,7 @@ def test_too_long_is_cut_as_the_tokenizer_cuts(caplog: pytest.LogCaptureFixture)
     model = world("bert")[0]
     tokenizer = backbones.tokenizer(tiny("bert"))
     texts = ["a long text " * 40, "short", "another " * 200]
-    engine = Engine(model, exits.default(3), 0.0)
+    engine = Engine(model, rules.default(3), 0.0)
     assert engine.longest_input == 130
     whole = [dict(tokenizer(text)) for text in texts]
     cut = [dict(tokenizer(text, truncation=True, max_length=130)) for text in texts]
@@ -287,13 +288,13 @@ def test_too_long_is_cut_as_the_tokenizer_cuts(caplog: pytest.LogCaptureFixture)
 def test_thresholds_that_are_none(thresholds: float | list[float], message: str) -> None:
     model = world("bert")[0]
     with pytest.raises(UserError, match=message):
-        Engine(model, exits.default(3), thresholds)
+        Engine(model, rules.default(3), thresholds)
     with pytest.raises(UserError, match=message):
-        Engine(model, exits.default(3), 0.1).at(thresholds)
+        Engine(model, rules.default(3), 0.1).at(thresholds)
 
 
 def test_settings_that_are_none() -> None:
-    rule = exits.default(3)
+    rule = rules.default(3)
     with pytest.raises(
         UserError, match=r"precision 'float16' is unknown; .*float32, bfloat16, int8"
     ):
@@ -309,7 +310,7 @@ def test_int8_needs_layers_that_can_be_split(model_type: str) -> None:
     with pytest.raises(
         UserError, match=f"{model_type} has not; use runtime=torch and precision=float32"
     ):
-        Engine(world(model_type)[0], exits.default(3), 0.1, precision="int8")
+        Engine(world(model_type)[0], rules.default(3), 0.1, precision="int8")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -324,7 +325,7 @@ def test_nan_never_leaves_early(
     model.backbone.layers[1].intermediate.dense.weight[3, 3] = math.nan
     judge = rule_of(rule)
     if rule == "confident_patience":
-        judge = Rule(rule, functools.partial(exits.confident_patience, patience=1), 3)
+        judge = Rule(rule, functools.partial(rules.confident_patience, patience=1), 3)
     verdict = curves.judged(judge, record)
     some = [0.0] if rule in ("vote", "patience") else [verdict.score_NL[:, 0].median().item()]
     for first in (*some, math.inf):
@@ -347,7 +348,7 @@ def test_nan_never_leaves_early(
 def test_nan_of_a_regression_never_leaves_early() -> None:
     model = model_of("bert", 1)
     model.ramps[1].classifier.bias[0] = math.nan
-    answers = Engine(model, exits.default(1), math.inf).run(world("bert")[1])
+    answers = Engine(model, rules.default(1), math.inf).run(world("bert")[1])
     assert (answers.layer_N == NUM_LAYERS).all()
     assert not answers.not_finite_N.any(), "the final classifier is fine"
 
@@ -359,7 +360,7 @@ def test_an_input_that_is_nan_spoils_no_other(precision: str, bad: float) -> Non
     """In int8 a scale over the whole batch would."""
     model = model_of("bert")
     pool = [given for given in world("bert")[1] if 7 not in given["input_ids"]][:40]
-    engine = Engine(model, exits.default(3), 0.0, precision=precision)
+    engine = Engine(model, rules.default(3), 0.0, precision=precision)
     expected = engine.run(pool).logits_NC
     model.backbone.encoder.embeddings.word_embeddings.weight[7] = bad
     for place in (0, 20, len(pool)):

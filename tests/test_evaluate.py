@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY, mrpc_rows, results, write_rows
 
-from deebert import records
-from deebert.job import Job
-from deebert.run import _result
+from deebert.exits import records
+from deebert.runs.job import Job
+from deebert.runs.train import _result
 
 Run = Callable[..., str]
 FACTS = ("checkpoint", "data", "config")  # of a record's header

@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from deebert import exits
 from deebert.errors import UserError
-from deebert.exits import Rule, Verdict, entropy, exit_layer
+from deebert.exits import rules
+from deebert.exits.rules import Rule, Verdict, entropy, exit_layer
 
 
 def test_entropy_in_nats() -> None:
@@ -49,10 +49,10 @@ def logits_of(*rows: list[int], classes: int = 3, strength: float = 4.0) -> torc
 
 def test_probability_and_margin_by_hand() -> None:
     p = torch.tensor([0.7, 0.2, 0.1])
-    assert exits.probability(p.log()).item() == pytest.approx(0.3)
-    assert exits.margin(p.log()).item() == pytest.approx(0.5)
+    assert rules.probability(p.log()).item() == pytest.approx(0.3)
+    assert rules.margin(p.log()).item() == pytest.approx(0.5)
     sure = torch.tensor([20.0, 0.0, 0.0])
-    assert 0 < exits.probability(sure).item() < 1e-8, "1 - p in float32 would be 0"
+    assert 0 < rules.probability(sure).item() < 1e-8, "1 - p in float32 would be 0"
 
 
 def test_relative_entropy_by_hand() -> None:
@@ -62,12 +62,12 @@ def test_relative_entropy_by_hand() -> None:
         0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2), 0, -math.log(0.8), -math.log(0.2)
     ]  # fmt: skip
     expected = [math.log(5) - each for each in known]
-    assert exits.relative_entropy(p.log(), prior).tolist() == pytest.approx(expected, abs=1e-6)
-    assert exits.relative_entropy(p.log(), [8, 2]).tolist() == pytest.approx(expected, abs=1e-6)
+    assert rules.relative_entropy(p.log(), prior).tolist() == pytest.approx(expected, abs=1e-6)
+    assert rules.relative_entropy(p.log(), [8, 2]).tolist() == pytest.approx(expected, abs=1e-6)
     random = torch.randn(50, 4, 3, generator=torch.Generator().manual_seed(0))
     for logits in (random, 20 * random):
-        assert torch.equal(exits.relative_entropy(logits, [1 / 3] * 3), entropy(logits))
-    rule = exits.named("relative_entropy", 2)
+        assert torch.equal(rules.relative_entropy(logits, [1 / 3] * 3), entropy(logits))
+    rule = rules.named("relative_entropy", 2)
     found = rule.fitted(prior=prior)
     assert (rule.asks_prior, found.asks_prior) == (True, False)
     assert found.fit == {"temperatures": None, "prior": prior}
@@ -82,7 +82,7 @@ def test_relative_entropy_by_hand() -> None:
 def test_relative_entropy_of_sure_rows_keeps_its_digits() -> None:
     """ln(1 / min q) less the divergence would be 0 for all of them, or below."""
     gap = torch.tensor([16.0, 20.0, 24.0])
-    found = exits.relative_entropy(torch.stack([-gap / 2, gap / 2], -1), [0.7, 0.3])
+    found = rules.relative_entropy(torch.stack([-gap / 2, gap / 2], -1), [0.7, 0.3])
     share = [1 / (1 + math.exp(each)) for each in gap.tolist()]  # of the frequent class
     expected = [
         -p * math.log(p) - (1 - p) * math.log1p(-p) + p * math.log(0.7 / 0.3) for p in share
@@ -93,16 +93,16 @@ def test_relative_entropy_of_sure_rows_keeps_its_digits() -> None:
 @pytest.mark.parametrize("prior", [[1.0], [0.5, 0.5, 0.0], [0.5, -0.1, 0.6], [], 0.5, "half", [math.inf, 1, 1], ["a", 1, 1]])  # fmt: skip
 def test_a_prior_has_a_share_of_each_class(prior: object) -> None:
     with pytest.raises(UserError, match=r"exit.prior=.*must be 3 shares above 0"):
-        exits.named("relative_entropy", 3).fitted(prior=prior)
+        rules.named("relative_entropy", 3).fitted(prior=prior)
     with pytest.raises(UserError, match="exit=entropy has no prior"):
-        exits.named("entropy", 3).fitted(prior=[0.2, 0.3, 0.5])
+        rules.named("entropy", 3).fitted(prior=[0.2, 0.3, 0.5])
 
 
 def test_patience_counts_agreements_in_a_row() -> None:
     """PABEE with patience p is the threshold 1/p, against its counter written out."""
     random = torch.Generator().manual_seed(0)
     labels_NL = torch.randint(0, 2, (300, 7), generator=random)
-    score_NL = exits.patience(torch.nn.functional.one_hot(labels_NL, 2).float())
+    score_NL = rules.patience(torch.nn.functional.one_hot(labels_NL, 2).float())
     for p in (1, 2, 3, 6):
         expected = []
         for labels in labels_NL.tolist():
@@ -120,21 +120,21 @@ def test_patience_counts_agreements_in_a_row() -> None:
 def test_confident_patience_wants_sure_ramps_that_agree() -> None:
     logits = logits_of([0, 1, 1, 1], [2, 2, 2, 2])
     logits[1, 1] /= 100  # an unsure ramp
-    score = exits.confident_patience(logits, patience=2)
+    score = rules.confident_patience(logits, patience=2)
     assert exit_layer(score, 0.5).tolist() == [3, 4]
-    assert torch.equal(exits.confident_patience(logits, patience=1), entropy(logits))
+    assert torch.equal(rules.confident_patience(logits, patience=1), entropy(logits))
 
 
 def test_change_of_a_regression() -> None:
     values = torch.tensor([[0.0, 2.0, 2.3, 2.4], [1.0, 1.1, 3.0, 3.05]])[..., None]
-    assert exit_layer(exits.change(values), 0.35).tolist() == [3, 2]
-    assert exit_layer(exits.change(values, patience=2), 0.35).tolist() == [4, 4]
+    assert exit_layer(rules.change(values), 0.35).tolist() == [3, 2]
+    assert exit_layer(rules.change(values, patience=2), 0.35).tolist() == [4, 4]
 
 
 def test_ensemble_answers_with_the_mean_of_the_ramps_so_far() -> None:
     torch.manual_seed(0)
     logits = torch.randn(50, 5, 3)
-    verdict = exits.ensemble(logits)
+    verdict = rules.ensemble(logits)
     mean = logits[:, :3].softmax(-1).mean(1)
     assert torch.allclose(verdict.answer_NLC[:, 2].softmax(-1), mean, atol=1e-6)
     assert torch.allclose(verdict.score_NL[:, 2], -(mean * mean.log()).sum(-1), atol=1e-5)
@@ -143,13 +143,13 @@ def test_ensemble_answers_with_the_mean_of_the_ramps_so_far() -> None:
 
 def test_vote_leaves_with_more_than_p_votes_for_their_class() -> None:
     logits = logits_of([0, 1, 1, 0, 1], [2, 2, 2, 0, 0])
-    verdict = exits.vote(logits)
+    verdict = rules.vote(logits)
     layers = exit_layer(verdict.score_NL, 1 / 2)  # 3 votes
     assert layers.tolist() == [5, 3]
     assert verdict.answer_NLC[1, 4].argmax() == 2, "3 votes against 2"
     assert verdict.answer_NLC[0, 3].argmax() == 0, "2 against 2, and as sure: the first class"
     logits[0, 1:3] *= 2
-    assert exits.vote(logits).answer_NLC[0, 3].argmax() == 1, "2 against 2: the surer votes"
+    assert rules.vote(logits).answer_NLC[0, 3].argmax() == 1, "2 against 2: the surer votes"
 
 
 def test_temperatures_are_those_of_least_cross_entropy() -> None:
@@ -178,9 +178,9 @@ def test_rules_that_do_not_fit_the_task() -> None:
     with pytest.raises(UserError, match=r"exit=entropy needs classes.*use exit=change"):
         Rule("entropy", entropy, 1)
     with pytest.raises(UserError, match="exit=change is for a regression"):
-        Rule("change", exits.change, 3, regression=True)
-    assert exits.default(1).name == "change"
-    assert exits.default(3).name == "entropy"
+        Rule("change", rules.change, 3, regression=True)
+    assert rules.default(1).name == "change"
+    assert rules.default(3).name == "entropy"
 
 
 def test_the_grid_of_a_promise_depends_on_no_data() -> None:
@@ -188,4 +188,4 @@ def test_the_grid_of_a_promise_depends_on_no_data() -> None:
     assert grid == sorted(grid)
     assert grid[0] < 2e-4
     assert math.log(3) < grid[-1] < 1.2
-    assert 1 < Rule("margin", exits.margin, 2).grid()[-1] < 1.1
+    assert 1 < Rule("margin", rules.margin, 2).grid()[-1] < 1.1

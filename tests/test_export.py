@@ -14,12 +14,15 @@ import torch
 from conftest import ROOT
 from random_models import CLASS_RULES, RAMPS, byte_level, inputs_of, middles, model_of, world
 
-from deebert import EarlyExitClassifier, demo, exits, export, onnx_runner, tokens
+from deebert import EarlyExitClassifier
 from deebert.classifier import Asked
-from deebert.engine import Engine
+from deebert.data import demo, tokenization
+from deebert.data.tasks import Task
 from deebert.errors import UserError
-from deebert.onnx_runner import Runner, RunnerError
-from deebert.tasks import Task
+from deebert.exits import rules
+from deebert.export import onnx_folder, onnx_runner
+from deebert.export.onnx_runner import Runner, RunnerError
+from deebert.inference.engine import Engine
 
 TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -115,7 +118,7 @@ def test_alone_it_answers_as_the_engine(
         every = classifier.engine.at(0.0).run(classifier.encode(texts), all_ramps=True).ramps_NLC
         wish["threshold"] = []
         for logits_NC in every[:, :-1].unbind(1):
-            scores = exits.entropy(logits_NC).sort().values[20:50]
+            scores = rules.entropy(logits_NC).sort().values[20:50]
             widest = scores.diff().argmax()  # so that rounding turns no exit
             wish["threshold"].append(scores[widest : widest + 2].mean().item())
     expected = classifier.predict(texts, **(wish or {"target_saving": 0.35}))
@@ -170,7 +173,7 @@ def test_readme_says_how(exported: Path, classifier: EarlyExitClassifier) -> Non
     ],
 )
 def test_wishes_of_every_kind(wish: dict, spread: EarlyExitClassifier, tmp_path: Path) -> None:
-    found = export.export(spread, tmp_path / "model", **wish)
+    found = onnx_folder.export(spread, tmp_path / "model", **wish)
     assert found.difference < 1e-5
     expected = spread.predict(pairs(), **wish)
     answers = Runner(tmp_path / "model", threads=1).predict(pairs())
@@ -194,14 +197,14 @@ def test_texts_in_every_form(exported: Path, classifier: EarlyExitClassifier) ->
     assert runner.predict(pairs(), threshold=0)[5]["exit_layer"] == 3
 
 
-def written(folder: Path, model, rule: exits.Rule, precision: str = "float32") -> Runner:
+def written(folder: Path, model, rule: rules.Rule, precision: str = "float32") -> Runner:
     """An export without a tokenizer, at full depth."""
     labels = None if rule.num_labels == 1 else [f"class {i}" for i in range(rule.num_labels)]
     metric = "pearson" if labels is None else "accuracy"
     values = {"name": "made-up", "columns": ["text"], "labels": labels, "metrics": [metric]}
-    about = export.described(model, Task.from_config(values), Asked(rule, 0.0, {}), precision)
+    about = onnx_folder.described(model, Task.from_config(values), Asked(rule, 0.0, {}), precision)
     folder.mkdir()
-    export.write(folder, model, about)
+    onnx_folder.write(folder, model, about)
     return Runner(folder, threads=1)
 
 
@@ -216,7 +219,7 @@ def test_runner_equals_engine(
     model_type: str, num_labels: int, ramp: str, name: str, tmp_path: Path, monkeypatch
 ) -> None:
     model, inputs, record = world(model_type, num_labels, ramp)
-    rule = exits.named(name, num_labels)
+    rule = rules.named(name, num_labels)
     if rule.asks_prior:
         rule = rule.fitted(prior=[0.6, 0.3, 0.1])
     runner = written(tmp_path / "model", model, rule)
@@ -242,7 +245,7 @@ def test_runner_equals_engine(
 @pytest.mark.parametrize("model_type", ["bert", "distilbert"])
 def test_int8(model_type: str, ramp: str, tmp_path: Path) -> None:
     model, inputs, record = world(model_type, 3, ramp)
-    rule = exits.named("entropy", 3)
+    rule = rules.named("entropy", 3)
     runner = written(tmp_path / "model", model, rule, "int8")
     exact = written(tmp_path / "exact", model, rule)
     size, full_size = (
@@ -266,22 +269,22 @@ def test_int8(model_type: str, ramp: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_labels", [1, 2, 5])
 def test_rules_are_those_of_exits(num_labels: int) -> None:
-    assert set(onnx_runner.RULES) == set(exits.RULES)
+    assert set(onnx_runner.RULES) == set(rules.RULES)
     random = torch.Generator().manual_seed(2)
     logits_NLC = 3 * torch.randn(300, 6, num_labels, generator=random)
     logits_NLC[:20] *= 1e4  # so sure that shares underflow
     logits_NLC[20:40] = logits_NLC[20:40].round()  # ties
     unsure_NL = torch.rand(300, 6, generator=random)
     for name, ours in onnx_runner.RULES.items():
-        if exits.RULES[name].get("regression", False) not in (None, num_labels == 1):
+        if rules.RULES[name].get("regression", False) not in (None, num_labels == 1):
             continue
-        rule = exits.named(name, num_labels)
+        rule = rules.named(name, num_labels)
         told = [dict(rule.options)]
         told += [{"patience": patience} for patience in (1, 3)] if "patience" in told[0] else []
         if rule.relative:
             told = [{"prior": [0.1, *[0.9] * (num_labels - 1)]}]
         for options in told:
-            again = exits.Rule(
+            again = rules.Rule(
                 name, lambda read, rule=rule, options=options: rule.score(read, **options), num_labels,
                 regression=rule.regression, looks_back=rule.looks_back, reads=rule.reads,
             )  # fmt: skip
@@ -300,14 +303,14 @@ def test_nan_is_answered_at_full_depth(tmp_path: Path) -> None:
     model = model_of("bert")
     model.all_ramps[0].classifier.bias.fill_(torch.nan)
     for name in ("entropy", "vote"):
-        runner = written(tmp_path / name, model, exits.named(name, 3))
+        runner = written(tmp_path / name, model, rules.named(name, 3))
         found = runner.run(inputs_of("bert", [3, 9]), [math.inf, 0.0, 0.0])
         assert found.layer_N.tolist() == [4, 4]
         assert np.isfinite(found.logits_NC).all()
 
 
 def test_longer_than_the_model_takes(tmp_path: Path) -> None:
-    model, rule = model_of("bert"), exits.named("entropy", 3)
+    model, rule = model_of("bert"), rules.named("entropy", 3)
     inputs = inputs_of("bert", [500, 3])
     found = written(tmp_path / "model", model, rule).run(inputs, 0.5)
     expected = Engine(model, rule, 0.5).run(inputs)
@@ -323,13 +326,13 @@ def test_tokens_are_the_project_s(
     tokenizer = byte_level() if kind == "byte level" else classifier.tokenizer
     lengths = [("a " * i, "b " * j) for i in range(10) for j in range(10)]
     texts = list(zip(*ODD, *pairs()[-9:], *lengths, strict=True))[:columns]
-    expected = tokens.encode(tokenizer, texts, max_length)
-    runner = written(tmp_path / "model", model_of("bert"), exits.named("entropy", 3))
+    expected = tokenization.encode(tokenizer, texts, max_length)
+    runner = written(tmp_path / "model", model_of("bert"), rules.named("entropy", 3))
     runner.about["token_type_ids"], runner.columns = (
         "token_type_ids" in expected,
         ["a", "b"][:columns],
     )
-    export.write_tokenizer(tmp_path / "model", tokenizer, max_length)
+    onnx_folder.write_tokenizer(tmp_path / "model", tokenizer, max_length)
     found = runner.encode(list(zip(*texts, strict=True)))
     for name in found[0]:
         assert [each[name] for each in found] == expected[name]
@@ -410,7 +413,7 @@ def test_what_is_not_exported(classifier: EarlyExitClassifier, tmp_path: Path, m
 
     def refused(says: str, **more: object) -> None:
         with pytest.raises(UserError, match=says) as error:
-            export.export(classifier, folder, **more)
+            onnx_folder.export(classifier, folder, **more)
         assert "\n" not in str(error.value)
         assert not [*tmp_path.glob(".*")], "nothing half made is left"
 
@@ -428,28 +431,28 @@ def test_what_is_not_exported(classifier: EarlyExitClassifier, tmp_path: Path, m
     monkeypatch.undo()
     for model_type in ("mpnet", "deberta-v2", "modernbert"):
         with pytest.raises(UserError, match=r"'.*' cannot be exported.*supported: bert, roberta"):
-            export.check(model_of(model_type), "float32")
+            onnx_folder.check(model_of(model_type), "float32")
 
 
 def test_replaces_an_export(
     classifier: EarlyExitClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "model"
-    export.export(classifier, folder, threshold=0.2)
+    onnx_folder.export(classifier, folder, threshold=0.2)
     before = (folder / "deebert.json").read_text()
-    monkeypatch.setattr(export, "CLOSE", -1.0)
+    monkeypatch.setattr(onnx_folder, "CLOSE", -1.0)
     with pytest.raises(UserError, match="the logits of ramp 1 differ by"):
-        export.export(classifier, folder, overwrite=True, threshold=0.6)
+        onnx_folder.export(classifier, folder, overwrite=True, threshold=0.6)
     assert (folder / "deebert.json").read_text() == before, "what was there stays"
     monkeypatch.undo()
-    export.export(classifier, folder, overwrite=True, threshold=0.6)
+    onnx_folder.export(classifier, folder, overwrite=True, threshold=0.6)
     assert Runner(folder).ask()["thresholds"] == 0.6
     assert [each.name for each in tmp_path.iterdir()] == ["model"]
 
 
 def test_without_trained_ramps(stage1: Path, tmp_path: Path, caplog) -> None:
     classifier = EarlyExitClassifier.from_pretrained(stage1)
-    found = export.export(classifier, tmp_path / "model")
+    found = onnx_folder.export(classifier, tmp_path / "model")
     assert found.savings == []
     assert "its ramps say nothing yet" in caplog.text
     runner = Runner(tmp_path / "model")

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForSequenceClassification
 
 from deebert import flops
-from deebert.model import EarlyExitModel
-from deebert.ramps import READS, RampKind
+from deebert.models.early_exit import EarlyExitModel
+from deebert.models.ramps import READS, RampKind
 
 BERT = {
     "model_type": "bert",

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from deebert.errors import UserError
-from deebert.files.folder_out import Folder
-from deebert.files.rows_out import Layout
+from deebert.predict.folder_out import Folder
+from deebert.predict.rows_out import Layout
 
 LAYOUT = Layout("csv", ("row",), {})
 COUNTS = {"rows": 1}

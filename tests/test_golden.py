@@ -4,8 +4,8 @@ import pytest
 import torch
 from golden_models import NAMES, load, renamed_key
 
-from deebert import objectives
-from deebert.exits import entropy, exit_layer
+from deebert.exits.rules import entropy, exit_layer
+from deebert.training import objectives
 
 # Samples and thresholds at which the original answers with its untrained last ramp.
 SLIPS = {"bert-2labels": 0, "bert-3labels": 32, "roberta-2labels": 58, "roberta-3labels": 45}

@@ -27,17 +27,13 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from deebert import (
-    EarlyExitClassifier,
-    export,
-    markdown,
-    origins,
-    remembered,
-    tensor_files,
-    untrusted,
-)
+from deebert import EarlyExitClassifier
+from deebert.data.tasks import Task
 from deebert.errors import UserError
-from deebert.tasks import Task
+from deebert.export import onnx_folder
+from deebert.hub import checkpoint_config, locate
+from deebert.reporting import markdown
+from deebert.untrusted import plain_files, tensor_files
 
 Run = Callable[..., str]
 Content = dict[str, Any]
@@ -322,7 +318,7 @@ def test_a_link_does_not_lead_out_of_a_run(fails: Run, copy: Path, tmp_path: Pat
         told = fails(*said, f"hydra.run.dir={tmp_path / 'out'}")
     told = fails("train.py", f"resume={copy}", f"hydra.run.dir={tmp_path / 'out'}")
     assert "checkpoints/last.ckpt is a link that leads out of the folder" in told
-    origins.checkpoint(copy / "checkpoints" / "last.ckpt", "ckpt")  # the user names the link itself
+    locate.checkpoint(copy / "checkpoints" / "last.ckpt", "ckpt")  # the user names the link itself
 
 
 def test_a_hub_snapshot_s_links_lead_into_its_cache(stage2: Path, tmp_path: Path) -> None:
@@ -540,7 +536,7 @@ def test_what_reaches_the_library_of_kernels_is_passed_over(
     kernels = {"attn_implementation": "evil/kernels", "_attn_implementation": "evil/kernels"}
     more = {**kernels, "auto_map": {"AutoModel": "x.Y"}, "dtype": "float16", "num_labels": 10**9}
     file = change(copy, lambda content: content["hyper_parameters"]["architecture"].update(more))
-    found = origins.checkpoint(file, "ckpt")
+    found = locate.checkpoint(file, "ckpt")
     assert "evil" not in str(found.architecture)
     assert found.architecture["dtype"] is None
     assert found.model().backbone.encoder.config._attn_implementation == "sdpa"
@@ -557,7 +553,7 @@ def test_flipped_bytes_are_noticed(copy: Path, stage2: Path, tmp_path: Path) -> 
         spoiled[place] ^= 1
         file.write_bytes(spoiled)
         with pytest.raises(UserError, match="is damaged"):
-            origins.checkpoint(file, "ckpt")
+            locate.checkpoint(file, "ckpt")
     folder = saved(stage2, tmp_path / "saved")
     for name in ("model.safetensors", "records/validation.safetensors"):
         written = (folder / name).read_bytes()
@@ -710,19 +706,19 @@ def test_the_table_takes_what_today_s_runs_say(stage1: Path, stage2: Path) -> No
     for run in (stage1, stage2):
         content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
         said = config(content)
-        found, rest = remembered.accepted(untrusted.plain(said, "it"))
-        for key in remembered.KEYS:
+        found, rest = checkpoint_config.accepted(plain_files.plain(said, "it"))
+        for key in checkpoint_config.KEYS:
             if key != "callbacks":
                 gone = set(said[key] or ()) - set(found[key] or ()) if isinstance(said[key], dict) else set()  # fmt: skip
                 assert gone <= {"_target_", "devices", "strategy"}, key
-        assert remembered.left_out(rest, said) == []
-        assert content["weights_fingerprint"] == origins.checkpoint(run, "ckpt").fingerprint
+        assert checkpoint_config.left_out(rest, said) == []
+        assert content["weights_fingerprint"] == locate.checkpoint(run, "ckpt").fingerprint
 
 
 def test_a_sweep_s_table_shows_no_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deebert import sweep_rows
+    from deebert.reporting import sweep_rows
 
     monkeypatch.setenv("DEEBERT_SECRET", SECRET)
     file = tmp_path / "overrides.yaml"
@@ -740,7 +736,7 @@ def test_an_export_of_a_hostile_name(stage2: Path, tmp_path: Path) -> None:
     classifier = EarlyExitClassifier.from_pretrained(stage2)
     values = {"name": "mrpc", "columns": ["<script>`", "b"], "labels": ["<b>", "c|d"], "metrics": ["f1"]}  # fmt: skip
     classifier.task = Task.from_config(values)
-    export.export(classifier, tmp_path / "onnx")
+    onnx_folder.export(classifier, tmp_path / "onnx")
     text = (tmp_path / "onnx" / "README.md").read_text()
     assert "`<script>'` and `b`" in text
     assert "one of: &lt;b&gt;, c\\|d" in text

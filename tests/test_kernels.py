@@ -8,12 +8,12 @@ from torch import nn
 from torch.nn import functional
 from transformers.activations import ACT2FN, GELUActivation
 
-from deebert import curves, exits
-from deebert.batching import padded
-from deebert.engine import Engine
-from deebert.exits import exit_layer
-from deebert.kernels import Int8Linear, PackedLinear, in_few_sizes, linear_map
-from deebert.split import SplitLayer
+from deebert.data.batching import padded
+from deebert.exits import curves, rules
+from deebert.exits.rules import exit_layer
+from deebert.inference.engine import Engine
+from deebert.inference.kernels import Int8Linear, PackedLinear, in_few_sizes, linear_map
+from deebert.inference.split_layer import SplitLayer
 
 
 @pytest.mark.parametrize("precision", PRECISIONS[1:])
@@ -23,9 +23,9 @@ def test_other_precisions_predict_the_same(model_type: str, precision: str) -> N
         return
     model, pool, record = world(model_type)
     pool, record = pool[:40], record.rows(torch.arange(40))  # bfloat16 is slow without AVX512
-    verdict = curves.judged(exits.default(3), record)
+    verdict = curves.judged(rules.default(3), record)
     threshold = verdict.score_NL[:, :-1].quantile(0.3).item()
-    engine = Engine(model, exits.default(3), threshold, precision=precision)
+    engine = Engine(model, rules.default(3), threshold, precision=precision)
     layer_N = exit_layer(verdict.score_NL, threshold)
     assert (engine.run(pool).layer_N == layer_N).float().mean() >= 0.85
     expected = record.logits_NLC[:, -1]
@@ -37,14 +37,14 @@ def test_other_precisions_predict_the_same(model_type: str, precision: str) -> N
     same = answers.logits_NC.argmax(-1) == expected.argmax(-1)
     assert same[clear].float().mean() >= 0.95
     assert not torch.equal(
-        answers.logits_NC, Engine(model, exits.default(3), 0.0).run(pool).logits_NC
+        answers.logits_NC, Engine(model, rules.default(3), 0.0).run(pool).logits_NC
     )
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_first_token_is_computed_in_float32(precision: str) -> None:
     model, pool, _ = world("bert")
-    run = Engine(model, exits.default(3), 0.0, precision=precision).layers[0]
+    run = Engine(model, rules.default(3), 0.0, precision=precision).layers[0]
     assert isinstance(run, SplitLayer)
     assert (run.exact is run.fast) == (precision == "float32")
     x = torch.randn(9, 32)
@@ -70,7 +70,7 @@ def test_the_first_token_is_computed_in_float32(precision: str) -> None:
 def test_int8_does_not_depend_on_the_rest_of_the_batch() -> None:
     model, pool, _ = world("bert")
     pool = pool[:40]
-    engine = Engine(model, exits.default(3), 0.0, precision="int8")
+    engine = Engine(model, rules.default(3), 0.0, precision="int8")
     alone = torch.cat([engine.run([given]).logits_NC for given in pool])
     moved = (engine.run(pool).logits_NC - alone).abs().amax(1)
     # Rounding in float32 may tip a value over to the next of the 128 steps.
@@ -156,7 +156,7 @@ def test_gelu_in_few_sizes() -> None:
 def test_onednn_prepares_few_sizes(model_type: str, capfd: pytest.CaptureFixture[str]) -> None:
     # What it keeps for each new size pins the heap: memory grew from window to window.
     model, _, _ = world(model_type)
-    engine = Engine(model, exits.default(3), 0.0)
+    engine = Engine(model, rules.default(3), 0.0)
     with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
         for length in range(17, 129):
             engine.run([{"input_ids": [2, *range(5, length + 4)]}] * 4)  # 68 to 512 tokens

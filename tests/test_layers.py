@@ -8,11 +8,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from deebert import backbones
-from deebert.architectures import ARCHITECTURES
-from deebert.layers import layer_table, linear_cka
-from deebert.model import EarlyExitModel
-from deebert.tasks import Task
+from deebert.data.tasks import Task
+from deebert.evaluation.layers import layer_table, linear_cka
+from deebert.models import backbones
+from deebert.models.architectures import ARCHITECTURES
+from deebert.models.early_exit import EarlyExitModel
 
 SPEC = Path(__file__).parent.parent / "conf" / "backbone" / "tiny.yaml"
 STSB = Task("stsb", ("text",), None, ("pearson",))  # a score without steps: equal means equal

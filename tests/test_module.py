@@ -10,14 +10,15 @@ from lightning.pytorch.plugins import MixedPrecision
 from omegaconf import OmegaConf
 from test_backbones import VARIANTS, tiny
 
-from deebert import backbones, tokens
-from deebert.data import TextDataModule
+from deebert.data import tokenization
+from deebert.data.datamodule import TextDataModule
+from deebert.data.tasks import Task
 from deebert.errors import UserError
-from deebert.frozen import FrozenStates
-from deebert.model import EarlyExitModel
-from deebert.module import EarlyExitModule
-from deebert.objectives import PAPER, UNLABELLED
-from deebert.tasks import Task
+from deebert.models import backbones
+from deebert.models.early_exit import EarlyExitModel
+from deebert.training.feature_cache import FrozenStates
+from deebert.training.module import EarlyExitModule
+from deebert.training.objectives import PAPER, UNLABELLED
 
 CONF = Path(__file__).parent.parent / "conf"
 KINDS = ("stage 1", "stage 2 cached", "stage 2 faithful")
@@ -52,7 +53,7 @@ def build(
         batch_size=batch_size, eval_batch_size=64, num_workers=0, seed=3,
     )  # fmt: skip
     model = EarlyExitModel.from_backbone(spec, 2, config["ramp"])
-    return EarlyExitModule(model, config, tokens.files_of(tokenizer)), data
+    return EarlyExitModule(model, config, tokenization.files_of(tokenizer)), data
 
 
 class Spy(L.Callback):

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from deebert import exits, objectives
 from deebert.errors import UserError
-from deebert.objectives import (
+from deebert.exits import rules
+from deebert.training import objectives
+from deebert.training.objectives import (
     OBJECTIVES,
     UNLABELLED,
     detached,
@@ -117,9 +118,9 @@ def test_losses_weighted_by_where_rows_leave(exit_weight: float) -> None:
 def test_shares_of_exits_are_those_of_the_rule() -> None:
     """Against the rule itself, at every threshold; confident ramps after unsure ones or before."""
     logits = torch.randn(50, 6, 3, generator=torch.Generator().manual_seed(0)) * 3
-    entropy_NL = exits.entropy(logits)
+    entropy_NL = rules.entropy(logits)
     thresholds = entropy_NL[:, :-1].flatten().tolist()
-    left = torch.stack([exits.exit_layer(entropy_NL, each) for each in thresholds], 1)
+    left = torch.stack([rules.exit_layer(entropy_NL, each) for each in thresholds], 1)
     expected = torch.stack([(left == layer).float().mean(1) for layer in range(1, 7)], 1)
     torch.testing.assert_close(leaving_shares(logits), expected, atol=1e-6, rtol=0)
     assert (expected.mean(0) > 0.02).all(), "rows leave everywhere"

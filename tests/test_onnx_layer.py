@@ -6,11 +6,11 @@ import pytest
 import torch
 from random_models import CPU, RAMPS, inputs_of, model_of, rule_of
 
-from deebert.batching import padded
-from deebert.engine import Engine
+from deebert.data.batching import padded
 from deebert.errors import UserError
-from deebert.onnx_layer import OnnxEmbeddings, OnnxLayer
-from deebert.split import SplitLayer
+from deebert.inference.engine import Engine
+from deebert.inference.onnx_layer import OnnxEmbeddings, OnnxLayer
+from deebert.inference.split_layer import SplitLayer
 
 TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from timed import timed
 
-from deebert.page import page
+from deebert.reporting.html import page
 
 LAYERS = 6
 HOSTILE = "</script><script>window.hacked=1</script><!--<img src=x onerror=window.hacked=2>"

@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT
 
 from deebert.errors import UserError
-from deebert.files import parts
-from deebert.files.parts import Parts
+from deebert.predict import parts
+from deebert.predict.parts import Parts
 
 # Small enough to be run again and again; dies before the step on the disk of this number.
 WORK = """

@@ -2,12 +2,12 @@ import numpy as np
 import torch
 from test_calibrate import simulated, task
 
-from deebert import curves, exits, per_ramp
-from deebert.calibrate import Wish, choose
-from deebert.exits import exit_layer
-from deebert.records import Record
+from deebert.exits import curves, rules, threshold_search
+from deebert.exits.calibration import Wish, choose
+from deebert.exits.records import Record
+from deebert.exits.rules import exit_layer
 
-RULE = exits.default(2)
+RULE = rules.default(2)
 
 
 def overconfident(num_rows: int, seed: int = 0) -> Record:
@@ -21,7 +21,7 @@ def overconfident(num_rows: int, seed: int = 0) -> Record:
 
 
 def right(record: Record, thresholds: float | list[float]) -> tuple[float, float]:
-    layer_N = exit_layer(exits.entropy(record.logits_NLC), thresholds)
+    layer_N = exit_layer(rules.entropy(record.logits_NLC), thresholds)
     answers = record.logits_NLC.argmax(-1).gather(1, layer_N[:, None] - 1).squeeze(1)
     return (
         answers == record.labels_N
@@ -33,7 +33,7 @@ def test_a_ramp_that_does_not_pay_is_dropped() -> None:
     choice = choose(seen, task("sst2"), RULE, Wish(target_saving=0.3, per_ramp=True))
     assert isinstance(choice.thresholds, list)
     assert choice.thresholds[0] == 0, "as sure as others, and no better than a coin"
-    [one] = curves.thresholds_for(exits.entropy(seen.logits_NLC), [0.3])
+    [one] = curves.thresholds_for(rules.entropy(seen.logits_NLC), [0.3])
     score, saving = right(new, choice.thresholds)
     assert saving > 0.28
     assert score > right(new, one)[0] + 0.08
@@ -52,11 +52,11 @@ def test_where_one_threshold_is_as_good_it_is_kept() -> None:
 def test_ramps_without_an_opinion_are_no_exits() -> None:
     """Scores of inf (patience not reached yet) are never under a threshold."""
     record = overconfident(1500)
-    rule = exits.Rule("confident_patience", exits.confident_patience, 2)
+    rule = rules.Rule("confident_patience", rules.confident_patience, 2)
     verdict = curves.judged(rule, record)
     right_NL = verdict.answer_NLC.argmax(-1) == record.labels_N[:, None]
     for saving in (0.2, 0.4, 0.5):
-        found = per_ramp.search(verdict.score_NL, right_NL, saving)
+        found = threshold_search.search(verdict.score_NL, right_NL, saving)
         if found is not None:
             saved = 1 - exit_layer(verdict.score_NL, found).double().mean().item() / 5
             assert saved >= saving
@@ -68,13 +68,13 @@ def test_rows_of_equal_scores_leave_together() -> None:
     worth = np.array([[1, 0]] * 2 + [[0, 1]] * 4 + [[1, 0]] * 2, float)
     order = [np.arange(8)]  # the first two gain, the next four lose, the last two gain
     start = np.zeros(1, np.float32)
-    assert per_ramp._ascend(score, worth, 0.0, order, start).tolist() == [0.0]
-    left = per_ramp._ascend(score, worth[[0, 1, 6, 2, 3, 4, 5, 7]], 0.0, order, start)
+    assert threshold_search._ascend(score, worth, 0.0, order, start).tolist() == [0.0]
+    left = threshold_search._ascend(score, worth[[0, 1, 6, 2, 3, 4, 5, 7]], 0.0, order, start)
     assert 0.1 < left[0] <= 0.2, "all of the first step, none of the second"
 
 
 def test_a_threshold_is_above_its_row_in_float32() -> None:
     ordered = torch.tensor([0.3, 0.3]).numpy()
     ordered[1] = torch.nextafter(torch.tensor(0.3), torch.tensor(1.0)).item()
-    limit = torch.tensor(per_ramp._above(ordered, 0))
+    limit = torch.tensor(threshold_search._above(ordered, 0))
     assert ordered[0] < limit <= ordered[1]

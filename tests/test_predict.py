@@ -18,15 +18,18 @@ from conftest import ROOT, mrpc_rows
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
-from deebert import EarlyExitClassifier, commands, engine, tokens
+from deebert import EarlyExitClassifier
+from deebert import options as commands
 from deebert.classifier import Predictions
+from deebert.data import tokenization
 from deebert.errors import UserError
-from deebert.files import answers, parts
-from deebert.files.answers import Columns, answered, out_names, own_columns
-from deebert.files.rows import Row, Source
-from deebert.files.rows_in import blocks
-from deebert.files.work import PredictOptions, chosen_columns, locally, run
-from deebert.predict import predict
+from deebert.inference import engine
+from deebert.predict import answers, parts
+from deebert.predict.answers import Columns, answered, out_names, own_columns
+from deebert.predict.command import predict
+from deebert.predict.rows import Row, Source
+from deebert.predict.rows_in import blocks
+from deebert.predict.work import PredictOptions, chosen_columns, locally, run
 
 PAIRS = [(row["sentence1"], row["sentence2"]) for row in mrpc_rows("test", 150)]
 SAVING = 0.3
@@ -243,7 +246,7 @@ def test_tokens_do_not_depend_on_their_company(
     texts = [(a * times, b) for (a, b), times in zip(PAIRS, [1, 9] * 20, strict=False)]
     given = [Row(n, n, {"a": a, "b": b}, None, 1) for n, (a, b) in enumerate(texts)]
     asked = classifier.ask(target_saving=SAVING)
-    monkeypatch.setattr(tokens, "AT_ONCE", 500)
+    monkeypatch.setattr(tokenization, "AT_ONCE", 500)
     found = answered(classifier, asked, given, Columns(("a", "b"), ()))
     expected = classifier.predict(texts, target_saving=SAVING)
     assert [row["label"] for row in found.rows] == expected.labels
@@ -456,7 +459,7 @@ def test_the_order_of_blocks_is_that_of_the_rows() -> None:
 def test_json_lines_with_keys_of_their_own(
     stage2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr("deebert.files.rows_in.FIRST_ROWS", 3)
+    monkeypatch.setattr("deebert.predict.rows_in.FIRST_ROWS", 3)
     given = rows()[:5]
     given[1]["stars"], given[4]["late"] = [4], True
     file = write(tmp_path / "in.jsonl", given)

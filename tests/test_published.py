@@ -20,9 +20,12 @@ from safetensors.torch import load_file, save_file
 from test_backbones import batch, tiny
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from deebert import EarlyExitClassifier, backbones, checkpoints, origins, published, saved, tokens
+from deebert import EarlyExitClassifier
+from deebert.data import tokenization
 from deebert.errors import UserError
-from deebert.exits import entropy, exit_layer
+from deebert.exits.rules import entropy, exit_layer
+from deebert.hub import checkpoints, conversion, locate, saved_folder
+from deebert.models import backbones
 
 Run = Callable[..., str]
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -154,7 +157,7 @@ def plain_folder(folder: Path, model: PreTrainedModel) -> Path:
 
 
 def said(task: str = "mrpc", **more: object) -> dict:
-    return {"task": published.task_values(task), **more}
+    return {"task": conversion.task_values(task), **more}
 
 
 @torch.no_grad()
@@ -179,7 +182,7 @@ PLAIN = [
 def test_a_plain_classifier_is_full_depth(model_type: str, config: dict, tmp_path: Path) -> None:
     theirs = reference(model_type, **config)
     folder = plain_folder(tmp_path / "theirs", theirs)
-    found = origins.checkpoint(folder, "ckpt", said=said(seed=5))
+    found = locate.checkpoint(folder, "ckpt", said=said(seed=5))
     assert (found.config["stage"], found.ramps_trained) == (1, False)
     model = found.model()
     torch.testing.assert_close(model(*batch())[:, -1], logits_of(theirs), atol=1e-5, rtol=0)
@@ -188,7 +191,7 @@ def test_a_plain_classifier_is_full_depth(model_type: str, config: dict, tmp_pat
         assert torch.equal(ramp.pooler.weight, final.pooler.weight)
         assert 0.01 < ramp.classifier.weight.std() < 0.03
     again, other = (
-        origins.checkpoint(folder, "ckpt", said=said(seed=seed)).weights for seed in (5, 6)
+        locate.checkpoint(folder, "ckpt", said=said(seed=seed)).weights for seed in (5, 6)
     )
     differ = {name for name in found.weights if not torch.equal(found.weights[name], other[name])}
     assert differ == {"ramps.0.classifier.weight", "ramps.1.classifier.weight"}
@@ -207,7 +210,7 @@ HEADS = [
 def test_refuses_another_head(model_type: str, config: dict, says: str, tmp_path: Path) -> None:
     folder = plain_folder(tmp_path / "theirs", reference(model_type, **config))
     with pytest.raises(UserError, match=says) as error:
-        origins.checkpoint(folder, "ckpt", said=said())
+        locate.checkpoint(folder, "ckpt", said=said())
     assert f"python train.py stage=1 backbone.path={folder}" in str(error.value)
     assert "\n" not in str(error.value)
     backbone, _ = backbones.pretrained({"name": "x", "path": str(folder)})
@@ -230,7 +233,7 @@ def test_stage_2_makes_an_early_exit_model_of_a_plain_one(
     found = results(unbroken)
     assert (found["stage"], found["backbone"], found["seed"]) == (2, "theirs", 3)
     trained = checkpoints.read(unbroken / "checkpoints" / "best.ckpt", "ckpt")
-    start = origins.checkpoint(folder, "ckpt", said=said(seed=3))
+    start = locate.checkpoint(folder, "ckpt", said=said(seed=3))
     after = {name.removeprefix("model."): value for name, value in trained.weights.items()}
     moved = {name for name in after if not torch.equal(after[name], start.weights[name])}
     parts = ("pooler.weight", "pooler.bias", "classifier.weight", "classifier.bias")
@@ -289,7 +292,7 @@ def test_a_saved_folder_is_evaluated_and_given_other_ramps(
     other = tmp_path / "other"
     run("train.py", "stage=2", f"ckpt={folder}", "ramp=mean", "stages.2.epochs=1", *data, f"hydra.run.dir={other}")  # fmt: skip
     found = checkpoints.read(other / "checkpoints" / "best.ckpt", "ckpt")
-    model, before = found.model(), saved.read(folder, "model").checkpoint.model()
+    model, before = found.model(), saved_folder.read(folder, "model").checkpoint.model()
     assert model.ramp_kind.reads == "mean"
     ours, theirs = model.state_dict(), before.state_dict()
     kept = {name for name in ours if name.startswith(("backbone.", "ramps.2."))}
@@ -314,7 +317,7 @@ def test_labels_keep_their_meaning(
     more = {"id2label": names, "label2id": {v: k for k, v in names.items()}} if names else {}
     theirs = reference("bert", len(order), **more)
     folder = plain_folder(tmp_path / "theirs", theirs)
-    logits = origins.checkpoint(folder, "ckpt", said=said(task)).model()(*batch())[:, -1]
+    logits = locate.checkpoint(folder, "ckpt", said=said(task)).model()(*batch())[:, -1]
     torch.testing.assert_close(logits, logits_of(theirs)[:, order], atol=1e-5, rtol=0)
 
 
@@ -322,7 +325,7 @@ def test_unnamed_labels_of_three_are_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = plain_folder(tmp_path / "theirs", reference("bert", 3))
-    origins.checkpoint(folder, "ckpt", said=said("mnli"))
+    locate.checkpoint(folder, "ckpt", said=said("mnli"))
     assert "taken to be entailment, neutral, contradiction" in caplog.text
 
 
@@ -343,9 +346,9 @@ def test_a_task_of_one_s_own_and_a_regression(tmp_path: Path) -> None:
 
 
 def test_names_of_tasks_without_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(published, "TASKS", tmp_path)
+    monkeypatch.setattr(conversion, "TASKS", tmp_path)
     with pytest.raises(UserError, match="give from_pretrained what its file holds"):
-        origins.find(tmp_path, "mrpc")
+        locate.find(tmp_path, "mrpc")
 
 
 class Evil:
@@ -435,7 +438,7 @@ def test_refuses_what_is_hostile_or_damaged(plain: Path, tmp_path: Path) -> None
         act, says = hostile(folder, owned)[name]
         act()
         try:
-            origins.checkpoint(folder, "ckpt", said=said())
+            locate.checkpoint(folder, "ckpt", said=said())
             found = "was accepted"
         except UserError as error:
             found = str(error)
@@ -462,8 +465,8 @@ def test_never_runs_the_code_that_a_folder_brings(plain: Path, tmp_path: Path) -
         "fast_tokenizer_files": ["../outside.json"],
     }
     write_json(folder / "tokenizer_config.json", settings)
-    found = origins.checkpoint(folder, "ckpt", said=said())
-    assert found.fingerprint == origins.checkpoint(plain, "ckpt", said=said()).fingerprint
+    found = locate.checkpoint(folder, "ckpt", said=said())
+    assert found.fingerprint == locate.checkpoint(plain, "ckpt", said=said()).fingerprint
     expected = backbones.tokenizer({"config": {}})("a fine film", "no film")["input_ids"]
     assert found.tokenizer()("a fine film", "no film")["input_ids"] == expected
     everything = "".join(found.tokenizer_files.values())
@@ -471,10 +474,10 @@ def test_never_runs_the_code_that_a_folder_brings(plain: Path, tmp_path: Path) -
     assert "outside" not in everything
     assert not {"auto_map", "trust_remote_code"} & set(found.architecture)
     files = found.tokenizer_files | {"tokenizer_config.json": json.dumps(settings)}
-    tokens.from_files(files)  # as a hostile checkpoint would bring it
+    tokenization.from_files(files)  # as a hostile checkpoint would bring it
     for name in ("..", "", "/"):
         with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
-            tokens.from_files({name: "x"})
+            tokenization.from_files({name: "x"})
     spec = {"name": "x", "path": str(folder)}
     backbones.pretrained(spec)  # stage 1 from the same folder
     assert not (tmp_path / "owned").exists()
@@ -484,9 +487,9 @@ def test_precision_and_modes_of_a_folder_change_nothing(plain: Path, tmp_path: P
     folder = tmp_path / "theirs"
     shutil.copytree(plain, folder)
     change(folder, dtype="float16", torch_dtype="float16", output_attentions=True, return_dict=False, attn_implementation="flash_attention_2")  # fmt: skip
-    model = origins.checkpoint(folder, "ckpt", said=said()).model()
+    model = locate.checkpoint(folder, "ckpt", said=said()).model()
     assert {value.dtype for value in model.parameters()} == {torch.float32}
-    expected = origins.checkpoint(plain, "ckpt", said=said()).model()
+    expected = locate.checkpoint(plain, "ckpt", said=said()).model()
     with torch.no_grad():
         assert torch.equal(model(*batch()), expected(*batch()))
 

@@ -14,9 +14,9 @@ import torch
 from conftest import ROOT, CommandFailed, results
 from test_configs import composed
 
+from deebert.data.tasks import Task
 from deebert.errors import UserError
-from deebert.records import Record
-from deebert.tasks import Task
+from deebert.exits.records import Record
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,13 @@ from test_module import SaveAndStop, a_batch, build, fit, plain, source
 from test_module import pytestmark as pytestmark
 from torch import Tensor
 
-from deebert import backbones, checkpoints, ramps
+from deebert.data.tokenization import encode
 from deebert.errors import UserError
-from deebert.frozen import FrozenStates
-from deebert.model import EarlyExitModel
-from deebert.ramps import PAPER, READS, Ramp, RampKind
-from deebert.tokens import encode
+from deebert.hub import checkpoints
+from deebert.models import backbones, ramps
+from deebert.models.early_exit import EarlyExitModel
+from deebert.models.ramps import PAPER, READS, Ramp, RampKind
+from deebert.training.feature_cache import FrozenStates
 
 Run = Callable[..., str]
 KINDS = ("first", "mean", "pair", "first_and_mean", "attention", "shared", "cascade")

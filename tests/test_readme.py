@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, TINY, CommandFailed, mrpc_rows
 from hydra import compose, initialize_config_dir
 
-from deebert import demo
+from deebert.data import demo
 
 PAGES = ("calibrate", "clock", "data", "ramps", "sweeps")
 FILES = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES)]

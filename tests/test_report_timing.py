@@ -10,10 +10,12 @@ import torch
 from omegaconf import OmegaConf
 from timed import timed
 
-from deebert import evaluation, exits, pictures, report, speed, tables
-from deebert.model import EarlyExitModel
-from deebert.records import Record
-from deebert.tasks import Task
+from deebert.data.tasks import Task
+from deebert.evaluation import evaluate, latency
+from deebert.exits import rules
+from deebert.exits.records import Record
+from deebert.models.early_exit import EarlyExitModel
+from deebert.reporting import plots, report, tables
 
 SPEC = Path(__file__).parent.parent / "conf" / "backbone" / "tiny.yaml"
 TASK = Task("demo", ("text",), ("bad", "good"), ("accuracy",))
@@ -34,15 +36,15 @@ def measured() -> dict[str, Any]:
         tokens = [torch.tensor([one["input_ids"]]) for one in inputs]
         logits = torch.cat([model(ids, torch.ones_like(ids)) for ids in tokens])
     record = Record("validation", logits, torch.arange(24) % 2, torch.arange(24), lengths)
-    rule = exits.default(2)
+    rule = rules.default(2)
     results = {
         "task": "demo", "backbone": "tiny", "stage": 2, "objective": "ramps", "seed": 1,
         "metric": "accuracy",
     }  # fmt: skip
-    results |= evaluation.evaluate([record], TASK, evaluation.Question(rule, THRESHOLDS))
-    results["timing"] = speed.measure(
+    results |= evaluate.evaluate([record], TASK, evaluate.Question(rule, THRESHOLDS))
+    results["timing"] = latency.measure(
         model, rule, [[threshold] for threshold in THRESHOLDS], record, inputs,
-        torch.zeros(24, dtype=torch.long), TASK, speed.Protocol((None, 8), ("float32", "bfloat16"), repeats=2),
+        torch.zeros(24, dtype=torch.long), TASK, latency.Protocol((None, 8), ("float32", "bfloat16"), repeats=2),
     )  # fmt: skip
     return json.loads(json.dumps(results))
 
@@ -138,20 +140,20 @@ def test_the_picture_marks_what_was_timed(
     measured: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
-    plt = pictures._pyplot()
+    plt = plots._pyplot()
     monkeypatch.setattr(plt, "close", drawn.append)
-    pictures.curve(measured, "title", tmp_path / "curve.png")
+    plots.curve(measured, "title", tmp_path / "curve.png")
     left = drawn[0].axes[0]
     lines = {line.get_label(): line for line in left.get_lines()}
     case = measured["timing"][2:4]
     marks = lines["on the clock, float32, 8"].get_xydata().tolist()
     assert marks == [[100 * one["time_saving"], one["score"]] for one in case]
     assert len({lines[name].get_marker() for name in lines if "on the clock" in name}) == 4
-    pictures.curve(measured | {"timing": [timed()]}, "title", tmp_path / "curve.png")
+    plots.curve(measured | {"timing": [timed()]}, "title", tmp_path / "curve.png")
     texts = [text.get_text() for text in drawn[1].axes[0].get_legend().get_texts()]
     assert texts[-1] == "on the clock"
     for change in ({"timing": [timed(score=None)]}, {"objective": "final"}):
-        pictures.curve(measured | change, "title", tmp_path / "curve.png")
+        plots.curve(measured | change, "title", tmp_path / "curve.png")
         assert not any("clock" in line.get_label() for line in drawn[-1].axes[0].get_lines())
     monkeypatch.undo()
     for figure in drawn:

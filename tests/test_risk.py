@@ -3,8 +3,14 @@ import pytest
 from mapie.risk_control import BinaryClassificationController
 from scipy import stats
 
-from deebert import risk
-from deebert.risk import BALANCE_FROM, conformal_risk, learn_then_test, p_value, smallest_limit
+from deebert.exits import risk_control
+from deebert.exits.risk_control import (
+    BALANCE_FROM,
+    conformal_risk,
+    learn_then_test,
+    p_value,
+    smallest_limit,
+)
 
 
 def clopper_pearson(losses: int, num_rows: int, delta: float) -> float:
@@ -121,6 +127,6 @@ def test_interval_of_a_mean_of_new_rows() -> None:
     inside = 0
     for _ in range(2000):
         seen, new = random.exponential(size=300), random.exponential(size=100)
-        low, high = risk.mean_interval(seen.mean(), seen.std(), 300, 100)
+        low, high = risk_control.mean_interval(seen.mean(), seen.std(), 300, 100)
         inside += low <= new.mean() <= high
     assert 0.93 < inside / 2000 < 0.97

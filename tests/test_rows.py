@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from deebert.errors import UserError
-from deebert.files import lines, rows_in, rows_out
-from deebert.files.rows import Row
-from deebert.files.rows_out import Layout
+from deebert.predict import lines, rows_in, rows_out
+from deebert.predict.rows import Row
+from deebert.predict.rows_out import Layout
 
 ROWS = [
     {"id": "7", "text": "a fine film"},

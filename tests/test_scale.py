@@ -24,8 +24,13 @@ import torch
 from conftest import ROOT, TINY, results
 from hydra import compose, initialize_config_dir
 
-from deebert import EarlyExitClassifier, commands, demo, predict, ranks, records
+from deebert import EarlyExitClassifier
+from deebert import options as commands
+from deebert.data import demo
 from deebert.errors import UserError
+from deebert.exits import records
+from deebert.predict import command as predict
+from deebert.runs import ranks
 
 Run = Callable[..., str]
 

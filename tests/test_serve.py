@@ -23,15 +23,16 @@ from conftest import ROOT, mrpc_rows
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
-from deebert import EarlyExitClassifier, serve
-from deebert.commands import parse, wish_of
+from deebert import EarlyExitClassifier
 from deebert.errors import UserError
-from deebert.serve import ServeOptions, checked
-from deebert.service import door, replies
-from deebert.service.door import Admission, Door
-from deebert.service.metrics import Metrics
-from deebert.service.predictor import described
-from deebert.service.requests import Limits, Request, work
+from deebert.options import parse, wish_of
+from deebert.serve import command as serve
+from deebert.serve import replies, request_limits
+from deebert.serve.command import ServeOptions, checked
+from deebert.serve.metrics import Metrics
+from deebert.serve.predictor import described
+from deebert.serve.request_limits import Admission, Door
+from deebert.serve.requests import Limits, Request, work
 
 PAIRS = [[row["sentence1"], row["sentence2"]] for row in mrpc_rows("validation", 40)]
 MOST_TEXTS, MOST_CHARS, MOST_BYTES = 8, 500, 20_000
@@ -618,8 +619,8 @@ def test_a_request_s_wish_stands_for_the_whole_of_the_service_s() -> None:
 
 def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither for an answer, nor for a body, nor for the end of one that is too large."""
-    monkeypatch.setattr(door, "BODY_SECONDS", 0.01)
-    monkeypatch.setattr(door, "DROP_SECONDS", 0.01)
+    monkeypatch.setattr(request_limits, "BODY_SECONDS", 0.01)
+    monkeypatch.setattr(request_limits, "DROP_SECONDS", 0.01)
 
     async def check() -> None:
         for messages, code, says in (

@@ -5,9 +5,9 @@ import pytest
 from conftest import write_rows
 from omegaconf import OmegaConf
 
-from deebert import demo, sources
+from deebert.data import demo, loading
+from deebert.data.tasks import Task
 from deebert.errors import UserError
-from deebert.tasks import Task
 
 CONF = Path(__file__).parent.parent / "conf" / "task"
 
@@ -38,7 +38,7 @@ EXPECTED = {
 @pytest.mark.parametrize("place", ["mrpc", "."])
 def test_json_lines(tmp_path: Path, place: str) -> None:
     write_rows(tmp_path / place, "train", ROWS)
-    assert columns(sources.load(task("mrpc"), "train", str(tmp_path))) == EXPECTED
+    assert columns(loading.load(task("mrpc"), "train", str(tmp_path))) == EXPECTED
 
 
 def test_parquet_and_the_hub_s_shards(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_parquet_and_the_hub_s_shards(tmp_path: Path) -> None:
     for shard, rows in enumerate((ROWS[:2], ROWS[2:])):
         file = tmp_path / "mrpc" / f"validation-0000{shard}-of-00002.parquet"
         datasets.Dataset.from_list(rows).to_parquet(file)
-    assert columns(sources.load(task("mrpc"), "validation", str(tmp_path))) == EXPECTED
+    assert columns(loading.load(task("mrpc"), "validation", str(tmp_path))) == EXPECTED
 
 
 def test_csv_with_label_names(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_csv_with_label_names(tmp_path: Path) -> None:
         'sentence1,sentence2,label\n"He said ""no.",NA,equivalent\nb,null,not_equivalent\nc,d,1\n'
     )
     (tmp_path / "train.csv").write_text(text)
-    assert columns(sources.load(task("mrpc"), "train", str(tmp_path))) == EXPECTED
+    assert columns(loading.load(task("mrpc"), "train", str(tmp_path))) == EXPECTED
 
 
 CLASSIC = {
@@ -79,7 +79,7 @@ def test_glue_s_classic_tsv_files(tmp_path: Path, name: str) -> None:
     split = task(name).validation[0]
     file = tmp_path / folder / f"{split.replace('validation', 'dev')}.tsv"
     file.write_text("\n".join(filter(None, [header, line])) + "\n")
-    data = sources.load(task(name), split, str(tmp_path))
+    data = loading.load(task(name), split, str(tmp_path))
     assert data["text_a"][:] == first
     assert (data["text_b"][:] if second else None) == second
     assert data["label"][:] == labels
@@ -100,20 +100,20 @@ def test_label_names_that_look_like_numbers_are_names(names: list, values: list,
     from dataclasses import replace
 
     kind = replace(task("sst2"), labels=tuple(names))
-    assert sources._labels(values, kind, "train", "here") == ids
+    assert loading._labels(values, kind, "train", "here") == ids
 
 
 def test_a_line_of_one_field_too_many_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("sentence1,sentence2,label\na,b,1,9\nc,d,0,9\n")
     with pytest.raises(UserError, match="cannot be read as csv"):
-        sources.load(task("mrpc"), "train", str(tmp_path))
+        loading.load(task("mrpc"), "train", str(tmp_path))
 
 
 def test_all_shards_of_a_csv(tmp_path: Path) -> None:
     for shard, text in enumerate(("a,b,1", "c,d,0")):
         file = tmp_path / f"train-0000{shard}-of-00002.csv"
         file.write_text(f"\ufeffsentence1,sentence2,label\r\n{text}\r\n", encoding="utf-8")
-    data = sources.load(task("mrpc"), "train", str(tmp_path))
+    data = loading.load(task("mrpc"), "train", str(tmp_path))
     assert data["text_a"][:] == ["a", "c"]
     assert data["label"][:] == [1, 0]
 
@@ -121,14 +121,14 @@ def test_all_shards_of_a_csv(tmp_path: Path) -> None:
 def test_a_training_split_without_labels_is_refused(tmp_path: Path) -> None:
     write_rows(tmp_path, "train", [row | {"label": -1} for row in ROWS])
     with pytest.raises(UserError, match="no row of split 'train' has a label"):
-        sources.load(task("mrpc"), "train", str(tmp_path))
+        loading.load(task("mrpc"), "train", str(tmp_path))
 
 
 def test_unlabelled_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_rows(tmp_path, "test", [row | {"label": -1} for row in ROWS])
-    assert "label" not in sources.load(task("mrpc"), "test", str(tmp_path)).column_names
+    assert "label" not in loading.load(task("mrpc"), "test", str(tmp_path)).column_names
     write_rows(tmp_path, "train", [ROWS[0] | {"label": -1}, *ROWS[1:]])
-    data = sources.load(task("mrpc"), "train", str(tmp_path))
+    data = loading.load(task("mrpc"), "train", str(tmp_path))
     assert data["label"][:] == [0, 1]
     assert data["index"][:] == [1, 2]
     assert "1 rows of split 'train' have no label" in caplog.text
@@ -136,7 +136,7 @@ def test_unlabelled_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
 
 def test_regression_keeps_minus_one_among_other_values(tmp_path: Path) -> None:
     write_rows(tmp_path, "train", [row | {"label": v} for row, v in zip(ROWS, (-1, 0.5, 3), strict=True)])  # fmt: skip
-    assert sources.load(task("stsb"), "train", str(tmp_path))["label"][:] == [-1, 0.5, 3]
+    assert loading.load(task("stsb"), "train", str(tmp_path))["label"][:] == [-1, 0.5, 3]
 
 
 BROKEN = {
@@ -155,7 +155,7 @@ def test_broken_rows_are_one_clear_line(tmp_path: Path, case: str) -> None:
     rows, says = BROKEN[case]
     write_rows(tmp_path, "train", rows)
     with pytest.raises(UserError) as error:
-        sources.load(task("mrpc"), "train", str(tmp_path))
+        loading.load(task("mrpc"), "train", str(tmp_path))
     assert says in str(error.value)
     assert str(tmp_path / "train.jsonl") in str(error.value)
     assert "\n" not in str(error.value)
@@ -165,33 +165,33 @@ def test_broken_rows_are_one_clear_line(tmp_path: Path, case: str) -> None:
 def test_an_unreadable_or_empty_file_is_one_clear_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "train.jsonl").write_text(text)
     with pytest.raises(UserError, match=r"train\.jsonl") as error:
-        sources.load(task("mrpc"), "train", str(tmp_path))
+        loading.load(task("mrpc"), "train", str(tmp_path))
     assert "\n" not in str(error.value)
 
 
 def test_an_empty_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("sentence1,sentence2,label\n")
     with pytest.raises(UserError, match="split 'train' is empty"):
-        sources.load(task("mrpc"), "train", str(tmp_path))
+        loading.load(task("mrpc"), "train", str(tmp_path))
 
 
 def test_regression_needs_numbers(tmp_path: Path) -> None:
     write_rows(tmp_path, "train", [ROWS[0] | {"label": "high"}])
     with pytest.raises(UserError, match="'high' is out of range; task stsb is a regression"):
-        sources.load(task("stsb"), "train", str(tmp_path))
+        loading.load(task("stsb"), "train", str(tmp_path))
 
 
 def test_missing_folder_and_split(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        sources.load(task("mrpc"), "train", str(tmp_path / "none"))
+        loading.load(task("mrpc"), "train", str(tmp_path / "none"))
     write_rows(tmp_path / "mrpc", "train", ROWS)
     with pytest.raises(UserError, match=r"no file for split 'validation' .*there: train"):
-        sources.load(task("mrpc"), "validation", str(tmp_path))
+        loading.load(task("mrpc"), "validation", str(tmp_path))
 
 
 def test_no_network_names_data_root() -> None:
     with pytest.raises(UserError, match=r"cannot reach nyu-mll/glue.*data\.root=") as error:
-        sources.load(task("mrpc"), "train", None)
+        loading.load(task("mrpc"), "train", None)
     assert "\n" not in str(error.value)
 
 
@@ -210,7 +210,7 @@ def test_the_demo_is_fixed_balanced_and_without_overlap() -> None:
             assert 0.4 < sum(labels) / len(labels) < 0.6
             assert len(labels) > 0.2 * size
     with pytest.raises(UserError, match="choose one of: train, validation, test"):
-        sources.load(task("demo"), "dev", None)
+        loading.load(task("demo"), "dev", None)
 
 
 def test_the_demo_s_grades_are_what_they_say() -> None:

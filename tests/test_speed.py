@@ -20,15 +20,16 @@ from random_models import (
 )
 from test_backbones import WHOLE
 
-from deebert import curves, exits, speed
-from deebert.batching import by_length, padded
-from deebert.engine import Engine
-from deebert.exits import exit_layer
-from deebert.model import INPUTS
-from deebert.records import Record
-from deebert.speed import FullDepth, Protocol
-from deebert.tasks import Task
-from deebert.timing import Timing, compare
+from deebert.data.batching import by_length, padded
+from deebert.data.tasks import Task
+from deebert.evaluation import latency
+from deebert.evaluation.latency import FullDepth, Protocol
+from deebert.evaluation.timing import Timing, compare
+from deebert.exits import curves, rules
+from deebert.exits.records import Record
+from deebert.exits.rules import exit_layer
+from deebert.inference.engine import Engine
+from deebert.models.early_exit import INPUTS
 
 # --- batches -------------------------------------------------------------------------------------
 
@@ -122,7 +123,7 @@ def test_requests() -> None:
     def listed(size: int | None) -> list:
         return [
             ([given["input_ids"][0] for given in request.inputs], request.fold)
-            for request in speed.requests(inputs, folds, size)
+            for request in latency.requests(inputs, folds, size)
         ]
 
     assert listed(None) == [([0, 2, 3], 0), ([1, 4], 1)]
@@ -133,9 +134,9 @@ def test_requests() -> None:
 @pytest.mark.parametrize("num_labels", [1, 3])
 def test_exits_can_be_forced(num_labels: int) -> None:
     model, pool, record = world("bert", num_labels)
-    engine = Engine(model, speed.forced(num_labels), 0.0)
+    engine = Engine(model, latency.forced(num_labels), 0.0)
     for layer in range(1, NUM_LAYERS + 1):
-        leaving = engine.at(speed.leaving_at(layer, NUM_LAYERS))
+        leaving = engine.at(latency.leaving_at(layer, NUM_LAYERS))
         answers = leaving.run(pool)
         assert answers.layer_N.tolist() == [layer] * len(pool)
         expected = record.logits_NLC[:, layer - 1]
@@ -164,7 +165,7 @@ def test_measured_is_what_the_record_says() -> None:
         "validation", record.logits_NLC, labels, torch.arange(len(pool)), record.length_N
     )
     folds = torch.arange(len(pool)) % 2
-    scores = exits.entropy(record.logits_NLC)
+    scores = rules.entropy(record.logits_NLC)
     each = middles(scores[:, 0])
     cases: list[list[curves.Thresholds]] = [
         [0.0, 0.0],
@@ -174,7 +175,7 @@ def test_measured_is_what_the_record_says() -> None:
     protocol = Protocol(batch_sizes=(None, 8), precisions=("float32", OTHER), repeats=1)
     pool, record, folds = pool[:50], record.rows(torch.arange(50)), folds[:50]
     labels, scores = labels[:50], scores[:50]
-    found = speed.measure(model, exits.default(3), cases, record, pool, folds, TASK, protocol)
+    found = latency.measure(model, rules.default(3), cases, record, pool, folds, TASK, protocol)
     assert len(found) == 2 * 2 * 3
     assert all(set(row) == KEYS for row in found)
     assert [row["threshold"] for row in found] == cases * 4
@@ -201,13 +202,13 @@ def test_measured_is_what_the_record_says() -> None:
 
 
 def test_one_fold_and_requests_of_a_large_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "REQUEST_ROWS", 20)
+    monkeypatch.setattr(latency, "REQUEST_ROWS", 20)
     model, pool, record = world("bert")
     folds = torch.zeros(len(pool), dtype=torch.long)
     protocol = Protocol(batch_sizes=(None, 1), repeats=1)
-    threshold = middles(exits.entropy(record.logits_NLC[:, :-1]))[100]
-    found = speed.measure(
-        model, exits.default(3), [[threshold]], record, pool, folds, TASK, protocol
+    threshold = middles(rules.entropy(record.logits_NLC[:, :-1]))[100]
+    found = latency.measure(
+        model, rules.default(3), [[threshold]], record, pool, folds, TASK, protocol
     )
     assert [row["num_rows"] for row in found] == [len(pool), 20]
     assert [row["threshold"] for row in found] == [threshold] * 2
@@ -219,7 +220,7 @@ def test_one_fold_and_requests_of_a_large_split(monkeypatch: pytest.MonkeyPatch)
 def test_deeper_exits_cost_more(model_type: str) -> None:
     model = world(model_type)[0]
     inputs = inputs_of(model_type, [40] * 60)
-    costs = speed.layer_costs(model, inputs, 3, Protocol(repeats=3))
+    costs = latency.layer_costs(model, inputs, 3, Protocol(repeats=3))
     assert len(costs) == NUM_LAYERS
     assert min(costs) > 0
     assert costs[-1] > costs[0]

@@ -21,7 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from timed import timed
 
-from deebert import sweep, sweep_rows
+from deebert.reporting import sweep, sweep_rows
 
 Run = Callable[..., str]
 

@@ -6,8 +6,8 @@ import torch
 from omegaconf import OmegaConf
 from sklearn import metrics as sk
 
+from deebert.data.tasks import METRICS, Task
 from deebert.errors import UserError
-from deebert.tasks import METRICS, Task
 
 CONF = Path(__file__).parent.parent / "conf" / "task"
 

@@ -10,12 +10,14 @@ from conftest import TINY, results, write_rows
 from test_module import build, fit
 from torch import Tensor
 
-from deebert import checkpoints, demo, objectives
-from deebert.data import TextDataModule
+from deebert.data import demo
+from deebert.data.datamodule import TextDataModule
 from deebert.errors import UserError
-from deebert.frozen import FrozenStates
-from deebert.objectives import UNLABELLED, exit_loss
-from deebert.records import HELD_OUT
+from deebert.exits.records import HELD_OUT
+from deebert.hub import checkpoints
+from deebert.training import objectives
+from deebert.training.feature_cache import FrozenStates
+from deebert.training.objectives import UNLABELLED, exit_loss
 
 Run = Callable[..., str]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, mrpc_rows
 
-from deebert.commands import parse
-from deebert.serve import ServeOptions
+from deebert.options import parse
+from deebert.serve.command import ServeOptions
 
 USE = (ROOT / "docs" / "use.md").read_text()
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/use.md")}

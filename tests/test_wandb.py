@@ -12,7 +12,7 @@ import pytest
 from conftest import CommandFailed
 from timed import timed
 
-from deebert import dashboard, tracking
+from deebert.reporting import dashboard, wandb
 
 ONLY_TINY = ("backbone=tiny", "data.max_length=64", "data.limit_train=64")
 
@@ -140,13 +140,13 @@ def test_what_runs_are_compared_by(tmp_path: Path) -> None:
     }  # fmt: skip
     logger = WandbLogger(project="deebert", save_dir=str(tmp_path), offline=True)
     run = logger.experiment
-    tracking.log_evaluation(run, "val", results, 7)
-    tracking.log_evaluation(run, "val_unlabelled", results["other_splits"][0], 7)
+    wandb.log_evaluation(run, "val", results, 7)
+    wandb.log_evaluation(run, "val_unlabelled", results["other_splits"][0], 7)
     untimed = {"objective": "final", "calibration": None, "timing": None}
-    tracking.log_final(run, results | untimed, picture)
+    wandb.log_final(run, results | untimed, picture)
     assert not any(key.startswith("timing") for key in dict(run.summary))
     assert "calibration/score" not in dict(run.summary)
-    tracking.log_final(run, results, picture)
+    wandb.log_final(run, results, picture)
     run.finish()
 
     logged = history(tmp_path)

@@ -1,0 +1,329 @@
+"""Rows -> token batches: a LightningDataModule; batches of similar length, cut to their longest.
+
+Knows nothing of models. `sources` says where rows come from, this module tokenizes them once, keeps
+the result on disk, and deals the batches out to one or more processes.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lightning as L
+import torch
+from datasets.fingerprint import Hasher
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from deebert.data import loading, tokenization
+from deebert.data.tasks import Task
+from deebert.errors import UserError
+from deebert.exits.records import HELD_OUT
+from deebert.training.objectives import UNLABELLED
+
+log = logging.getLogger(__name__)
+
+POOL = 50  # batches that are shuffled together and then sorted by length
+
+
+class LengthBatches(Sampler[list[int]]):
+    """Batches of row numbers of similar length, the same for every process that asks.
+
+    Training: rows are shuffled by (seed, epoch), cut into pools of 50 batches, sorted by length
+    inside each pool, cut into batches, and the batches are shuffled. Evaluation: sorted by length.
+    Every process takes every world_size-th batch; the last batches are repeated where the number
+    does not divide, so that all processes take equally many steps.
+    """
+
+    def __init__(
+        self,
+        lengths: list[int],
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.lengths = torch.tensor(lengths)
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        num_batches = -(-len(self.lengths) // self.batch_size)
+        return -(-num_batches // self.world_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+            order = torch.randperm(len(self.lengths), generator=generator)
+            pools = [self._by_length(pool) for pool in order.split(POOL * self.batch_size)]
+            batches = [batch for pool in pools for batch in pool.split(self.batch_size)]
+            shuffled = torch.randperm(len(batches), generator=generator).tolist()
+            batches = [batches[i] for i in shuffled]
+        else:
+            batches = list(self._by_length(torch.arange(len(self.lengths))).split(self.batch_size))
+        for step in range(len(self)):
+            yield batches[(step * self.world_size + self.rank) % len(batches)].tolist()
+
+    def _by_length(self, rows: Tensor) -> Tensor:
+        return rows[self.lengths[rows].argsort(stable=True)]
+
+
+class TextDataModule(L.LightningDataModule):
+    """Token batches of a task.
+
+    A batch is a dict: `input_ids`, `attention_mask` and, where the tokenizer makes them,
+    `token_type_ids` (B, S); `labels` (B,) unless the split has none; `index`, `length` and, where
+    the task has groups, `group` (B,).
+
+    Args:
+        task: what to read.
+        tokenizer: the backbone's.
+        root: local folder, or None for the task's own place.
+        max_length: tokens; the longer text of a pair is cut first.
+        limit_train: number of training rows to use (the same ones for every seed), or None.
+        calibration_size: training rows kept out of training for choosing thresholds, the same ones
+            for every seed, read as the split "calibration"; None for `calibration_size_of`.
+        unlabelled: splits whose rows are trained on, too, without their labels.
+        batch_size, eval_batch_size: rows a step and device.
+        num_workers: loader processes.
+        seed: of the order of the training rows.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        root: str | None,
+        max_length: int,
+        limit_train: int | None,
+        calibration_size: int | None,
+        unlabelled: Sequence[str] = (),
+        batch_size: int,
+        eval_batch_size: int,
+        num_workers: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.task = task
+        self.tokenizer = tokenizer
+        self.root = root
+        self.max_length = max_length
+        self.limit_train = limit_train
+        self._calibration_size = calibration_size
+        self.unlabelled = unlabelled
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.eval_splits = self._present(task.validation)
+        self._tokens: dict[str, datasets.Dataset] = {}
+
+    def _present(self, splits: tuple[str, ...]) -> tuple[str, ...]:
+        there = tuple(split for split in splits if loading.exists(self.task, split, self.root))
+        for split in set(splits) - set(there) if there else ():
+            log.warning(
+                "data.root=%s: split %r is not there; going on without it", self.root, split
+            )
+        return there or splits  # none there: loading the first will say so
+
+    def tokens(self, split: str) -> datasets.Dataset:
+        """A split as token ids, from the cache on disk where these texts were tokenized before."""
+        if split not in self._tokens:
+            self._tokens[split] = (
+                self._with_unlabelled()
+                if self.unlabelled and split == self.train_split
+                else _tokenize(self._rows(split), self.tokenizer, self.max_length)
+            )
+        return self._tokens[split]
+
+    @property
+    def train_split(self) -> str | None:
+        """What is trained on: "train", or "train+test" with the rows of test, labels hidden."""
+        if self.task.train is None:
+            return None
+        return "+".join((self.task.train, *self.unlabelled))
+
+    def _with_unlabelled(self) -> datasets.Dataset:
+        assert self.task.train is not None
+        labelled = self.tokens(self.task.train)
+        kind = labelled.features["label"]
+        hidden = math.nan if self.task.is_regression else UNLABELLED
+        parts = [labelled]
+        for split in self.unlabelled:
+            if split in (self.task.train, HELD_OUT, *self.task.validation):
+                raise UserError(
+                    f"data.unlabelled=[{split}]: its rows are trained on with their labels, held "
+                    f"out or reported; choose from: {', '.join(self.task.test)}, or a file of your "
+                    "own under data.root"
+                )
+            rows = self.tokens(split)
+            if "label" in rows.column_names:
+                rows = rows.remove_columns("label")
+            parts.append(rows.add_column("label", [hidden] * len(rows), feature=kind))
+        return datasets.concatenate_datasets(parts)
+
+    def _rows(self, split: str) -> datasets.Dataset:
+        train = self.task.train
+        if split not in (train, HELD_OUT) or train is None:
+            return loading.load(self.task, split, self.root)
+        rows = loading.load(self.task, train, self.root)
+        held_out = self._calibration_size
+        if held_out is None:
+            held_out = calibration_size_of(len(rows))
+        if held_out >= len(rows):
+            raise UserError(
+                f"data.calibration_size={held_out} leaves nothing of the {len(rows)} training rows "
+                "to train on (data.calibration_size)"
+            )
+        self._calibration_size = held_out
+        rows_left = len(rows) - held_out
+        if held_out or self.limit_train is not None:
+            rows = rows.shuffle(seed=0)  # not the run's seed: all seeds see the same rows
+        if split == HELD_OUT and not held_out:
+            raise UserError(
+                "split=calibration: no training row was held out (data.calibration_size=0)"
+            )
+        if split == HELD_OUT:
+            return rows.select(range(rows_left, len(rows)))
+        return rows.select(range(min(self.limit_train or rows_left, rows_left)))
+
+    @property
+    def calibration_size(self) -> int:
+        """How many training rows are held out."""
+        if self.task.train is None:
+            return 0
+        if self._calibration_size is None:
+            self.tokens(self.task.train)
+        assert self._calibration_size is not None
+        return self._calibration_size
+
+    def fingerprint(self, split: str) -> str:
+        """A hash of a split's tokens and labels, whatever file they came from."""
+        return str(Hasher.hash(_columns(self.tokens(split), "input_ids", "label")))
+
+    def text_fingerprint(self, split: str) -> str:
+        """The same of its words, however they are cut to tokens."""
+        rows = self._rows(split)
+        words = [[text.split() for text in column] for column in _columns(rows, "text_a", "text_b")]
+        return str(Hasher.hash([*words, *_columns(rows, "label")]))
+
+    def texts(self, split: str, indices: list[int]) -> list[str]:
+        """The texts of these rows, named by their `index`; those of a pair with " / " between."""
+        rows = self._rows(split)
+        row_of = {index: row for row, index in enumerate(rows["index"][:])}
+        chosen = rows.select([row_of[index] for index in indices])
+        columns = [chosen[name][:] for name in ("text_a", "text_b") if name in rows.column_names]
+        return [" / ".join(texts) for texts in zip(*columns, strict=True)]
+
+    def prepare_data(self) -> None:
+        """Tokenize in one process; the others then find the cache."""
+        fitting = self.trainer is None or self.trainer.state.fn == "fit"
+        train = (self.train_split,) if self.train_split and fitting else ()
+        for split in (*train, *self.eval_splits):
+            self.tokens(split)
+
+    def train_dataloader(self) -> DataLoader:
+        if self.train_split is None:
+            raise UserError(
+                f"task {self.task.name} has no training split; score it with a checkpoint of "
+                f"{self.task.checkpoint_task}: python evaluate.py ckpt=... task={self.task.name}"
+            )
+        return self.loader(self.train_split, shuffle=True)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        return [self.loader(split) for split in self.eval_splits]
+
+    def test_dataloader(self) -> list[DataLoader]:
+        return self.val_dataloader()
+
+    def loader(self, split: str, *, shuffle: bool = False) -> DataLoader:
+        """Batches of a split: shuffled ones of the training size, or sorted ones for evaluation."""
+        tokens = self.tokens(split)
+        sampler = LengthBatches(
+            tokens["length"][:],
+            self.batch_size if shuffle else self.eval_batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1,
+        )
+        # batch_size=None: the sampler gives whole batches, and Lightning finds its set_epoch.
+        return DataLoader(
+            tokens,
+            sampler=sampler,
+            batch_size=None,
+            collate_fn=self._collate,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _collate(self, rows: Any) -> dict[str, Tensor]:
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        batch = dict(
+            self.tokenizer.pad(
+                {name: rows[name] for name in names if name in rows}, return_tensors="pt"
+            )
+        )
+        batch |= {
+            name: torch.tensor(rows[name]) for name in ("index", "length", "group") if name in rows
+        }
+        if "label" in rows:
+            batch["labels"] = torch.tensor(rows["label"], dtype=self.task.target_dtype())
+        return batch
+
+
+def _columns(rows: datasets.Dataset, *names: str) -> list[list[Any]]:
+    """The values of those that are there."""
+    return [rows[name][:] for name in names if name in rows.column_names]
+
+
+def calibration_size_of(num_rows: int) -> int:
+    """How many of the training rows are held out where nothing is said.
+
+    A tenth, 2,000 at most; none where that would be under 400, as the rows are worth more in
+    training and are too few for a promise. There thresholds are cross-fitted over validation rows.
+    """
+    tenth = min(num_rows // 10, 2000)
+    return tenth if tenth >= 400 else 0
+
+
+def _tokenize(
+    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> datasets.Dataset:
+    """Add token ids and their number; kept in the datasets cache under what they depend on."""
+    texts = [name for name in ("text_a", "text_b") if name in rows.column_names]
+
+    def encode(batch: Mapping[str, Any]) -> dict[str, Any]:
+        encoded = tokenization.encode(tokenizer, [batch[name] for name in texts], max_length)
+        return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
+
+    # Named by content: the hash that datasets takes of a fast tokenizer changes with each call.
+    columns = {name: rows[name][:] for name in rows.column_names}
+    name = Hasher.hash([columns, tokenization.files_of(tokenizer), max_length])
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "deebert"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error}); set HF_DATASETS_CACHE") from error
+    return rows.map(
+        encode,
+        batched=True,
+        remove_columns=texts,
+        cache_file_name=str(folder / f"{name}.arrow"),
+        new_fingerprint=name,
+        desc=f"tokenizing {len(rows)} rows",
+    )

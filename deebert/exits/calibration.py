@@ -1,0 +1,422 @@
+"""Record + wish -> thresholds, what to expect of them, and what unseen rows then showed.
+
+A wish is a saving ("40 % less") or a promise ("one point at most, with 95 % confidence").
+Thresholds are never chosen on the rows that are reported: they come from rows held out of training,
+or are cross-fitted over the reported split. Arithmetic on records: no model, no files.
+"""
+
+from bisect import bisect_left
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deebert.data.tasks import Task
+from deebert.errors import UserError, is_number, unknown
+from deebert.exits import curves, priors, risk_control, rules, threshold_search
+from deebert.exits.curves import Thresholds
+from deebert.exits.records import Record
+from deebert.exits.rules import Rule, Verdict, exit_layer
+
+FOLDS = 5
+FEWEST = 20  # rows to choose anything on
+SPEEDUP_STEPS = 1000  # savings among which one is looked for that is fast enough
+LOSSES = ("excess", "disagreement")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asks for: a `target_saving`, a `target_speedup` or a `max_drop`.
+
+    Attributes:
+        target_saving: share of the layers to save.
+        target_speedup: how many times faster than full depth, on the clock.
+        costs: for `target_speedup`, measured: what leaving at each of the L layers costs, as a
+            share of the time at full depth.
+        max_drop: largest risk to promise, e.g. 0.01 for one point of accuracy.
+        confidence: that the promise holds; None: it holds on average (conformal risk control).
+        loss: what is promised: `excess`, errors that full depth does not make less those that only
+            full depth makes (= the drop in accuracy), or `disagreement`, answers that differ from
+            full depth's (needs no labels).
+        per_ramp: look for a threshold per ramp, instead of one for all.
+        temperature: fit a temperature per ramp first.
+
+    Raises:
+        UserError: a value is outside its range, or two contradict each other.
+    """
+
+    target_saving: float | None = None
+    target_speedup: float | None = None
+    costs: tuple[float, ...] | None = None
+    max_drop: float | None = None
+    confidence: float | None = 0.95
+    loss: str = "excess"
+    per_ramp: bool = False
+    temperature: bool = False
+
+    def __post_init__(self) -> None:
+        _number("target_saving", self.target_saving, 0, 1, "a share of the layers, 0.4 for 40 %")
+        _number("target_speedup", self.target_speedup, 1, np.inf, "2 for twice as fast")
+        _number("max_drop", self.max_drop, 0, 1, "a share of the rows, 0.01 for one point", False)
+        _number("confidence", self.confidence, 0, 1, "0.95 for 95 %, null: on average", False)
+        for name in ("per_ramp", "temperature"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name}={getattr(self, name)!r} must be true or false")
+        if self.loss not in LOSSES:
+            raise unknown("loss", self.loss, LOSSES, "loss")
+        if self.target_speedup is not None and self.per_ramp:
+            raise UserError("per_ramp=true needs target_saving=")
+        if self.max_drop is not None and self.per_ramp:
+            raise UserError(
+                "per_ramp=true with max_drop: a promise needs thresholds in an order that is known "
+                "before the rows are seen; leave per_ramp out"
+            )
+
+    def plain(self) -> dict[str, Any]:
+        """The wish as results.json holds it."""
+        values = asdict(self)
+        told = {name: values[name] for name in ("per_ramp", "temperature") if values[name]}
+        for name in ("target_saving", "target_speedup"):
+            if values[name] is not None:
+                return {name: values[name], **told}
+        return {name: values[name] for name in ("max_drop", "confidence", "loss")} | told
+
+
+def _number(
+    flag: str, value: Any, low: float, high: float, meaning: str, with_low: bool = True
+) -> None:
+    if value is None:
+        return
+    if not is_number(value) or not low <= value < high or (value == low and not with_low):
+        bracket = "[" if with_low else "("
+        raise UserError(f"{flag}={value!r} must be in {bracket}{low}, {high}): {meaning}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A rule (with its temperatures, if any) and thresholds for it."""
+
+    rule: Rule
+    thresholds: Thresholds
+
+    def __call__(self, record: Record, task: Task) -> tuple[Tensor, Tensor]:
+        """Exit layer and prediction of every row: (N,), (N,)."""
+        verdict = curves.judged(self.rule, record)
+        layer_N = exit_layer(verdict.score_NL, self.thresholds)
+        return layer_N, curves.answered(verdict, task, layer_N)
+
+
+class Infeasible(UserError):
+    """No threshold can grant this wish on these rows."""
+
+
+def choose(record: Record, task: Task, rule: Rule, wish: Wish) -> Choice:
+    """The thresholds that grant a wish, as far as these rows can tell.
+
+    Raises:
+        Infeasible: the rows are too few for the promise, or the rule never saves so much.
+        UserError: the wish needs labels that the rows lack, or does not fit the task.
+    """
+    check(len(record), record.labels_N is not None, record.split, task, rule, wish)
+    if wish.temperature:
+        seen, record = _halves(record) if wish.max_drop is not None else (record, record)
+        assert seen.labels_N is not None
+        rule = rule.tempered(seen.logits_NLC, seen.labels_N)
+    if wish.max_drop is not None:
+        return Choice(rule, _promised(record, task, rule, wish))
+    if rule.asks_prior:
+        rule = priors.search(record, task, rule, _about(record, rule, wish))
+    verdict = curves.judged(rule, record)
+    if wish.target_speedup is not None:
+        return Choice(rule, _fast_enough(record, verdict, rule, wish))
+    assert wish.target_saving is not None
+    [threshold] = curves.thresholds_for(verdict.score_NL, [wish.target_saving])
+    most = curves.savings(verdict, threshold).mean().item()
+    if most < wish.target_saving - 1e-6:
+        raise Infeasible(
+            f"target_saving={wish.target_saving} is more than exit={rule.name} can save: "
+            f"{most:.3f} of the layers at most on the rows of split {record.split!r}"
+        )
+    if wish.per_ramp:
+        assert record.labels_N is not None
+        right_NL = task.predict(verdict.answer_NLC) == record.labels_N[:, None]
+        found = threshold_search.search(verdict.score_NL, right_NL, wish.target_saving)
+        if found is not None:
+            return Choice(rule, found)
+    return Choice(rule, threshold)
+
+
+def _about(record: Record, rule: Rule, wish: Wish) -> float:
+    """About what saving a wish will come to: by entropy."""
+    if wish.target_saving is not None:
+        return wish.target_saving
+    entropy = rule.uniform()
+    verdict = curves.judged(entropy, record)
+    return curves.savings(verdict, _fast_enough(record, verdict, entropy, wish)).mean().item()
+
+
+def check(num_rows: int, has_labels: bool, split: str, task: Task, rule: Rule, wish: Wish) -> None:
+    """What can be known of a wish before the model has run.
+
+    Raises:
+        Infeasible: too few rows.
+        UserError: labels are needed and missing, or the wish does not fit the task.
+    """
+    where = f"split {split!r}"
+    if rule.asks_prior and wish.max_drop is not None:
+        raise UserError(rules.NO_PRIOR.format(rule.name))
+    if not has_labels:
+        for flag, needed in (
+            ("temperature=true", wish.temperature),
+            (f"exit={rule.name} without exit.prior=[...]", rule.asks_prior),
+            ("per_ramp=true", wish.per_ramp),
+            ("max_drop with loss=excess", wish.max_drop is not None and wish.loss == "excess"),
+        ):
+            if needed:
+                raise UserError(
+                    f"{flag} needs labels, and {where} has none; calibrate on a labelled split "
+                    "(calibration=validation), or use target_saving= by entropy, or "
+                    "loss=disagreement"
+                )
+    if task.is_regression and (wish.max_drop is not None or wish.per_ramp or wish.temperature):
+        raise UserError(
+            f"task {task.name} is a regression, where no answer is right or wrong: only "
+            "target_saving= can be asked, without per_ramp and temperature"
+        )
+    if num_rows < FEWEST:
+        raise Infeasible(
+            f"{num_rows} calibration rows of {where} are too few to choose thresholds on: "
+            f"{FEWEST} or more (calibration=, or data.calibration_size= in training)"
+        )
+    if wish.max_drop is None:
+        return
+    promising = promising_rows(num_rows, wish)
+    least = risk_control.smallest_limit(promising, _delta(wish))
+    if wish.max_drop < least:
+        raise Infeasible(
+            f"max_drop={wish.max_drop} cannot be promised by {promising} calibration rows of "
+            f"{where}, even without a loss among them: the smallest is {_rounded_up(least)} at "
+            f"confidence={'null' if wish.confidence is None else wish.confidence}; give more rows "
+            "(calibration=, or data.calibration_size= in training) or ask for less"
+        )
+
+
+def promising_rows(num_rows: int, wish: Wish) -> int:
+    """How many of the calibration rows choose; the others, if any, have fitted temperatures."""
+    return num_rows // 2 if wish.temperature and wish.max_drop is not None else num_rows
+
+
+def _fast_enough(record: Record, verdict: Verdict, rule: Rule, wish: Wish) -> float:
+    """The smallest threshold that is expected to be so much faster on the clock."""
+    assert wish.target_speedup is not None
+    if wish.costs is None:
+        raise UserError("target_speedup= needs what each layer costs (speed.layer_costs)")
+    most = curves.savings(verdict, np.inf).mean().item()
+    savings = np.linspace(0, most, SPEEDUP_STEPS + 1).tolist()
+    thresholds = curves.thresholds_for(verdict.score_NL, savings)
+
+    def speed_up(step: int) -> float:
+        return expected_speedup(record, exit_layer(verdict.score_NL, thresholds[step]), wish)
+
+    if speed_up(SPEEDUP_STEPS) < wish.target_speedup:
+        raise Infeasible(
+            f"target_speedup={wish.target_speedup} is more than exit={rule.name} can reach: about "
+            f"{speed_up(SPEEDUP_STEPS):.2f} if everything leaves as early as it can"
+        )
+    fast = bisect_left(range(SPEEDUP_STEPS), wish.target_speedup, key=speed_up)
+    return thresholds[fast]
+
+
+def expected_speedup(record: Record, layer_N: Tensor, wish: Wish) -> float:
+    """How many times faster than full depth rows that leave there are, by what layers cost.
+
+    A row counts by its tokens, as its time does.
+    """
+    costs_L = torch.tensor(wish.costs, dtype=torch.float64)
+    tokens_N = record.length_N.double()
+    return (tokens_N.sum() / (costs_L[layer_N - 1] * tokens_N).sum()).item()
+
+
+def _rounded_up(value: float) -> str:
+    digits = 2 - int(np.floor(np.log10(value)))
+    return f"{np.ceil(value * 10**digits) / 10**digits:.{digits}f}"
+
+
+def _delta(wish: Wish) -> float | None:
+    return None if wish.confidence is None else 1 - wish.confidence
+
+
+def _halves(record: Record) -> tuple[Record, Record]:
+    """Two random halves: what is fitted on one may be promised by the other."""
+    order = torch.randperm(len(record), generator=torch.Generator().manual_seed(0))
+    middle = len(record) - len(record) // 2
+    return record.rows(order[:middle]), record.rows(order[middle:])
+
+
+def _promised(record: Record, task: Task, rule: Rule, wish: Wish) -> float:
+    """The most aggressive threshold whose risk is promised; 0 (full depth) where none is."""
+    assert wish.max_drop is not None
+    grid = rule.grid()
+    loss_NT = losses(record, task, rule, grid, wish.loss)
+    if wish.confidence is None:
+        largest_T = loss_NT.clamp_min(0).cummax(1).values.sum(0).numpy()
+        certified = risk_control.conformal_risk(largest_T, len(record), wish.max_drop)
+    else:
+        certified = risk_control.learn_then_test(
+            (loss_NT > 0).sum(0).numpy(),
+            (loss_NT < 0).sum(0).numpy() if wish.loss == "excess" else None,
+            len(record),
+            wish.max_drop,
+            1 - wish.confidence,
+        )
+    return grid[certified - 1] if certified else 0.0
+
+
+def losses(record: Record, task: Task, rule: Rule, grid: list[float], loss: str) -> Tensor:
+    """What each row loses at each threshold against full depth: (N, T) of -1, 0 and 1."""
+    verdict = curves.judged(rule, record)
+    answer_NL = task.predict(verdict.answer_NLC)
+    full_N1 = answer_NL[:, -1:]
+    if loss == "disagreement":
+        loss_NL = (answer_NL != full_N1).to(torch.int8)
+    else:
+        assert record.labels_N is not None
+        label_N1 = record.labels_N[:, None]
+        loss_NL = (answer_NL != label_N1).to(torch.int8) - (full_N1 != label_N1).to(torch.int8)
+    layer_NT = torch.stack([exit_layer(verdict.score_NL, t) for t in grid], 1)
+    return loss_NL.gather(1, layer_NT - 1)
+
+
+def unlike(ours: Record, theirs: Record) -> str | None:
+    """How the rows of two splits plainly differ, so that one says little about the other, or None.
+
+    By Kolmogorov-Smirnov tests of what is known of a row without its label: its length, and how
+    sure full depth is. GLUE's SST-2 is the example: phrases in train, sentences in validation.
+    """
+    from scipy import stats  # late, as in `risk`
+
+    sure = [torch.softmax(r.logits_NLC[:, -1], -1).amax(-1).numpy() for r in (ours, theirs)]
+    lengths = [r.length_N.numpy() for r in (ours, theirs)]
+    for name, (a, b) in (("tokens", lengths), ("largest probability at full depth", sure)):
+        found = stats.ks_2samp(a, b)
+        if found.pvalue < 0.0005 and found.statistic > 0.1:  # surely different, and by how much
+            return f"{name} {np.mean(a):.3g} against {np.mean(b):.3g} on average"
+    return None
+
+
+def calibration(
+    held_out: Record | None, records: list[Record], task: Task, rule: Rule, wish: Wish
+) -> dict[str, Any]:
+    """Choose thresholds for a wish, and measure them on rows that had no part in it.
+
+    Args:
+        held_out: rows to choose on; None: cross-fit over the first of the reported splits, that
+            is choose on four fifths and measure on the other fifth, five times.
+        records: the reported splits.
+
+    Returns:
+        What results.json holds under `calibration`: `wish`, `rule`, `temperatures`, `prior`,
+        `thresholds` (the ones to use from now on), `calibration_split`, `num_calibration`,
+        `expected` and `measured`, with 95 % intervals for as many new rows as were reported.
+        Where cross-fitted, also what each fold was measured with: `fold_thresholds`, `fold_fits`
+        (temperatures and prior; None at full depth), and `folds_at_full_depth`, how many were.
+    """
+    reported = records[0]
+    seen = reported if held_out is None else held_out
+    choice = choose(seen, task, rule, wish)
+    if held_out is None:
+        layer_N, predictions_N, chosen = _cross_fitted(reported, task, rule, wish)
+        split = f"{reported.split}, cross-fitted in {FOLDS} folds"
+    else:
+        layer_N, predictions_N = choice(reported, task)
+        split = held_out.split
+    promised = expected(seen, task, choice, len(reported))
+    if wish.costs is not None:
+        promised |= {
+            "time_speed_up": expected_speedup(seen, choice(seen, task)[0], wish),
+            "costs": list(wish.costs),
+        }
+    found: dict[str, Any] = {
+        "wish": wish.plain(),
+        "rule": rule.name,
+        **choice.rule.fit,
+        "thresholds": choice.thresholds,
+        "calibration_split": split,
+        "num_calibration": promising_rows(len(seen), wish),
+        "expected": promised,
+        "measured": measured(reported, task, layer_N, predictions_N),
+    }
+    if held_out is None:
+        found["folds_at_full_depth"] = chosen.count(None)
+        found["fold_thresholds"] = [each.thresholds if each else 0.0 for each in chosen]
+        found["fold_fits"] = [each.rule.fit if each else None for each in chosen]
+    if records[1:]:  # rows that had no part in it either way
+        found["measured_elsewhere"] = {
+            record.split: measured(record, task, *choice(record, task)) for record in records[1:]
+        }
+    return found
+
+
+def folds(num_rows: int) -> Tensor:
+    """Which fold each row of a split is of, where thresholds are cross-fitted: (N,), from 0."""
+    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))
+    fold_N = torch.empty_like(order)
+    fold_N[order] = torch.arange(num_rows) % FOLDS
+    return fold_N
+
+
+def _cross_fitted(
+    record: Record, task: Task, rule: Rule, wish: Wish
+) -> tuple[Tensor, Tensor, list[Choice | None]]:
+    """Exit layer and prediction of every row, by thresholds that were chosen on other rows.
+
+    Returns:
+        Both, (N,), and what was chosen for each fold; None where the other rows could not grant
+        the wish, and full depth was used.
+    """
+    fold_N = folds(len(record))
+    layer_N = torch.empty(len(record), dtype=torch.long)
+    predictions_N = torch.empty_like(task.predict(record.logits_NLC[:, -1]))
+    chosen: list[Choice | None] = []
+    for fold in range(FOLDS):
+        unseen = fold_N == fold
+        try:
+            chosen.append(choose(record.rows(~unseen), task, rule, wish))
+        except Infeasible:  # enough rows for the promise, but not in four fifths of them
+            chosen.append(None)
+        choice = chosen[-1] or Choice(rule.uniform(), 0.0)
+        layer_N[unseen], predictions_N[unseen] = choice(record.rows(unseen), task)
+    return layer_N, predictions_N, chosen
+
+
+def expected(record: Record, task: Task, choice: Choice, num_new: int) -> dict[str, Any]:
+    """Score and saving on the rows chosen on, with intervals for so many new rows."""
+    layer_N, predictions_N = choice(record, task)
+    found = measured(record, task, layer_N, predictions_N)
+    deviation = (layer_N.double() / record.num_layers).std(correction=0).item()
+    saving = found["expected_saving"]
+    interval = risk_control.mean_interval(saving, deviation, len(record), num_new)
+    found["interval"] = curves.within(*interval, 0, 1 - 1 / record.num_layers)
+    if record.labels_N is not None:
+        labels_N = record.labels_N.to(task.target_dtype())
+        deviation = curves.score_deviation(task, predictions_N, labels_N)
+        interval = risk_control.mean_interval(found["score"], deviation, len(record), num_new)
+        found["score_interval"] = curves.within(*interval, task.lowest_score, 1)
+    return found
+
+
+def measured(record: Record, task: Task, layer_N: Tensor, predictions_N: Tensor) -> dict[str, Any]:
+    """An outcome beside full depth: `full_depth_score`, `disagreement`, `excess` (None without
+    labels or for a regression)."""
+    full_N = task.predict(record.logits_NLC[:, -1])
+    found = curves.outcome(record, task, layer_N, predictions_N)
+    found["full_depth_score"] = curves.scored(task, full_N, record.labels_N)["score"]
+    found["disagreement"] = found["excess"] = None
+    if not task.is_regression:
+        found["disagreement"] = (predictions_N != full_N).double().mean().item()
+        if (labels_N := record.labels_N) is not None:
+            wrong = (predictions_N != labels_N).double() - (full_N != labels_N).double()
+            found["excess"] = wrong.mean().item()
+    return found

@@ -1,0 +1,381 @@
+"""The one file that knows how Hugging Face model types look inside: one row of a table each.
+
+Knows nothing of weights, tokenizers, ramps or exits. `encoder` is the library's own model.
+Shapes: B batch, S tokens, H hidden.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
+)
+
+from deebert.errors import UserError, first_line, is_whole
+from deebert.untrusted import plain_files
+from deebert.untrusted.plain_files import LAYERS
+
+# Of every model type. The separator is ours: ramps tell two texts apart by it.
+TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """What a BERT layer is made of; dropout, which is off where layers are run in parts, aside.
+
+    x = attention_norm(h + output(attention(query(h), key(h), value(h)))), then
+    norm(x + down(activation(up(x)))).
+    """
+
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    output: nn.Linear
+    attention_norm: nn.LayerNorm
+    up: nn.Linear
+    activation: Callable[[Tensor], Tensor]
+    down: nn.Linear
+    norm: nn.LayerNorm
+
+
+@dataclass(frozen=True)
+class EmbeddingParts:
+    """What the states before layer 1 are made of: projection(norm(words + types + positions)).
+
+    Attributes:
+        types: of tokens; None where there are none.
+        typed: are types taken from the inputs? All are the first type where not.
+        padding: RoBERTa counts positions from behind this id, and skips tokens that are it; None:
+            from 0.
+        projection: ELECTRA's, where words are embedded in another size than the layers'.
+    """
+
+    words: nn.Embedding
+    types: nn.Embedding | None
+    typed: bool
+    positions: nn.Embedding
+    padding: int | None
+    norm: nn.LayerNorm
+    projection: nn.Linear | None
+
+
+def embedding_parts(encoder: Any) -> EmbeddingParts:
+    """Of encoders whose layers have parts; all of them name theirs alike."""
+    kind, made_of = architecture(encoder.config.model_type), encoder.embeddings
+    first = kind.first_position(encoder.config.to_dict())
+    return EmbeddingParts(
+        words=made_of.word_embeddings,
+        types=getattr(made_of, "token_type_embeddings", None),
+        typed=kind.embed is not _embed,
+        positions=made_of.position_embeddings,
+        padding=first - 1 if first else None,
+        norm=made_of.LayerNorm,
+        projection=getattr(encoder, "embeddings_project", None),
+    )
+
+
+def _bert_parts(layer: Any) -> LayerParts:
+    attention, feed_forward = layer.attention, layer.intermediate
+    return LayerParts(
+        query=attention.self.query,
+        key=attention.self.key,
+        value=attention.self.value,
+        output=attention.output.dense,
+        attention_norm=attention.output.LayerNorm,
+        up=feed_forward.dense,
+        activation=feed_forward.intermediate_act_fn,
+        down=layer.output.dense,
+        norm=layer.output.LayerNorm,
+    )
+
+
+def _distilbert_parts(layer: Any) -> LayerParts:
+    return LayerParts(
+        query=layer.attention.q_lin,
+        key=layer.attention.k_lin,
+        value=layer.attention.v_lin,
+        output=layer.attention.out_lin,
+        attention_norm=layer.sa_layer_norm,
+        up=layer.ffn.lin1,
+        activation=layer.ffn.activation,
+        down=layer.ffn.lin2,
+        norm=layer.output_layer_norm,
+    )
+
+
+def _embed(encoder: Any, ids_BS: Tensor, mask_BS: Tensor, types_BS: Tensor | None) -> Tensor:
+    return encoder.embeddings(input_ids=ids_BS)
+
+
+def _embed_typed(encoder: Any, ids_BS: Tensor, mask_BS: Tensor, types_BS: Tensor | None) -> Tensor:
+    return encoder.embeddings(input_ids=ids_BS, token_type_ids=types_BS)
+
+
+def _embed_electra(
+    encoder: Any, ids_BS: Tensor, mask_BS: Tensor, types_BS: Tensor | None
+) -> Tensor:
+    words_BSE = _embed_typed(encoder, ids_BS, mask_BS, types_BS)
+    # There only where words are embedded in another size than the layers'.
+    return getattr(encoder, "embeddings_project", nn.Identity())(words_BSE)
+
+
+def _embed_deberta(
+    encoder: Any, ids_BS: Tensor, mask_BS: Tensor, types_BS: Tensor | None
+) -> Tensor:
+    return encoder.embeddings(input_ids=ids_BS, token_type_ids=types_BS, mask=mask_BS)
+
+
+def _mask(encoder: Any, hidden_BSH: Tensor, mask_BS: Tensor) -> Any:
+    return create_bidirectional_mask(
+        config=encoder.config, inputs_embeds=hidden_BSH, attention_mask=mask_BS
+    )
+
+
+def _mpnet_context(encoder: Any, hidden_BSH: Tensor, mask_BS: Tensor) -> dict[str, Any]:
+    return {
+        "attention_mask": _mask(encoder, hidden_BSH, mask_BS),
+        "position_bias": encoder.encoder.compute_position_bias(hidden_BSH),
+    }
+
+
+def _deberta_context(encoder: Any, hidden_BSH: Tensor, mask_BS: Tensor) -> dict[str, Any]:
+    return {
+        "attention_mask": encoder.encoder.get_attention_mask(mask_BS),
+        "relative_pos": encoder.encoder.get_rel_pos(hidden_BSH),
+        "rel_embeddings": encoder.encoder.get_rel_embedding(),
+    }
+
+
+def _modernbert_context(encoder: Any, hidden_BSH: Tensor, mask_BS: Tensor) -> dict[str, Any]:
+    """What a layer takes, by its type of attention."""
+    positions = torch.arange(hidden_BSH.shape[1], device=hidden_BSH.device)[None]
+    masks = {
+        "full_attention": create_bidirectional_mask,
+        "sliding_attention": create_bidirectional_sliding_window_mask,
+    }
+    return {
+        kind: {
+            "attention_mask": masks[kind](
+                config=encoder.config, inputs_embeds=hidden_BSH, attention_mask=mask_BS
+            ),
+            "position_embeddings": encoder.rotary_emb(hidden_BSH, positions, kind),
+        }
+        for kind in set(encoder.config.layer_types)
+    }
+
+
+def _run(layer: Any, hidden_BSH: Tensor, context: Any) -> Tensor:
+    return layer(hidden_BSH, context)
+
+
+def _first_of_bert(layer: Any, hidden_BSH: Tensor, context: Any) -> Tensor:
+    # Contiguous, or a linear map takes the slice input by input.
+    mixed_B1H = layer.attention.self(hidden_BSH, context)[0][:, :1].contiguous()
+    hidden_B1H = layer.attention.output(mixed_B1H, hidden_BSH[:, :1])
+    return layer.output(layer.intermediate(hidden_B1H), hidden_B1H)
+
+
+def _first_of_distilbert(layer: Any, hidden_BSH: Tensor, context: Any) -> Tensor:
+    mixed_B1H = layer.attention(hidden_BSH, context)[0][:, :1].contiguous()
+    hidden_B1H = layer.sa_layer_norm(mixed_B1H + hidden_BSH[:, :1])
+    return layer.output_layer_norm(layer.ffn(hidden_B1H) + hidden_B1H)
+
+
+def _run_first_of_tuple(layer: Any, hidden_BSH: Tensor, context: Any) -> Tensor:
+    return layer(hidden_BSH, **context)[0]
+
+
+def _run_modernbert(layer: Any, hidden_BSH: Tensor, context: Any) -> Tensor:
+    return layer(hidden_BSH, **context[layer.attention_type])
+
+
+def _nothing(
+    encoder: Any, index: int, before_BSH: Tensor, hidden_BSH: Tensor, context: Any
+) -> Tensor:
+    return hidden_BSH
+
+
+def _convolution(
+    encoder: Any, index: int, before_BSH: Tensor, hidden_BSH: Tensor, context: Any
+) -> Tensor:
+    if index > 0 or encoder.encoder.conv is None:
+        return hidden_BSH
+    mask_BS = context["attention_mask"].squeeze(1).diagonal(dim1=1, dim2=2)  # (B, 1, S, S): i * j
+    return encoder.encoder.conv(before_BSH, hidden_BSH, mask_BS)
+
+
+def _final_norm(
+    encoder: Any, index: int, before_BSH: Tensor, hidden_BSH: Tensor, context: Any
+) -> Tensor:
+    return encoder.final_norm(hidden_BSH) if index == len(encoder.layers) - 1 else hidden_BSH
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one model type looks inside; what isn't said is as in BERT, without token types.
+
+    layers: path of its ModuleList of layers.
+    pooler: does the pretrained model bring a pooler (then it can be told to leave it out).
+    parts: layer -> its parts; None: its layers cannot be run in parts.
+    embed: encoder, ids, mask, token types or None -> the states before layer 1.
+    context: encoder, states, mask -> what a layer takes besides the states.
+    run: layer, states, context -> states.
+    run_for_first: the same for the first token alone, (B, S, H) -> (B, 1, H), with dropout and
+        gradients; None: only whole layers can be run, or `after` looks at other tokens.
+    after: encoder, layer's number, states before and after it, context -> the states handed on.
+    first_position: configuration -> the number of the first token's position.
+    first_is_special: is layer 1 made differently from the others?
+    more_settings: that the library reads if they are there, beside those that it has defaults for.
+    """
+
+    layers: str = "encoder.layer"
+    pooler: bool = False
+    parts: Callable[[Any], LayerParts] | None = None
+    embed: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor] = _embed
+    context: Callable[[Any, Tensor, Tensor], Any] = _mask
+    run: Callable[[Any, Tensor, Any], Tensor] = _run
+    run_for_first: Callable[[Any, Tensor, Any], Tensor] | None = None
+    after: Callable[[Any, int, Tensor, Tensor, Any], Tensor] = _nothing
+    first_position: Callable[[Mapping[str, Any]], int] = lambda config: 0
+    first_is_special: bool = False
+    more_settings: tuple[str, ...] = ()
+
+
+_ROBERTA = Architecture(
+    pooler=True,
+    parts=_bert_parts,
+    run_for_first=_first_of_bert,
+    first_position=lambda config: config["pad_token_id"] + 1,
+)
+ARCHITECTURES = {
+    "bert": Architecture(
+        pooler=True, parts=_bert_parts, embed=_embed_typed, run_for_first=_first_of_bert
+    ),
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
+    "electra": Architecture(parts=_bert_parts, embed=_embed_electra, run_for_first=_first_of_bert),
+    "distilbert": Architecture(
+        "transformer.layer", parts=_distilbert_parts, run_for_first=_first_of_distilbert
+    ),
+    "mpnet": Architecture(
+        pooler=True,
+        context=_mpnet_context,
+        run=_run_first_of_tuple,
+        first_position=lambda config: 2,  # the library has RoBERTa's rule with its padding id, 1
+    ),
+    "deberta-v2": Architecture(  # DeBERTa-v3 goes by this name too
+        embed=_embed_deberta,
+        context=_deberta_context,
+        run=_run_first_of_tuple,
+        after=_convolution,
+        more_settings=(
+            "position_buckets",
+            "norm_rel_ebd",
+            "share_att_key",
+            "conv_kernel_size",
+            "conv_act",
+            "conv_groups",
+            "attention_head_size",
+            "embedding_size",
+            "cls_dropout",
+        ),
+    ),
+    "modernbert": Architecture(
+        "layers",
+        context=_modernbert_context,
+        run=_run_modernbert,
+        after=_final_norm,
+        first_is_special=True,  # it has no norm before its attention
+        more_settings=(
+            "head_dim",
+            "local_rope_theta",
+            "global_rope_theta",
+            "global_attn_every_n_layers",
+        ),
+    ),
+}
+
+
+def architecture(model_type: str) -> Architecture:
+    """Look up a model type.
+
+    Raises:
+        UserError: the type is not in the table.
+    """
+    if model_type not in ARCHITECTURES:
+        raise UserError(
+            f"backbone of type {model_type!r} is not supported; supported: "
+            f"{', '.join(ARCHITECTURES)} (backbone=..., or backbone.path=a model of these types)"
+        )
+    return ARCHITECTURES[model_type]
+
+
+def settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a model type that `given` has, completed with the defaults.
+
+    Nothing else is taken: neither code nor kernels, a precision, labels or a place.
+
+    Args:
+        given: plain values of a configuration that somebody else may have written.
+
+    Raises:
+        UserError: they are not what this model type can be.
+    """
+    model_type = given.get("model_type")
+    if not isinstance(model_type, str):
+        raise UserError("its configuration says no model_type")
+    more = architecture(model_type).more_settings  # refuses a type that is not in the table
+    default = AutoConfig.for_model(model_type)
+    known = {*default.to_dict(), *default.attribute_map, *more, *TOKEN_IDS}
+    known -= set(PreTrainedConfig().to_dict())
+    chosen = {name: given[name] for name in sorted(known & set(given))}
+    chosen = plain_files.plain(chosen, "its configuration")
+    for name in ("num_hidden_layers", "n_layers"):
+        if is_whole(count := chosen.get(name, 1)) and not 1 <= count <= LAYERS:
+            raise UserError(f"{name}={count!a} must be a whole number from 1 to {LAYERS}")
+    try:
+        found = AutoConfig.for_model(model_type, **chosen).to_dict()
+        longest_input(found)
+    except Exception as error:  # the library checks its settings in many ways
+        raise UserError(f"its configuration is of no {model_type} ({first_line(error)})") from error
+    return found
+
+
+def keep_layers(encoder: Any, layers: list[int], flag: str) -> None:
+    """Leave only these of the layers, from 1, and change the configuration to match.
+
+    What belongs to a place and not to a layer stays there: a norm after the last layer
+    (ModernBERT), a convolution after the first (DeBERTa).
+
+    Raises:
+        UserError: these are not some of its layers in their order, or it cannot be cut like that.
+    """
+    config, kind = encoder.config, architecture(encoder.config.model_type)
+    there = encoder.get_submodule(kind.layers)
+    given = layers if isinstance(layers, list) else []
+    kept = [index for index in range(len(there)) if index + 1 in given]
+    if not kept or [index + 1 for index in kept] != given:
+        raise UserError(
+            f"{flag}={layers} must be a list of layers from 1 to {len(there)}, in their order "
+            f"(every other one: {flag}=[{','.join(map(str, range(1, len(there) + 1, 2)))}])"
+        )
+    if kind.first_is_special and kept[0] != 0:
+        raise UserError(
+            f"{flag}={layers}: layer 1 of a {config.model_type} is unlike the others and must stay"
+        )
+    encoder.set_submodule(kind.layers, nn.ModuleList(there[index] for index in kept))
+    config.num_hidden_layers = len(kept)
+    if types := getattr(config, "layer_types", None):  # ModernBERT: how far each layer looks
+        config.layer_types = [types[index] for index in kept]
+
+
+def longest_input(config: Mapping[str, Any]) -> int:
+    """Tokens that a backbone takes at most, from the plain values of its configuration."""
+    first = architecture(config["model_type"]).first_position(config)
+    return int(config["max_position_embeddings"]) - first

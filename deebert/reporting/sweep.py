@@ -1,0 +1,231 @@
+"""A multirun folder -> sweep.csv, sweep.md, sweep.png: every job in one table and one picture.
+
+Reads only what the jobs left behind (results.json, .hydra/overrides.yaml), so it also works on an
+old folder (`python -m deebert.sweep FOLDER`) and after a failed job, when Hydra doesn't call
+`on_multirun_end`. Knows nothing of models; imports nothing heavy, as every command loads it.
+"""
+
+import argparse
+import csv
+import io
+import logging
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from deebert.errors import UserError
+from deebert.reporting.markdown import text
+from deebert.reporting.sweep_rows import COLUMNS, ORIGINS, Job, Mean, jobs_of, over_seeds, rows_of
+from deebert.runs import ranks
+
+log = logging.getLogger(__name__)
+
+FEW = 16  # points: so many can carry their threshold in the picture and still be read
+
+
+class SweepSummary(Callback):
+    """Keeps the summary of a multirun up to date, as `hydra.callbacks.sweep`.
+
+    After each job, in whichever process it ran: the summary is there even if a later job fails.
+    """
+
+    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
+        if config.hydra.mode == RunMode.MULTIRUN:
+            _keep(config)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if _keep(config):
+            log.info("sweep: %s", _folder(config) / "sweep.md")
+
+
+def write(folder: Path) -> None:
+    """Write sweep.csv, sweep.md and sweep.png; a reader never sees half of one."""
+    from filelock import FileLock
+
+    # Jobs may end at once in several processes: the last one to write must have seen all.
+    with FileLock(folder / ".sweep.lock", timeout=60):
+        jobs = jobs_of(folder)
+        found = rows_of(jobs)
+        _replace(folder / "sweep.csv", _csv(found).encode())
+        _replace(folder / "sweep.md", _markdown(folder.name, jobs, found).encode())
+        if drawn := [mean for mean in over_seeds(found) if mean.score is not None]:
+            _replace(folder / "sweep.png", _picture(drawn))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command for a folder that is there already; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        "python -m deebert.sweep", description="Write sweep.csv, sweep.md and sweep.png."
+    )
+    parser.add_argument("folder", type=Path, help="a multirun folder, or any folder of runs")
+    folder = parser.parse_args(arguments).folder.absolute()
+    try:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder; give a multirun folder (multirun/...)")
+        jobs = jobs_of(folder)
+        if all(job.results is None for job in jobs):
+            raise UserError(
+                f"{folder} holds no results: {len(jobs)} jobs, none of them finished; give a "
+                "multirun folder (multirun/...) with a results.json in each job's folder"
+            )
+        write(folder)
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    print(f"Sweep: {folder / 'sweep.md'}")
+    return 0
+
+
+def _keep(config: DictConfig) -> bool:
+    """Write the summary if this is the process to do it; did it work?"""
+    if not ranks.is_first():
+        return False
+    try:
+        write(_folder(config))
+    except Exception as error:  # whatever it is, the job itself is well and finished
+        log.warning("no summary of the sweep: %s: %s", type(error).__name__, error)
+        return False
+    return True
+
+
+def _folder(config: DictConfig) -> Path:
+    return Path(config.hydra.runtime.cwd) / config.hydra.sweep.dir
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0] if rows else ("job", *COLUMNS), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _markdown(title: str, jobs: list[Job], rows: list[dict[str, Any]]) -> str:
+    missing = [job for job in jobs if job.results is None]
+    lines = [f"# Sweep {text(title)}: {len(jobs) - len(missing)} of {len(jobs)} jobs finished", ""]
+    if missing:
+        table = [
+            {"job": job.name, "overrides": " ".join(job.overrides), "what is there": job.problem}
+            for job in missing
+        ]
+        lines += ["## Failed or unfinished", "", *_table(table), ""]
+    means = over_seeds(rows)
+    if any(len(mean.seeds) > 1 for mean in means):
+        table = [
+            {key: value for key, value in mean.line.items() if key != "wished"}
+            | {key: value for key, value in vars(mean).items() if key not in ("line", "seeds")}
+            | {"seeds": " ".join(map(str, mean.seeds)), "n": len(mean.seeds)}
+            for mean in means
+        ]
+        lines += ["## Over seeds: mean and sample standard deviation", "", *_table(table), ""]
+    if rows:
+        lines += ["## Every job", "", *_table(rows), ""]
+    return "\n".join(lines)
+
+
+def _table(rows: list[dict[str, Any]]) -> Iterable[str]:
+    """Markdown, without the columns that say nothing in any row."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = [key for key in columns if any(row.get(key) not in (None, "") for row in rows)]
+    yield f"| {' | '.join(text(column.replace('_', ' ')) for column in columns)} |"
+    yield f"|{'---|' * len(columns)}"
+    for row in rows:
+        cells = (_cell(column, row.get(column)) for column in columns)
+        yield f"| {' | '.join(cells)} |"
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if column.startswith(("expected_saving", "time_saving")):
+        return f"{value:.1%}"
+    if column == "speed_up":
+        return f"{value:.2f}x"
+    if isinstance(value, float):
+        return f"{value:g}" if column == "threshold" else f"{value:.4f}"
+    return text(value)
+
+
+def _picture(means: list[Mean]) -> bytes:
+    """Score against saving: a line a group, with error bars where there are several seeds.
+
+    Against the time saved, too, where that was measured: the same line, dashed.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    keys = dict.fromkeys(key for mean in means for key in mean.line if key != "metric")
+    values = {key: {mean.line.get(key, "") for mean in means} for key in keys}
+    lines = defaultdict(list)
+    for mean in means:
+        differing = (key for key in keys if len(values[key]) > 1 and mean.line.get(key, "") != "")
+        lines[", ".join(_named(key, mean.line[key]) for key in differing)].append(mean)
+
+    figure = Figure(figsize=(9 if len(lines) > 1 else 7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    colours = matplotlib.colormaps["tab10" if len(lines) <= 10 else "turbo"]
+    for i, (label, points) in enumerate(lines.items()):
+        points.sort(key=lambda point: point.expected_saving)
+        several = any(len(point.seeds) > 1 for point in points)
+        colour = colours(i if len(lines) <= 10 else i / (len(lines) - 1))
+        axes.errorbar(
+            savings := [100 * point.expected_saving for point in points],
+            scores := [point.score for point in points if point.score is not None],  # all have one
+            xerr=[100 * (p.expected_saving_spread or 0) for p in points] if several else None,
+            yerr=[p.score_spread or 0 for p in points] if several else None,
+            marker="osD^v"[i % 5],
+            markersize=4,
+            capsize=2,
+            elinewidth=0.8,
+            color=colour,
+            label=label or None,
+        )
+        timed = [
+            (100 * point.time_saving, score)
+            for point, score in zip(points, scores, strict=True)
+            if point.time_saving is not None
+        ]
+        if timed:
+            axes.plot(*zip(*timed, strict=True), "x--", color=colour, linewidth=1)
+        if len(means) <= FEW:
+            for point, x, y in zip(points, savings, scores, strict=True):
+                text = (point.wish or "").partition(" ")[0] or _cell("threshold", point.threshold)
+                axes.annotate(text, (x, y), (4, 4), textcoords="offset points", fontsize=7)
+    line = means[0].line
+    shared = [key for key in ("task", "backbone", "stage", "exit") if len(values[key]) == 1]
+    clock = any(mean.time_saving is not None for mean in means)
+    axes.set(
+        xlabel="expected saving (% of layers)" + ("; dashed: time saving (%)" if clock else ""),
+        ylabel=" or ".join(dict.fromkeys(mean.line["metric"] for mean in means)),
+        title=", ".join(_named(key, line[key]) for key in shared if line[key]),
+    )
+    axes.grid(alpha=0.3)
+    if len(lines) > 1:
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()
+
+
+def _named(key: str, value: Any) -> str:
+    if key in ORIGINS and len(value) > 30:
+        value = f"...{value[-27:]}"  # the end of a path tells more
+    if key in ("task", "backbone", "objective", "exit", "wished"):
+        return str(value)
+    return f"stage {value}" if key == "stage" else f"{key}={value}"
+
+
+def _replace(file: Path, content: bytes) -> None:
+    part = file.with_name(f".{file.name}.part")
+    part.write_bytes(content)
+    part.replace(file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

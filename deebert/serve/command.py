@@ -1,0 +1,98 @@
+"""`python -m deebert.serve model=RUN`: an HTTP service that answers texts.
+
+Its options, and what they contradict; `service` has what runs it.
+"""
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from deebert import options as commands
+from deebert.errors import UserError
+from deebert.options import ModelOptions, WishOptions, option
+
+HERE = ("127.0.0.1", "::1", "localhost")  # addresses that only this machine reaches
+TOKEN = "DEEBERT_TOKEN"
+LITSERVE_TOKEN = "LIT_SERVER_API_KEY"  # its own name for one; checked by us, or it would be twice
+
+
+@dataclass
+class ServeOptions(WishOptions, ModelOptions):
+    """A service. The wish is for requests that say nothing of their own."""
+
+    host: str = option(HERE[0], "address to listen at; 0.0.0.0 for all, which needs a token")
+    port: int = option(8000, "port to listen at")
+    token: str | None = option(None, f"what requests must bring; better as {TOKEN}= before it all")
+    no_token: bool = option(False, "listen beyond this machine without a token")
+    batch_window_ms: float = option(5.0, "how long a request waits for others to be run with it")
+    max_batch: int = option(32, "requests that are run together, at most")
+    workers: int = option(1, "processes that hold the model")
+    threads: int | None = option(None, "of torch in each of them")
+    max_texts: int = option(256, "texts of a request, at most")
+    max_length_chars: int = option(20_000, "characters of a text, at most")
+    max_body_bytes: int = option(2**20, "bytes of a request, at most")
+    max_waiting: int = option(1000, "requests under way, at most; others are told to come again")
+    speedups: bool = option(
+        False, "measure first what layers cost, so that requests may ask for it"
+    )
+    answer_s: float = option(300.0, "seconds that an answer may take")
+    stop_s: float = option(30.0, "seconds that a stop waits for what was taken")
+
+
+def checked(options: ServeOptions) -> ServeOptions:
+    """The same, with the token of the environment.
+
+    Raises:
+        UserError: a number is out of its range, or the service would be open to the network.
+    """
+    for name in ("max_batch", "workers", "max_texts", "max_length_chars", "max_body_bytes",
+                 "max_waiting", "threads", "answer_s", "stop_s"):  # fmt: skip
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise UserError(f"{name}={value} must be more than 0")
+    if not 0 <= options.batch_window_ms <= 10_000:
+        raise UserError(
+            f"batch_window_ms={options.batch_window_ms} must be in [0, 10000]: milliseconds"
+        )
+    if not 1 <= options.port <= 65535:
+        raise UserError(f"port={options.port} must be in 1..65535")
+    if options.token is None:
+        given = [os.environ[name] for name in (TOKEN, LITSERVE_TOKEN) if name in os.environ]
+        options.token = given[0] if given else None
+    if options.token is not None:
+        options.token = options.token.strip()  # files with a secret end in a newline
+    if options.token == "":
+        raise UserError(f"the token is empty; give token=SECRET or {TOKEN}=SECRET, or none")
+    if options.token is None and options.host not in HERE and not options.no_token:
+        raise UserError(
+            f"host={options.host} would let anyone in who reaches this machine: set {TOKEN}=SECRET "
+            "in the environment, or say no_token=true"
+        )
+    os.environ.pop(LITSERVE_TOKEN, None)
+    return options
+
+
+def run(options: ServeOptions) -> None:
+    """Serve until told to stop (SIGTERM, or Ctrl-C).
+
+    Raises:
+        UserError: an option, the model or the default wish is no good, or the extra is missing.
+    """
+    options = checked(options)
+    for package in ("litserve", "prometheus_client"):
+        if find_spec(package) is None:  # imported when it is known where to count
+            raise UserError(
+                f'the service needs {package}, which is not installed: pip install "deebert[serve]"'
+            )
+    from deebert.serve import server
+
+    server.serve(options)
+
+
+if __name__ == "__main__":
+    commands.main(
+        ServeOptions,
+        run,
+        "python -m deebert.serve",
+        "python -m deebert.serve model=RUN target_saving=0.4 port=8000",
+    )
