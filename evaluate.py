@@ -9,12 +9,12 @@ from omegaconf import DictConfig
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> float | None:
-    from deebert.runs import signals
+    from deebert.runs import signals, evaluate
 
     with signals.in_one_line(cfg):
-        from deebert.runs import train
+        pass
 
-        return train.evaluate(cfg)
+        return evaluate.evaluate(cfg)
 
 
 if __name__ == "__main__":

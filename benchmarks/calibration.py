@@ -20,18 +20,13 @@ import torch
 from torch import Tensor
 
 from deebert.data.tasks import Task
+from deebert.exits import target
+from deebert.hub import record_files
 from deebert.evaluation.analysis import analysis
-from deebert.exits import (
-    calibration,
-    curves,
-    records,
-    risk_control,
-    threshold_search,
-)
-from deebert.exits import (
-    rules as exits,
-)
-from deebert.exits.calibration import Choice, Wish
+from deebert.exits import calibration, curves, risk_control, threshold_search
+from deebert.exits import rules as exits
+from deebert.exits.calibration import Choice
+from deebert.exits.target import Target
 from deebert.exits.records import Record
 from deebert.exits.rules import Rule
 from deebert.reporting import report
@@ -45,7 +40,7 @@ DELTAS = (0.05, 0.1)
 def pools(folders: list[Path]) -> Iterable[tuple[str, Task, Record, dict[str, Any]]]:
     """Rows of each task that are alike, labelled and unlabelled ones apart."""
     for folder in folders:
-        found = [records.load(file) for file in sorted((folder / "records").glob("*.safetensors"))]
+        found = [record_files.load(file) for file in sorted((folder / "records").glob("*.safetensors"))]
         reported = next(record for record, _ in found if record.split != "calibration")
         rows = [record for record, _ in found if not calibration.unlike(record, reported)]
         config = found[0][1]["config"]
@@ -77,7 +72,7 @@ def savings(task: Task, pool: Record, rule: Rule, draws: int) -> list[dict[str, 
         errors, inside, widths = [], 0, []
         for draw in range(draws):
             seen, new = halves(pool, draw)
-            choice = calibration.choose(seen, task, rule, Wish(target_saving=saving))
+            choice = calibration.choose(seen, task, rule, Target(target_saving=saving))
             layer_N, _ = choice(seen, task)
             deviation = (layer_N.double() / pool.num_layers).std(correction=0).item()
             expected = 1 - layer_N.double().mean().item() / pool.num_layers
@@ -111,7 +106,7 @@ def promises(task: Task, pool: Record, rule: Rule, draws: int) -> list[dict[str,
     layer_NT = torch.stack([exits.exit_layer(verdict.score_NL, t) for t in grid], 1)
     saving_NT = 1 - layer_NT.double().numpy() / pool.num_layers
     rows = []
-    for loss in calibration.LOSSES if pool.labels_N is not None else ("disagreement",):
+    for loss in target.LOSSES if pool.labels_N is not None else ("disagreement",):
         loss_NT = calibration.losses(pool, task, rule, grid, loss).numpy().astype(float)
         for limit in DROPS:
             for delta in DELTAS:
@@ -223,11 +218,11 @@ def selections(task: Task, pool: Record, rule: Rule, draws: int) -> list[dict[st
     """
 
     def temperature(seen: Record, saving: float) -> Choice:
-        wish = Wish(target_saving=saving, temperature=True)
+        wish = Target(target_saving=saving, temperature=True)
         return calibration.choose(seen, task, rule, wish)
 
     def ramps(seen: Record, saving: float) -> Choice:
-        return calibration.choose(seen, task, rule, Wish(target_saving=saving, per_ramp=True))
+        return calibration.choose(seen, task, rule, Target(target_saving=saving, per_ramp=True))
 
     def always(seen: Record, saving: float) -> Choice:
         score, right = parts(seen)
@@ -346,7 +341,7 @@ def rules(task: Task, pool: Record, draws: int) -> list[dict[str, Any]]:
             values = []
             for draw in range(draws):
                 seen, new = halves(pool, draw)
-                choice = calibration.choose(seen, task, rule, Wish(target_saving=saving))
+                choice = calibration.choose(seen, task, rule, Target(target_saving=saving))
                 values.append(measure(choice, new, task))
             saved, accuracy = np.mean(values, 0)
             rows.append({"rule": name, "wished": saving, "saving": saved, "accuracy": accuracy})
@@ -363,12 +358,12 @@ def cost() -> list[dict[str, Any]]:
     record = Record("pool", logits, labels, torch.arange(40_000), torch.ones(40_000))
     task = Task("x", ("text",), ("a", "b", "c"), ("accuracy",))
     wishes = {
-        "target_saving=0.4": Wish(target_saving=0.4),
-        "target_saving=0.4 per_ramp=true": Wish(target_saving=0.4, per_ramp=True),
-        "target_saving=0.4 temperature=true": Wish(target_saving=0.4, temperature=True),
-        "max_drop=0.01": Wish(max_drop=0.01),
-        "max_drop=0.01 loss=disagreement": Wish(max_drop=0.01, loss="disagreement"),
-        "max_drop=0.01 confidence=null": Wish(max_drop=0.01, confidence=None),
+        "target_saving=0.4": Target(target_saving=0.4),
+        "target_saving=0.4 per_ramp=true": Target(target_saving=0.4, per_ramp=True),
+        "target_saving=0.4 temperature=true": Target(target_saving=0.4, temperature=True),
+        "max_drop=0.01": Target(max_drop=0.01),
+        "max_drop=0.01 loss=disagreement": Target(max_drop=0.01, loss="disagreement"),
+        "max_drop=0.01 confidence=null": Target(max_drop=0.01, confidence=None),
     }
     rows = []
     for name, wish in wishes.items():

@@ -31,10 +31,12 @@ from omegaconf import OmegaConf
 from quality_report import GRID, WISHES
 
 from deebert.data import loading
+from deebert.hub import record_files
 from deebert.data.tasks import Task
 from deebert.errors import UserError
-from deebert.exits import calibration, curves, records, rules
-from deebert.exits.calibration import Infeasible, Wish
+from deebert.exits import calibration, curves, rules
+from deebert.exits.calibration import Infeasible
+from deebert.exits.target import Target
 from deebert.exits.records import Record
 from deebert.models.ramps import RampKind
 from deebert.reporting import report
@@ -254,7 +256,7 @@ def trade_off(
     exit = exit or ("learned" if learned else None)
     rule = rules.named(exit, task.num_labels) if exit else rules.default(task.num_labels)
     for saving in [saving for saving in GRID[1:] if saving < most]:
-        wish = Wish(target_saving=saving)
+        wish = Target(target_saving=saving)
         try:
             seen = calibration.calibration(None, [record], task, rule, wish)["measured"]
         except Infeasible:  # a rule that must see two ramps before it lets go
@@ -267,7 +269,7 @@ def trade_off(
     area = ((curve[1:] + curve[:-1]) / 2).mean().item()
     found = {"rule": rule.name, "wishes": wishes, "curve": curve.tolist(), "area": area}
     found["half_the_work"] = {}
-    wish = Wish(target_speedup=2.0, costs=work(record.num_layers, reads_tokens))
+    wish = Target(target_speedup=2.0, costs=work(record.num_layers, reads_tokens))
     with contextlib.suppress(Infeasible):
         seen = calibration.calibration(None, [record], task, rule, wish)["measured"]
         found["half_the_work"] = {"saving": seen["expected_saving"], **seen["scores"]}
@@ -301,7 +303,7 @@ def cell(runs: Runs, asked: dict[str, Any], name: str, data: Path) -> dict[str, 
         return found | {"operations": depth}  # its ramp reads all tokens
     if "trade_off" not in results:  # its ramps are not trained
         return found
-    record, header = records.load(folder / "records" / f"{results['split']}.safetensors")
+    record, header = record_files.load(folder / "records" / f"{results['split']}.safetensors")
     config = header["config"]
     reads_tokens = RampKind.from_config(config["ramp"]).reads_tokens
     return found | trade_off(

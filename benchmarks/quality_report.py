@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deebert.data.tasks import REGRESSION
+from deebert.data.metrics import REGRESSION
 
 GRID = [step / 50 for step in range(41)]  # savings from 0 to 0.8
 WISHES = (0.3, 0.4, 0.5, 0.6, 0.7)

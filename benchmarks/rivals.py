@@ -21,7 +21,7 @@ from deebert.errors import UserError
 from deebert.evaluation.latency import Inputs
 from deebert.exits import rules
 from deebert.inference import onnx_layer
-from deebert.inference.engine import Answers
+from deebert.inference.survivors import Answers
 from deebert.models.early_exit import INPUTS, EarlyExitModel
 
 Run = Callable[[Inputs], Answers | Tensor]

@@ -36,11 +36,12 @@ from deebert.evaluation import latency
 from deebert.evaluation.latency import FullDepth, Inputs
 from deebert.evaluation.timing import Timing, compare
 from deebert.exits import calibration, curves, rules
-from deebert.exits.calibration import Wish
+from deebert.exits.target import Target
 from deebert.exits.records import Record
 from deebert.hub import checkpoints
 from deebert.inference import kernels
-from deebert.inference.engine import Answers, Engine
+from deebert.inference.engine import Engine
+from deebert.inference.survivors import Answers
 from deebert.models.early_exit import INPUTS, EarlyExitModel
 from deebert.reporting import report
 
@@ -290,7 +291,7 @@ def wishes(subject: Subject, given: argparse.Namespace) -> list[Any]:
     runs: dict[str, Callable[[Any], Any]] = {"full depth": lambda request: full.run(request.inputs)}
     for target in SPEEDUPS:
         try:
-            wished = [Wish(target_speedup=target, costs=each) for each in costs]
+            wished = [Target(target_speedup=target, costs=each) for each in costs]
             choices = [
                 calibration.choose(subject.record.rows(seen), task, subject.rule, wish)
                 for seen, wish in zip(others, wished, strict=True)

@@ -20,17 +20,17 @@ import torch
 from torch import Tensor
 
 from deebert.data import tokenization
-from deebert.data.tasks import Task
+from deebert.data.tasks import HELD_OUT, Task
 from deebert.errors import UserError
 from deebert.evaluation import evaluate, latency
 from deebert.evaluation.evaluate import Question
 from deebert.evaluation.latency import Protocol
 from deebert.evaluation.timing import undisturbed
 from deebert.exits import calibration, rules
-from deebert.exits.calibration import Wish
 from deebert.exits.curves import Thresholds, check_thresholds
-from deebert.exits.records import HELD_OUT, Record
+from deebert.exits.records import Record
 from deebert.exits.rules import Rule
+from deebert.exits.target import Target
 from deebert.hub import locate, model_card, saved_folder
 from deebert.hub.saved_folder import Saved
 from deebert.inference.engine import WINDOW, Engine
@@ -281,7 +281,7 @@ class EarlyExitClassifier:
                 machine (measured at the first time: about ten seconds).
             max_drop: how much worse than full depth it may be at most, 0.01 for one point.
             exit: the exit rule; None for the one it was saved with.
-            **more: `confidence`, `loss`, `per_ramp`, `temperature` of `calibration.Wish`.
+            **more: `confidence`, `loss`, `per_ramp`, `temperature` of `calibration.Target`.
                 Nothing at all: as the model was saved, full depth unless it says otherwise.
 
         Raises:
@@ -314,7 +314,7 @@ class EarlyExitClassifier:
         rule = self._rule(values.pop("exit", None)) if "exit" in values else self.rule
         if rule.reads == "unsure" and self.model.ramp_kind.predicts is None:
             raise UserError(rules.NOT_LEARNED.format(rule.name))
-        known = set(Wish.__dataclass_fields__) - {"costs"} | {"threshold"}
+        known = set(Target.__dataclass_fields__) - {"costs"} | {"threshold"}
         if unknown := sorted(set(values) - known):
             raise UserError(f"{unknown[0]}= is no part of a wish; {', '.join(sorted(known))} are")
         if not set(values) & set(WISHES[1:]):
@@ -328,7 +328,7 @@ class EarlyExitClassifier:
             if rules.limits(thresholds, self.num_layers).any() and rule.asks_prior:
                 raise UserError(rules.NO_PRIOR.format(rule.name))
             return Asked(rule, thresholds, wish)
-        granted = Wish(**values)
+        granted = Target(**values)
         record = self._calibration_rows
         if granted.target_speedup is not None:
             granted = replace(granted, costs=self.costs)

@@ -8,16 +8,8 @@ from test_curves import task
 from deebert.errors import UserError
 from deebert.evaluation.evaluate import Question, evaluate
 from deebert.exits import curves, rules
-from deebert.exits.calibration import (
-    FOLDS,
-    Choice,
-    Wish,
-    calibration,
-    choose,
-    folds,
-    losses,
-    unlike,
-)
+from deebert.exits.calibration import FOLDS, Choice, calibration, choose, folds, losses, unlike
+from deebert.exits.target import Target
 from deebert.exits.calibration import _cross_fitted as cross_fitted
 from deebert.exits.records import Record
 from deebert.exits.rules import exit_layer
@@ -41,7 +33,7 @@ def simulated(num_rows: int, seed: int = 0, layers: int = 5, split: str = "valid
 @pytest.mark.parametrize("saving", [0.2, 0.4, 0.6])
 def test_a_saving_chosen_on_held_out_rows_holds_on_others(saving: float) -> None:
     held_out, reported = simulated(2000, 1, split="calibration"), simulated(3000, 2)
-    found = calibration(held_out, [reported], task("sst2"), RULE, Wish(target_saving=saving))
+    found = calibration(held_out, [reported], task("sst2"), RULE, Target(target_saving=saving))
     assert found["expected"]["expected_saving"] == pytest.approx(saving, abs=0.0015)
     assert found["expected"]["expected_saving"] >= saving - 1e-9
     assert found["measured"]["expected_saving"] == pytest.approx(saving, abs=0.02)
@@ -59,7 +51,7 @@ def test_the_interval_covers_the_saving_of_unseen_rows() -> None:
     inside = 0
     for seed in range(200):
         held_out, reported = simulated(300, 2 * seed), simulated(200, 2 * seed + 1)
-        found = calibration(held_out, [reported], task("sst2"), RULE, Wish(target_saving=0.4))
+        found = calibration(held_out, [reported], task("sst2"), RULE, Target(target_saving=0.4))
         low, high = found["expected"]["interval"]
         inside += low <= found["measured"]["expected_saving"] <= high
     assert inside >= 180
@@ -81,7 +73,7 @@ def test_a_promise_is_broken_in_delta_of_the_draws_at_most(
     risk_T = true_risks(loss)
     assert risk_T.max() > 2 * limit, "the promise can be broken"
     random = torch.Generator().manual_seed(0)
-    wish = Wish(max_drop=limit, confidence=0.9, loss=loss)
+    wish = Target(max_drop=limit, confidence=0.9, loss=loss)
     broken, saved = 0, []
     for _ in range(200):
         rows = torch.randint(0, len(TRUTH), (num_rows,), generator=random)
@@ -96,7 +88,7 @@ def test_a_promise_is_broken_in_delta_of_the_draws_at_most(
 def test_a_promise_on_average_holds_on_average() -> None:
     risk_T = true_risks("disagreement")
     random = torch.Generator().manual_seed(0)
-    wish = Wish(max_drop=0.03, confidence=None, loss="disagreement")
+    wish = Target(max_drop=0.03, confidence=None, loss="disagreement")
     risks = []
     for _ in range(200):
         rows = torch.randint(0, len(TRUTH), (300,), generator=random)
@@ -109,7 +101,7 @@ def test_a_promise_on_average_holds_on_average() -> None:
 def test_gains_are_set_against_losses() -> None:
     """Early ramps that are right where full depth is wrong: no drop, though answers differ."""
     record = simulated(3000)
-    wishes = [Wish(max_drop=0.02, loss=loss) for loss in ("excess", "disagreement")]
+    wishes = [Target(max_drop=0.02, loss=loss) for loss in ("excess", "disagreement")]
     excess, disagreement = (choose(record, task("sst2"), RULE, wish).thresholds for wish in wishes)
     assert excess > disagreement > 0
 
@@ -124,8 +116,8 @@ def test_losses_by_hand() -> None:
     assert found.tolist() == [[0, 0], [0, 1], [0, 1], [0, 0], [0, 1]]
 
 
-@pytest.mark.parametrize("wish", [Wish(target_saving=0.4), Wish(max_drop=0.05), Wish(target_saving=0.4, temperature=True)])  # fmt: skip
-def test_no_row_has_a_part_in_the_thresholds_it_is_measured_with(wish: Wish) -> None:
+@pytest.mark.parametrize("wish", [Target(target_saving=0.4), Target(max_drop=0.05), Target(target_saving=0.4, temperature=True)])  # fmt: skip
+def test_no_row_has_a_part_in_the_thresholds_it_is_measured_with(wish: Target) -> None:
     record = simulated(500)
     before, _, _ = cross_fitted(record, task("sst2"), RULE, wish)
     order = torch.randperm(500, generator=torch.Generator().manual_seed(0))
@@ -145,7 +137,7 @@ def test_no_row_has_a_part_in_the_thresholds_it_is_measured_with(wish: Wish) -> 
 
 def test_cross_fitting_reports_every_row_once() -> None:
     record = simulated(503)
-    found = calibration(None, [record], task("sst2"), RULE, Wish(target_saving=0.4))
+    found = calibration(None, [record], task("sst2"), RULE, Target(target_saving=0.4))
     assert sum(found["measured"]["exit_counts"]) == 503
     assert found["calibration_split"] == "validation, cross-fitted in 5 folds"
     assert found["measured"]["expected_saving"] == pytest.approx(0.4, abs=0.02)
@@ -164,7 +156,7 @@ def unbalanced(num_rows: int, seed: int) -> Record:
 
 
 def test_the_prior_is_what_serves_the_metric() -> None:
-    seen, unseen, wish = unbalanced(4000, 1), unbalanced(20_000, 2), Wish(target_saving=0.5)
+    seen, unseen, wish = unbalanced(4000, 1), unbalanced(20_000, 2), Target(target_saving=0.5)
     rule = rules.named("relative_entropy", 2)
     scores = {}
     for name, prior in (("mrpc", [0.7, 0.3]), ("sst2", [0.5, 0.5])):
@@ -181,7 +173,7 @@ def test_the_prior_is_what_serves_the_metric() -> None:
 
 
 def test_folds_are_measured_with_what_the_other_rows_chose() -> None:
-    record, wish = unbalanced(2000, 1), Wish(target_saving=0.5)
+    record, wish = unbalanced(2000, 1), Target(target_saving=0.5)
     rule, mrpc = rules.named("relative_entropy", 2), task("mrpc")
     found = calibration(None, [record], mrpc, rule, wish)
     fold_N = folds(len(record))
@@ -197,7 +189,7 @@ def test_folds_are_measured_with_what_the_other_rows_chose() -> None:
 
 def test_a_fold_of_too_few_rows_runs_to_full_depth_without_a_prior() -> None:
     record, rule = unbalanced(22, 1), rules.named("relative_entropy", 2)
-    found = calibration(None, [record], task("mrpc"), rule, Wish(target_saving=0.4))
+    found = calibration(None, [record], task("mrpc"), rule, Target(target_saving=0.4))
     assert found["folds_at_full_depth"] == 5
     assert (found["fold_thresholds"], found["fold_fits"]) == ([0.0] * 5, [None] * 5)
     assert found["measured"]["expected_saving"] == 0
@@ -206,19 +198,19 @@ def test_a_fold_of_too_few_rows_runs_to_full_depth_without_a_prior() -> None:
 def test_a_prior_is_found_for_savings_on_labelled_rows() -> None:
     record, rule = unbalanced(2000, 1), rules.named("relative_entropy", 2)
     with pytest.raises(UserError, match="exit=relative_entropy needs a prior"):
-        choose(record, task("mrpc"), rule, Wish(max_drop=0.05))
+        choose(record, task("mrpc"), rule, Target(max_drop=0.05))
     given = rule.fitted(prior=[0.7, 0.3])
-    assert choose(record, task("mrpc"), given, Wish(max_drop=0.05)).rule.prior == [0.7, 0.3]
+    assert choose(record, task("mrpc"), given, Target(max_drop=0.05)).rule.prior == [0.7, 0.3]
     unlabelled = dataclasses.replace(record, labels_N=None)
     with pytest.raises(
         UserError, match=r"exit=relative_entropy without exit.prior=\[...\] needs labels"
     ):
-        choose(unlabelled, task("mrpc"), rule, Wish(target_saving=0.4))
-    choose(unlabelled, task("mrpc"), given, Wish(target_saving=0.4))
+        choose(unlabelled, task("mrpc"), rule, Target(target_saving=0.4))
+    choose(unlabelled, task("mrpc"), given, Target(target_saving=0.4))
 
 
 def test_with_temperatures_the_prior_is_found_for_the_tempered() -> None:
-    rule, wish = rules.named("relative_entropy", 2), Wish(target_saving=0.4, temperature=True)
+    rule, wish = rules.named("relative_entropy", 2), Target(target_saving=0.4, temperature=True)
     choice = choose(unbalanced(2000, 1), task("mrpc"), rule, wish)
     assert choice.rule.prior is not None
     assert choice.rule.temperatures is not None
@@ -236,7 +228,7 @@ def test_full_depth_is_the_final_classifier_for_every_rule(name: str, temperatur
     if temperature:
         rule = rule.tempered(record.logits_NLC, record.labels_N)
     assert (losses(record, task("sst2"), rule, [0.0], "disagreement") == 0).all()
-    wish = Wish(max_drop=0.05, loss="disagreement", temperature=temperature)
+    wish = Target(max_drop=0.05, loss="disagreement", temperature=temperature)
     choice = choose(record, task("sst2"), rule, wish)
     layer_N, predictions_N = choice(TRUTH, task("sst2"))
     full_N = TRUTH.logits_NLC[:, -1].argmax(-1)
@@ -247,7 +239,7 @@ def test_full_depth_is_the_final_classifier_for_every_rule(name: str, temperatur
 def test_gains_do_not_balance_losses_on_average() -> None:
     """One threshold that gains in a quarter of the rows and loses a little more often: the risk
     that is bounded is a running maximum over full depth, too."""
-    wish = Wish(max_drop=0.01, confidence=None)
+    wish = Target(max_drop=0.01, confidence=None)
     labels = torch.ones(400, dtype=torch.long)
     gap = torch.full((400, 2), 8.0)
     gap[:100, 1] = -8  # right at ramp 1, wrong at full depth
@@ -260,14 +252,14 @@ def test_gains_do_not_balance_losses_on_average() -> None:
 def test_a_saving_that_a_rule_cannot_reach() -> None:
     record = simulated(500)
     with pytest.raises(UserError, match=r"target_saving=0.9 is more than exit=entropy can save: 0.800"):  # fmt: skip
-        choose(record, task("sst2"), RULE, Wish(target_saving=0.9))
+        choose(record, task("sst2"), RULE, Target(target_saving=0.9))
     with pytest.raises(UserError, match=r"19 calibration rows .* too few"):
-        choose(record.rows(torch.arange(19)), task("sst2"), RULE, Wish(target_saving=0.4))
+        choose(record.rows(torch.arange(19)), task("sst2"), RULE, Target(target_saving=0.4))
 
 
 def test_intervals_stay_where_values_can_be() -> None:
     few = simulated(20)
-    found = calibration(few, [simulated(30, 1)], task("sst2"), RULE, Wish(target_saving=0.7))
+    found = calibration(few, [simulated(30, 1)], task("sst2"), RULE, Target(target_saving=0.7))
     low, high = found["expected"]["interval"]
     assert 0 <= low < high <= 0.8
     low, high = found["expected"]["score_interval"]
@@ -283,14 +275,14 @@ def test_an_f1_of_nothing_is_not_under_it() -> None:
     few = simulated(20)
     wrong_NC = 9.0 * torch.nn.functional.one_hot(1 - few.labels_N, 2)
     few = dataclasses.replace(few, logits_NLC=wrong_NC[:, None].expand(-1, 5, -1))
-    found = calibration(few, [few], task("mrpc"), RULE, Wish(target_saving=0.4))["expected"]
+    found = calibration(few, [few], task("mrpc"), RULE, Target(target_saving=0.4))["expected"]
     low, high = found["score_interval"]
     assert found["score"] == 0 == low < high
 
 
 def test_other_splits_are_measured_with_the_same_thresholds() -> None:
     first, second = simulated(400, 1), simulated(300, 2, split="validation_mismatched")
-    found = calibration(None, [first, second], task("sst2"), RULE, Wish(target_saving=0.4))
+    found = calibration(None, [first, second], task("sst2"), RULE, Target(target_saving=0.4))
     layers = exit_layer(rules.entropy(second.logits_NLC), found["thresholds"])
     there = found["measured_elsewhere"]["validation_mismatched"]
     assert there["exit_counts"] == layers.bincount(minlength=6)[1:].tolist()
@@ -298,10 +290,10 @@ def test_other_splits_are_measured_with_the_same_thresholds() -> None:
 
 def test_a_promise_with_temperatures_is_made_by_rows_that_had_no_part_in_them() -> None:
     record = simulated(1000)
-    choice = choose(record, task("sst2"), RULE, Wish(max_drop=0.05, temperature=True))
+    choice = choose(record, task("sst2"), RULE, Target(max_drop=0.05, temperature=True))
     assert choice.rule.temperatures is not None
     with pytest.raises(UserError, match="by 100 calibration rows"):
-        choose(record.rows(torch.arange(200)), task("sst2"), RULE, Wish(max_drop=0.02, temperature=True))  # fmt: skip
+        choose(record.rows(torch.arange(200)), task("sst2"), RULE, Target(max_drop=0.02, temperature=True))  # fmt: skip
 
 
 def test_rows_that_are_plainly_unlike() -> None:
@@ -329,36 +321,36 @@ def test_rows_that_are_plainly_unlike() -> None:
 )
 def test_a_wish_that_makes_no_sense(values: dict, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        Wish(**values)
+        Target(**values)
 
 
 def test_a_promise_that_cannot_be_made() -> None:
     few = simulated(100)
     with pytest.raises(UserError, match=r"max_drop=0.01 cannot be promised by 100 .* smallest is 0.0296"):  # fmt: skip
-        choose(few, task("sst2"), RULE, Wish(max_drop=0.01))
-    assert choose(few, task("sst2"), RULE, Wish(max_drop=0.0296)) is not None
+        choose(few, task("sst2"), RULE, Target(max_drop=0.01))
+    assert choose(few, task("sst2"), RULE, Target(max_drop=0.0296)) is not None
     with pytest.raises(UserError, match=r"smallest is 0.00991 at confidence=null"):
-        choose(few, task("sst2"), RULE, Wish(max_drop=0.005, confidence=None))
+        choose(few, task("sst2"), RULE, Target(max_drop=0.005, confidence=None))
     unlabelled = dataclasses.replace(simulated(1000), labels_N=None)
     with pytest.raises(UserError, match="max_drop with loss=excess needs labels"):
-        choose(unlabelled, task("sst2"), RULE, Wish(max_drop=0.05))
-    assert choose(unlabelled, task("sst2"), RULE, Wish(max_drop=0.05, loss="disagreement")).thresholds  # fmt: skip
+        choose(unlabelled, task("sst2"), RULE, Target(max_drop=0.05))
+    assert choose(unlabelled, task("sst2"), RULE, Target(max_drop=0.05, loss="disagreement")).thresholds  # fmt: skip
     values = dataclasses.replace(simulated(1000), logits_NLC=torch.randn(1000, 5, 1), labels_N=torch.randn(1000))  # fmt: skip
     with pytest.raises(UserError, match="task stsb is a regression"):
-        choose(values, task("stsb"), rules.default(1), Wish(max_drop=0.05))
+        choose(values, task("stsb"), rules.default(1), Target(max_drop=0.05))
 
 
 def test_a_regression_can_be_asked_for_a_saving() -> None:
     values = torch.randn(500, 5, 1).cumsum(1)
     record = Record("validation", values, values[:, -1, 0] + torch.randn(500), torch.arange(500), torch.ones(500))  # fmt: skip
-    found = calibration(None, [record], task("stsb"), rules.default(1), Wish(target_saving=0.4))
+    found = calibration(None, [record], task("stsb"), rules.default(1), Target(target_saving=0.4))
     assert found["measured"]["expected_saving"] == pytest.approx(0.4, abs=0.03)
     assert 0 < found["measured"]["score"] < found["measured"]["full_depth_score"]
     assert found["measured"]["excess"] is None
 
 
 def test_what_is_drawn_is_what_was_granted() -> None:
-    record, wish = unbalanced(500, 1), Wish(target_saving=0.4, temperature=True)
+    record, wish = unbalanced(500, 1), Target(target_saving=0.4, temperature=True)
     found = evaluate([record], task("sst2"), Question(RULE, [0.3], wish))
     tempered = RULE.fitted(found["calibration"]["temperatures"])
     assert found["curve"] == curves.curve(record, task("sst2"), tempered, [0.3])

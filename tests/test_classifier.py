@@ -18,8 +18,9 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from deebert import EarlyExitClassifier
+from deebert.data import tasks
 from deebert.errors import UserError
-from deebert.exits import curves, records
+from deebert.exits import curves
 from deebert.exits.records import Record
 from deebert.exits.rules import RULES, entropy, exit_layer
 from deebert.hub import model_card
@@ -392,7 +393,7 @@ def test_shared_parameters_come_back(tmp_path: Path, stage2: Path) -> None:
     expected = model.state_dict()
     assert all(torch.equal(values, expected[name]) for name, values in loaded.state_dict().items())
     assert tensor_files.fingerprint(loaded.state_dict()) == tensor_files.fingerprint(expected)
-    assert records.HELD_OUT == "calibration"
+    assert tasks.HELD_OUT == "calibration"
 
 
 def test_confidence_none_is_on_average(classifier: EarlyExitClassifier) -> None:

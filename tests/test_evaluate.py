@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY, mrpc_rows, results, write_rows
 
-from deebert.exits import records
-from deebert.runs.job import Job
-from deebert.runs.train import _result
+from deebert.hub import record_files
+from deebert.runs.job import Job, finish
+
 
 Run = Callable[..., str]
 FACTS = ("checkpoint", "data", "config")  # of a record's header
@@ -119,9 +119,9 @@ def test_every_rule_grants_a_saving(run: Run, rule: str, stage2: Path, tmp_path:
 def test_a_sweeper_is_given_the_score_of_the_threshold(
     run: Run, stage2: Path, tmp_path: Path
 ) -> None:
-    found, header = records.load(stage2 / "records" / "validation.safetensors")
+    found, header = record_files.load(stage2 / "records" / "validation.safetensors")
     found.logits_NLC[:, 0] = -found.logits_NLC[:, -1]  # ramp 1 is wrong where full depth is right
-    found.save(tmp_path / "records", {name: header[name] for name in FACTS})
+    record_files.save(found, tmp_path / "records", {name: header[name] for name in FACTS})
     told = {}
     for threshold in ("0", "0.7"):
         folder = tmp_path / threshold
@@ -130,18 +130,18 @@ def test_a_sweeper_is_given_the_score_of_the_threshold(
         )
         [point] = results(folder)["curve"]
         job = Job(folder, frozenset(), None)
-        told[threshold] = _result(True, job, at_threshold=True)
+        told[threshold] = finish(True, job, at_threshold=True)
         assert told[threshold] == point["score"]
-        assert _result(True, job) == results(folder)["exits"][-1]["score"]
+        assert finish(True, job) == results(folder)["exits"][-1]["score"]
     assert told["0"] != told["0.7"]
 
 
 def test_the_first_validation_split_is_the_headline(run: Run, stage2: Path, tmp_path: Path) -> None:
-    found, header = records.load(stage2 / "records" / "validation.safetensors")
+    found, header = record_files.load(stage2 / "records" / "validation.safetensors")
     header["config"]["task"]["validation"] = ["validation", "extra"]
     for split in ("validation", "extra"):
         record = dataclasses.replace(found, split=split)
-        record.save(tmp_path / "records", {name: header[name] for name in FACTS})
+        record_files.save(record, tmp_path / "records", {name: header[name] for name in FACTS})
     run("evaluate.py", f"record={tmp_path}", f"hydra.run.dir={tmp_path / 'out'}")
     assert results(tmp_path / "out")["split"] == "validation"
     assert [part["split"] for part in results(tmp_path / "out")["other_splits"]] == ["extra"]
@@ -206,7 +206,7 @@ def test_held_out_rows_are_the_same_however_they_are_cut(
     said = ("target_saving=0.3", "calibration=heldout", "data.max_length=10", "logger=csv")
     run("evaluate.py", f"ckpt={held_out}", *said, f"hydra.run.dir={tmp_path}")
     assert results(tmp_path)["calibration"]["calibration_split"] == "calibration"
-    lengths = records.load(tmp_path / "records" / "calibration.safetensors")[0].length_N
+    lengths = record_files.load(tmp_path / "records" / "calibration.safetensors")[0].length_N
     assert lengths.max() == 10, "they were cut"
 
 

@@ -18,7 +18,8 @@ from deebert.models import backbones
 from deebert.models.early_exit import EarlyExitModel
 from deebert.training.feature_cache import FrozenStates
 from deebert.training.module import EarlyExitModule
-from deebert.training.objectives import PAPER, UNLABELLED
+from deebert.data.tasks import UNLABELLED
+from deebert.training.objectives import PAPER
 
 CONF = Path(__file__).parent.parent / "conf"
 KINDS = ("stage 1", "stage 2 cached", "stage 2 faithful")

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from deebert.errors import UserError
+from deebert.models import trained_ramps
 from deebert.exits import rules
 from deebert.training import objectives
+from deebert.data.tasks import UNLABELLED
 from deebert.training.objectives import (
     OBJECTIVES,
-    UNLABELLED,
     detached,
     distill,
     equilibrium,
@@ -182,7 +183,7 @@ def test_what_the_names_stand_for(name: str, stages: list[int], flow: Any) -> No
     found = objectives.build({"name": name}, stages[0])
     assert (found.name, list(found.stages), found.flow) == (name, stages, flow)
     assert found.unlabelled == (name == "distill")
-    assert found.trains_ramps == objectives.trains_ramps(name) == (name != "final")
+    assert found.trains_ramps == trained_ramps.trains_ramps(name) == (name != "final")
     for stage in {1, 2} - set(stages):
         others = [other for other in OBJECTIVES if stage in OBJECTIVES[other]().stages]
         with pytest.raises(UserError) as refused:

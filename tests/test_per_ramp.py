@@ -3,7 +3,8 @@ import torch
 from test_calibrate import simulated, task
 
 from deebert.exits import curves, rules, threshold_search
-from deebert.exits.calibration import Wish, choose
+from deebert.exits.calibration import choose
+from deebert.exits.target import Target
 from deebert.exits.records import Record
 from deebert.exits.rules import exit_layer
 
@@ -30,7 +31,7 @@ def right(record: Record, thresholds: float | list[float]) -> tuple[float, float
 
 def test_a_ramp_that_does_not_pay_is_dropped() -> None:
     seen, new = overconfident(2000), overconfident(4000, 7)
-    choice = choose(seen, task("sst2"), RULE, Wish(target_saving=0.3, per_ramp=True))
+    choice = choose(seen, task("sst2"), RULE, Target(target_saving=0.3, per_ramp=True))
     assert isinstance(choice.thresholds, list)
     assert choice.thresholds[0] == 0, "as sure as others, and no better than a coin"
     [one] = curves.thresholds_for(rules.entropy(seen.logits_NLC), [0.3])
@@ -44,7 +45,7 @@ def test_where_one_threshold_is_as_good_it_is_kept() -> None:
     """Ramps that are all as right as they are sure: nothing to gain, much to overfit."""
     kept = 0
     for seed in range(10):
-        choice = choose(simulated(300, seed), task("sst2"), RULE, Wish(target_saving=0.4, per_ramp=True))  # fmt: skip
+        choice = choose(simulated(300, seed), task("sst2"), RULE, Target(target_saving=0.4, per_ramp=True))  # fmt: skip
         kept += not isinstance(choice.thresholds, list)
     assert kept >= 5
 

@@ -25,6 +25,7 @@ from conftest import ROOT, TINY, results
 from hydra import compose, initialize_config_dir
 
 from deebert import EarlyExitClassifier
+from deebert.hub import record_files
 from deebert import options as commands
 from deebert.data import demo
 from deebert.errors import UserError
@@ -138,7 +139,7 @@ def srun(place: Path, torchrun: Path) -> Path:
 
 
 def recorded(run: Path) -> records.Record:
-    return records.load(run / "records" / "validation.safetensors")[0]
+    return record_files.load(run / "records" / "validation.safetensors")[0]
 
 
 def assert_trained_alike(ours: Path, theirs: Path) -> None:

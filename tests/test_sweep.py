@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from timed import timed
 
 from deebert.reporting import sweep, sweep_rows
+from deebert.runs import sweep_callback
 
 Run = Callable[..., str]
 
@@ -343,7 +344,7 @@ def test_the_summary_never_makes_a_job_fail(
     made(tmp_path / "0", "seed=1", [(0.1, 0.8, 0.2)])
     config = OmegaConf.create({"hydra": {"mode": "MULTIRUN", "runtime": {"cwd": str(tmp_path)}, "sweep": {"dir": "."}}})  # fmt: skip
     config.hydra.mode = sweep.RunMode.MULTIRUN
-    callback = sweep.SweepSummary()
+    callback = sweep_callback.SweepSummary()
     (tmp_path / "sweep.md").mkdir()  # cannot be written
     with caplog.at_level(logging.WARNING):
         callback.on_job_end(config, None)

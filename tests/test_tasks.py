@@ -6,7 +6,8 @@ import torch
 from omegaconf import OmegaConf
 from sklearn import metrics as sk
 
-from deebert.data.tasks import METRICS, Task
+from deebert.data.metrics import METRICS
+from deebert.data.tasks import Task
 from deebert.errors import UserError
 
 CONF = Path(__file__).parent.parent / "conf" / "task"

@@ -13,11 +13,12 @@ from torch import Tensor
 from deebert.data import demo
 from deebert.data.datamodule import TextDataModule
 from deebert.errors import UserError
-from deebert.exits.records import HELD_OUT
+from deebert.data.tasks import HELD_OUT
 from deebert.hub import checkpoints
 from deebert.training import objectives
 from deebert.training.feature_cache import FrozenStates
-from deebert.training.objectives import UNLABELLED, exit_loss
+from deebert.data.tasks import UNLABELLED
+from deebert.training.objectives import exit_loss
 
 Run = Callable[..., str]
 

@@ -19,10 +19,8 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from deebert.data import loading, tokenization
-from deebert.data.tasks import Task
+from deebert.data.tasks import HELD_OUT, UNLABELLED, Task
 from deebert.errors import UserError
-from deebert.exits.records import HELD_OUT
-from deebert.training.objectives import UNLABELLED
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ import pandas as pd
 from deebert.data import demo
 from deebert.data.tasks import HUB, WORD, Task
 from deebert.errors import UserError, first_line
-from deebert.exits.records import MOST_GROUPS
+from deebert.hub.record_files import MOST_GROUPS
 
 log = logging.getLogger(__name__)
 

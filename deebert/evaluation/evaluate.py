@@ -13,10 +13,10 @@ from deebert.errors import UserError
 from deebert.evaluation.analysis import analysis
 from deebert.exits import calibration as calibrate
 from deebert.exits import curves, rules
-from deebert.exits.calibration import Wish
 from deebert.exits.curves import Thresholds
 from deebert.exits.records import Record
 from deebert.exits.rules import Rule, exit_layer
+from deebert.exits.target import Target
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Question:
 
     rule: Rule
     thresholds: list[Thresholds] | None
-    wish: Wish | None = None
+    wish: Target | None = None
     calibration: str = "auto"
 
 

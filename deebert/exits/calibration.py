@@ -5,8 +5,9 @@ Thresholds are never chosen on the rows that are reported: they come from rows h
 or are cross-fitted over the reported split. Arithmetic on records: no model, no files.
 """
 
+from deebert.exits.target import Target
 from bisect import bisect_left
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deebert.data.tasks import Task
-from deebert.errors import UserError, is_number, unknown
+from deebert.errors import UserError
 from deebert.exits import curves, priors, risk_control, rules, threshold_search
 from deebert.exits.curves import Thresholds
 from deebert.exits.records import Record
@@ -23,75 +24,10 @@ from deebert.exits.rules import Rule, Verdict, exit_layer
 FOLDS = 5
 FEWEST = 20  # rows to choose anything on
 SPEEDUP_STEPS = 1000  # savings among which one is looked for that is fast enough
-LOSSES = ("excess", "disagreement")
 
 
-@dataclass(frozen=True)
-class Wish:
-    """What the user asks for: a `target_saving`, a `target_speedup` or a `max_drop`.
-
-    Attributes:
-        target_saving: share of the layers to save.
-        target_speedup: how many times faster than full depth, on the clock.
-        costs: for `target_speedup`, measured: what leaving at each of the L layers costs, as a
-            share of the time at full depth.
-        max_drop: largest risk to promise, e.g. 0.01 for one point of accuracy.
-        confidence: that the promise holds; None: it holds on average (conformal risk control).
-        loss: what is promised: `excess`, errors that full depth does not make less those that only
-            full depth makes (= the drop in accuracy), or `disagreement`, answers that differ from
-            full depth's (needs no labels).
-        per_ramp: look for a threshold per ramp, instead of one for all.
-        temperature: fit a temperature per ramp first.
-
-    Raises:
-        UserError: a value is outside its range, or two contradict each other.
-    """
-
-    target_saving: float | None = None
-    target_speedup: float | None = None
-    costs: tuple[float, ...] | None = None
-    max_drop: float | None = None
-    confidence: float | None = 0.95
-    loss: str = "excess"
-    per_ramp: bool = False
-    temperature: bool = False
-
-    def __post_init__(self) -> None:
-        _number("target_saving", self.target_saving, 0, 1, "a share of the layers, 0.4 for 40 %")
-        _number("target_speedup", self.target_speedup, 1, np.inf, "2 for twice as fast")
-        _number("max_drop", self.max_drop, 0, 1, "a share of the rows, 0.01 for one point", False)
-        _number("confidence", self.confidence, 0, 1, "0.95 for 95 %, null: on average", False)
-        for name in ("per_ramp", "temperature"):
-            if not isinstance(getattr(self, name), bool):
-                raise UserError(f"{name}={getattr(self, name)!r} must be true or false")
-        if self.loss not in LOSSES:
-            raise unknown("loss", self.loss, LOSSES, "loss")
-        if self.target_speedup is not None and self.per_ramp:
-            raise UserError("per_ramp=true needs target_saving=")
-        if self.max_drop is not None and self.per_ramp:
-            raise UserError(
-                "per_ramp=true with max_drop: a promise needs thresholds in an order that is known "
-                "before the rows are seen; leave per_ramp out"
-            )
-
-    def plain(self) -> dict[str, Any]:
-        """The wish as results.json holds it."""
-        values = asdict(self)
-        told = {name: values[name] for name in ("per_ramp", "temperature") if values[name]}
-        for name in ("target_saving", "target_speedup"):
-            if values[name] is not None:
-                return {name: values[name], **told}
-        return {name: values[name] for name in ("max_drop", "confidence", "loss")} | told
 
 
-def _number(
-    flag: str, value: Any, low: float, high: float, meaning: str, with_low: bool = True
-) -> None:
-    if value is None:
-        return
-    if not is_number(value) or not low <= value < high or (value == low and not with_low):
-        bracket = "[" if with_low else "("
-        raise UserError(f"{flag}={value!r} must be in {bracket}{low}, {high}): {meaning}")
 
 
 @dataclass(frozen=True)
@@ -112,7 +48,7 @@ class Infeasible(UserError):
     """No threshold can grant this wish on these rows."""
 
 
-def choose(record: Record, task: Task, rule: Rule, wish: Wish) -> Choice:
+def choose(record: Record, task: Task, rule: Rule, wish: Target) -> Choice:
     """The thresholds that grant a wish, as far as these rows can tell.
 
     Raises:
@@ -148,7 +84,7 @@ def choose(record: Record, task: Task, rule: Rule, wish: Wish) -> Choice:
     return Choice(rule, threshold)
 
 
-def _about(record: Record, rule: Rule, wish: Wish) -> float:
+def _about(record: Record, rule: Rule, wish: Target) -> float:
     """About what saving a wish will come to: by entropy."""
     if wish.target_saving is not None:
         return wish.target_saving
@@ -157,7 +93,7 @@ def _about(record: Record, rule: Rule, wish: Wish) -> float:
     return curves.savings(verdict, _fast_enough(record, verdict, entropy, wish)).mean().item()
 
 
-def check(num_rows: int, has_labels: bool, split: str, task: Task, rule: Rule, wish: Wish) -> None:
+def check(num_rows: int, has_labels: bool, split: str, task: Task, rule: Rule, wish: Target) -> None:
     """What can be known of a wish before the model has run.
 
     Raises:
@@ -203,12 +139,12 @@ def check(num_rows: int, has_labels: bool, split: str, task: Task, rule: Rule, w
         )
 
 
-def promising_rows(num_rows: int, wish: Wish) -> int:
+def promising_rows(num_rows: int, wish: Target) -> int:
     """How many of the calibration rows choose; the others, if any, have fitted temperatures."""
     return num_rows // 2 if wish.temperature and wish.max_drop is not None else num_rows
 
 
-def _fast_enough(record: Record, verdict: Verdict, rule: Rule, wish: Wish) -> float:
+def _fast_enough(record: Record, verdict: Verdict, rule: Rule, wish: Target) -> float:
     """The smallest threshold that is expected to be so much faster on the clock."""
     assert wish.target_speedup is not None
     if wish.costs is None:
@@ -229,7 +165,7 @@ def _fast_enough(record: Record, verdict: Verdict, rule: Rule, wish: Wish) -> fl
     return thresholds[fast]
 
 
-def expected_speedup(record: Record, layer_N: Tensor, wish: Wish) -> float:
+def expected_speedup(record: Record, layer_N: Tensor, wish: Target) -> float:
     """How many times faster than full depth rows that leave there are, by what layers cost.
 
     A row counts by its tokens, as its time does.
@@ -244,7 +180,7 @@ def _rounded_up(value: float) -> str:
     return f"{np.ceil(value * 10**digits) / 10**digits:.{digits}f}"
 
 
-def _delta(wish: Wish) -> float | None:
+def _delta(wish: Target) -> float | None:
     return None if wish.confidence is None else 1 - wish.confidence
 
 
@@ -255,7 +191,7 @@ def _halves(record: Record) -> tuple[Record, Record]:
     return record.rows(order[:middle]), record.rows(order[middle:])
 
 
-def _promised(record: Record, task: Task, rule: Rule, wish: Wish) -> float:
+def _promised(record: Record, task: Task, rule: Rule, wish: Target) -> float:
     """The most aggressive threshold whose risk is promised; 0 (full depth) where none is."""
     assert wish.max_drop is not None
     grid = rule.grid()
@@ -307,7 +243,7 @@ def unlike(ours: Record, theirs: Record) -> str | None:
 
 
 def calibration(
-    held_out: Record | None, records: list[Record], task: Task, rule: Rule, wish: Wish
+    held_out: Record | None, records: list[Record], task: Task, rule: Rule, wish: Target
 ) -> dict[str, Any]:
     """Choose thresholds for a wish, and measure them on rows that had no part in it.
 
@@ -368,7 +304,7 @@ def folds(num_rows: int) -> Tensor:
 
 
 def _cross_fitted(
-    record: Record, task: Task, rule: Rule, wish: Wish
+    record: Record, task: Task, rule: Rule, wish: Target
 ) -> tuple[Tensor, Tensor, list[Choice | None]]:
     """Exit layer and prediction of every row, by thresholds that were chosen on other rows.
 

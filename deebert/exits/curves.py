@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deebert.data.tasks import TABLE_METRICS, Task, confusion
+from deebert.data.metrics import TABLE_METRICS, confusion
+from deebert.data.tasks import Task
 from deebert.errors import UserError, is_number
 from deebert.exits.records import Record
 from deebert.exits.rules import Rule, Verdict, exit_layer

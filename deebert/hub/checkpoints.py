@@ -20,7 +20,7 @@ from deebert.errors import UserError, first_line
 from deebert.hub import checkpoint_config
 from deebert.models import architectures
 from deebert.models.early_exit import EarlyExitModel
-from deebert.training.objectives import trains_ramps
+from deebert.models.trained_ramps import trains_ramps
 from deebert.untrusted import plain_files, tensor_files
 
 WEIGHTS_FINGERPRINT = "weights_fingerprint"  # in a checkpoint; those of before have none

@@ -12,7 +12,9 @@ from typing import Any
 
 from deebert.data import tokenization
 from deebert.errors import UserError
-from deebert.exits import records
+from deebert.hub import record_files
+
+pass
 from deebert.hub import (
     checkpoint_config,
     checkpoints,
@@ -105,7 +107,7 @@ def _checkpoint(
 
 def _scored(folder: Path) -> tuple[str, dict[str, Any]] | None:
     """The checkpoint that evaluate.py has scored here, as it was named, and its configuration."""
-    files = records.files(folder) if folder.is_dir() else []
+    files = record_files.files(folder) if folder.is_dir() else []
     if not files or (folder / "checkpoints").exists():
         return None
     try:
@@ -114,7 +116,7 @@ def _scored(folder: Path) -> tuple[str, dict[str, Any]] | None:
         return None
     if ckpt is None or not checkpoint_config.PATH.fits(ckpt):
         return None
-    return ckpt, records.load(files[0])[1]["config"]
+    return ckpt, record_files.load(files[0])[1]["config"]
 
 
 def _place(given: str | Path, flag: str, fetch: bool = True) -> Path:

@@ -8,9 +8,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from deebert.data.tasks import Task
+from deebert.data.tasks import HELD_OUT, Task
 from deebert.exits import curves, priors, rules
-from deebert.exits.records import HELD_OUT, Record
+from deebert.exits.records import Record
 from deebert.hub.saved_folder import Saved, public
 from deebert.reporting.markdown import code, text
 

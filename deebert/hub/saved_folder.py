@@ -20,7 +20,9 @@ from typing import Any
 from deebert.data import tokenization
 from deebert.data.tasks import Task
 from deebert.errors import UserError, is_whole
-from deebert.exits import records
+from deebert.hub import record_files
+
+pass
 from deebert.exits.records import Record
 from deebert.hub import checkpoint_config
 from deebert.hub.checkpoints import Checkpoint
@@ -93,7 +95,7 @@ def write(saved: Saved, model: EarlyExitModel, folder: Path, card: str) -> None:
     fingerprint = tensor_files.fingerprint(weights)
     for record in saved.records.values():
         header = {"checkpoint": fingerprint, "data": None, "config": config}
-        record.save(folder / "records", header)
+        record_files.save(record, folder / "records", header)
     (folder / "README.md").write_text(card, "utf-8")
     about["weights"] = fingerprint
     (folder / FILE).write_text(json.dumps(about, indent=2, allow_nan=False) + "\n", "utf-8")
@@ -108,11 +110,11 @@ def check_place(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder")
-    there = [*folder.iterdir(), *(folder / records.FOLDER).glob("*")]
+    there = [*folder.iterdir(), *(folder / record_files.FOLDER).glob("*")]
     ours = {FILE, SAVING, "README.md", "config.json", "model.safetensors", *tokenization.FILES}
     for file in there:
         kind = file.lstat()
-        if file == folder / records.FOLDER:
+        if file == folder / record_files.FOLDER:
             fits = stat.S_ISDIR(kind.st_mode)
         elif file.parent == folder and file.name not in ours:
             continue  # of somebody else, and left alone
@@ -216,8 +218,8 @@ def records_of(folder: Path, checkpoint: Checkpoint) -> dict[str, Record]:
         UserError: one is damaged, of other weights, or a link that leads out of the folder.
     """
     found, task = {}, Task.from_config(checkpoint.config["task"])
-    for file in sorted(records.files(folder), key=lambda file: task.order(file.stem)):
-        found[file.stem], header = records.load(file)
+    for file in sorted(record_files.files(folder), key=lambda file: task.order(file.stem)):
+        found[file.stem], header = record_files.load(file)
         if header["checkpoint"] != checkpoint.fingerprint:
             raise UserError(f"{file}: a record of other weights than {checkpoint.path}; remove it")
     return found

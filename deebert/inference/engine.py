@@ -16,12 +16,11 @@ clocks.
 Shapes: N inputs, B of them in a group, S tokens, H hidden, L layers (= ramps), C labels.
 """
 
+from deebert.inference.survivors import Answers, Group, merge
 import contextlib
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -59,126 +58,12 @@ GROUP_COSTS = {"cpu": 96, "cuda": 2048}
 FIRST_TOKEN_FROM = {"cpu": 64, "cuda": 512}
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What came out, in the order of the inputs.
-
-    Attributes:
-        logits_NC: of the ramp that each input left at, as the exit rule answers with them.
-        layer_N: where it left, 1-based.
-        ramps_NLC: the logits of every ramp that was evaluated for it, NaN elsewhere; None unless
-            they were asked for.
-    """
-
-    logits_NC: Tensor
-    layer_N: Tensor
-    ramps_NLC: Tensor | None
-
-    @classmethod
-    def empty(cls, num: int, num_layers: int, num_labels: int, all_ramps: bool) -> "Answers":
-        ramps = torch.full((num, num_layers, num_labels), torch.nan) if all_ramps else None
-        return cls(torch.empty(num, num_labels), torch.empty(num, dtype=torch.long), ramps)
-
-    @classmethod
-    def cat(cls, parts: list["Answers"]) -> "Answers":
-        ramps = [part.ramps_NLC for part in parts if part.ramps_NLC is not None]
-        return cls(
-            torch.cat([part.logits_NC for part in parts]),
-            torch.cat([part.layer_N for part in parts]),
-            torch.cat(ramps) if ramps else None,
-        )
-
-    @property
-    def not_finite_N(self) -> Tensor:
-        """Which inputs came out as NaN or infinity: (N,) bool."""
-        return ~self.logits_NC.isfinite().all(-1)
 
 
-@dataclass
-class _Group:
-    """Inputs that have come equally far.
-
-    Attributes:
-        rows_B: their place in the answers.
-        length_B: their tokens.
-        hidden_BSH: states after the layers so far.
-        ramps_BLC: logits of the ramps so far, NaN elsewhere; None where nobody needs them again.
-        second_B: where their second texts begin; None where no ramp asks.
-        context: what layers that cannot be split take beside the states, once it is known.
-    """
-
-    rows_B: Tensor
-    length_B: Tensor
-    hidden_BSH: Tensor
-    ramps_BLC: Tensor | None
-    second_B: Tensor | None
-    context: Any = None
-
-    @property
-    def num_tokens(self) -> int:
-        return self.hidden_BSH.shape[0] * self.hidden_BSH.shape[1]
-
-    @cached_property
-    def mask_BS(self) -> Tensor | None:
-        """True at real tokens; None: all are."""
-        longest = self.hidden_BSH.shape[1]
-        if self.length_B.min() == longest:
-            return None
-        return (torch.arange(longest) < self.length_B[:, None]).to(self.hidden_BSH.device)
-
-    @cached_property
-    def key_mask_B11S(self) -> Tensor | None:
-        """Which tokens may be attended to; None for all."""
-        return None if self.mask_BS is None else self.mask_BS[:, None, None]
-
-    def kept(self, keep_B: Tensor) -> tuple["_Group", Tensor, int]:
-        """Those of the inputs, their number in this group, and how many tokens the longest has."""
-        index = keep_B.nonzero().squeeze(1)
-        length_B = self.length_B[index]
-        longest = int(length_B.max())
-        index_there = index.to(self.hidden_BSH.device)
-        group = _Group(
-            self.rows_B[index],
-            length_B,
-            self.hidden_BSH[:, :longest].index_select(0, index_there),
-            None if self.ramps_BLC is None else self.ramps_BLC[index],
-            None if self.second_B is None else self.second_B[index_there],
-        )
-        return group, index_there, longest
 
 
-def _joined(groups: list[_Group], group_costs: int) -> list[_Group]:
-    """Merged into few, where the padding that it adds costs less than a group of its own."""
-    merged: list[list[_Group]] = []
-    for group in sorted(groups, key=lambda group: group.hidden_BSH.shape[1]):
-        if merged:
-            together = [*merged[-1], group]
-            num_rows = sum(len(each.rows_B) for each in together)
-            own = sum(each.num_tokens for each in together)
-            if num_rows * group.hidden_BSH.shape[1] - own <= group_costs * len(merged[-1]):
-                merged[-1] = together
-                continue
-        merged.append([group])
-    return [_cat(together) for together in merged]
 
 
-def _cat(groups: list[_Group]) -> _Group:
-    if len(groups) == 1:
-        return groups[0]
-    longest = max(group.hidden_BSH.shape[1] for group in groups)
-    states = [
-        torch.nn.functional.pad(group.hidden_BSH, (0, 0, 0, longest - group.hidden_BSH.shape[1]))
-        for group in groups
-    ]
-    ramps = [group.ramps_BLC for group in groups if group.ramps_BLC is not None]
-    seconds = [group.second_B for group in groups if group.second_B is not None]
-    return _Group(
-        torch.cat([group.rows_B for group in groups]),
-        torch.cat([group.length_B for group in groups]),
-        torch.cat(states),
-        torch.cat(ramps) if ramps else None,
-        torch.cat(seconds) if seconds else None,
-    )
 
 
 def kind_of(device: torch.device) -> str:
@@ -342,21 +227,21 @@ class Engine:
         num_labels = self.rule.num_labels
         out = Answers.empty(len(window), num_layers, num_labels, all_ramps)
         # Groups that wait at a layer (0-based) for more to come.
-        waiting: list[list[_Group]] = [[] for _ in range(num_layers)]
+        waiting: list[list[Group]] = [[] for _ in range(num_layers)]
         window = [self._cut(given) for given in window]
         for rows in by_length([len(given["input_ids"]) for given in window], self.token_budget):
             self._advance(
                 0, self._embed([window[row] for row in rows], rows, all_ramps), waiting, out
             )
         for layer in range(num_layers):  # no more will come
-            for group in _joined(waiting[layer], self.group_costs):
+            for group in merge(waiting[layer], self.group_costs):
                 left = self._layer(layer, group, out)
                 if left is not None:
                     waiting[layer + 1].append(left)
         return out
 
     def _advance(
-        self, layer: int, group: _Group, waiting: list[list[_Group]], out: Answers
+        self, layer: int, group: Group, waiting: list[list[Group]], out: Answers
     ) -> None:
         """Run a group from this layer (0-based) on, until all have left or it waits for others."""
         groups = [group]
@@ -364,7 +249,7 @@ class Engine:
             waiting[layer].append(group)
             if sum(each.num_tokens for each in waiting[layer]) < self.regroup_below:
                 return
-            groups, waiting[layer] = _joined(waiting[layer], self.group_costs), []
+            groups, waiting[layer] = merge(waiting[layer], self.group_costs), []
         for each in groups:
             left = self._layer(layer, each, out)
             if left is not None:
@@ -387,12 +272,12 @@ class Engine:
         there = [name for name in TOKENS if name in given]
         return {name: [*given[name][: most - 1], given[name][-1]] for name in there}
 
-    def _embed(self, inputs: list[Mapping[str, Any]], rows: list[int], all_ramps: bool) -> _Group:
+    def _embed(self, inputs: list[Mapping[str, Any]], rows: list[int], all_ramps: bool) -> Group:
         tokens = padded(inputs, self.model.backbone.pad_token_id)
         there = {name: values.to(self.device) for name, values in tokens.items()}
         hidden_BSH = self.embeddings(**there)
         size = (len(rows), len(self.layers), self.rule.num_labels)
-        return _Group(
+        return Group(
             torch.tensor(rows),
             tokens["attention_mask"].sum(1),
             hidden_BSH,
@@ -400,7 +285,7 @@ class Engine:
             self.model.second_text(there["input_ids"]),
         )
 
-    def _layer(self, layer: int, group: _Group, out: Answers) -> _Group | None:
+    def _layer(self, layer: int, group: Group, out: Answers) -> Group | None:
         """Run one layer (0-based) and its ramp; the inputs that go on, or None."""
         run, hidden_BSH, mask = self.layers[layer], group.hidden_BSH, group.key_mask_B11S
         last = layer == len(self.layers) - 1
@@ -430,7 +315,7 @@ class Engine:
             return group
         return group.kept(stay_B)[0] if stay_B.any() else None
 
-    def _whole_layer(self, layer: int, group: _Group) -> Tensor:
+    def _whole_layer(self, layer: int, group: Group) -> Tensor:
         """A layer that cannot be split, by the library."""
         backbone, hidden_BSH = self.model.backbone, group.hidden_BSH
         if group.context is None:
@@ -444,8 +329,8 @@ class Engine:
             return backbone.run_layer(layer, hidden_BSH, group.context).float()
 
     def _first_token_first(
-        self, layer: int, run: SplitLayer | OnnxLayer, group: _Group, out: Answers
-    ) -> _Group | None:
+        self, layer: int, run: SplitLayer | OnnxLayer, group: Group, out: Answers
+    ) -> Group | None:
         mask = group.key_mask_B11S
         keys, values = run.keys_values(group.hidden_BSH)
         first_B1H = run.first(group.hidden_BSH, keys, values, mask)
@@ -462,7 +347,7 @@ class Engine:
         return group
 
     def _judge(
-        self, layer: int, group: _Group, before_BSH: Tensor, after_BTH: Tensor
+        self, layer: int, group: Group, before_BSH: Tensor, after_BTH: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """What a ramp says of the states before and after its layer (of the first token at
         least): logits and, where it is learned, an exit score."""
@@ -470,7 +355,7 @@ class Engine:
         features_BF = ramp.read(before_BSH, after_BTH, group.mask_BS, group.second_B).float()
         return ramp.judge(features_BF, self._previous(layer, group))
 
-    def _previous(self, layer: int, group: _Group) -> Tensor | None:
+    def _previous(self, layer: int, group: Group) -> Tensor | None:
         """The logits of the ramp before, where this one sees them."""
         if not self.ramps[layer].kind.sees_previous or layer == 0:
             return None
@@ -478,7 +363,7 @@ class Engine:
         return group.ramps_BLC[:, layer - 1].to(self.device)
 
     def _ask(
-        self, layer: int, group: _Group, logits_BC: Tensor, unsure_B: Tensor | None, out: Answers
+        self, layer: int, group: Group, logits_BC: Tensor, unsure_B: Tensor | None, out: Answers
     ) -> Tensor | None:
         """Decide by what a ramp has said, and write down the answers of the inputs that leave.
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from deebert.models.trained_ramps import trains_ramps
 from deebert.reporting import tables
-from deebert.training.objectives import trains_ramps
 
 
 def curve(results: dict[str, Any], title: str, file: Path) -> None:

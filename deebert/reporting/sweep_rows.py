@@ -182,7 +182,7 @@ def _times(results: dict[str, Any]) -> dict[float | str | None, dict[str, Any]]:
 
 
 def _points(part: dict[str, Any], objective: str) -> list[dict[str, Any]]:
-    from deebert.training.objectives import trains_ramps  # heavy: only where there are results
+    from deebert.models.trained_ramps import trains_ramps  # heavy: only where there are results
 
     if trains_ramps(objective):
         points: list[dict[str, Any]] = part["curve"]

@@ -6,7 +6,7 @@ Rounds and words what was measured; draws nothing, reads no file. Knows nothing 
 from collections.abc import Iterable
 from typing import Any
 
-from deebert.training.objectives import trains_ramps
+from deebert.models.trained_ramps import trains_ramps
 
 Table = tuple[str, list[str], list[list[str]]]  # title, column names, rows
 PERCENTILES = ("p50", "p95", "p99")

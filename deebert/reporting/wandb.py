@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deebert.training.objectives import trains_ramps
+from deebert.models.trained_ramps import trains_ramps
 
 if TYPE_CHECKING:
     import wandb

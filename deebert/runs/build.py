@@ -21,9 +21,8 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from omegaconf import DictConfig
 
 from deebert.data.datamodule import TextDataModule
-from deebert.data.tasks import Task
+from deebert.data.tasks import HELD_OUT, Task
 from deebert.errors import UserError, first_line
-from deebert.exits.records import HELD_OUT
 from deebert.models import backbones
 from deebert.runs.job import Job
 from deebert.training.checkpoint_io import SafeCheckpointIO
@@ -185,3 +184,24 @@ def closing() -> Iterator[None]:
             wandb = sys.modules.get("wandb")
             if wandb is not None and wandb.run is not None:
                 wandb.finish()
+
+
+def warn_of_untrained_ramps(objective: dict[str, Any]) -> None:
+    """Say which ramps, from 1, no loss has reached: whoever wants to leave elsewhere may do so."""
+    if untrained := trained_ramps.untrained(objective):
+        is_last = untrained[-1] == len(objective["weights"])
+        log.warning(
+            "objective.weights: nothing has trained ramp %s, so what leaves there is answered by "
+            "chance%s",
+            ", ".join(map(str, untrained)),
+            " (the last is the final classifier: full depth)" if is_last else "",
+        )
+
+
+def cut_layers(
+    model: EarlyExitModel, config: dict[str, Any], origin: Checkpoint, flag: str, layers: list[int]
+) -> None:
+    """Leave only these layers of a checkpoint's, and write down which of the pretrained ones."""
+    model.keep_layers(layers, flag)
+    before = origin.config["backbone"].get("layers")
+    config["backbone"]["layers"] = [before[layer - 1] for layer in layers] if before else layers

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from deebert.data.datamodule import TextDataModule
-from deebert.data.tasks import Task
+from deebert.data.tasks import HELD_OUT, Task
 from deebert.errors import UserError, first_line, is_number, is_whole, unknown
 from deebert.evaluation.evaluate import NO_ROWS, Question, check_lengths
 from deebert.evaluation.latency import Protocol
 from deebert.exits import curves, rules
-from deebert.exits.calibration import Wish
-from deebert.exits.records import HELD_OUT
 from deebert.exits.rules import Rule, Score
+from deebert.exits.target import Target
 from deebert.hub.checkpoints import Origin
 from deebert.inference.engine import RUNTIMES
 from deebert.inference.kernels import PRECISIONS
@@ -98,8 +97,8 @@ def asked(config: dict[str, Any], task: Task, score: Score | None) -> Question:
         )
     if isinstance(config["temperature"], list):
         rule = rule.fitted(temperatures=config["temperature"])
-    values = {field.name: config[field.name] for field in fields(Wish) if field.name in config}
-    wish = Wish(**values | {"temperature": config["temperature"] is True})
+    values = {field.name: config[field.name] for field in fields(Target) if field.name in config}
+    wish = Target(**values | {"temperature": config["temperature"] is True})
     wished = any(config[name] is not None for name in WISHES)
     if rule.asks_prior and (not wished or wish.max_drop is not None):
         raise UserError(rules.NO_PRIOR.format(rule.name))

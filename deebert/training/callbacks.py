@@ -23,9 +23,10 @@ from deebert.evaluation.evaluate import Question, evaluate
 from deebert.evaluation.layers import layer_table
 from deebert.exits import curves, rules
 from deebert.exits.records import Record
+from deebert.models.trained_ramps import trains_ramps
 from deebert.reporting import report, tables, wandb
 from deebert.training.module import EarlyExitModule
-from deebert.training.objectives import Loss, trains_ramps
+from deebert.training.objectives import Loss
 from deebert.untrusted import tensor_files
 
 log = logging.getLogger(__name__)
@@ -164,7 +165,7 @@ class EarlyExitEvaluation(Callback):
         for record in self._records:
             facts = {"checkpoint": weights, "data": data.fingerprint(record.split)}
             facts["config"] = pl_module.hparams["config"]
-            record.save(Path(trainer.default_root_dir) / "records", facts)
+            record_files.save(record, Path(trainer.default_root_dir) / "records", facts)
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not (trainer.is_global_zero and self.results):

@@ -7,11 +7,13 @@ Shapes: B batch, L layers (= ramps), C labels; C = 1 means regression (mean squa
 cross-entropy).
 """
 
+from deebert.data.tasks import UNLABELLED
+from deebert.models.early_exit import Flow
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,6 @@ from deebert.errors import UserError, is_number, unknown
 from deebert.exits.rules import entropy
 
 MOST_WEIGHT = 1_000_000  # sums of losses so weighted stay far from float32's end
-UNLABELLED = -100  # the label of a row that has none, as torch's cross-entropy ignores it
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -174,16 +175,6 @@ def exit_loss(unsure_BL: Tensor, logits_BLC: Tensor, labels_B: Tensor, predicts:
     return (unsure_BL - off_BL)[:, :-1].square().sum() / max(len(labels_B), 1)
 
 
-class Flow(NamedTuple):
-    """What becomes of the gradients where layer k's states go two ways: factors, k = 1..L.
-
-    Attributes:
-        ramp_L: of the gradient that comes back from ramp k.
-        onward_L: of the one that comes back from the layers and ramps above (the last is unused).
-    """
-
-    ramp_L: list[float]
-    onward_L: list[float]
 
 
 def equilibrium(num_layers: int) -> Flow:
@@ -307,16 +298,8 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
 PAPER = {1: "final", 2: "ramps"}
 
 
-def trains_ramps(name: Any) -> bool:
-    """Does the objective of this name train ramps before the last, so that leaving early means
-    something? True of a name that is unknown: `build` refuses it."""
-    made = OBJECTIVES.get(name) if isinstance(name, str) else None
-    return made is None or made().trains_ramps
 
 
-def untrained(values: Mapping[str, Any]) -> list[int]:
-    """The ramps, from 1, that these values of an objective give no weight (`weighted`)."""
-    return [k for k, weight in enumerate(values.get("weights") or (), 1) if weight == 0]
 
 
 def build(values: Mapping[str, Any], stage: int) -> Objective:

@@ -1,0 +1,72 @@
+"""Metrics of predictions and labels: of a table of counts, or a correlation.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+
+
+def confusion(predictions: Tensor, labels: Tensor, num_labels: int) -> np.ndarray:
+    """Counts by label (rows) and prediction (columns): (N,), (N,) -> (C, C) floats."""
+    cells = (labels * num_labels + predictions).bincount(minlength=num_labels**2)
+    return cells.reshape(num_labels, num_labels).double().numpy()
+
+
+def _accuracy(table: np.ndarray) -> np.ndarray:
+    return np.trace(table, axis1=-2, axis2=-1) / table.sum((-2, -1))
+
+
+def _f1(table: np.ndarray) -> np.ndarray:
+    hits, misses, alarms = table[..., 1, 1], table[..., 1, 0], table[..., 0, 1]
+    return 2 * hits / np.maximum(2 * hits + misses + alarms, 1)
+
+
+def _matthews(table: np.ndarray) -> np.ndarray:
+    difference = table[..., 1, 1] * table[..., 0, 0] - table[..., 0, 1] * table[..., 1, 0]
+    margins = table.sum(-1).prod(-1) * table.sum(-2).prod(-1)
+    # A constant prediction has no correlation with anything: no skill, as in scikit-learn.
+    return difference / np.sqrt(np.maximum(margins, 1))
+
+
+# Metrics of a table of labels and predictions, (..., C, C) -> (...): the bootstrap draws many.
+# GLUE's F1 is the binary one: class 1 is the positive class (MRPC "equivalent", QQP "duplicate").
+TABLE_METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "matthews": _matthews,
+}
+
+
+def _of_table(name: str) -> Callable[[Tensor, Tensor], float]:
+    def metric(predictions: Tensor, labels: Tensor) -> float:
+        num_labels = max(int(predictions.max()), int(labels.max()), 1) + 1
+        return float(TABLE_METRICS[name](confusion(predictions, labels, num_labels)))
+
+    return metric
+
+
+def _correlation(name: str) -> Callable[[Tensor, Tensor], float]:
+    def metric(predictions: Tensor, labels: Tensor) -> float:
+        from torchmetrics import functional  # 2 s to import: only when something is scored
+
+        if len(predictions) < 2 or predictions.min() == predictions.max():
+            return 0.0  # no skill; torchmetrics would warn and answer NaN
+        value = getattr(functional, name)(predictions.double(), labels.double()).item()
+        return 0.0 if math.isnan(value) else value
+
+    return metric
+
+
+METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
+    **{name: _of_table(name) for name in TABLE_METRICS},
+    "pearson": _correlation("pearson_corrcoef"),
+    "spearman": _correlation("spearman_corrcoef"),
+}
+
+
+BINARY = ("f1", "matthews")
+
+
+REGRESSION = ("pearson", "spearman")
