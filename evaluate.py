@@ -9,10 +9,10 @@ from omegaconf import DictConfig
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> float | None:
-    from deebert.runs import signals, evaluate
+    from deebert.runs import signals
 
     with signals.in_one_line(cfg):
-        pass
+        from deebert.runs import evaluate
 
         return evaluate.evaluate(cfg)
 

@@ -20,15 +20,14 @@ import torch
 from torch import Tensor
 
 from deebert.data.tasks import Task
-from deebert.exits import target
-from deebert.hub import record_files
 from deebert.evaluation.analysis import analysis
-from deebert.exits import calibration, curves, risk_control, threshold_search
+from deebert.exits import calibration, curves, risk_control, target, threshold_search
 from deebert.exits import rules as exits
 from deebert.exits.calibration import Choice
-from deebert.exits.target import Target
 from deebert.exits.records import Record
 from deebert.exits.rules import Rule
+from deebert.exits.target import Target
+from deebert.hub import record_files
 from deebert.reporting import report
 
 HERE = Path(__file__).parent
@@ -40,7 +39,9 @@ DELTAS = (0.05, 0.1)
 def pools(folders: list[Path]) -> Iterable[tuple[str, Task, Record, dict[str, Any]]]:
     """Rows of each task that are alike, labelled and unlabelled ones apart."""
     for folder in folders:
-        found = [record_files.load(file) for file in sorted((folder / "records").glob("*.safetensors"))]
+        found = [
+            record_files.load(file) for file in sorted((folder / "records").glob("*.safetensors"))
+        ]
         reported = next(record for record, _ in found if record.split != "calibration")
         rows = [record for record, _ in found if not calibration.unlike(record, reported)]
         config = found[0][1]["config"]
@@ -398,7 +399,9 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=1000)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
-    risk_control.p_value = functools.cache(risk_control.p_value)  # the same few counts come again and again
+    risk_control.p_value = functools.cache(
+        risk_control.p_value
+    )  # the same few counts come again and again
     found: dict[str, Any] = {"environment": report.environment(), "draws": given.draws}
     found["cost"] = cost()  # first, so that the peak is its own
     found["cost_peak_mib"] = peak_mib()

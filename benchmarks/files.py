@@ -30,10 +30,10 @@ from typing import Any
 import torch
 
 from deebert import EarlyExitClassifier
-from deebert import options as commands
 from deebert.data import loading
 from deebert.data.tasks import Task
 from deebert.errors import UserError
+from deebert.options import parse
 from deebert.predict import parts
 from deebert.predict.command import predict
 from deebert.predict.work import PredictOptions
@@ -49,7 +49,7 @@ from pathlib import Path
 from deebert import commands
 from deebert.files.work import PredictOptions
 from deebert.predict import predict
-predict(commands.parse(PredictOptions, sys.argv[1:]))
+predict(parse(PredictOptions, sys.argv[1:]))
 status = Path("/proc/self/status").read_text().splitlines()
 print(next(line.split()[1] for line in status if line.startswith("VmHWM:")))
 """
@@ -87,7 +87,7 @@ def rates(
     asked = classifier.ask(target_saving=saving)
     inputs = classifier.encode(rows)
     engine = classifier.engine.at(asked.thresholds, asked.rule)
-    options = commands.parse(PredictOptions, [*said, "overwrite=true"])
+    options = parse(PredictOptions, [*said, "overwrite=true"])
 
     told: list[float] = []  # by the command: without loading the model and joining the parts
 

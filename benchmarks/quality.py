@@ -31,13 +31,13 @@ from omegaconf import OmegaConf
 from quality_report import GRID, WISHES
 
 from deebert.data import loading
-from deebert.hub import record_files
 from deebert.data.tasks import Task
 from deebert.errors import UserError
 from deebert.exits import calibration, curves, rules
 from deebert.exits.calibration import Infeasible
-from deebert.exits.target import Target
 from deebert.exits.records import Record
+from deebert.exits.target import Target
+from deebert.hub import record_files
 from deebert.models.ramps import RampKind
 from deebert.reporting import report
 

@@ -36,8 +36,8 @@ from deebert.evaluation import latency
 from deebert.evaluation.latency import FullDepth, Inputs
 from deebert.evaluation.timing import Timing, compare
 from deebert.exits import calibration, curves, rules
-from deebert.exits.target import Target
 from deebert.exits.records import Record
+from deebert.exits.target import Target
 from deebert.hub import checkpoints
 from deebert.inference import kernels
 from deebert.inference.engine import Engine

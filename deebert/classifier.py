@@ -22,8 +22,8 @@ from torch import Tensor
 from deebert.data import tokenization
 from deebert.data.tasks import HELD_OUT, Task
 from deebert.errors import UserError
-from deebert.evaluation import evaluate, latency
-from deebert.evaluation.evaluate import Question
+from deebert.evaluation import evaluate_records, latency
+from deebert.evaluation.evaluate_records import Question
 from deebert.evaluation.latency import Protocol
 from deebert.evaluation.timing import undisturbed
 from deebert.exits import calibration, rules
@@ -371,7 +371,7 @@ class EarlyExitClassifier:
             assert held_out is not None
             return held_out
         question = Question(self.rule, None)
-        return evaluate.source(held_out, labelled[0], question)[0] or labelled[0]
+        return evaluate_records.source(held_out, labelled[0], question)[0] or labelled[0]
 
     @cached_property
     def costs(self) -> tuple[float, ...]:

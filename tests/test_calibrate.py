@@ -6,13 +6,13 @@ import torch
 from test_curves import task
 
 from deebert.errors import UserError
-from deebert.evaluation.evaluate import Question, evaluate
+from deebert.evaluation.evaluate_records import Question, evaluate_records
 from deebert.exits import curves, rules
 from deebert.exits.calibration import FOLDS, Choice, calibration, choose, folds, losses, unlike
-from deebert.exits.target import Target
 from deebert.exits.calibration import _cross_fitted as cross_fitted
 from deebert.exits.records import Record
 from deebert.exits.rules import exit_layer
+from deebert.exits.target import Target
 
 RULE = rules.default(2)
 
@@ -351,7 +351,7 @@ def test_a_regression_can_be_asked_for_a_saving() -> None:
 
 def test_what_is_drawn_is_what_was_granted() -> None:
     record, wish = unbalanced(500, 1), Target(target_saving=0.4, temperature=True)
-    found = evaluate([record], task("sst2"), Question(RULE, [0.3], wish))
+    found = evaluate_records([record], task("sst2"), Question(RULE, [0.3], wish))
     tempered = RULE.fitted(found["calibration"]["temperatures"])
     assert found["curve"] == curves.curve(record, task("sst2"), tempered, [0.3])
     assert found["curve"] != curves.curve(record, task("sst2"), RULE, [0.3])

@@ -121,7 +121,9 @@ def test_a_card_names_no_folder_of_this_machine(
     for path, is_told in ((str(tmp_path / "bert"), False), ("bert-base-uncased", True)):
         config["backbone"]["path"] = path
         origin = dataclasses.replace(classifier.saved.checkpoint, config=config)
-        text = model_card.card(dataclasses.replace(classifier.saved, checkpoint=origin), classifier.task)
+        text = model_card.card(
+            dataclasses.replace(classifier.saved, checkpoint=origin), classifier.task
+        )
         assert str(tmp_path) not in text
         assert ("base_model: bert-base-uncased" in text) == is_told
 

@@ -37,8 +37,8 @@ from deebert.exits import curves, rules
 from deebert.exits.rules import Rule, exit_layer
 from deebert.inference import engine as engine_module
 from deebert.inference.engine import Engine
-from deebert.inference.survivors import Answers
 from deebert.inference.split_layer import SplitLayer
+from deebert.inference.survivors import Answers
 from deebert.models import backbones
 from deebert.models.early_exit import EarlyExitModel
 

@@ -14,7 +14,6 @@ from conftest import ROOT, TINY, mrpc_rows, results, write_rows
 from deebert.hub import record_files
 from deebert.runs.job import Job, finish
 
-
 Run = Callable[..., str]
 FACTS = ("checkpoint", "data", "config")  # of a record's header
 

@@ -12,13 +12,12 @@ from test_backbones import VARIANTS, tiny
 
 from deebert.data import tokenization
 from deebert.data.datamodule import TextDataModule
-from deebert.data.tasks import Task
+from deebert.data.tasks import UNLABELLED, Task
 from deebert.errors import UserError
 from deebert.models import backbones
 from deebert.models.early_exit import EarlyExitModel
 from deebert.training.feature_cache import FrozenStates
 from deebert.training.module import EarlyExitModule
-from deebert.data.tasks import UNLABELLED
 from deebert.training.objectives import PAPER
 
 CONF = Path(__file__).parent.parent / "conf"

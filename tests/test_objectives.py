@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from deebert.errors import UserError
-from deebert.models import trained_ramps
-from deebert.exits import rules
-from deebert.training import objectives
 from deebert.data.tasks import UNLABELLED
+from deebert.errors import UserError
+from deebert.exits import rules
+from deebert.models import trained_ramps
+from deebert.training import objectives
 from deebert.training.objectives import (
     OBJECTIVES,
     detached,

@@ -4,9 +4,9 @@ from test_calibrate import simulated, task
 
 from deebert.exits import curves, rules, threshold_search
 from deebert.exits.calibration import choose
-from deebert.exits.target import Target
 from deebert.exits.records import Record
 from deebert.exits.rules import exit_layer
+from deebert.exits.target import Target
 
 RULE = rules.default(2)
 

@@ -19,11 +19,11 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
 from deebert import EarlyExitClassifier
-from deebert import options as commands
 from deebert.classifier import Predictions
 from deebert.data import tokenization
 from deebert.errors import UserError
 from deebert.inference import engine
+from deebert.options import parse
 from deebert.predict import answers, parts
 from deebert.predict.answers import Columns, answered, out_names, own_columns
 from deebert.predict.command import predict
@@ -71,7 +71,7 @@ def read(file: Path) -> list[dict]:
 
 
 def command(*said: object) -> None:
-    predict(commands.parse(PredictOptions, [str(each) for each in said]))
+    predict(parse(PredictOptions, [str(each) for each in said]))
 
 
 def process(*said: object, **more: object) -> subprocess.CompletedProcess:
@@ -337,7 +337,7 @@ def interrupted(after: int) -> Callable[..., Iterator]:
 
 def started(*said: object, after: int = 2) -> None:
     with pytest.raises(SystemExit) as stop:
-        run(commands.parse(PredictOptions, [str(each) for each in said]), interrupted(after))
+        run(parse(PredictOptions, [str(each) for each in said]), interrupted(after))
     assert stop.value.code == 130
 
 
@@ -444,7 +444,7 @@ def test_answers_may_be_given_ahead(stage2: Path, tmp_path: Path) -> None:
     given = many(tmp_path / "in.csv", 100)
     said = [f"model={stage2}", f"input={given}", f"target_saving={SAVING}", "part_rows=20"]
     command(*said, f"output={tmp_path / 'a.csv'}")
-    options = commands.parse(PredictOptions, [*said, f"output={tmp_path / 'b.csv'}"])
+    options = parse(PredictOptions, [*said, f"output={tmp_path / 'b.csv'}"])
     run(options, ahead)
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from timed import timed
 
 from deebert.data.tasks import Task
-from deebert.evaluation import evaluate, latency
+from deebert.evaluation import evaluate_records, latency
 from deebert.exits import rules
 from deebert.exits.records import Record
 from deebert.models.early_exit import EarlyExitModel
@@ -41,7 +41,9 @@ def measured() -> dict[str, Any]:
         "task": "demo", "backbone": "tiny", "stage": 2, "objective": "ramps", "seed": 1,
         "metric": "accuracy",
     }  # fmt: skip
-    results |= evaluate.evaluate([record], TASK, evaluate.Question(rule, THRESHOLDS))
+    results |= evaluate_records.evaluate_records(
+        [record], TASK, evaluate_records.Question(rule, THRESHOLDS)
+    )
     results["timing"] = latency.measure(
         model, rule, [[threshold] for threshold in THRESHOLDS], record, inputs,
         torch.zeros(24, dtype=torch.long), TASK, latency.Protocol((None, 8), ("float32", "bfloat16"), repeats=2),

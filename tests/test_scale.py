@@ -25,11 +25,11 @@ from conftest import ROOT, TINY, results
 from hydra import compose, initialize_config_dir
 
 from deebert import EarlyExitClassifier
-from deebert.hub import record_files
-from deebert import options as commands
 from deebert.data import demo
 from deebert.errors import UserError
 from deebert.exits import records
+from deebert.hub import record_files
+from deebert.options import parse
 from deebert.predict import command as predict
 from deebert.runs import ranks
 
@@ -298,7 +298,7 @@ def answered_here(file: Path, model: Path, place: Path, *said: str) -> list[dict
     """By one process."""
     out = place / "single.csv"
     options = [f"model={model}", f"input={file}", f"output={out}", WISH, "overwrite=true", *said]
-    predict.predict(commands.parse(predict.PredictOptions, options))
+    predict.predict(parse(predict.PredictOptions, options))
     return list(csv.DictReader(out.read_text().splitlines(keepends=True)))
 
 
@@ -373,7 +373,7 @@ def asked(place: Path, model: Path, *said: str) -> None:
     }
     told |= dict(word.split("=", 1) for word in (WISH, *said))
     options = [f"{key}={value}" for key, value in told.items()]
-    predict.predict(commands.parse(predict.PredictOptions, options))
+    predict.predict(parse(predict.PredictOptions, options))
 
 
 def apart(words: list[str]) -> tuple[dict[str, str], list[str]]:

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from deebert.data import demo
 from deebert.data.datamodule import TextDataModule
+from deebert.data.tasks import HELD_OUT, UNLABELLED
 from deebert.errors import UserError
-from deebert.data.tasks import HELD_OUT
 from deebert.hub import checkpoints
 from deebert.training import objectives
 from deebert.training.feature_cache import FrozenStates
-from deebert.data.tasks import UNLABELLED
 from deebert.training.objectives import exit_loss
 
 Run = Callable[..., str]

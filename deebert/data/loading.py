@@ -31,7 +31,7 @@ def load(task: Task, split: str, root: str | None) -> datasets.Dataset:
     """The rows of one split.
 
     Args:
-        root: the local folder (`datamodule.root`), or None for the task's own root or the hub.
+        root: the local folder (`data.root`), or None for the task's own root or the hub.
 
     Raises:
         UserError: the folder, split or a column is missing, a text is null, a label is unknown, or

@@ -1,5 +1,4 @@
-"""Metrics of predictions and labels: of a table of counts, or a correlation.
-"""
+"""Metrics of predictions and labels: of a table of counts, or a correlation."""
 
 import math
 from collections.abc import Callable
@@ -64,9 +63,5 @@ METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "pearson": _correlation("pearson_corrcoef"),
     "spearman": _correlation("spearman_corrcoef"),
 }
-
-
 BINARY = ("f1", "matthews")
-
-
 REGRESSION = ("pearson", "spearman")

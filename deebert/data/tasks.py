@@ -4,7 +4,6 @@ Knows nothing of torch modules, tokens or where files lie; `sources` reads the r
 `conf/task/` gives the values.
 """
 
-from deebert.data.metrics import BINARY, METRICS, REGRESSION
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deebert.data.metrics import BINARY, METRICS, REGRESSION
 from deebert.errors import UserError, unknown
 
 # Parts of names of files and folders: no way out of a folder may hide in them.
@@ -20,6 +20,8 @@ WORD = r"\w[\w.-]*"
 SPLIT = r"\w[\w.%:\[\]+-]*"  # also a slice of the hub's: train[:80%]
 FOLDER = rf"{WORD}(/{WORD})*|\."
 HUB = rf"{WORD}(/{WORD})?"
+HELD_OUT = "calibration"  # the part of the training split that no stage sees
+UNLABELLED = -100  # the label of a row that has none, as torch's cross-entropy ignores it
 MOST_LABELS = 1000  # tables of labels and predictions grow with their square
 
 
@@ -28,7 +30,7 @@ class Task:
     """A classification task, or a regression task where `labels` is None.
 
     Attributes:
-        name: also the sub-folder looked for under `datamodule.root`.
+        name: also the sub-folder looked for under `data.root`.
         columns: one or two text columns.
         label: the label column.
         labels: label names in the order of their ids; None for regression.
@@ -36,7 +38,7 @@ class Task:
         train: name of the training split, None where there is none.
         validation, test: names of the splits to score; MNLI has two of each.
         hub: (dataset, configuration) on the Hugging Face hub, or None.
-        root: folder with the files, None for the hub (`datamodule.root` overrides it).
+        root: folder with the files, None for the hub (`data.root` overrides it).
         tsv: how GLUE's classic TSV files name things: `folder`, `header` (a list of column names
             where the file has none) and a new name per column.
         group: an optional integer column to break results down by (the demo's difficulty grade).
@@ -167,9 +169,3 @@ class Task:
     def target_dtype(self) -> torch.dtype:
         """The dtype in which labels reach the loss."""
         return torch.float32 if self.is_regression else torch.long
-
-
-HELD_OUT = "calibration"  # the part of the training split that no stage sees
-
-
-UNLABELLED = -100  # the label of a row that has none, as torch's cross-entropy ignores it

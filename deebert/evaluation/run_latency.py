@@ -13,7 +13,7 @@ from deebert.data.datamodule import TextDataModule
 from deebert.data.tasks import Task
 from deebert.data.tokenization import TOKENS
 from deebert.evaluation import latency
-from deebert.evaluation.evaluate import Question
+from deebert.evaluation.evaluate_records import Question
 from deebert.evaluation.latency import Inputs, Protocol
 from deebert.evaluation.timing import undisturbed
 from deebert.exits import calibration
@@ -67,7 +67,9 @@ class Clock:
         inputs = self._inputs(split, rows)
         log.info("measuring what leaving at each layer costs, on %d rows of %s", len(rows), split)
         with undisturbed(self.protocol.threads):
-            costs = latency.layer_costs(self.model, inputs, self.task.num_labels, first, self.device)
+            costs = latency.layer_costs(
+                self.model, inputs, self.task.num_labels, first, self.device
+            )
         return replace(question, wish=replace(question.wish, costs=tuple(costs)))
 
     def timed(

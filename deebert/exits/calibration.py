@@ -5,7 +5,6 @@ Thresholds are never chosen on the rows that are reported: they come from rows h
 or are cross-fitted over the reported split. Arithmetic on records: no model, no files.
 """
 
-from deebert.exits.target import Target
 from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
@@ -20,14 +19,11 @@ from deebert.exits import curves, priors, risk_control, rules, threshold_search
 from deebert.exits.curves import Thresholds
 from deebert.exits.records import Record
 from deebert.exits.rules import Rule, Verdict, exit_layer
+from deebert.exits.target import Target
 
 FOLDS = 5
 FEWEST = 20  # rows to choose anything on
 SPEEDUP_STEPS = 1000  # savings among which one is looked for that is fast enough
-
-
-
-
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,9 @@ def _about(record: Record, rule: Rule, wish: Target) -> float:
     return curves.savings(verdict, _fast_enough(record, verdict, entropy, wish)).mean().item()
 
 
-def check(num_rows: int, has_labels: bool, split: str, task: Task, rule: Rule, wish: Target) -> None:
+def check(
+    num_rows: int, has_labels: bool, split: str, task: Task, rule: Rule, wish: Target
+) -> None:
     """What can be known of a wish before the model has run.
 
     Raises:

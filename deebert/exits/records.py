@@ -4,19 +4,13 @@ A saved record is one safetensors file with a JSON header that says which weight
 came from. Knows nothing of models or tasks: arithmetic on it needs neither.
 """
 
-import json
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from deebert.errors import UserError
-from deebert.untrusted import tensor_files
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class Record:
         changes: Any = {name: values[chosen] for name, values in self.tensors().items()}
         return replace(self, **changes)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: values for name, values in columns.items() if isinstance(values, Tensor)}
 

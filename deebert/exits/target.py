@@ -1,5 +1,4 @@
-"""A target: what the user asks for.
-"""
+"""A target: what the user asks for."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -22,7 +22,6 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from deebert import options as commands
 from deebert.classifier import Asked, EarlyExitClassifier
 from deebert.data.tasks import Task
 from deebert.errors import UserError, unknown
@@ -364,12 +363,3 @@ def run(options: ExportOptions) -> None:
     saving = f", about {expected['expected_saving']:.1%} of the layers saved" if expected else ""
     print(f"answers by {dict(found.asked.wish) or 'full depth'}{saving}")
     print(f"can be asked for target_saving={', '.join(map(str, found.savings)) or 'none'}")
-
-
-if __name__ == "__main__":
-    commands.main(
-        ExportOptions,
-        run,
-        "python -m deebert.export",
-        "python -m deebert.export model=runs/RUN output=exported target_saving=0.4",
-    )

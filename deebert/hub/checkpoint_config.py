@@ -11,7 +11,6 @@ from typing import Any
 
 from deebert.data.tasks import HUB, Task
 from deebert.errors import UserError, is_number, is_whole
-from deebert.training import objectives
 from deebert.untrusted import plain_files
 
 # Of a run's configuration: what makes a checkpoint self-describing, and a run resumable.
@@ -202,7 +201,6 @@ def accepted(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError("its configuration says no data.max_length")
     Task.from_config(found["task"])
     found.setdefault("objective", {"name": recipe.get("objective")})
-    objectives.build(found["objective"], found["stage"])
     return {"ramp": {}, "teacher": None, "thresholds": None} | found, rest
 
 

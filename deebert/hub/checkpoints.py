@@ -202,7 +202,9 @@ def _read(path: Path) -> Checkpoint:
     files = plain_files.plain(hparams["tokenizer"], "its tokenizer")
     if not isinstance(epoch := content["epoch"], int) or not 0 <= epoch < 2**31:
         raise UserError("its epoch is no number of one")
-    config, not_taken = checkpoint_config.accepted(plain_files.plain(hparams["config"], "its configuration"))
+    config, not_taken = checkpoint_config.accepted(
+        plain_files.plain(hparams["config"], "its configuration")
+    )
     checkpoint = Checkpoint(
         path,
         config,

@@ -12,13 +12,11 @@ from typing import Any
 
 from deebert.data import tokenization
 from deebert.errors import UserError
-from deebert.hub import record_files
-
-pass
 from deebert.hub import (
     checkpoint_config,
     checkpoints,
     conversion,
+    record_files,
     saved_folder,
     transformers_folder,
 )
@@ -100,7 +98,8 @@ def _checkpoint(
             return conversion.read(place, flag, given, said)
         raise UserError(
             f"{flag}={given}: the folder holds no checkpoints/{name} (give a run folder), no "
-            f"{saved_folder.FILE} (one of save_pretrained) and no config.json (a published classifier)"
+            f"{saved_folder.FILE} (one of save_pretrained) and no config.json (a published "
+            "classifier)"
         )
     return checkpoints.read(checkpoints.find(str(place), flag, name), flag)
 
@@ -137,7 +136,10 @@ def _downloaded(repo_id: str, flag: str, fetch: bool) -> Path:
         if fetch:
             info = HfApi().model_info(repo_id, timeout=PATIENCE)  # snapshot_download waits for ever
             there = {file.rfilename for file in info.siblings or ()}
-            weights = next((name for name in transformers_folder.WEIGHTS if name in there), transformers_folder.WEIGHTS[0])
+            weights = next(
+                (name for name in transformers_folder.WEIGHTS if name in there),
+                transformers_folder.WEIGHTS[0],
+            )
             return Path(snapshot_download(repo_id, allow_patterns=[*HUB_FILES, weights]))
     except RepositoryNotFoundError as error:
         raise UserError(

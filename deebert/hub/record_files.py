@@ -1,5 +1,4 @@
-"""Saved records: one safetensors file a split, with a JSON header.
-"""
+"""Saved records: one safetensors file a split, with a JSON header."""
 
 import json
 import os
@@ -18,30 +17,10 @@ from deebert.exits.records import Record
 from deebert.hub import checkpoint_config
 from deebert.untrusted import plain_files, tensor_files
 
-import re
-from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
-
-from deebert.data.tasks import SPLIT
-from deebert.errors import UserError
-from deebert.hub import checkpoint_config
-from deebert.untrusted import plain_files, tensor_files
-
 SCHEMA = 1
-
-
 FOLDER = "records"  # of a run or saved folder
-
-
 MOST_GROUPS = 500  # each has a figure at each threshold
-
-
 LONGEST = 2**20  # tokens of an input
-
-
 COLUMNS = {  # name in the file -> types, number of dimensions
     "logits_NLC": ((torch.float32,), 3), "labels_N": ((torch.int64, torch.float32), 1),
     "index_N": ((torch.int64,), 1), "length_N": ((torch.int64,), 1),

@@ -20,11 +20,8 @@ from typing import Any
 from deebert.data import tokenization
 from deebert.data.tasks import Task
 from deebert.errors import UserError, is_whole
-from deebert.hub import record_files
-
-pass
 from deebert.exits.records import Record
-from deebert.hub import checkpoint_config
+from deebert.hub import checkpoint_config, record_files
 from deebert.hub.checkpoints import Checkpoint
 from deebert.models import architectures
 from deebert.models.early_exit import EarlyExitModel

@@ -16,7 +16,6 @@ clocks.
 Shapes: N inputs, B of them in a group, S tokens, H hidden, L layers (= ramps), C labels.
 """
 
-from deebert.inference.survivors import Answers, Group, merge
 import contextlib
 import copy
 import logging
@@ -36,6 +35,7 @@ from deebert.inference import onnx_layer
 from deebert.inference.kernels import check_precision, without_onednn
 from deebert.inference.onnx_layer import OnnxEmbeddings, OnnxLayer
 from deebert.inference.split_layer import SplitLayer
+from deebert.inference.survivors import Answers, Group, merge
 from deebert.models.architectures import LayerParts
 from deebert.models.early_exit import EarlyExitModel
 from deebert.models.ramps import Ramp
@@ -56,14 +56,6 @@ GROUP_COSTS = {"cpu": 96, "cuda": 2048}
 # First token first reads a layer's weights twice; below so many tokens that costs more than it can
 # save.
 FIRST_TOKEN_FROM = {"cpu": 64, "cuda": 512}
-
-
-
-
-
-
-
-
 
 
 def kind_of(device: torch.device) -> str:
@@ -240,9 +232,7 @@ class Engine:
                     waiting[layer + 1].append(left)
         return out
 
-    def _advance(
-        self, layer: int, group: Group, waiting: list[list[Group]], out: Answers
-    ) -> None:
+    def _advance(self, layer: int, group: Group, waiting: list[list[Group]], out: Answers) -> None:
         """Run a group from this layer (0-based) on, until all have left or it waits for others."""
         groups = [group]
         if layer and group.num_tokens < self.regroup_below:

@@ -1,5 +1,4 @@
-"""Inputs that have come equally far, and how survivors are merged.
-"""
+"""Inputs that have come equally far, and how survivors are merged."""
 
 from dataclasses import dataclass
 from functools import cached_property

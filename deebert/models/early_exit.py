@@ -5,20 +5,30 @@ Shapes: B batch, S tokens, H hidden, L layers (= ramps), C labels; F features th
 unless `conf/ramp/` says otherwise) and R, those of all ramps together.
 """
 
-from typing import NamedTuple
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from deebert.models import architectures, backbones, ramps
-from deebert.models.early_exit import Flow
 from deebert.models.ramps import Ramp, RampKind
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+class Flow(NamedTuple):
+    """What becomes of the gradients where layer k's states go two ways: factors, k = 1..L.
+
+    Attributes:
+        ramp_L: of the gradient that comes back from ramp k.
+        onward_L: of the one that comes back from the layers and ramps above (the last is unused).
+    """
+
+    ramp_L: list[float]
+    onward_L: list[float]
 
 
 class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
@@ -248,15 +258,3 @@ class _ScaledGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return gradients[0] * ctx.factor, None
-
-
-class Flow(NamedTuple):
-    """What becomes of the gradients where layer k's states go two ways: factors, k = 1..L.
-
-    Attributes:
-        ramp_L: of the gradient that comes back from ramp k.
-        onward_L: of the one that comes back from the layers and ramps above (the last is unused).
-    """
-
-    ramp_L: list[float]
-    onward_L: list[float]

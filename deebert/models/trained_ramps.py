@@ -9,7 +9,6 @@ from typing import Any
 FINAL_ALONE = ("final", "student")  # objectives that train the final classifier alone
 
 
-
 def trains_ramps(name: Any) -> bool:
     """Say whether the objective of this name trains ramps before the last.
 

@@ -3,7 +3,6 @@
 Who does it: this process, or with `engine=ray` many. `files` has what does it.
 """
 
-from deebert import options as commands
 from deebert.errors import UserError, unknown
 from deebert.predict.work import PredictOptions, locally, run
 
@@ -28,12 +27,3 @@ def predict(options: PredictOptions) -> None:
         if getattr(options, name) != getattr(default, name):
             raise UserError(f"{name}={getattr(options, name)} needs engine=ray")
     run(options, locally)
-
-
-if __name__ == "__main__":
-    commands.main(
-        PredictOptions,
-        predict,
-        "python -m deebert.predict",
-        "python -m deebert.predict model=RUN input=reviews.csv output=out.csv target_saving=0.4",
-    )

@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deebert import options as commands
 from deebert.errors import UserError
-from deebert.options import ModelOptions, WishOptions, option
+from deebert.options import ModelOptions, WishOptions, engine_of, option, wish_of
 from deebert.predict import disk, parts, rows_in, rows_out
 from deebert.predict.answers import Answered, Columns, answered, out_names, own_columns
 from deebert.predict.parts import Parts
@@ -80,7 +79,7 @@ def run(options: PredictOptions, answer: Answer) -> None:
         from deebert.classifier import EarlyExitClassifier
 
         classifier = EarlyExitClassifier.from_pretrained(
-            options.model, task=options.task, **commands.engine_of(options)
+            options.model, task=options.task, **engine_of(options)
         )
         columns = chosen_columns(options, source, classifier.task.columns, rows_out.is_free(kind))
         work = Work(options, source, classifier, columns)
@@ -114,8 +113,8 @@ class Work:
             "probabilities": options.probabilities,
             "part_rows": options.part_rows,
             "model": saved.checkpoint.fingerprint,
-            **commands.engine_of(options),
-            "wish": commands.wish_of(options) or dict(saved.wish),
+            **engine_of(options),
+            "wish": wish_of(options) or dict(saved.wish),
         }
 
     @property
@@ -158,7 +157,7 @@ class Work:
 
     def find(self) -> dict[str, Any]:
         """The rule and thresholds: a wish granted by measuring is never granted twice the same."""
-        asked = self.classifier.ask(**commands.wish_of(self.options))
+        asked = self.classifier.ask(**wish_of(self.options))
         return {"rule": asked.rule.name, **asked.rule.fit, "thresholds": asked.thresholds}
 
     def asked(self, found: Mapping[str, Any]) -> "Asked":

@@ -1,6 +1,6 @@
 """results.json -> report.html: one page to look at the trade-off of score against saving.
 
-The page is page.html, which holds all of its style and drawing, with the results put into it as
+The page is report.html of this package, which holds all of its style and drawing, with the results put into it as
 JSON. It opens from a file, loads nothing, and shows every text of the results as text only.
 Knows nothing of models, data or files; computes no number of its own.
 """
@@ -20,7 +20,9 @@ def page(results: Mapping[str, Any]) -> str:
     Raises:
         ValueError: a number in `results` is NaN or infinite.
     """
-    template = resources.files("deebert").joinpath("page.html").read_text(encoding="utf-8")
+    template = (
+        resources.files("deebert.reporting").joinpath("report.html").read_text(encoding="utf-8")
+    )
     script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)
     assert script is not None
     # Content-Security-Policy: the browser runs this one script and loads nothing.

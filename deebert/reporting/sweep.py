@@ -24,8 +24,6 @@ log = logging.getLogger(__name__)
 FEW = 16  # points: so many can carry their threshold in the picture and still be read
 
 
-
-
 def write(folder: Path) -> None:
     """Write sweep.csv, sweep.md and sweep.png; a reader never sees half of one."""
     from filelock import FileLock
@@ -62,10 +60,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(f"Sweep: {folder / 'sweep.md'}")
     return 0
-
-
-
-
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:

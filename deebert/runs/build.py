@@ -23,9 +23,13 @@ from omegaconf import DictConfig
 from deebert.data.datamodule import TextDataModule
 from deebert.data.tasks import HELD_OUT, Task
 from deebert.errors import UserError, first_line
-from deebert.models import backbones
+from deebert.hub.checkpoints import Checkpoint
+from deebert.models import backbones, trained_ramps
+from deebert.models.early_exit import EarlyExitModel
 from deebert.runs.job import Job
 from deebert.training.checkpoint_io import SafeCheckpointIO
+
+log = logging.getLogger(__name__)
 
 # Lightning's advice that does not apply here.
 ADVICE = (

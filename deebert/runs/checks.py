@@ -1,5 +1,4 @@
-"""What would otherwise fail late, or train on nonsense.
-"""
+"""What would otherwise fail late, or train on nonsense."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
-"""evaluate(cfg): score a checkpoint, or the records of one.
-"""
+"""evaluate(cfg): score a checkpoint, or the records of one."""
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -8,8 +8,8 @@ from omegaconf import DictConfig
 
 from deebert.data.tasks import HELD_OUT, Task
 from deebert.errors import UserError
-from deebert.evaluation import evaluate
-from deebert.evaluation.evaluate import Question
+from deebert.evaluation import evaluate_records
+from deebert.evaluation.evaluate_records import Question
 from deebert.evaluation.run_latency import Clock
 from deebert.exits import calibration
 from deebert.hub import checkpoints, record_files
@@ -18,9 +18,11 @@ from deebert.reporting import report
 from deebert.runs import build, evaluation_config
 from deebert.runs.checks import check
 from deebert.runs.inheritance import complete_evaluation
-from deebert.runs.job import Job, plain
+from deebert.runs.job import Job, finish, plain
 from deebert.training.callbacks import EarlyExitEvaluation
 from deebert.training.module import EarlyExitModule
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(cfg: DictConfig) -> float | None:
@@ -116,7 +118,7 @@ def _evaluate_records(
     if len({record.logits_NLC.shape[1:] for record in found}) > 1:
         raise UserError(f"record={config['record']}: its records have different numbers of ramps")
     header = report.header(origin.config)
-    answer = evaluate.evaluate(reported, task, asked, held_out, trained=trained)
+    answer = evaluate_records.evaluate_records(reported, task, asked, held_out, trained=trained)
     results = header | {"record": checkpoints.lasting(str(config["record"]))} | answer
     report.save(results, job.folder)
     at_threshold = config["threshold"] is not None and trained

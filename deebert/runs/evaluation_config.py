@@ -12,7 +12,7 @@ import torch
 from deebert.data.datamodule import TextDataModule
 from deebert.data.tasks import HELD_OUT, Task
 from deebert.errors import UserError, first_line, is_number, is_whole, unknown
-from deebert.evaluation.evaluate import NO_ROWS, Question, check_lengths
+from deebert.evaluation.evaluate_records import NO_ROWS, Question, check_lengths
 from deebert.evaluation.latency import Protocol
 from deebert.exits import curves, rules
 from deebert.exits.rules import Rule, Score

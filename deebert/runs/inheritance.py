@@ -1,6 +1,6 @@
-"""What a run takes from the checkpoint that it starts from.
-"""
+"""What a run takes from the checkpoint that it starts from."""
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +13,13 @@ from deebert.data.tasks import Task
 from deebert.errors import UserError, unknown
 from deebert.hub import checkpoint_config, checkpoints, locate, record_files
 from deebert.hub.checkpoints import Checkpoint, Origin
+from deebert.runs.job import Job
 from deebert.training.objectives import PAPER
 from deebert.untrusted import plain_files
 
+log = logging.getLogger(__name__)
+
 STAGES = (1, 2)
-
-
 GLUE = "nyu-mll/glue"  # the one data set that a checkpoint may have fetched
 
 

@@ -1,9 +1,6 @@
-"""What a job was told: the command line, completed from a checkpoint, and checked.
+"""A job of Hydra: its folder, the keys on its command line, its configuration and its outcome."""
 
-A stage-2, resumed or evaluated run takes from its checkpoint what the command line does not say.
-Knows Hydra and checkpoints; builds nothing.
-"""
-
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +12,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from deebert.errors import UserError
+from deebert.reporting import report
 from deebert.runs import ranks
 
 log = logging.getLogger(__name__)
-
 
 
 @dataclass(frozen=True)
@@ -56,46 +53,6 @@ class Job:
     def said(self, key: str) -> bool:
         """Did the user set this key, or something inside it?"""
         return any(said == key or said.startswith(f"{key}.") for said in self.explicit)
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Hydra's callback that keeps a multirun's summary up to date.
-"""
+"""Hydra's callback that keeps a multirun's summary up to date."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from deebert.reporting.sweep import write
 from deebert.runs import ranks
+
+log = logging.getLogger(__name__)
 
 
 class SweepSummary(Callback):

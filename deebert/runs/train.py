@@ -1,10 +1,8 @@
-"""train(cfg) and evaluate(cfg): build, run, close."""
+"""train(cfg): run one of the two stages."""
 
-import json
 import logging
 import time
 from dataclasses import replace
-from typing import Any
 
 import lightning as L
 import torch
@@ -16,15 +14,13 @@ from deebert.data import tokenization
 from deebert.data.tasks import Task
 from deebert.errors import UserError, first_line
 from deebert.hub import checkpoint_config
-from deebert.hub.checkpoints import Checkpoint
 from deebert.models import backbones, trained_ramps
 from deebert.models.early_exit import EarlyExitModel
 from deebert.models.ramps import RampKind
-from deebert.reporting import report
 from deebert.runs import build
 from deebert.runs.checks import check
 from deebert.runs.inheritance import complete, read_teacher
-from deebert.runs.job import Job, plain
+from deebert.runs.job import Job, finish, plain
 from deebert.training import objectives
 from deebert.training.feature_cache import FrozenStates
 from deebert.training.module import EarlyExitModule
@@ -144,13 +140,3 @@ def train(cfg: DictConfig) -> float | None:
                 weights_only=True,
             )
     return finish(trainer.is_global_zero, job)
-
-
-
-
-
-
-
-
-
-

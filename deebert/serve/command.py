@@ -7,7 +7,6 @@ import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from deebert import options as commands
 from deebert.errors import UserError
 from deebert.options import ModelOptions, WishOptions, option
 
@@ -87,12 +86,3 @@ def run(options: ServeOptions) -> None:
     from deebert.serve import server
 
     server.serve(options)
-
-
-if __name__ == "__main__":
-    commands.main(
-        ServeOptions,
-        run,
-        "python -m deebert.serve",
-        "python -m deebert.serve model=RUN target_saving=0.4 port=8000",
-    )

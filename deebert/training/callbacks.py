@@ -19,10 +19,11 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from deebert.data.tasks import Task
-from deebert.evaluation.evaluate import Question, evaluate
+from deebert.evaluation.evaluate_records import Question, evaluate_records
 from deebert.evaluation.layers import layer_table
 from deebert.exits import curves, rules
 from deebert.exits.records import Record
+from deebert.hub import record_files
 from deebert.models.trained_ramps import trains_ramps
 from deebert.reporting import report, tables, wandb
 from deebert.training.module import EarlyExitModule
@@ -126,7 +127,9 @@ class EarlyExitEvaluation(Callback):
         )
         header = report.header(config)
         trained = trains_ramps(header["objective"])
-        self.results = header | evaluate(reported, task, question, held_out, trained=trained)
+        self.results = header | evaluate_records(
+            reported, task, question, held_out, trained=trained
+        )
         self.results["ckpt"] = self.ckpt or trainer.default_root_dir
         if trainer.state.fn == "fit":
             self.results["epoch"] = trainer.current_epoch + 1  # of the epochs counted from 1

@@ -7,8 +7,6 @@ Shapes: B batch, L layers (= ramps), C labels; C = 1 means regression (mean squa
 cross-entropy).
 """
 
-from deebert.data.tasks import UNLABELLED
-from deebert.models.early_exit import Flow
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deebert.data.tasks import UNLABELLED
 from deebert.errors import UserError, is_number, unknown
 from deebert.exits.rules import entropy
+from deebert.models.early_exit import Flow
 
 MOST_WEIGHT = 1_000_000  # sums of losses so weighted stay far from float32's end
 
@@ -175,8 +175,6 @@ def exit_loss(unsure_BL: Tensor, logits_BLC: Tensor, labels_B: Tensor, predicts:
     return (unsure_BL - off_BL)[:, :-1].square().sum() / max(len(labels_B), 1)
 
 
-
-
 def equilibrium(num_layers: int) -> Flow:
     """Gradient equilibrium (Li et al., ICCV 2019, section 3.1, as in ElasticBERT, Liu et al., NAACL
     2022): of the R ramps from layer k on, k's own counts 1/R and the others together (R-1)/R, so
@@ -296,10 +294,6 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "student": _student,
 }
 PAPER = {1: "final", 2: "ramps"}
-
-
-
-
 
 
 def build(values: Mapping[str, Any], stage: int) -> Objective:

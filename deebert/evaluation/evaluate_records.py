@@ -47,7 +47,7 @@ class Question:
     calibration: str = "auto"
 
 
-def evaluate(
+def evaluate_records(
     records: list[Record],
     task: Task,
     question: Question,
