@@ -1,4 +1,4 @@
-"""Wishes and promises on real records: does the saving hold, is the promise kept, what pays?
+"""Targets and promises on real records: does the saving hold, is the promise kept, what pays?
 
     python benchmarks/calibration.py RUN [RUN ...] [--draws 1000]
 
@@ -23,7 +23,7 @@ from deebert.data.tasks import Task
 from deebert.evaluation.analysis import analysis
 from deebert.exits import calibration, curves, risk_control, target, threshold_search
 from deebert.exits import rules as exits
-from deebert.exits.calibration import Choice
+from deebert.exits.calibration import OperatingPoint
 from deebert.exits.records import Record
 from deebert.exits.rules import Rule
 from deebert.exits.target import Target
@@ -73,12 +73,12 @@ def savings(task: Task, pool: Record, rule: Rule, draws: int) -> list[dict[str, 
         errors, inside, widths = [], 0, []
         for draw in range(draws):
             seen, new = halves(pool, draw)
-            choice = calibration.choose(seen, task, rule, Target(target_saving=saving))
-            layer_N, _ = choice(seen, task)
+            operating_point = calibration.choose(seen, task, rule, Target(target_saving=saving))
+            layer_N, _ = operating_point(seen, task)
             deviation = (layer_N.double() / pool.num_layers).std(correction=0).item()
             expected = 1 - layer_N.double().mean().item() / pool.num_layers
             low, high = risk_control.mean_interval(expected, deviation, len(seen), len(new))
-            layer_N, _ = choice(new, task)
+            layer_N, _ = operating_point(new, task)
             measured = 1 - layer_N.double().mean().item() / pool.num_layers
             errors.append(measured - saving)
             inside += low <= measured <= high
@@ -103,8 +103,8 @@ def promises(task: Task, pool: Record, rule: Rule, draws: int) -> list[dict[str,
     is about); and the other half of a random split, whose own small number of rows adds noise.
     """
     grid = rule.grid()
-    verdict = curves.judged(rule, pool)
-    layer_NT = torch.stack([exits.exit_layer(verdict.score_NL, t) for t in grid], 1)
+    exit_scores = curves.exit_scores_of(rule, pool)
+    layer_NT = torch.stack([exits.exit_layer(exit_scores.score_NL, t) for t in grid], 1)
     saving_NT = 1 - layer_NT.double().numpy() / pool.num_layers
     rows = []
     for loss in target.LOSSES if pool.labels_N is not None else ("disagreement",):
@@ -218,19 +218,21 @@ def selections(task: Task, pool: Record, rule: Rule, draws: int) -> list[dict[st
     curve over the draws is read at each way's mean score, and at its mean saving.
     """
 
-    def temperature(seen: Record, saving: float) -> Choice:
-        wish = Target(target_saving=saving, temperature=True)
-        return calibration.choose(seen, task, rule, wish)
+    def temperature(seen: Record, saving: float) -> OperatingPoint:
+        target = Target(target_saving=saving, temperature=True)
+        return calibration.choose(seen, task, rule, target)
 
-    def ramps(seen: Record, saving: float) -> Choice:
+    def ramps(seen: Record, saving: float) -> OperatingPoint:
         return calibration.choose(seen, task, rule, Target(target_saving=saving, per_ramp=True))
 
-    def always(seen: Record, saving: float) -> Choice:
+    def always(seen: Record, saving: float) -> OperatingPoint:
         score, right = parts(seen)
         found = threshold_search._best(score, right, saving)
-        return Choice(rule, ramps(seen, saving).thresholds if found is None else found.tolist())
+        return OperatingPoint(
+            rule, ramps(seen, saving).thresholds if found is None else found.tolist()
+        )
 
-    def dropped(seen: Record, saving: float) -> Choice:
+    def dropped(seen: Record, saving: float) -> OperatingPoint:
         """One threshold, without the ramps whose removal helps most, one after the other."""
         score, right = parts(seen)
         kept = score.copy()
@@ -250,7 +252,7 @@ def selections(task: Task, pool: Record, rule: Rule, draws: int) -> list[dict[st
                 break
             kept[:, max(tried)[1]] = np.inf
         assert best is not None
-        return Choice(rule, best)
+        return OperatingPoint(rule, best)
 
     def worth(score: np.ndarray, right: np.ndarray, saving: float) -> tuple[float, list[float]]:
         level = curves.thresholds_for(torch.tensor(score), [saving])[0]
@@ -263,10 +265,10 @@ def selections(task: Task, pool: Record, rule: Rule, draws: int) -> list[dict[st
         return float(right[np.arange(len(right)), layer].mean()), limits
 
     def parts(seen: Record) -> tuple[np.ndarray, np.ndarray]:
-        verdict = curves.judged(rule, seen)
+        exit_scores = curves.exit_scores_of(rule, seen)
         assert seen.labels_N is not None
-        right = task.predict(verdict.answer_NLC) == seen.labels_N[:, None]
-        return verdict.score_NL.float().numpy(), right.double().numpy()
+        right = task.predict(exit_scores.answer_NLC) == seen.labels_N[:, None]
+        return exit_scores.score_NL.float().numpy(), right.double().numpy()
 
     ways = {
         "per_ramp=true": ramps,
@@ -279,14 +281,18 @@ def selections(task: Task, pool: Record, rule: Rule, draws: int) -> list[dict[st
     found: dict[tuple[str, float], list[tuple[float, float, bool]]] = {}
     for draw in range(draws):
         seen, new = halves(pool, draw)
-        score_NL = curves.judged(rule, seen).score_NL
+        score_NL = curves.exit_scores_of(rule, seen).score_NL
         levels = curves.thresholds_for(score_NL, wished.tolist())
-        curve.append([measure(Choice(rule, level), new, task) for level in levels])
+        curve.append([measure(OperatingPoint(rule, level), new, task) for level in levels])
         for name, way in ways.items():
             for saving in SAVINGS:
-                choice = way(seen, saving)
-                used = isinstance(choice.thresholds, list) or choice.rule is not rule
-                found.setdefault((name, saving), []).append((*measure(choice, new, task), used))
+                operating_point = way(seen, saving)
+                used = (
+                    isinstance(operating_point.thresholds, list) or operating_point.rule is not rule
+                )
+                found.setdefault((name, saving), []).append(
+                    (*measure(operating_point, new, task), used)
+                )
     mean = np.mean(curve, 0)  # (points, [saving, accuracy])
     rows = []
     for (name, saving), values in found.items():
@@ -297,7 +303,7 @@ def selections(task: Task, pool: Record, rule: Rule, draws: int) -> list[dict[st
         rows.append(
             {
                 "way": name,
-                "wished": saving,
+                "target": saving,
                 "saving": float(saved),
                 "accuracy": float(accuracy),
                 "used": float(used),
@@ -309,8 +315,8 @@ def selections(task: Task, pool: Record, rule: Rule, draws: int) -> list[dict[st
     return rows
 
 
-def measure(choice: Choice, record: Record, task: Task) -> tuple[float, float]:
-    layer_N, predictions_N = choice(record, task)
+def measure(operating_point: OperatingPoint, record: Record, task: Task) -> tuple[float, float]:
+    layer_N, predictions_N = operating_point(record, task)
     saving = 1 - layer_N.double().mean().item() / record.num_layers
     assert record.labels_N is not None
     return saving, (predictions_N == record.labels_N).double().mean().item()
@@ -342,15 +348,15 @@ def rules(task: Task, pool: Record, draws: int) -> list[dict[str, Any]]:
             values = []
             for draw in range(draws):
                 seen, new = halves(pool, draw)
-                choice = calibration.choose(seen, task, rule, Target(target_saving=saving))
-                values.append(measure(choice, new, task))
+                operating_point = calibration.choose(seen, task, rule, Target(target_saving=saving))
+                values.append(measure(operating_point, new, task))
             saved, accuracy = np.mean(values, 0)
-            rows.append({"rule": name, "wished": saving, "saving": saved, "accuracy": accuracy})
+            rows.append({"rule": name, "target": saving, "saving": saved, "accuracy": accuracy})
     return rows
 
 
 def cost() -> list[dict[str, Any]]:
-    """Bar E: seconds and memory for any wish on 40,000 rows x 12 ramps x 3 labels."""
+    """Bar E: seconds and memory for any target on 40,000 rows x 12 ramps x 3 labels."""
     random = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 3, (40_000,), generator=random)
     noise = 1.5 * torch.randn(40_000, 12, 3, generator=random)
@@ -358,7 +364,7 @@ def cost() -> list[dict[str, Any]]:
     logits = noise + 1.5 * depth * torch.nn.functional.one_hot(labels, 3)[:, None]
     record = Record("pool", logits, labels, torch.arange(40_000), torch.ones(40_000))
     task = Task("x", ("text",), ("a", "b", "c"), ("accuracy",))
-    wishes = {
+    targets = {
         "target_saving=0.4": Target(target_saving=0.4),
         "target_saving=0.4 per_ramp=true": Target(target_saving=0.4, per_ramp=True),
         "target_saving=0.4 temperature=true": Target(target_saving=0.4, temperature=True),
@@ -367,10 +373,10 @@ def cost() -> list[dict[str, Any]]:
         "max_drop=0.01 confidence=null": Target(max_drop=0.01, confidence=None),
     }
     rows = []
-    for name, wish in wishes.items():
+    for name, target in targets.items():
         start = time.perf_counter()
-        calibration.choose(record, task, exits.default(3), wish)
-        rows.append({"wish": name, "seconds": time.perf_counter() - start})
+        calibration.choose(record, task, exits.default(3), target)
+        rows.append({"target": name, "seconds": time.perf_counter() - start})
     return rows
 
 
@@ -426,7 +432,7 @@ def main() -> None:
 def markdown(found: dict[str, Any]) -> list[str]:
     machine = found["environment"]
     lines = [
-        "# Wishes and promises on real records",
+        "# Targets and promises on real records",
         "",
         f"Command: `python benchmarks/calibration.py RUN ...`, {machine['threads']} threads of "
         f"{machine['cpus']} CPU cores. A RUN is what `evaluate.py ckpt=...` leaves; how each model "

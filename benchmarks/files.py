@@ -84,7 +84,7 @@ def rates(
 ) -> dict[str, Any]:
     """Seconds of the whole command and of the engine alone on the same tokens, in turns."""
     saving = next(float(word.partition("=")[2]) for word in said if "target_saving" in word)
-    asked = classifier.ask(target_saving=saving)
+    asked = classifier.calibrate(target_saving=saving)
     inputs = classifier.encode(rows)
     engine = classifier.engine.at(asked.thresholds, asked.rule)
     options = parse(PredictOptions, [*said, "overwrite=true"])

@@ -163,8 +163,11 @@ def _memory(rows: list[dict[str, Any]]) -> list[str]:
     largest = rows[-1]
     if largest["num_inputs"] == MILLION:
         found = beside(largest) / beside(base)
-        verdict = "reached" if found <= 1.2 else "**not reached**"
-        lines += ["", f"Bar G (at most 1.2 times the peak with 10,000): {found:.3f}, {verdict}."]
+        exit_scores = "reached" if found <= 1.2 else "**not reached**"
+        lines += [
+            "",
+            f"Bar G (at most 1.2 times the peak with 10,000): {found:.3f}, {exit_scores}.",
+        ]
     return lines
 
 

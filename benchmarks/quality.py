@@ -28,7 +28,7 @@ import numpy as np
 import quality_report
 import torch
 from omegaconf import OmegaConf
-from quality_report import GRID, WISHES
+from quality_report import GRID, TARGETS
 
 from deebert.data import loading
 from deebert.data.tasks import Task
@@ -244,34 +244,34 @@ def trade_off(
     the learned exit score where the ramps have one, or the default rule.
 
     Returns:
-        `rule`: its name; `ramps`: metrics of each; `wishes`: by target saving, the saving and
+        `rule`: its name; `ramps`: metrics of each; `targets`: by target saving, the saving and
         metrics found with cross-fitted thresholds; `curve`: scores at the savings of GRID, on
         straight lines between such points, full depth and the first ramp for all; `area`: the mean
         of these lines; `half_the_work`: saving and metrics where half of the operations of full
         depth are saved (`work`), empty where they cannot be.
     """
     ramps, most = curves.ramp_table(record, task), 1 - 1 / record.num_layers
-    points, wishes = {0.0: ramps[-1]["score"], most: ramps[0]["score"]}, {}
-    learned = record.unsure_NL is not None
+    points, targets = {0.0: ramps[-1]["score"], most: ramps[0]["score"]}, {}
+    learned = record.learned_score_NL is not None
     exit = exit or ("learned" if learned else None)
     rule = rules.named(exit, task.num_labels) if exit else rules.default(task.num_labels)
     for saving in [saving for saving in GRID[1:] if saving < most]:
-        wish = Target(target_saving=saving)
+        target = Target(target_saving=saving)
         try:
-            seen = calibration.calibration(None, [record], task, rule, wish)["measured"]
+            seen = calibration.calibration(None, [record], task, rule, target)["measured"]
         except Infeasible:  # a rule that must see two ramps before it lets go
             break
         points[seen["expected_saving"]] = seen["score"]
-        if saving in WISHES:
-            wishes[str(saving)] = {"saving": seen["expected_saving"], **seen["scores"]}
+        if saving in TARGETS:
+            targets[str(saving)] = {"saving": seen["expected_saving"], **seen["scores"]}
     savings, scores = zip(*sorted(points.items()), strict=True)
     curve = np.interp(np.array(GRID), savings, scores)
     area = ((curve[1:] + curve[:-1]) / 2).mean().item()
-    found = {"rule": rule.name, "wishes": wishes, "curve": curve.tolist(), "area": area}
+    found = {"rule": rule.name, "targets": targets, "curve": curve.tolist(), "area": area}
     found["half_the_work"] = {}
-    wish = Target(target_speedup=2.0, costs=work(record.num_layers, reads_tokens))
+    target = Target(target_speedup=2.0, costs=work(record.num_layers, reads_tokens))
     with contextlib.suppress(Infeasible):
-        seen = calibration.calibration(None, [record], task, rule, wish)["measured"]
+        seen = calibration.calibration(None, [record], task, rule, target)["measured"]
         found["half_the_work"] = {"saving": seen["expected_saving"], **seen["scores"]}
     return {"ramps": [ramp["scores"] for ramp in ramps], **found}
 

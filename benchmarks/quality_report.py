@@ -14,7 +14,7 @@ import numpy as np
 from deebert.data.metrics import REGRESSION
 
 GRID = [step / 50 for step in range(41)]  # savings from 0 to 0.8
-WISHES = (0.3, 0.4, 0.5, 0.6, 0.7)
+TARGETS = (0.3, 0.4, 0.5, 0.6, 0.7)
 REFERENCE = "two_stage"
 RECOMMENDED = "best"
 FEW = 3  # seeds; with fewer, a row is a screening
@@ -164,7 +164,7 @@ def seconds(cell: Cell) -> float:
 
 
 def wished(saving: float) -> Value:
-    return lambda cell: cell["wishes"].get(str(saving), {}).get(cell["metric"])
+    return lambda cell: cell["targets"].get(str(saving), {}).get(cell["metric"])
 
 
 def half_the_work(cell: Cell) -> float | None:
@@ -206,10 +206,10 @@ def exit_table(task: TaskCells) -> list[str]:
         for value in (score, area):
             row += [spread(task.values(recipe, value)), spread(task.relative(recipe, value), ".1f")]
         row.append(told if differences else "-")
-        row += [spread(task.relative(recipe, wished(wish)), ".1f") for wish in WISHES]
+        row += [spread(task.relative(recipe, wished(target)), ".1f") for target in TARGETS]
         row.append(spread(task.relative(recipe, half_the_work), ".1f"))
         rows.append([*row, spread(task.values(recipe, seconds), ".0f")])
-    columns += [*(f"at {wish:.0%}, %" for wish in WISHES), "half the work, %", "seconds"]
+    columns += [*(f"at {target:.0%}, %" for target in TARGETS), "half the work, %", "seconds"]
     return markdown(columns, rows)
 
 
@@ -234,8 +234,8 @@ def point_table(task: TaskCells) -> list[str]:
         relative = spread(task.relative(recipe, score), ".1f")
         took = spread(task.values(recipe, seconds), ".0f")
         row = [recipe, seeds(len(mine)), f"{saving:.1%}", spread(mine), relative, took]
-        verdict = {1: "yes", 0: "equal", -1: "**no**"}.get(np.sign(best - mean(mine)), "-")
-        rows.append([*row, whose, f"{best:.3f}", verdict])
+        exit_scores = {1: "yes", 0: "equal", -1: "**no**"}.get(np.sign(best - mean(mine)), "-")
+        rows.append([*row, whose, f"{best:.3f}", exit_scores])
     return markdown([*columns, "early exit", "its score", "is it better?"], rows)
 
 

@@ -48,12 +48,12 @@ def leave(model: EarlyExitModel, batch: dict[str, Any], threshold: float) -> tup
 
 
 def compare(run: Path) -> list[dict[str, Any]]:
-    origin = checkpoints.read(checkpoints.find(str(run), "RUN", "best.ckpt"), "RUN")
-    task = Task.from_config(origin.config["task"])
-    model, values = origin.model(), origin.config["data"]
+    source = checkpoints.read(checkpoints.find(str(run), "RUN", "best.ckpt"), "RUN")
+    task = Task.from_config(source.config["task"])
+    model, values = source.model(), source.config["data"]
     rivals.check_paper(model)
     data = TextDataModule(
-        task, origin.tokenizer(), root=values["root"], max_length=values["max_length"],
+        task, source.tokenizer(), root=values["root"], max_length=values["max_length"],
         limit_train=None, calibration_size=0, batch_size=1, num_workers=0, seed=0,
         eval_batch_size=values["eval_batch_size"],
     )  # fmt: skip

@@ -1,9 +1,9 @@
-"""The service under load, beside prediction without it: requests with mixed wishes, many at once.
+"""The service under load, beside prediction without it: requests with mixed targets, many at once.
 
     python benchmarks/service.py RUN --root DIR [--requests N] [--at-once N] [--repeats R]
 
 RUN: a trained model; DIR: where the texts of its task lie (`datamodule.root`). Every request is a few
-texts and a wish; every answer is held against `EarlyExitClassifier.predict`. The services (one for
+texts and a target; every answer is held against `EarlyExitClassifier.predict`. The services (one for
 each batch window) take turns, in processes of their own; the clients run on the same machine.
 Writes service.json and service.md, after each turn.
 """
@@ -34,7 +34,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from deebert import EarlyExitClassifier
-from deebert.classifier import Asked
+from deebert.classifier import CalibratedPoint
 from deebert.data import loading
 from deebert.reporting import report
 
@@ -43,7 +43,7 @@ WINDOWS_MS = (0, 10)
 MOST_TEXTS = 8  # of a request
 WARM_UP = 100  # requests
 JSON = {"Content-Type": "application/json"}
-WISHES: list[dict[str, Any]] = [
+TARGETS: list[dict[str, Any]] = [
     {},  # full depth
     {"threshold": 0.1},
     {"target_saving": 0.2},
@@ -61,8 +61,8 @@ class Expected:
     """What a request is to be answered with; `asked` is None where that is only known there."""
 
     texts: list[Any]
-    wish: dict[str, Any]
-    asked: Asked | None
+    target: dict[str, Any]
+    asked: CalibratedPoint | None
     labels: list[Any]
     exit_layers: list[int]
 
@@ -74,13 +74,13 @@ def requests_of(
     chosen, found, seconds = random.Random(0), [], 0.0
     for turn in range(num):
         texts = chosen.choices(rows, k=chosen.randint(1, MOST_TEXTS))
-        wish = WISHES[turn % len(WISHES)]
-        asked = classifier.ask(**wish)
+        target = TARGETS[turn % len(TARGETS)]
+        asked = classifier.calibrate(**target)
         start = time.perf_counter()
         answer = classifier.answer(classifier.encode(texts), asked)
         seconds += time.perf_counter() - start
-        known = None if "target_speedup" in wish else asked
-        found.append(Expected(texts, wish, known, answer.labels, answer.exit_layers))
+        known = None if "target_speedup" in target else asked
+        found.append(Expected(texts, target, known, answer.labels, answer.exit_layers))
     return found, seconds
 
 
@@ -96,7 +96,7 @@ def wrong(classifier: EarlyExitClassifier, expected: Expected, answer: dict[str,
     return (
         [each["label"] for each in answers] != labels
         or [each["exit_layer"] for each in answers] != exit_layers
-        or answer["wish"] != expected.wish
+        or answer["target"] != expected.target
     )
 
 
@@ -188,7 +188,7 @@ def turn(
     classifier: EarlyExitClassifier, port: int, asked: list[Expected], at_once: int
 ) -> dict[str, Any]:
     """All requests once."""
-    bodies = [json.dumps({"texts": each.texts, **each.wish}).encode() for each in asked]
+    bodies = [json.dumps({"texts": each.texts, **each.target}).encode() for each in asked]
     batches_before, together_before = batches(port)
     seconds, each_seconds, answers = load(port, bodies, at_once)
     batches_after, together_after = batches(port)
@@ -215,13 +215,13 @@ def markdown(found: dict[str, Any]) -> str:
         "# The service under load",
         "",
         f"`{found['command']}`: {num:,} requests of 1 to {MOST_TEXTS} texts ({texts:,} of task "
-        f"{found['task']}), {found['at_once']} at once, with {len(found['wishes'])} wishes that "
+        f"{found['task']}), {found['at_once']} at once, with {len(found['targets'])} targets that "
         f"take turns; {found['repeats']} turns of each service; {where['cpus']} CPU cores "
         f"({where['device']}) for the service and its clients alike, torch "
         f"{where['versions']['torch']}, litserve {found['litserve']}, commit "
         f"{(where['git_commit'] or 'unknown')[:7]}; {found['minutes']:.1f} minutes. Medians over "
         "the turns; *lost*: not answered with status 200, *wrong*: another label, exit layer, "
-        "threshold or wish than offline, both over all turns.",
+        "threshold or target than offline, both over all turns.",
         "",
     ]
     columns = ["batch window", "requests/s", "texts/s", "p50 ms", "p95 ms", "p99 ms"]
@@ -251,7 +251,7 @@ def markdown(found: dict[str, Any]) -> str:
     ]
     lines += [
         "",
-        "The wishes: " + ", ".join(f"`{json.dumps(wish)}`" for wish in found["wishes"]) + ".",
+        "The targets: " + ", ".join(f"`{json.dumps(target)}`" for target in found["targets"]) + ".",
     ]
     return "\n".join(lines) + "\n"
 
@@ -285,7 +285,7 @@ def main() -> None:
         "texts": sum(len(each.texts) for each in asked),
         "at_once": given.at_once,
         "repeats": given.repeats,
-        "wishes": WISHES,
+        "targets": TARGETS,
         "offline_seconds": offline_seconds,
         "litserve": litserve.__version__,
         "environment": report.environment(),

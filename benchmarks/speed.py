@@ -4,7 +4,7 @@
 
 RUN is a stage-2 run; its validation split is what is timed. Three parts a run, each of which is one
 comparison in which all systems take turns: `batched` (all rows at once), `single` (one input at a
-time, on --rows-single of the rows) and `wishes` (target_speedup, on rows not chosen on). After each
+time, on --rows-single of the rows) and `targets` (target_speedup, on rows not chosen on). After each
 part speed.json, speed.md and speed.png are written anew; parts that were measured before and are
 not asked for stay in them. (f) and (g) need the extra: pip install -e '.[bench]'.
 """
@@ -101,8 +101,8 @@ class Subject:
 
         Chosen on the rows that are timed: speed is measured here, nothing is promised.
         """
-        verdict = curves.judged(self.rule, self.record)
-        found = curves.thresholds_for(verdict.score_NL, list(SAVINGS))
+        exit_scores = curves.exit_scores_of(self.rule, self.record)
+        found = curves.thresholds_for(exit_scores.score_NL, list(SAVINGS))
         shared = {f"{s:.0%} saving": t for s, t in zip(SAVINGS, found, strict=True)}
         return {
             engine: shared | {speed_report.ONE_POINT: self._one_point(engine, batched)}
@@ -120,7 +120,7 @@ class Subject:
             found = [engine.run(inputs, all_ramps=True).ramps_NLC for inputs in given]
             logits_NLC = torch.cat([ramps_NLC for ramps_NLC in found if ramps_NLC is not None])
             record = replace(record, logits_NLC=logits_NLC)
-        score_NL = curves.judged(self.rule, record).score_NL
+        score_NL = curves.exit_scores_of(self.rule, record).score_NL
         candidates = curves.thresholds_for(score_NL, np.linspace(0, 1, 401).tolist())
         points = curves.curve(record, self.task, self.rule, [*sorted(set(candidates))])
         least = self.full_score - speed_report.POINT
@@ -231,14 +231,14 @@ def _answered(subject: Subject, system: System, singles: list[int]) -> dict[str,
     task, record, inputs = subject.task, subject.record, subject.inputs
     found = [system.run(inputs)] if system.batched else [system.run([given]) for given in inputs]
     logits_NC = torch.cat([p.logits_NC if isinstance(p, Answers) else p for p in found])
-    verdict = curves.judged(subject.rule, record)
+    exit_scores = curves.exit_scores_of(subject.rule, record)
     if system.threshold is None:
         expected_N = torch.full((len(inputs),), system.depth or record.num_layers)
     else:
-        expected_N = rules.exit_layer(verdict.score_NL, system.threshold)
+        expected_N = rules.exit_layer(exit_scores.score_NL, system.threshold)
     layer_N = torch.cat([p.layer_N for p in found if isinstance(p, Answers)] or [expected_N])
     predictions_N = task.predict(logits_NC)
-    same_N = predictions_N == curves.answered(verdict, task, expected_N)
+    same_N = predictions_N == curves.answered(exit_scores, task, expected_N)
     timed_N = layer_N if system.batched else layer_N[singles]
     return {
         "letter": system.letter,
@@ -273,7 +273,7 @@ def single(subject: Subject, given: argparse.Namespace) -> list[Any]:
     )
 
 
-def wishes(subject: Subject, given: argparse.Namespace) -> list[Any]:
+def targets(subject: Subject, given: argparse.Namespace) -> list[Any]:
     """`target_speedup`, cross-fitted as evaluate.py does: costs and thresholds from each half of
     the rows, the clock on the other."""
     inputs, task = subject.inputs, subject.task
@@ -293,8 +293,8 @@ def wishes(subject: Subject, given: argparse.Namespace) -> list[Any]:
         try:
             wished = [Target(target_speedup=target, costs=each) for each in costs]
             choices = [
-                calibration.choose(subject.record.rows(seen), task, subject.rule, wish)
-                for seen, wish in zip(others, wished, strict=True)
+                calibration.choose(subject.record.rows(seen), task, subject.rule, target)
+                for seen, target in zip(others, wished, strict=True)
             ]
         except UserError as error:
             print(f"  target_speedup={target}: {error}", flush=True)
@@ -305,13 +305,13 @@ def wishes(subject: Subject, given: argparse.Namespace) -> list[Any]:
             request.inputs
         )
         layer_N, predictions_N = (torch.empty(len(inputs), dtype=torch.long) for _ in range(2))
-        for mine, choice in zip(rows_of, choices, strict=True):
-            layer_N[mine], predictions_N[mine] = choice(subject.record.rows(mine), task)
+        for mine, operating_point in zip(rows_of, choices, strict=True):
+            layer_N[mine], predictions_N[mine] = operating_point(subject.record.rows(mine), task)
         outcome = curves.outcome(subject.record, task, layer_N, predictions_N)
         rows.append(
             {
                 "target": target,
-                "threshold": [choice.thresholds for choice in choices],
+                "threshold": [operating_point.thresholds for operating_point in choices],
                 "layer_saving": outcome["expected_saving"],
                 "score": outcome["score"],
                 "num_rows": len(inputs),
@@ -330,7 +330,7 @@ def wishes(subject: Subject, given: argparse.Namespace) -> list[Any]:
 PARTS: dict[str, Callable[[Subject, argparse.Namespace], list[Any]]] = {
     "batched": batched,
     "single": single,
-    "wishes": wishes,
+    "targets": targets,
 }
 
 
@@ -341,13 +341,13 @@ def spread(num: int, most: int | None) -> torch.Tensor:
 
 def subject_of(run: Path, most: int | None, with_onnx: bool, folder: Path) -> Subject:
     """A stage-2 run, its validation split (some rows of it) and the record of them."""
-    origin = checkpoints.read(checkpoints.find(str(run), "RUN", "best.ckpt"), "RUN")
-    task = Task.from_config(origin.config["task"])
+    source = checkpoints.read(checkpoints.find(str(run), "RUN", "best.ckpt"), "RUN")
+    task = Task.from_config(source.config["task"])
     if task.is_regression:
         raise UserError(f"{run}: task {task.name} is a regression; give a run with classes")
-    model, values = origin.model().eval(), origin.config["data"]
+    model, values = source.model().eval(), source.config["data"]
     data = TextDataModule(
-        task, origin.tokenizer(), root=values["root"], max_length=values["max_length"],
+        task, source.tokenizer(), root=values["root"], max_length=values["max_length"],
         limit_train=None, calibration_size=0, batch_size=1, num_workers=0, seed=0,
         eval_batch_size=values["eval_batch_size"],
     )  # fmt: skip

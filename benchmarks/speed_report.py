@@ -69,7 +69,7 @@ def ratio(row: Row, other: Row) -> float | None:
 
 def bars(parts: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Bar, what was found, and whether it is reached, for one task."""
-    batched, single, wishes = (parts.get(name) for name in ("batched", "single", "wishes"))
+    batched, single, targets = (parts.get(name) for name in ("batched", "single", "targets"))
     found = []
     for precision, least in (("float32", 1.20), ("bfloat16", 1.10)):
         points = {
@@ -118,7 +118,7 @@ def bars(parts: dict[str, Any]) -> list[tuple[str, str, str]]:
         found.append(_bar(text, times, _from(1.3), any))
     speeds = {
         f"{row['target']} wished": row["speed_up"] / row["target"] - 1
-        for row in select(wishes)
+        for row in select(targets)
         if "speed_up" in row
     }
     text = "H. target_speedup: the clock on unseen rows is within 7 %"
@@ -192,8 +192,8 @@ def table(part: dict[str, Any], is_batched: bool) -> list[str]:
     return markdown([*columns, "equal exits", "equal predictions"], lines)
 
 
-def wish_table(part: dict[str, Any]) -> list[str]:
-    columns = ["wished", "found", "threshold", part["metric"], "layer saving", "ms an input"]
+def target_table(part: dict[str, Any]) -> list[str]:
+    columns = ["target", "found", "threshold", part["metric"], "layer saving", "ms an input"]
     lines = [
         [
             f"{row['target']}",
@@ -237,7 +237,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
     titles = {
         "batched": "in batches",
         "single": "one at a time",
-        "wishes": '"so many times faster", on rows not chosen on',
+        "targets": '"so many times faster", on rows not chosen on',
     }
     for task, parts in found.items():
         for name, title in titles.items():
@@ -245,8 +245,8 @@ def write(found: dict[str, Any], folder: Path) -> None:
                 continue
             part = parts[name]
             lines += ["", f"## {task}, {title}", "", _conditions(part), ""]
-            if name == "wishes":
-                lines += wish_table(part)
+            if name == "targets":
+                lines += target_table(part)
                 continue
             lines += table(part, name == "batched")
             if name == "single" and select(part, batched=True):

@@ -4,7 +4,7 @@
     classifier = EarlyExitClassifier.from_pretrained("RUN")
     classifier.predict(["a fine film"], target_saving=0.4)
 
-Knows texts, labels and wishes; needs neither Lightning nor Hydra nor the training data.
+Knows texts, labels and targets; needs neither Lightning nor Hydra nor the training data.
 Shapes: N inputs, L layers (= ramps), C labels.
 """
 
@@ -23,7 +23,7 @@ from deebert.data import tokenization
 from deebert.data.tasks import HELD_OUT, Task
 from deebert.errors import UserError
 from deebert.evaluation import evaluate_records, latency
-from deebert.evaluation.evaluate_records import Question
+from deebert.evaluation.evaluate_records import EvaluationConfig
 from deebert.evaluation.latency import Protocol
 from deebert.evaluation.timing import undisturbed
 from deebert.exits import calibration, rules
@@ -38,17 +38,17 @@ from deebert.inference.engine import WINDOW, Engine
 Text = str | Sequence[str] | Mapping[str, Any]  # a text, a pair, or either by the columns' names
 Tokens = Mapping[str, Any]
 
-WISHES = ("threshold", "target_saving", "target_speedup", "max_drop")
-MOST_ASKED = 1000  # wishes whose thresholds are kept
+TARGETS = ("threshold", "target_saving", "target_speedup", "max_drop")
+MOST_KEPT = 1000  # targets whose thresholds are kept
 COST_ROWS = 64  # made-up inputs of the record's lengths that the cost of layers is measured on
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What inputs are answered by: made by `EarlyExitClassifier.ask`.
+class CalibratedPoint:
+    """What inputs are answered by: made by `EarlyExitClassifier.calibrate`.
 
     Attributes:
-        wish: as it was asked.
+        target: as it was asked.
         expected: what the calibration rows say of it (`calibration.calibration`: `expected_saving`,
             `interval`, and with labels `score`, `score_interval`); None for thresholds given.
         split: of the calibration rows, or None.
@@ -56,7 +56,7 @@ class Asked:
 
     rule: Rule
     thresholds: Thresholds
-    wish: Mapping[str, Any]
+    target: Mapping[str, Any]
     expected: Mapping[str, Any] | None = None
     split: str | None = None
 
@@ -117,21 +117,21 @@ class EarlyExitClassifier:
         device: torch.device | str = "cpu",
     ) -> None:
         self.saved = what
-        origin = what.checkpoint
-        self.task = Task.from_config(origin.config["task"])
-        self.model = origin.model()
-        self.tokenizer = origin.tokenizer()
-        self.max_length = int(origin.config["data"]["max_length"])
+        source = what.checkpoint
+        self.task = Task.from_config(source.config["task"])
+        self.model = source.model()
+        self.tokenizer = source.tokenizer()
+        self.max_length = int(source.config["data"]["max_length"])
         longest = self.model.backbone.longest_input
         if self.max_length > longest:
             raise UserError(
-                f"{origin.path}: its data.max_length={self.max_length} is more than the {longest} "
+                f"{source.path}: its data.max_length={self.max_length} is more than the {longest} "
                 "tokens that its backbone takes"
             )
         for record in what.records.values():
             if record.num_layers != self.num_layers:
                 raise UserError(
-                    f"{origin.path}: its record of {record.split} is of {record.num_layers} ramps, "
+                    f"{source.path}: its record of {record.split} is of {record.num_layers} ramps, "
                     f"and its model has {self.num_layers}"
                 )
         self._rules: dict[str | None, Rule] = {}
@@ -139,7 +139,7 @@ class EarlyExitClassifier:
         self.engine = Engine(
             self.model, self.rule, 0.0, precision=precision, runtime=runtime, device=device
         )
-        self._asked: dict[Any, Asked] = {}
+        self._asked: dict[Any, CalibratedPoint] = {}
 
     @classmethod
     def from_pretrained(
@@ -177,21 +177,21 @@ class EarlyExitClassifier:
     def num_layers(self) -> int:
         return len(self.model.ramps)
 
-    def predict(self, texts: Text | Iterable[Text], **wish: Any) -> Predictions:
+    def predict(self, texts: Text | Iterable[Text], **target: Any) -> Predictions:
         """Answer texts.
 
         Args:
             texts: one or many; each a text, or for a task of two columns a pair. Both may be
                 mappings with the task's columns.
-            **wish: as `ask` takes it.
+            **target: as `calibrate` takes it.
 
         Raises:
-            UserError: there are none, one is not a text (or pair), or the wish cannot be granted.
+            UserError: there are none, one is not a text (or pair), or the target cannot be met.
         """
         if not isinstance(texts, Iterable):
             raise UserError(f"texts are {_short(texts)}; give one or a list of them")
         one = isinstance(texts, str | bytes | Mapping) or _is_pair(texts, len(self.task.columns))
-        parts = list(self.stream([texts] if one else texts, **wish))  # type: ignore[list-item]
+        parts = list(self.stream([texts] if one else texts, **target))  # type: ignore[list-item]
         if not parts:
             raise UserError("there are no texts to answer; give at least one")
         probabilities = [part.probabilities_NC for part in parts]
@@ -202,9 +202,9 @@ class EarlyExitClassifier:
             exit_layers=[layer for part in parts for layer in part.exit_layers],
         )
 
-    def stream(self, texts: Iterable[Text], **wish: Any) -> Iterator[Predictions]:
+    def stream(self, texts: Iterable[Text], **target: Any) -> Iterator[Predictions]:
         """The same for texts without end: answers to 8,192 of them at a time, in their order."""
-        asked, left = self.ask(**wish), iter(texts)
+        asked, left = self.calibrate(**target), iter(texts)
         while window := list(islice(left, WINDOW)):
             yield self.answer(self.encode(window), asked)
 
@@ -246,7 +246,7 @@ class EarlyExitClassifier:
             raise UserError(f"an input is {_short(text)}: half of a surrogate pair") from error
         return tuple(given)
 
-    def answer(self, inputs: Sequence[Tokens], asked: Asked) -> Predictions:
+    def answer(self, inputs: Sequence[Tokens], asked: CalibratedPoint) -> Predictions:
         """Run inputs that `encode` has made.
 
         Raises:
@@ -262,7 +262,7 @@ class EarlyExitClassifier:
             predictions, probabilities_NC, found.layer_N.tolist(), self.num_layers, self.task.labels
         )
 
-    def ask(
+    def calibrate(
         self,
         *,
         threshold: float | Sequence[float] | None = None,
@@ -271,8 +271,8 @@ class EarlyExitClassifier:
         max_drop: float | None = None,
         exit: str | None = None,
         **more: Any,
-    ) -> Asked:
-        """Find the thresholds that a wish needs. Kept, so that asking again costs nothing.
+    ) -> CalibratedPoint:
+        """Find the thresholds that a target needs. Kept, so that asking again costs nothing.
 
         Args:
             threshold: one for all ramps, or one for each but the last; 0 runs all layers.
@@ -285,8 +285,8 @@ class EarlyExitClassifier:
                 Nothing at all: as the model was saved, full depth unless it says otherwise.
 
         Raises:
-            UserError: a value is out of its range, several wishes contradict each other, or there
-                is no record to grant them from.
+            UserError: a value is out of its range, several targets contradict each other, or there
+                is no record to meet them from.
         """
         threshold = getattr(threshold, "tolist", lambda: threshold)()  # numpy's and torch's
         given = {
@@ -294,50 +294,50 @@ class EarlyExitClassifier:
             "target_speedup": target_speedup, "max_drop": max_drop, "exit": exit, **more,
         }  # fmt: skip
         # None says something of confidence only: "on average".
-        wish = {name: v for name, v in given.items() if v is not None or name == "confidence"}
-        if not wish:
-            wish = dict(self.saved.wish)
-        said = [name for name in WISHES if name in wish]
+        target = {name: v for name, v in given.items() if v is not None or name == "confidence"}
+        if not target:
+            target = dict(self.saved.target)
+        said = [name for name in TARGETS if name in target]
         if len(said) > 1:
-            both = " and ".join(f"{name}={wish[name]}" for name in said)
+            both = " and ".join(f"{name}={target[name]}" for name in said)
             raise UserError(f"{both}: ask for one of them")
-        key = repr(sorted(wish.items()))
+        key = repr(sorted(target.items()))
         if key not in self._asked:
-            found = self._ask(wish)
-            while len(self._asked) >= MOST_ASKED:  # a service is asked many different ones
+            found = self._calibrate(target)
+            while len(self._asked) >= MOST_KEPT:  # a service is asked many different ones
                 self._asked.pop(next(iter(self._asked)))
             self._asked[key] = found
         return self._asked[key]
 
-    def _ask(self, wish: dict[str, Any]) -> Asked:
-        values = dict(wish)
+    def _calibrate(self, target: dict[str, Any]) -> CalibratedPoint:
+        values = dict(target)
         rule = self._rule(values.pop("exit", None)) if "exit" in values else self.rule
-        if rule.reads == "unsure" and self.model.ramp_kind.predicts is None:
+        if rule.reads == "learned_score" and self.model.ramp_kind.predicts is None:
             raise UserError(rules.NOT_LEARNED.format(rule.name))
         known = set(Target.__dataclass_fields__) - {"costs"} | {"threshold"}
         if unknown := sorted(set(values) - known):
-            raise UserError(f"{unknown[0]}= is no part of a wish; {', '.join(sorted(known))} are")
-        if not set(values) & set(WISHES[1:]):
+            raise UserError(f"{unknown[0]}= is no part of a target; {', '.join(sorted(known))} are")
+        if not set(values) & set(TARGETS[1:]):
             threshold = values.pop("threshold", 0.0)
             if values:
                 name, value = next(iter(values.items()))
-                raise UserError(f"{name}={value} needs {' or '.join(WISHES[1:])}")
+                raise UserError(f"{name}={value} needs {' or '.join(TARGETS[1:])}")
             listed = isinstance(threshold, list | tuple)
             checked = list(check_thresholds(list(threshold) if listed else threshold, "threshold"))
             thresholds: Thresholds = checked if listed else checked[0]
-            if rules.limits(thresholds, self.num_layers).any() and rule.asks_prior:
+            if rules.limits(thresholds, self.num_layers).any() and rule.needs_prior:
                 raise UserError(rules.NO_PRIOR.format(rule.name))
-            return Asked(rule, thresholds, wish)
-        granted = Target(**values)
+            return CalibratedPoint(rule, thresholds, target)
+        calibrated = Target(**values)
         record = self._calibration_rows
-        if granted.target_speedup is not None:
-            granted = replace(granted, costs=self.costs)
-        choice = calibration.choose(record, self.task, rule, granted)
-        return Asked(
-            choice.rule,
-            choice.thresholds,
-            wish,
-            calibration.expected(record, self.task, choice, len(record)),
+        if calibrated.target_speedup is not None:
+            calibrated = replace(calibrated, costs=self.costs)
+        operating_point = calibration.choose(record, self.task, rule, calibrated)
+        return CalibratedPoint(
+            operating_point.rule,
+            operating_point.thresholds,
+            target,
+            calibration.expected(record, self.task, operating_point, len(record)),
             record.split,
         )
 
@@ -352,16 +352,16 @@ class EarlyExitClassifier:
     def _calibration_rows(self) -> Record:
         """The rows that thresholds are chosen on: held out of training, unless they are plainly
         unlike those that the model was scored on."""
-        found, origin = self.saved.records, self.saved.checkpoint
+        found, source = self.saved.records, self.saved.checkpoint
         if not found:
             raise UserError(
-                f"{origin.path} has no records to choose thresholds on: give threshold=, or let "
+                f"{source.path} has no records to choose thresholds on: give threshold=, or let "
                 "python evaluate.py write some and use its run folder"
             )
-        trained = origin.config["objective"]["name"]
-        if not origin.ramps_trained:
+        trained = source.config["objective"]["name"]
+        if not source.ramps_trained:
             raise UserError(
-                f"{origin.path} was trained with objective={trained}, the final classifier alone: "
+                f"{source.path} was trained with objective={trained}, the final classifier alone: "
                 "its ramps say nothing yet; train them with python train.py stage=2 ckpt=RUN"
             )
         held_out = found.get(HELD_OUT)
@@ -370,8 +370,11 @@ class EarlyExitClassifier:
         if not labelled:
             assert held_out is not None
             return held_out
-        question = Question(self.rule, None)
-        return evaluate_records.source(held_out, labelled[0], question)[0] or labelled[0]
+        evaluation_config = EvaluationConfig(self.rule, None)
+        return (
+            evaluate_records.calibration_rows(held_out, labelled[0], evaluation_config)[0]
+            or labelled[0]
+        )
 
     @cached_property
     def costs(self) -> tuple[float, ...]:
@@ -392,31 +395,35 @@ class EarlyExitClassifier:
             )
         return tuple(costs)
 
-    def save_pretrained(self, folder: str | Path, *, exit: str | None = None, **wish: Any) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, exit: str | None = None, **target: Any
+    ) -> None:
         """Write all that is needed to use the model elsewhere, with a model card.
 
         Args:
-            exit, **wish: what it is to answer by where nothing else is asked (`ask`).
+            exit, **target: what it is to answer by where nothing else is asked (`calibrate`).
         """
         what = self.saved
-        if exit is not None or wish:
-            asked = self.ask(exit=exit, **wish).wish  # refused here, or by everyone who loads it
+        if exit is not None or target:
+            asked = self.calibrate(
+                exit=exit, **target
+            ).target  # refused here, or by everyone who loads it
             plain = {name: value for name, value in asked.items() if name != "exit"}
-            what = replace(what, exit=exit or what.exit, wish=plain)
+            what = replace(what, exit=exit or what.exit, target=plain)
         self.model.to("cpu")
         try:
             saved_folder.write(what, self.model, Path(folder), model_card.card(what, self.task))
         finally:
             self.model.to(self.engine.device)
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, **wish: Any) -> str:
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, **target: Any) -> str:
         """Save the model to a hub repository, which is made if it is not there; its address."""
         from huggingface_hub import HfApi
 
         api = HfApi()
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **wish)
+            self.save_pretrained(folder, **target)
             # Records of another model, from an earlier push, would make the repository unreadable.
             api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns="records/*")
         return str(address)

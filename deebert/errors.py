@@ -19,7 +19,7 @@ class UserError(ValueError):
 
 def unknown(what: str, value: object, choices: Iterable[object], flag: str) -> UserError:
     """The error for a value outside a known set of choices."""
-    listed = ", ".join(str(choice) for choice in choices)
+    listed = ", ".join(str(operating_point) for operating_point in choices)
     return UserError(f"{what} {value!r} is unknown; choose one of: {listed} ({flag}=...)")
 
 

@@ -36,7 +36,7 @@ class ModelOptions:
 
 
 @dataclass
-class WishOptions:
+class TargetOptions:
     """What is asked of it; nothing: as it was saved, which is full depth unless it says more."""
 
     threshold: Any = option(None, "a threshold, or one for each ramp but the last: [0,0.1]")
@@ -55,12 +55,12 @@ def engine_of(options: ModelOptions) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("precision", "runtime", "device")}
 
 
-def wish_of(options: WishOptions) -> dict[str, Any]:
-    """What `EarlyExitClassifier.ask` takes."""
+def target_of(options: TargetOptions) -> dict[str, Any]:
+    """What `EarlyExitClassifier.calibrate` takes."""
     # null says something of confidence only: "on average".
     return {
         each.name: getattr(options, each.name)
-        for each in fields(WishOptions)
+        for each in fields(TargetOptions)
         if getattr(options, each.name) != each.default
     }
 

@@ -85,8 +85,8 @@ def record_of(model: EarlyExitModel, inputs: list[dict]) -> Record:
     )  # fmt: skip
     lengths = torch.tensor([len(given["input_ids"]) for given in inputs])
     index = torch.arange(len(inputs))
-    logits, unsure = model.judged(states)
-    return Record("validation", logits, None, index, lengths, unsure_NL=unsure)
+    logits, learned_score = model.logits_and_scores(states)
+    return Record("validation", logits, None, index, lengths, learned_score_NL=learned_score)
 
 
 def types(given: dict) -> Tensor | None:
@@ -113,7 +113,7 @@ def world(
 
 def rule_of(name: str, num_labels: int = 3, **more: object) -> Rule:
     looks_back = name not in ("entropy", "relative_entropy", "probability", "margin", "learned")
-    reads = "unsure" if name == "learned" else "logits"
+    reads = "learned_score" if name == "learned" else "logits"
     if name == "relative_entropy":
         more |= {"relative": True, "prior": [0.6, 0.3, 0.1]}
     return Rule(

@@ -197,7 +197,7 @@ def test_a_pruned_model_keeps_the_ramps_of_its_layers(
     whole.keep_layers([1, 2], "layers")
     assert torch.equal(whole.ramps[1].pooler.weight, pruned.ramps[1].pooler.weight), "the last one"
     found = results(tmp_path / "two")
-    assert found["calibration"]["wish"]["target_saving"] == 0.3
+    assert found["calibration"]["target"]["target_saving"] == 0.3
     assert len(found["curve"][0]["exit_counts"]) == 2
 
 

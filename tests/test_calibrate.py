@@ -6,9 +6,17 @@ import torch
 from test_curves import task
 
 from deebert.errors import UserError
-from deebert.evaluation.evaluate_records import Question, evaluate_records
+from deebert.evaluation.evaluate_records import EvaluationConfig, evaluate_records
 from deebert.exits import curves, rules
-from deebert.exits.calibration import FOLDS, Choice, calibration, choose, folds, losses, unlike
+from deebert.exits.calibration import (
+    FOLDS,
+    OperatingPoint,
+    calibration,
+    choose,
+    folds,
+    losses,
+    unlike,
+)
 from deebert.exits.calibration import _cross_fitted as cross_fitted
 from deebert.exits.records import Record
 from deebert.exits.rules import exit_layer
@@ -73,11 +81,11 @@ def test_a_promise_is_broken_in_delta_of_the_draws_at_most(
     risk_T = true_risks(loss)
     assert risk_T.max() > 2 * limit, "the promise can be broken"
     random = torch.Generator().manual_seed(0)
-    wish = Target(max_drop=limit, confidence=0.9, loss=loss)
+    target = Target(max_drop=limit, confidence=0.9, loss=loss)
     broken, saved = 0, []
     for _ in range(200):
         rows = torch.randint(0, len(TRUTH), (num_rows,), generator=random)
-        found = choose(TRUTH.rows(rows), task("sst2"), RULE, wish).thresholds
+        found = choose(TRUTH.rows(rows), task("sst2"), RULE, target).thresholds
         risk = risk_T[GRID.index(found)].item() if found else 0.0
         broken += risk > limit
         saved.append(found)
@@ -88,11 +96,11 @@ def test_a_promise_is_broken_in_delta_of_the_draws_at_most(
 def test_a_promise_on_average_holds_on_average() -> None:
     risk_T = true_risks("disagreement")
     random = torch.Generator().manual_seed(0)
-    wish = Target(max_drop=0.03, confidence=None, loss="disagreement")
+    target = Target(max_drop=0.03, confidence=None, loss="disagreement")
     risks = []
     for _ in range(200):
         rows = torch.randint(0, len(TRUTH), (300,), generator=random)
-        found = choose(TRUTH.rows(rows), task("sst2"), RULE, wish).thresholds
+        found = choose(TRUTH.rows(rows), task("sst2"), RULE, target).thresholds
         risks.append(risk_T[GRID.index(found)].item() if found else 0.0)
     assert sum(risks) / 200 <= 0.032, "0.03, and three standard errors of this mean"
     assert sum(risks) / 200 > 0.01, "and is not given away"
@@ -101,8 +109,10 @@ def test_a_promise_on_average_holds_on_average() -> None:
 def test_gains_are_set_against_losses() -> None:
     """Early ramps that are right where full depth is wrong: no drop, though answers differ."""
     record = simulated(3000)
-    wishes = [Target(max_drop=0.02, loss=loss) for loss in ("excess", "disagreement")]
-    excess, disagreement = (choose(record, task("sst2"), RULE, wish).thresholds for wish in wishes)
+    targets = [Target(max_drop=0.02, loss=loss) for loss in ("excess", "disagreement")]
+    excess, disagreement = (
+        choose(record, task("sst2"), RULE, target).thresholds for target in targets
+    )
     assert excess > disagreement > 0
 
 
@@ -116,17 +126,17 @@ def test_losses_by_hand() -> None:
     assert found.tolist() == [[0, 0], [0, 1], [0, 1], [0, 0], [0, 1]]
 
 
-@pytest.mark.parametrize("wish", [Target(target_saving=0.4), Target(max_drop=0.05), Target(target_saving=0.4, temperature=True)])  # fmt: skip
-def test_no_row_has_a_part_in_the_thresholds_it_is_measured_with(wish: Target) -> None:
+@pytest.mark.parametrize("target", [Target(target_saving=0.4), Target(max_drop=0.05), Target(target_saving=0.4, temperature=True)])  # fmt: skip
+def test_no_row_has_a_part_in_the_thresholds_it_is_measured_with(target: Target) -> None:
     record = simulated(500)
-    before, _, _ = cross_fitted(record, task("sst2"), RULE, wish)
+    before, _, _ = cross_fitted(record, task("sst2"), RULE, target)
     order = torch.randperm(500, generator=torch.Generator().manual_seed(0))
     fold = order[1::FOLDS]
     # Other labels, and other logits behind the first ramp, for one fold alone.
     changed = dataclasses.replace(record, labels_N=record.labels_N.clone(), logits_NLC=record.logits_NLC.clone())  # fmt: skip
     changed.labels_N[fold] = 1 - changed.labels_N[fold]
     changed.logits_NLC[fold, 2:] = 0
-    after, _, _ = cross_fitted(changed, task("sst2"), RULE, wish)
+    after, _, _ = cross_fitted(changed, task("sst2"), RULE, target)
     early = before[fold] <= 2
     assert early.any()
     assert torch.equal(before[fold][early], after[fold][early]), "same thresholds for that fold"
@@ -156,34 +166,34 @@ def unbalanced(num_rows: int, seed: int) -> Record:
 
 
 def test_the_prior_is_what_serves_the_metric() -> None:
-    seen, unseen, wish = unbalanced(4000, 1), unbalanced(20_000, 2), Target(target_saving=0.5)
+    seen, unseen, target = unbalanced(4000, 1), unbalanced(20_000, 2), Target(target_saving=0.5)
     rule = rules.named("relative_entropy", 2)
     scores = {}
     for name, prior in (("mrpc", [0.7, 0.3]), ("sst2", [0.5, 0.5])):
-        choice = choose(seen, task(name), rule, wish)
-        assert choice.rule.prior == pytest.approx(prior, abs=0.02), name
-        found = calibration(seen, [unseen], task(name), rule, wish)
-        assert found["prior"] == choice.rule.prior
+        operating_point = choose(seen, task(name), rule, target)
+        assert operating_point.rule.prior == pytest.approx(prior, abs=0.02), name
+        found = calibration(seen, [unseen], task(name), rule, target)
+        assert found["prior"] == operating_point.rule.prior
         scores[name] = found["measured"]["score"]
         assert found["measured"]["expected_saving"] == pytest.approx(0.5, abs=0.02)
-    by_entropy = calibration(seen, [unseen], task("mrpc"), RULE, wish)["measured"]["score"]
+    by_entropy = calibration(seen, [unseen], task("mrpc"), RULE, target)["measured"]["score"]
     assert scores["mrpc"] > by_entropy + 0.04
-    accuracy = calibration(seen, [unseen], task("sst2"), RULE, wish)["measured"]["score"]
+    accuracy = calibration(seen, [unseen], task("sst2"), RULE, target)["measured"]["score"]
     assert scores["sst2"] == pytest.approx(accuracy, abs=1e-9), "a uniform prior is entropy"
 
 
 def test_folds_are_measured_with_what_the_other_rows_chose() -> None:
-    record, wish = unbalanced(2000, 1), Target(target_saving=0.5)
+    record, target = unbalanced(2000, 1), Target(target_saving=0.5)
     rule, mrpc = rules.named("relative_entropy", 2), task("mrpc")
-    found = calibration(None, [record], mrpc, rule, wish)
+    found = calibration(None, [record], mrpc, rule, target)
     fold_N = folds(len(record))
     predictions_N = torch.empty_like(record.labels_N)
     for fold, (threshold, fit) in enumerate(
         zip(found["fold_thresholds"], found["fold_fits"], strict=True)
     ):
-        assert fit["prior"] == choose(record.rows(fold_N != fold), mrpc, rule, wish).rule.prior
-        choice = Choice(rule.fitted(**fit), threshold)
-        predictions_N[fold_N == fold] = choice(record.rows(fold_N == fold), mrpc)[1]
+        assert fit["prior"] == choose(record.rows(fold_N != fold), mrpc, rule, target).rule.prior
+        operating_point = OperatingPoint(rule.fitted(**fit), threshold)
+        predictions_N[fold_N == fold] = operating_point(record.rows(fold_N == fold), mrpc)[1]
     assert mrpc.score(predictions_N, record.labels_N) == found["measured"]["score"]
 
 
@@ -210,13 +220,13 @@ def test_a_prior_is_found_for_savings_on_labelled_rows() -> None:
 
 
 def test_with_temperatures_the_prior_is_found_for_the_tempered() -> None:
-    rule, wish = rules.named("relative_entropy", 2), Target(target_saving=0.4, temperature=True)
-    choice = choose(unbalanced(2000, 1), task("mrpc"), rule, wish)
-    assert choice.rule.prior is not None
-    assert choice.rule.temperatures is not None
-    again = rule.fitted(**choice.rule.fit)
+    rule, target = rules.named("relative_entropy", 2), Target(target_saving=0.4, temperature=True)
+    operating_point = choose(unbalanced(2000, 1), task("mrpc"), rule, target)
+    assert operating_point.rule.prior is not None
+    assert operating_point.rule.temperatures is not None
+    again = rule.fitted(**operating_point.rule.fit)
     logits = unbalanced(100, 3).logits_NLC
-    assert torch.equal(again(logits).score_NL, choice.rule(logits).score_NL)
+    assert torch.equal(again(logits).score_NL, operating_point.rule(logits).score_NL)
 
 
 @pytest.mark.parametrize("name", ["vote", "ensemble", "patience", "entropy"])
@@ -228,9 +238,9 @@ def test_full_depth_is_the_final_classifier_for_every_rule(name: str, temperatur
     if temperature:
         rule = rule.tempered(record.logits_NLC, record.labels_N)
     assert (losses(record, task("sst2"), rule, [0.0], "disagreement") == 0).all()
-    wish = Target(max_drop=0.05, loss="disagreement", temperature=temperature)
-    choice = choose(record, task("sst2"), rule, wish)
-    layer_N, predictions_N = choice(TRUTH, task("sst2"))
+    target = Target(max_drop=0.05, loss="disagreement", temperature=temperature)
+    operating_point = choose(record, task("sst2"), rule, target)
+    layer_N, predictions_N = operating_point(TRUTH, task("sst2"))
     full_N = TRUTH.logits_NLC[:, -1].argmax(-1)
     assert (predictions_N != full_N).double().mean() < 0.06
     assert torch.equal(predictions_N[layer_N == 5], full_N[layer_N == 5])
@@ -239,13 +249,13 @@ def test_full_depth_is_the_final_classifier_for_every_rule(name: str, temperatur
 def test_gains_do_not_balance_losses_on_average() -> None:
     """One threshold that gains in a quarter of the rows and loses a little more often: the risk
     that is bounded is a running maximum over full depth, too."""
-    wish = Target(max_drop=0.01, confidence=None)
+    target = Target(max_drop=0.01, confidence=None)
     labels = torch.ones(400, dtype=torch.long)
     gap = torch.full((400, 2), 8.0)
     gap[:100, 1] = -8  # right at ramp 1, wrong at full depth
     gap[100:112, 0] = -8  # the other way round: 3 % lost
     record = Record("validation", torch.stack([-gap / 2, gap / 2], -1), labels, torch.arange(400), torch.ones(400))  # fmt: skip
-    layer_N, _ = choose(record, task("sst2"), RULE, wish)(record, task("sst2"))
+    layer_N, _ = choose(record, task("sst2"), RULE, target)(record, task("sst2"))
     assert (layer_N == 2).all()
 
 
@@ -290,8 +300,8 @@ def test_other_splits_are_measured_with_the_same_thresholds() -> None:
 
 def test_a_promise_with_temperatures_is_made_by_rows_that_had_no_part_in_them() -> None:
     record = simulated(1000)
-    choice = choose(record, task("sst2"), RULE, Target(max_drop=0.05, temperature=True))
-    assert choice.rule.temperatures is not None
+    operating_point = choose(record, task("sst2"), RULE, Target(max_drop=0.05, temperature=True))
+    assert operating_point.rule.temperatures is not None
     with pytest.raises(UserError, match="by 100 calibration rows"):
         choose(record.rows(torch.arange(200)), task("sst2"), RULE, Target(max_drop=0.02, temperature=True))  # fmt: skip
 
@@ -350,8 +360,8 @@ def test_a_regression_can_be_asked_for_a_saving() -> None:
 
 
 def test_what_is_drawn_is_what_was_granted() -> None:
-    record, wish = unbalanced(500, 1), Target(target_saving=0.4, temperature=True)
-    found = evaluate_records([record], task("sst2"), Question(RULE, [0.3], wish))
+    record, target = unbalanced(500, 1), Target(target_saving=0.4, temperature=True)
+    found = evaluate_records([record], task("sst2"), EvaluationConfig(RULE, [0.3], target))
     tempered = RULE.fitted(found["calibration"]["temperatures"])
     assert found["curve"] == curves.curve(record, task("sst2"), tempered, [0.3])
     assert found["curve"] != curves.curve(record, task("sst2"), RULE, [0.3])

@@ -1,4 +1,4 @@
-"""A trained model used from Python: answers, wishes, what is saved, and what is refused."""
+"""A trained model used from Python: answers, targets, what is saved, and what is refused."""
 
 import copy
 import dataclasses
@@ -60,13 +60,13 @@ def test_one_text_or_many_in_every_form(classifier: EarlyExitClassifier) -> None
         {"sentence1": "a fine film", "sentence2": "no film"},
     ):
         assert [*classifier.predict(same)] == [pytest.approx(one)]
-    assert one["exit_layer"] == 3, "without a wish all layers run"
+    assert one["exit_layer"] == 3, "without a target all layers run"
     streamed = classifier.stream(iter([*PAIRS] * 3000), threshold=0.68)
     assert [len(part) for part in streamed] == [8192, 3808]
 
 
 def test_grants_wishes_from_the_record(classifier: EarlyExitClassifier, stage2: Path) -> None:
-    asked = classifier.ask(target_saving=0.4)
+    asked = classifier.calibrate(target_saving=0.4)
     [record] = classifier.saved.records.values()
     layer_N = exit_layer(entropy(record.logits_NLC), asked.thresholds)
     saving = 1 - layer_N.float().mean().item() / 3
@@ -75,12 +75,12 @@ def test_grants_wishes_from_the_record(classifier: EarlyExitClassifier, stage2: 
     assert saving == pytest.approx(0.4, abs=1 / len(record))
     low, high = asked.expected["interval"]
     assert low < saving < high
-    assert classifier.ask(target_saving=0.4) is asked
-    disagreeing = classifier.ask(max_drop=0.5, loss="disagreement", confidence=0.9)
+    assert classifier.calibrate(target_saving=0.4) is asked
+    disagreeing = classifier.calibrate(max_drop=0.5, loss="disagreement", confidence=0.9)
     assert disagreeing.expected["disagreement"] <= 0.5
-    faster = classifier.ask(target_speedup=1.05)
+    faster = classifier.calibrate(target_speedup=1.05)
     assert faster.thresholds >= 0
-    patient = classifier.ask(target_saving=0.1, exit="patience")
+    patient = classifier.calibrate(target_saving=0.1, exit="patience")
     assert patient.rule.name == "patience"
 
 
@@ -88,7 +88,7 @@ def test_saved_and_loaded_it_is_the_same(classifier: EarlyExitClassifier, tmp_pa
     folder = tmp_path / "saved"
     classifier.save_pretrained(folder, target_saving=0.4)
     again = EarlyExitClassifier.from_pretrained(folder)
-    assert again.ask().thresholds == classifier.ask(target_saving=0.4).thresholds
+    assert again.calibrate().thresholds == classifier.calibrate(target_saving=0.4).thresholds
     expected, found = classifier.predict(PAIRS, target_saving=0.4), again.predict(PAIRS)
     assert torch.equal(found.probabilities_NC, expected.probabilities_NC)
     assert found.exit_layers == expected.exit_layers
@@ -97,7 +97,7 @@ def test_saved_and_loaded_it_is_the_same(classifier: EarlyExitClassifier, tmp_pa
         if file.is_file() and file.name not in ("deebert.json", "README.md"):
             assert file.read_bytes() == (tmp_path / "twice" / file.relative_to(folder)).read_bytes()
     about = json.loads((tmp_path / "twice" / "deebert.json").read_text())
-    assert about["wish"] == {"target_saving": 0.4}, "the wish stays"
+    assert about["target"] == {"target_saving": 0.4}, "the target stays"
     everything = "".join(p.read_text() for p in [*folder.glob("*.json"), folder / "README.md"])
     assert "/tmp" not in everything, "no folder of this machine"
     assert str(ROOT) not in everything
@@ -120,9 +120,9 @@ def test_a_card_names_no_folder_of_this_machine(
     config = copy.deepcopy(classifier.saved.checkpoint.config)
     for path, is_told in ((str(tmp_path / "bert"), False), ("bert-base-uncased", True)):
         config["backbone"]["path"] = path
-        origin = dataclasses.replace(classifier.saved.checkpoint, config=config)
+        source = dataclasses.replace(classifier.saved.checkpoint, config=config)
         text = model_card.card(
-            dataclasses.replace(classifier.saved, checkpoint=origin), classifier.task
+            dataclasses.replace(classifier.saved, checkpoint=source), classifier.task
         )
         assert str(tmp_path) not in text
         assert ("base_model: bert-base-uncased" in text) == is_told
@@ -134,18 +134,18 @@ def test_a_wish_is_saved_as_plain_numbers(
 ) -> None:
     classifier.save_pretrained(tmp_path / "saved", threshold=threshold)
     again = EarlyExitClassifier.from_pretrained(tmp_path / "saved")
-    assert again.ask().thresholds == threshold.tolist()
+    assert again.calibrate().thresholds == threshold.tolist()
 
 
 def test_a_threshold_needs_the_prior_it_was_found_with(classifier: EarlyExitClassifier) -> None:
-    full = classifier.ask(threshold=0, exit="relative_entropy")
+    full = classifier.calibrate(threshold=0, exit="relative_entropy")
     assert classifier.predict([("a", "b")], threshold=0, exit="relative_entropy").exit_layers == [3]
     assert full.thresholds == 0
-    for wish in ({"threshold": 0.5}, {"max_drop": 0.5}):
+    for target in ({"threshold": 0.5}, {"max_drop": 0.5}):
         with pytest.raises(UserError, match="exit=relative_entropy needs a prior"):
-            classifier.ask(exit="relative_entropy", **wish)
-    granted = classifier.ask(target_saving=0.3, exit="relative_entropy")
-    assert granted.rule.prior is not None
+            classifier.calibrate(exit="relative_entropy", **target)
+    calibrated = classifier.calibrate(target_saving=0.3, exit="relative_entropy")
+    assert calibrated.rule.prior is not None
     saved = dataclasses.replace(classifier.saved, exit="relative_entropy")
     text = model_card.card(saved, classifier.task)
     assert "Exit rule `relative_entropy`; prior and thresholds chosen on these very rows" in text
@@ -190,7 +190,7 @@ print(sorted(heavy & set(sys.modules)))
 
 
 @pytest.mark.parametrize(
-    ("texts", "wish", "says"),
+    ("texts", "target", "says"),
     [
         ([], {}, "no texts"),
         (["one text"], {}, "takes a pair of texts: sentence1, sentence2"),
@@ -203,8 +203,8 @@ print(sorted(heavy & set(sys.modules)))
         (PAIRS, {"target_saving": 0.3, "threshold": 0.1}, "ask for one of them"),
         (PAIRS, {"threshold": -1}, "threshold=-1"),
         (PAIRS, {"threshold": [0.1]}, "2"),
-        (PAIRS, {"saving": 0.4}, "saving= is no part of a wish"),
-        (PAIRS, {"saving": 0.4, "target_saving": 0.4}, "saving= is no part of a wish"),
+        (PAIRS, {"saving": 0.4}, "saving= is no part of a target"),
+        (PAIRS, {"saving": 0.4, "target_saving": 0.4}, "saving= is no part of a target"),
         (PAIRS, {"confidence": 0.9}, "confidence=0.9 needs"),
         (PAIRS, {"exit": "luck", "threshold": 0.1}, "exit 'luck' is unknown"),
         (PAIRS, {"exit": "change", "threshold": 0.1}, "is for a regression"),
@@ -212,9 +212,9 @@ print(sorted(heavy & set(sys.modules)))
         (PAIRS, {"max_drop": 0.001}, "cannot be promised"),
     ],
 )
-def test_bad_input(classifier: EarlyExitClassifier, texts: list, wish: dict, says: str) -> None:
+def test_bad_input(classifier: EarlyExitClassifier, texts: list, target: dict, says: str) -> None:
     with pytest.raises(UserError, match=says) as error:
-        classifier.predict(texts, **wish)
+        classifier.predict(texts, **target)
     assert "\n" not in str(error.value)
 
 
@@ -222,7 +222,7 @@ def test_untrained_ramps_grant_nothing(stage1: Path) -> None:
     classifier = EarlyExitClassifier.from_pretrained(stage1)
     assert classifier.predict(PAIRS).exit_layers == [3] * 4
     with pytest.raises(UserError, match="its ramps say nothing yet"):
-        classifier.ask(target_saving=0.4)
+        classifier.calibrate(target_saving=0.4)
 
 
 def test_without_a_record(stage2: Path) -> None:
@@ -230,7 +230,7 @@ def test_without_a_record(stage2: Path) -> None:
     object.__setattr__(classifier.saved, "records", {})
     assert len(classifier.predict(PAIRS, threshold=0.1)) == 4
     with pytest.raises(UserError, match="no records to choose thresholds on"):
-        classifier.ask(target_saving=0.4)
+        classifier.calibrate(target_saving=0.4)
 
 
 def damaged(folder: Path, name: str, change) -> None:
@@ -401,9 +401,9 @@ def test_shared_parameters_come_back(tmp_path: Path, stage2: Path) -> None:
 def test_confidence_none_is_on_average(classifier: EarlyExitClassifier) -> None:
     """A promise needs so many rows; on average fewer will do."""
     with pytest.raises(UserError, match="rows"):
-        classifier.ask(max_drop=0.05, loss="disagreement")
-    on_average = classifier.ask(max_drop=0.05, loss="disagreement", confidence=None)
-    assert on_average.wish["confidence"] is None
+        classifier.calibrate(max_drop=0.05, loss="disagreement")
+    on_average = classifier.calibrate(max_drop=0.05, loss="disagreement", confidence=None)
+    assert on_average.target["confidence"] is None
 
 
 def test_numbers_of_numpy_and_slices(classifier: EarlyExitClassifier) -> None:
@@ -414,22 +414,22 @@ def test_numbers_of_numpy_and_slices(classifier: EarlyExitClassifier) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "wish", "says"),
+    ("given", "target", "says"),
     [
         (None, {}, "texts are None; give one or a list of them"),
         (7, {}, "texts are 7"),
         (b"abc", {}, "an input is b'abc', not a text"),
         (("\ud800", "b"), {}, "half of a surrogate pair"),
-        (PAIRS, {"target_savings": 0.4}, "target_savings= is no part of a wish; "),
+        (PAIRS, {"target_savings": 0.4}, "target_savings= is no part of a target; "),
         (PAIRS, {"target_saving": "0.4"}, r"target_saving='0\.4' must be in"),
         (PAIRS, {"target_saving": 0.4, "per_ramp": "yes"}, "per_ramp='yes' must be true or false"),
     ],
 )
 def test_what_is_no_text_or_wish(
-    given, wish: dict, says: str, classifier: EarlyExitClassifier
+    given, target: dict, says: str, classifier: EarlyExitClassifier
 ) -> None:
     with pytest.raises(UserError, match=says) as error:
-        classifier.predict(given, **wish)
+        classifier.predict(given, **target)
     assert "\n" not in str(error.value)
 
 

@@ -16,7 +16,7 @@ from deebert.exits.curves import (
     check_thresholds,
     curve,
     default_thresholds,
-    judged,
+    exit_scores_of,
     ramp_table,
     savings,
     score_deviation,
@@ -46,11 +46,11 @@ def record(logits: list, labels: list | None, group: list | None = None) -> Reco
 
 # Row 0: sure and right at once. Row 1: unsure, then sure and wrong, at last right. Row 2: never sure.
 RULE = rules.default(2)
-SURE, UNSURE = 8.0, 0.0
+SURE, LEARNED_SCORE = 8.0, 0.0
 LOGITS = [
     [[0, SURE], [0, SURE], [0, SURE]],
-    [[0, UNSURE], [0, SURE], [SURE, 0]],
-    [[UNSURE, 0], [UNSURE, 0], [1, 0]],
+    [[0, LEARNED_SCORE], [0, SURE], [SURE, 0]],
+    [[LEARNED_SCORE, 0], [LEARNED_SCORE, 0], [1, 0]],
 ]
 
 
@@ -105,20 +105,22 @@ def test_thresholds_for_a_saving_are_the_smallest_that_grant_it(name: str) -> No
     logits = torch.randn(400, 6, 3) * torch.linspace(0.5, 3, 6)[:, None]
     rule = rules.Rule(name, getattr(rules, name), 3)
     rows = record(logits.tolist(), [0] * 400)
-    verdict = judged(rule, rows)
+    exit_scores = exit_scores_of(rule, rows)
     for saving in (0.0, 0.01, 0.2, 0.4, 0.7, 0.8):
-        [threshold] = thresholds_for(verdict.score_NL, [saving])
-        granted = savings(verdict, threshold).mean().item()
-        assert granted >= saving - 1e-9
-        least = verdict.score_NL[:, :-1].cummin(1).values
+        [threshold] = thresholds_for(exit_scores.score_NL, [saving])
+        calibrated = savings(exit_scores, threshold).mean().item()
+        assert calibrated >= saving - 1e-9
+        least = exit_scores.score_NL[:, :-1].cummin(1).values
         below = least[least < threshold]
         if len(below) and threshold:
-            # One score less grants less, but for the thousandth that the widest gap may cost.
-            assert savings(verdict, below.max().item()).mean().item() < saving + 0.001
+            # One score less meets less, but for the thousandth that the widest gap may cost.
+            assert savings(exit_scores, below.max().item()).mean().item() < saving + 0.001
         if name == "entropy":
-            assert granted < saving + 6 / 2400, "entropies are all different"
-    [most] = thresholds_for(verdict.score_NL, [0.99])
-    assert savings(verdict, most).mean() == savings(verdict, 1e9).mean(), "as much as can be saved"
+            assert calibrated < saving + 6 / 2400, "entropies are all different"
+    [most] = thresholds_for(exit_scores.score_NL, [0.99])
+    assert savings(exit_scores, most).mean() == savings(exit_scores, 1e9).mean(), (
+        "as much as can be saved"
+    )
 
 
 def test_a_threshold_lies_between_scores() -> None:

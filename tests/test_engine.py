@@ -86,11 +86,11 @@ def test_equals_the_record(model_type: str, ramp: str, data: st.DataObject) -> N
         temperatures = torch.tensor(data.draw(several))
     rule = rule_of(name, num_labels, temperatures=temperatures)
     asked = record.rows(torch.tensor(rows))
-    verdict = curves.judged(rule, asked)
+    exit_scores = curves.exit_scores_of(rule, asked)
     if data.draw(st.booleans()):
-        thresholds = [data.draw(st.sampled_from(middles(s))) for s in verdict.score_NL.T[:-1]]
+        thresholds = [data.draw(st.sampled_from(middles(s))) for s in exit_scores.score_NL.T[:-1]]
     else:
-        thresholds = data.draw(st.sampled_from(middles(verdict.score_NL[:, :-1])))
+        thresholds = data.draw(st.sampled_from(middles(exit_scores.score_NL[:, :-1])))
     token_budget = data.draw(st.none() | st.integers(1, 10_000))
 
     engine = Engine(model, rule, thresholds, token_budget=token_budget)
@@ -99,9 +99,9 @@ def test_equals_the_record(model_type: str, ramp: str, data: st.DataObject) -> N
     all_ramps = data.draw(st.booleans())
     answers = engine.run([pool[row] for row in rows], all_ramps=all_ramps)
 
-    layer_N = exit_layer(verdict.score_NL, thresholds)
+    layer_N = exit_layer(exit_scores.score_NL, thresholds)
     assert answers.layer_N.tolist() == layer_N.tolist()
-    expected = verdict.answer_NLC[torch.arange(len(rows)), layer_N - 1]
+    expected = exit_scores.answer_NLC[torch.arange(len(rows)), layer_N - 1]
     torch.testing.assert_close(answers.logits_NC, expected, atol=1e-5, rtol=1e-5)
     if num_labels > 1:
         assert torch.equal(answers.logits_NC.argmax(-1), expected.argmax(-1))
@@ -324,20 +324,20 @@ def test_nan_never_leaves_early(
     _, pool, record = world("bert")
     pool, record = pool[:40], record.rows(torch.arange(40))
     model.backbone.layers[1].intermediate.dense.weight[3, 3] = math.nan
-    judge = rule_of(rule)
+    exit_rule = rule_of(rule)
     if rule == "confident_patience":
-        judge = Rule(rule, functools.partial(rules.confident_patience, patience=1), 3)
-    verdict = curves.judged(judge, record)
-    some = [0.0] if rule in ("vote", "patience") else [verdict.score_NL[:, 0].median().item()]
+        exit_rule = Rule(rule, functools.partial(rules.confident_patience, patience=1), 3)
+    exit_scores = curves.exit_scores_of(exit_rule, record)
+    some = [0.0] if rule in ("vote", "patience") else [exit_scores.score_NL[:, 0].median().item()]
     for first in (*some, math.inf):
         caplog.clear()
-        engine = Engine(model, judge, [first, math.inf, math.inf], precision=precision)
+        engine = Engine(model, exit_rule, [first, math.inf, math.inf], precision=precision)
         answers = engine.run(pool)
         bad_N = answers.layer_N > 1
         assert (answers.layer_N[bad_N] == NUM_LAYERS).all()
         assert torch.equal(answers.not_finite_N, bad_N)
         assert bad_N.any() == (first != math.inf)
-        expected = verdict.answer_NLC[~bad_N, 0]
+        expected = exit_scores.answer_NLC[~bad_N, 0]
         close = {"bfloat16": 0.1}.get(precision, 1e-5)
         torch.testing.assert_close(answers.logits_NC[~bad_N], expected, atol=close, rtol=close)
         said = [f"{bad_N.sum()} of {len(pool)} inputs came out as NaN"] if bad_N.any() else []

@@ -1,4 +1,4 @@
-"""evaluate.py from the command line: curves, wishes, promises, records."""
+"""evaluate.py from the command line: curves, targets, promises, records."""
 
 import dataclasses
 import shutil
@@ -225,7 +225,7 @@ def test_thresholds_chosen_on_another_split(run: Run, stage2: Path, tmp_path: Pa
     assert (found["split"], found["num_rows"]) == ("test", 16)
     calibrated = found["calibration"]
     assert (calibrated["calibration_split"], calibrated["num_calibration"]) == ("validation", 40)
-    assert calibrated["wish"] == {"max_drop": 0.2, "confidence": 0.95, "loss": "excess"}
+    assert calibrated["target"] == {"max_drop": 0.2, "confidence": 0.95, "loss": "excess"}
     assert sum(calibrated["measured"]["exit_counts"]) == 16
 
 
@@ -258,9 +258,12 @@ def test_analysis_leaves_layers_out(run: Run, stage2: Path, tmp_path: Path) -> N
 def test_a_threshold_that_was_found_is_what_is_run(run: Run, stage2: Path, tmp_path: Path) -> None:
     """The printed threshold, given back, is the point that was promised."""
     run(
-        "evaluate.py", f"record={stage2}", "target_saving=0.3", f"hydra.run.dir={tmp_path / 'wish'}"
+        "evaluate.py",
+        f"record={stage2}",
+        "target_saving=0.3",
+        f"hydra.run.dir={tmp_path / 'target'}",
     )
-    wished = results(tmp_path / "wish")["calibration"]
+    wished = results(tmp_path / "target")["calibration"]
     run("evaluate.py", f"ckpt={stage2}", f"threshold={wished['thresholds']}", "logger=csv", f"hydra.run.dir={tmp_path / 'told'}")  # fmt: skip
     [point] = results(tmp_path / "told")["curve"]
     assert point["exit_counts"] == wished["expected"]["exit_counts"]

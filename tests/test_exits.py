@@ -5,7 +5,7 @@ import torch
 
 from deebert.errors import UserError
 from deebert.exits import rules
-from deebert.exits.rules import Rule, Verdict, entropy, exit_layer
+from deebert.exits.rules import ExitScores, Rule, entropy, exit_layer
 
 
 def test_entropy_in_nats() -> None:
@@ -69,7 +69,7 @@ def test_relative_entropy_by_hand() -> None:
         assert torch.equal(rules.relative_entropy(logits, [1 / 3] * 3), entropy(logits))
     rule = rules.named("relative_entropy", 2)
     found = rule.fitted(prior=prior)
-    assert (rule.asks_prior, found.asks_prior) == (True, False)
+    assert (rule.needs_prior, found.needs_prior) == (True, False)
     assert found.fit == {"temperatures": None, "prior": prior}
     assert found(p.log()[:, None]).score_NL[:, 0].tolist() == pytest.approx(expected, abs=1e-6)
     assert found.grid()[-1] > math.log(5), "all leave"
@@ -134,20 +134,20 @@ def test_change_of_a_regression() -> None:
 def test_ensemble_answers_with_the_mean_of_the_ramps_so_far() -> None:
     torch.manual_seed(0)
     logits = torch.randn(50, 5, 3)
-    verdict = rules.ensemble(logits)
+    exit_scores = rules.ensemble(logits)
     mean = logits[:, :3].softmax(-1).mean(1)
-    assert torch.allclose(verdict.answer_NLC[:, 2].softmax(-1), mean, atol=1e-6)
-    assert torch.allclose(verdict.score_NL[:, 2], -(mean * mean.log()).sum(-1), atol=1e-5)
-    assert torch.allclose(verdict.score_NL[:, 0], entropy(logits[:, 0]), atol=1e-5)
+    assert torch.allclose(exit_scores.answer_NLC[:, 2].softmax(-1), mean, atol=1e-6)
+    assert torch.allclose(exit_scores.score_NL[:, 2], -(mean * mean.log()).sum(-1), atol=1e-5)
+    assert torch.allclose(exit_scores.score_NL[:, 0], entropy(logits[:, 0]), atol=1e-5)
 
 
 def test_vote_leaves_with_more_than_p_votes_for_their_class() -> None:
     logits = logits_of([0, 1, 1, 0, 1], [2, 2, 2, 0, 0])
-    verdict = rules.vote(logits)
-    layers = exit_layer(verdict.score_NL, 1 / 2)  # 3 votes
+    exit_scores = rules.vote(logits)
+    layers = exit_layer(exit_scores.score_NL, 1 / 2)  # 3 votes
     assert layers.tolist() == [5, 3]
-    assert verdict.answer_NLC[1, 4].argmax() == 2, "3 votes against 2"
-    assert verdict.answer_NLC[0, 3].argmax() == 0, "2 against 2, and as sure: the first class"
+    assert exit_scores.answer_NLC[1, 4].argmax() == 2, "3 votes against 2"
+    assert exit_scores.answer_NLC[0, 3].argmax() == 0, "2 against 2, and as sure: the first class"
     logits[0, 1:3] *= 2
     assert rules.vote(logits).answer_NLC[0, 3].argmax() == 1, "2 against 2: the surer votes"
 
@@ -168,7 +168,7 @@ def test_temperatures_are_those_of_least_cross_entropy() -> None:
 def test_a_rule_of_one_s_own() -> None:
     own = Rule("own", lambda logits: 1 / logits.abs().amax(-1), 2)
     assert own(torch.full((4, 3, 2), 5.0)).score_NL.tolist() == [[pytest.approx(0.2)] * 3] * 4
-    answering = Rule("own", lambda logits: Verdict(entropy(logits), -logits), 2)
+    answering = Rule("own", lambda logits: ExitScores(entropy(logits), -logits), 2)
     assert (answering(torch.ones(1, 2, 2)).answer_NLC == -1).all()
     with pytest.raises(UserError, match=r"exit=own: its function must give .* = \(4, 3\)"):
         Rule("own", lambda logits: logits, 2)(torch.zeros(4, 3, 2))

@@ -15,7 +15,7 @@ from conftest import ROOT
 from random_models import CLASS_RULES, RAMPS, byte_level, inputs_of, middles, model_of, world
 
 from deebert import EarlyExitClassifier
-from deebert.classifier import Asked
+from deebert.classifier import CalibratedPoint
 from deebert.data import demo, tokenization
 from deebert.data.tasks import Task
 from deebert.errors import UserError
@@ -106,23 +106,23 @@ def answers(runner: Path, folder: Path, lines: list, *options: str) -> subproces
     )
 
 
-@pytest.mark.parametrize("wish", [{}, {"target_saving": 0.2}, {"threshold": None}])
+@pytest.mark.parametrize("target", [{}, {"target_saving": 0.2}, {"threshold": None}])
 def test_alone_it_answers_as_the_engine(
-    wish: dict, exported: Path, classifier: EarlyExitClassifier, tmp_path: Path
+    target: dict, exported: Path, classifier: EarlyExitClassifier, tmp_path: Path
 ) -> None:
     runner = tmp_path / "elsewhere" / "answer.py"
     runner.parent.mkdir()
     shutil.copy(exported / "runner.py", runner)
     texts = pairs()
-    if "threshold" in wish:
+    if "threshold" in target:
         every = classifier.engine.at(0.0).run(classifier.encode(texts), all_ramps=True).ramps_NLC
-        wish["threshold"] = []
+        target["threshold"] = []
         for logits_NC in every[:, :-1].unbind(1):
             scores = rules.entropy(logits_NC).sort().values[20:50]
             widest = scores.diff().argmax()  # so that rounding turns no exit
-            wish["threshold"].append(scores[widest : widest + 2].mean().item())
-    expected = classifier.predict(texts, **(wish or {"target_saving": 0.35}))
-    done = answers(runner, exported, texts, *(f"{name}={value}" for name, value in wish.items()))
+            target["threshold"].append(scores[widest : widest + 2].mean().item())
+    expected = classifier.predict(texts, **(target or {"target_saving": 0.35}))
+    done = answers(runner, exported, texts, *(f"{name}={value}" for name, value in target.items()))
     assert (done.returncode, done.stderr) == (0, "")
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [each["exit_layer"] for each in found] == expected.exit_layers
@@ -155,14 +155,14 @@ def test_readme_says_how(exported: Path, classifier: EarlyExitClassifier) -> Non
     assert done.stdout.startswith("[{'label':"), done.stderr
     table = [line.split("|")[1:4] for line in lines if line.startswith("| 0")]
     for saving, expected_saving, score in table:
-        told = classifier.ask(target_saving=float(saving)).expected
+        told = classifier.calibrate(target_saving=float(saving)).expected
         assert float(expected_saving) == pytest.approx(told["expected_saving"], abs=1e-3)
         assert float(score) == pytest.approx(told["score"], abs=1e-4)
     assert len(table) > 4
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "target",
     [
         {"target_saving": 0.3, "temperature": True},
         {"target_saving": 0.3, "per_ramp": True},
@@ -172,20 +172,20 @@ def test_readme_says_how(exported: Path, classifier: EarlyExitClassifier) -> Non
         {"threshold": [0.69, 0.6]},
     ],
 )
-def test_wishes_of_every_kind(wish: dict, spread: EarlyExitClassifier, tmp_path: Path) -> None:
-    found = onnx_folder.export(spread, tmp_path / "model", **wish)
+def test_wishes_of_every_kind(target: dict, spread: EarlyExitClassifier, tmp_path: Path) -> None:
+    found = onnx_folder.export(spread, tmp_path / "model", **target)
     assert found.difference < 1e-5
-    expected = spread.predict(pairs(), **wish)
+    expected = spread.predict(pairs(), **target)
     answers = Runner(tmp_path / "model", threads=1).predict(pairs())
     assert [each["exit_layer"] for each in answers] == expected.exit_layers
     shares = [each["probability"] for each in answers]
     assert shares == pytest.approx([each["probability"] for each in expected], abs=1e-4)
-    same = {name: wish[name] for name in ("exit", "temperature", "per_ramp") if name in wish}
+    same = {name: target[name] for name in ("exit", "temperature", "per_ramp") if name in target}
     for saving in found.savings:
-        asked = Runner(tmp_path / "model").ask(target_saving=saving)
-        granted = spread.ask(target_saving=saving, **same)
-        assert asked["thresholds"] == granted.thresholds
-        assert {name: asked[name] for name in granted.rule.fit} == granted.rule.fit
+        asked = Runner(tmp_path / "model").operating_point(target_saving=saving)
+        calibrated = spread.operating_point(target_saving=saving, **same)
+        assert asked["thresholds"] == calibrated.thresholds
+        assert {name: asked[name] for name in calibrated.rule.fit} == calibrated.rule.fit
 
 
 def test_texts_in_every_form(exported: Path, classifier: EarlyExitClassifier) -> None:
@@ -202,7 +202,9 @@ def written(folder: Path, model, rule: rules.Rule, precision: str = "float32") -
     labels = None if rule.num_labels == 1 else [f"class {i}" for i in range(rule.num_labels)]
     metric = "pearson" if labels is None else "accuracy"
     values = {"name": "made-up", "columns": ["text"], "labels": labels, "metrics": [metric]}
-    about = onnx_folder.described(model, Task.from_config(values), Asked(rule, 0.0, {}), precision)
+    about = onnx_folder.described(
+        model, Task.from_config(values), CalibratedPoint(rule, 0.0, {}), precision
+    )
     folder.mkdir()
     onnx_folder.write(folder, model, about)
     return Runner(folder, threads=1)
@@ -220,10 +222,10 @@ def test_runner_equals_engine(
 ) -> None:
     model, inputs, record = world(model_type, num_labels, ramp)
     rule = rules.named(name, num_labels)
-    if rule.asks_prior:
+    if rule.needs_prior:
         rule = rule.fitted(prior=[0.6, 0.3, 0.1])
     runner = written(tmp_path / "model", model, rule)
-    scores_NL = rule(record.logits_NLC, record.unsure_NL).score_NL[:, :-1]
+    scores_NL = rule(record.logits_NLC, record.learned_score_NL).score_NL[:, :-1]
     between = middles(scores_NL.flatten())[2:]
     chosen = sorted({between[i * (len(between) - 1) // 3] for i in range(4)})
     layers, engine = set(), Engine(model, rule, 0.0)
@@ -274,7 +276,7 @@ def test_rules_are_those_of_exits(num_labels: int) -> None:
     logits_NLC = 3 * torch.randn(300, 6, num_labels, generator=random)
     logits_NLC[:20] *= 1e4  # so sure that shares underflow
     logits_NLC[20:40] = logits_NLC[20:40].round()  # ties
-    unsure_NL = torch.rand(300, 6, generator=random)
+    learned_score_NL = torch.rand(300, 6, generator=random)
     for name, ours in onnx_runner.RULES.items():
         if rules.RULES[name].get("regression", False) not in (None, num_labels == 1):
             continue
@@ -288,10 +290,10 @@ def test_rules_are_those_of_exits(num_labels: int) -> None:
                 name, lambda read, rule=rule, options=options: rule.score(read, **options), num_labels,
                 regression=rule.regression, looks_back=rule.looks_back, reads=rule.reads,
             )  # fmt: skip
-            expected = again(logits_NLC, unsure_NL)
+            expected = again(logits_NLC, learned_score_NL)
             for ramps in range(1, 7):
                 score_N, answer_NC = ours(
-                    logits_NLC[:, :ramps].numpy(), unsure_NL[:, ramps - 1].numpy(), **options
+                    logits_NLC[:, :ramps].numpy(), learned_score_NL[:, ramps - 1].numpy(), **options
                 )
                 there = expected.score_NL[:, ramps - 1].numpy()
                 np.testing.assert_allclose(score_N, there, rtol=1e-5, atol=1e-6, err_msg=name)
@@ -356,7 +358,7 @@ WRONG = {
     "an option that is none": ("", ["speed=2"], [["a", "b"]], "option 'speed=2' is unknown; choose one of: threshold"),
     "a threshold that is none": ("", ["threshold=high"], [["a", "b"]], "threshold=high: 'high' is no number"),
     "too many thresholds": ("", ["threshold=[0.1,0.2,0.3]"], [["a", "b"]], "a list of 2, one for each ramp but the last"),
-    "two wishes": ("", ["threshold=0.1", "target_saving=0.3"], [["a", "b"]], "ask for one of them"),
+    "two targets": ("", ["threshold=0.1", "target_saving=0.3"], [["a", "b"]], "ask for one of them"),
     "no threads": ("", ["threads=0"], [["a", "b"]], "threads=0"),
     "no JSON": ("", [], [["a", "b"], "{'a'"], "line 2 is no JSON"),
     "nested deeply": ("", [], [["a", "b"], "[" * 100_000], "line 2 is no JSON"),
@@ -446,7 +448,7 @@ def test_replaces_an_export(
     assert (folder / "deebert.json").read_text() == before, "what was there stays"
     monkeypatch.undo()
     onnx_folder.export(classifier, folder, overwrite=True, threshold=0.6)
-    assert Runner(folder).ask()["thresholds"] == 0.6
+    assert Runner(folder).operating_point()["thresholds"] == 0.6
     assert [each.name for each in tmp_path.iterdir()] == ["model"]
 
 
@@ -458,7 +460,7 @@ def test_without_trained_ramps(stage1: Path, tmp_path: Path, caplog) -> None:
     runner = Runner(tmp_path / "model")
     assert [each["exit_layer"] for each in runner.predict(pairs())] == [3] * len(pairs())
     with pytest.raises(RunnerError, match="which has: none"):
-        runner.ask(target_saving=0.3)
+        runner.operating_point(target_saving=0.3)
 
 
 def test_an_export_is_no_saved_folder(exported: Path) -> None:

@@ -13,9 +13,9 @@ LAYOUT = Layout("csv", ("row",), {})
 COUNTS = {"rows": 1}
 
 
-def begun(folder: Folder, wish: str, overwrite: bool = False) -> str | None:
+def begun(folder: Folder, target: str, overwrite: bool = False) -> str | None:
     with folder.alone():
-        folder.begin({"wish": wish}, overwrite, dict)
+        folder.begin({"target": target}, overwrite, dict)
     return folder.key()
 
 

@@ -23,10 +23,10 @@ def test_other_precisions_predict_the_same(model_type: str, precision: str) -> N
         return
     model, pool, record = world(model_type)
     pool, record = pool[:40], record.rows(torch.arange(40))  # bfloat16 is slow without AVX512
-    verdict = curves.judged(rules.default(3), record)
-    threshold = verdict.score_NL[:, :-1].quantile(0.3).item()
+    exit_scores = curves.exit_scores_of(rules.default(3), record)
+    threshold = exit_scores.score_NL[:, :-1].quantile(0.3).item()
     engine = Engine(model, rules.default(3), threshold, precision=precision)
-    layer_N = exit_layer(verdict.score_NL, threshold)
+    layer_N = exit_layer(exit_scores.score_NL, threshold)
     assert (engine.run(pool).layer_N == layer_N).float().mean() >= 0.85
     expected = record.logits_NLC[:, -1]
     best = expected.topk(2).values

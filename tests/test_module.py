@@ -16,7 +16,7 @@ from deebert.data.tasks import UNLABELLED, Task
 from deebert.errors import UserError
 from deebert.models import backbones
 from deebert.models.early_exit import EarlyExitModel
-from deebert.training.feature_cache import FrozenStates
+from deebert.training.feature_cache import FeatureCache
 from deebert.training.module import EarlyExitModule
 from deebert.training.objectives import PAPER
 
@@ -103,7 +103,7 @@ def fit(
 
 def source(module: EarlyExitModule, data: TextDataModule, path: Path, *, standardize: bool = False):
     if module.is_cached:
-        return FrozenStates(data, module.model, path, standardize=[0, 1] if standardize else [])
+        return FeatureCache(data, module.model, path, standardize=[0, 1] if standardize else [])
     return data
 
 
@@ -259,7 +259,7 @@ def test_linear_warm_up_and_decay_to_zero(glue: Path, tmp_path: Path) -> None:
 
 def test_cached_states_are_the_model_s(glue: Path, tmp_path: Path) -> None:
     module, data = build("stage 2 cached", glue)
-    frozen = FrozenStates(data, module.model, tmp_path, standardize=[])
+    frozen = FeatureCache(data, module.model, tmp_path, standardize=[])
     frozen.setup("fit")
     assert list(tmp_path.iterdir()) == [], "the mapped file is gone with the process"
     tokens = {i: row for b in data.loader("train") for i, row in zip(b["index"].tolist(), zip(b["input_ids"], b["attention_mask"], b["token_type_ids"], b["labels"], strict=True), strict=True)}  # fmt: skip
@@ -297,7 +297,7 @@ def test_standardized_ramps_read_states_of_mean_0_and_variance_1(
     glue: Path, tmp_path: Path
 ) -> None:
     module, data = build("stage 2 cached", glue)
-    frozen = FrozenStates(data, module.model, tmp_path, standardize=[0, 1])
+    frozen = FeatureCache(data, module.model, tmp_path, standardize=[0, 1])
     frozen.setup("fit")
     ramps, states_NR = module.model.ramps, frozen._cache["train"].states_NR
     assert states_NR.shape == (96, 3 * 32)

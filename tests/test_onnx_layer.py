@@ -78,13 +78,13 @@ def test_layer_with_its_ramp(kind, num_labels):
             after_BSH = exact(hidden_BSH, mask)
             features_BF = ramp.read(hidden_BSH, after_BSH, mask_BS, second_B)
             for previous in (None, previous_BC):
-                logits_BC, unsure_B = ramp.judge(features_BF, previous)
+                logits_BC, learned_score_B = ramp.logits_and_score(features_BF, previous)
                 new_BSH, (found_BC, found_B) = ours.with_ramp(hidden_BSH, mask, previous, second_B)
                 torch.testing.assert_close(new_BSH, after_BSH, **near)
                 torch.testing.assert_close(found_BC, logits_BC, **near)
-                assert (found_B is None) == (unsure_B is None)
-                if unsure_B is not None:
-                    torch.testing.assert_close(found_B, unsure_B, **near)
+                assert (found_B is None) == (learned_score_B is None)
+                if learned_score_B is not None:
+                    torch.testing.assert_close(found_B, learned_score_B, **near)
             if ramp is model.all_ramps[-1]:
                 torch.testing.assert_close(ours.answer(hidden_BSH, mask), logits_BC, **near)
 

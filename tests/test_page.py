@@ -172,7 +172,7 @@ def full_results() -> dict[str, Any]:
         **evaluation("validation_matched", 4080, 0.8584),
         "other_splits": [evaluation("validation_mismatched", 3610, 0.8212)],
         "calibration": {
-            "wish": {"target_saving": 0.4},
+            "target": {"target_saving": 0.4},
             "rule": "entropy",
             "thresholds": [0.31, 0.29, 0.25, 0.2, 0.11],
             "calibration_split": "train_held_out",
@@ -237,7 +237,7 @@ def show(browser: Any, tmp_path: Path) -> Iterator[Open]:
     contexts, problems, requests = [], [], []
     file = tmp_path / "report.html"
 
-    def open_page(results: dict[str, Any], **window: Any) -> Any:
+    def open_report(results: dict[str, Any], **window: Any) -> Any:
         file.write_text(page(results), encoding="utf-8")
         context = browser.new_context(**({"viewport": {"width": 1400, "height": 900}} | window))
         contexts.append(context)
@@ -248,7 +248,7 @@ def show(browser: Any, tmp_path: Path) -> Iterator[Open]:
         tab.goto(file.as_uri())
         return tab
 
-    yield open_page
+    yield open_report
     for context in contexts:
         context.close()
     assert problems == []
@@ -303,7 +303,7 @@ def check_shown(tab: Any, part: dict[str, Any], wanted: int) -> None:
 def test_the_slider_shows_the_numbers_of_its_point(show: Open) -> None:
     results = full_results()
     tab = show(results)
-    check_shown(tab, results, 40)  # the wish of the run
+    check_shown(tab, results, 40)  # the target of the run
     tab.focus("#saving")
     tab.keyboard.press("ArrowRight")
     check_shown(tab, results, 41)
@@ -346,11 +346,11 @@ def test_heading_wish_and_tables_state_the_results(show: Open) -> None:
     assert text(tab, "h1") == "mrpc, bert-tiny-of-six-layers"
     for fact in ("stage 2", "seed 42", "split validation_matched", "rows 4,080"):
         assert fact in text(tab, "#facts")
-    wish = text(tab, "#wish")
+    target = text(tab, "#target")
     for said in ("a saving of 40 %", "500 rows of train_held_out", "0.31, 0.29, 0.25, 0.2, 0.11"):
-        assert said in wish
+        assert said in target
     for said in ("40.3 %\n37.0 % to 43.0 %", "39.2 %", "0.846\n0.810 to 0.881", "0.839", "0.019"):
-        assert said in wish
+        assert said in target
     assert "not seconds" in text(tab, "#trade")
     assert tab.locator("#multiples figure").count() == LAYERS
     assert "AUROC \N{EN DASH}" in text(tab, "#multiples")
@@ -368,11 +368,11 @@ def test_the_other_split_is_one_choice_away(show: Open) -> None:
     tab = show(results)
     slide(tab, 30)
     tab.select_option("#split", "validation_mismatched")
-    check_shown(tab, results["other_splits"][0], 30)  # the wish stays
+    check_shown(tab, results["other_splits"][0], 30)  # the target stays
     assert "split validation_mismatched" in text(tab, "#facts")
     assert "f1 0.821" in text(tab, "#key")
-    assert "Measured on validation_mismatched." in text(tab, "#wish")
-    assert "37.7 %\t0.801\t0.020" in text(tab, "#wish-table")
+    assert "Measured on validation_mismatched." in text(tab, "#target")
+    assert "37.7 %\t0.801\t0.020" in text(tab, "#target-table")
     tab.select_option("#split", "validation_matched")
     check_shown(tab, results, 30)
 
@@ -411,7 +411,7 @@ def test_what_was_timed_is_a_table_and_a_mark_each(show: Open) -> None:
     assert not show(results).locator("#clock").is_visible()
     folds = [0.31, 0.2, 0.25, 0.3, 0.28]
     calibration = results["calibration"]
-    calibration |= {"wish": {"target_speedup": 1.5}, "fold_thresholds": folds}
+    calibration |= {"target": {"target_speedup": 1.5}, "fold_thresholds": folds}
     calibration["expected"]["time_speed_up"] = 1.57
     results["timing"] = [
         timed(folds, 0.41, counts=(2000, 2080)),
@@ -426,8 +426,8 @@ def test_what_was_timed_is_a_table_and_a_mark_each(show: Open) -> None:
     lead = text(tab, "#clock-text")
     assert "medians of 3 turns, threads: 1, device: cpu" in lead
     assert "without any exit: 1.25\N{MULTIPLICATION SIGN} (float32, all), 1.25" in lead
-    assert "a speed-up of 1.50\N{MULTIPLICATION SIGN} on the clock" in text(tab, "#wish-text")
-    column = tab.locator("#wish-table tr > :last-child").all_inner_texts()
+    assert "a speed-up of 1.50\N{MULTIPLICATION SIGN} on the clock" in text(tab, "#target-text")
+    column = tab.locator("#target-table tr > :last-child").all_inner_texts()
     assert column == ["speed-up (clock)", "1.50\xd7", "1.57\xd7", "1.69\xd7, 0.97\xd7", "1.00\xd7"]
     first, second = (tab.locator(f"#curve .timed >> nth={i}").bounding_box() for i in (0, 1))
     full = tab.locator("#curve line.full").bounding_box()
@@ -497,7 +497,7 @@ def test_results_without_any_optional_field(show: Open) -> None:
     tab = show(results)
     assert "no labels" in text(tab, "#notes")
     assert not tab.locator("#key").is_visible()
-    absent = ("wish", "lengths", "ramps", "reliability", "examples", "analysis", "split", "curve")
+    absent = ("target", "lengths", "ramps", "reliability", "examples", "analysis", "split", "curve")
     for section in absent:
         assert not tab.locator(f"#{section}").is_visible(), section
     slide(tab, 30)
@@ -513,11 +513,11 @@ def test_without_a_trade_off_the_curve_itself_is_drawn(show: Open) -> None:
     results = full_results()
     for part in (results, *results["other_splits"]):
         del part["trade_off"], part["analysis"], part["length_bins"]
-    results["calibration"] = {"wish": {"max_drop": 0.01, "confidence": 0.95, "loss": "excess"}}
+    results["calibration"] = {"target": {"max_drop": 0.01, "confidence": 0.95, "loss": "excess"}}
     tab = show(results)
     assert tab.locator("#curve .point").count() == len(results["curve"])
     assert tab.locator("#curve .band").count() == 0
-    assert "lose at most 0.010 (drop in accuracy), with 95 % confidence" in text(tab, "#wish")
+    assert "lose at most 0.010 (drop in accuracy), with 95 % confidence" in text(tab, "#target")
 
 
 @pytest.mark.parametrize(

@@ -135,13 +135,13 @@ def test_a_damaged_part_is_done_again(tmp_path: Path) -> None:
 
 def test_refuses_another_job_and_what_is_there(tmp_path: Path) -> None:
     output = tmp_path / "out.csv"
-    begun(output, {"model": "a", "wish": {"target_saving": 0.4}})
+    begun(output, {"model": "a", "target": {"target_saving": 0.4}})
     with Parts(output) as kept, pytest.raises(UserError, match="another job, of model=a and not b"):
-        kept.begin({"model": "b", "wish": {"target_saving": 0.4}}, False, dict)
+        kept.begin({"model": "b", "target": {"target_saving": 0.4}}, False, dict)
     output.write_text("finished")
     parts.check(output, False)  # it may be one that was to be replaced
     with Parts(output) as kept, pytest.raises(UserError, match="is there already"):
-        kept.begin({"model": "a", "wish": {"target_saving": 0.4}}, False, dict)
+        kept.begin({"model": "a", "target": {"target_saving": 0.4}}, False, dict)
     assert len(list(parts.parts_of(output).glob("*.rows"))) == 2, "nothing was removed"
 
 

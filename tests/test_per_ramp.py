@@ -31,22 +31,22 @@ def right(record: Record, thresholds: float | list[float]) -> tuple[float, float
 
 def test_a_ramp_that_does_not_pay_is_dropped() -> None:
     seen, new = overconfident(2000), overconfident(4000, 7)
-    choice = choose(seen, task("sst2"), RULE, Target(target_saving=0.3, per_ramp=True))
-    assert isinstance(choice.thresholds, list)
-    assert choice.thresholds[0] == 0, "as sure as others, and no better than a coin"
+    operating_point = choose(seen, task("sst2"), RULE, Target(target_saving=0.3, per_ramp=True))
+    assert isinstance(operating_point.thresholds, list)
+    assert operating_point.thresholds[0] == 0, "as sure as others, and no better than a coin"
     [one] = curves.thresholds_for(rules.entropy(seen.logits_NLC), [0.3])
-    score, saving = right(new, choice.thresholds)
+    score, saving = right(new, operating_point.thresholds)
     assert saving > 0.28
     assert score > right(new, one)[0] + 0.08
-    assert right(seen, choice.thresholds)[1] >= 0.3
+    assert right(seen, operating_point.thresholds)[1] >= 0.3
 
 
 def test_where_one_threshold_is_as_good_it_is_kept() -> None:
     """Ramps that are all as right as they are sure: nothing to gain, much to overfit."""
     kept = 0
     for seed in range(10):
-        choice = choose(simulated(300, seed), task("sst2"), RULE, Target(target_saving=0.4, per_ramp=True))  # fmt: skip
-        kept += not isinstance(choice.thresholds, list)
+        operating_point = choose(simulated(300, seed), task("sst2"), RULE, Target(target_saving=0.4, per_ramp=True))  # fmt: skip
+        kept += not isinstance(operating_point.thresholds, list)
     assert kept >= 5
 
 
@@ -54,12 +54,12 @@ def test_ramps_without_an_opinion_are_no_exits() -> None:
     """Scores of inf (patience not reached yet) are never under a threshold."""
     record = overconfident(1500)
     rule = rules.Rule("confident_patience", rules.confident_patience, 2)
-    verdict = curves.judged(rule, record)
-    right_NL = verdict.answer_NLC.argmax(-1) == record.labels_N[:, None]
+    exit_scores = curves.exit_scores_of(rule, record)
+    right_NL = exit_scores.answer_NLC.argmax(-1) == record.labels_N[:, None]
     for saving in (0.2, 0.4, 0.5):
-        found = threshold_search.search(verdict.score_NL, right_NL, saving)
+        found = threshold_search.search(exit_scores.score_NL, right_NL, saving)
         if found is not None:
-            saved = 1 - exit_layer(verdict.score_NL, found).double().mean().item() / 5
+            saved = 1 - exit_layer(exit_scores.score_NL, found).double().mean().item() / 5
             assert saved >= saving
 
 

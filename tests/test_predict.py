@@ -245,7 +245,7 @@ def test_tokens_do_not_depend_on_their_company(
     """Large rows among small ones, encoded apart."""
     texts = [(a * times, b) for (a, b), times in zip(PAIRS, [1, 9] * 20, strict=False)]
     given = [Row(n, n, {"a": a, "b": b}, None, 1) for n, (a, b) in enumerate(texts)]
-    asked = classifier.ask(target_saving=SAVING)
+    asked = classifier.calibrate(target_saving=SAVING)
     monkeypatch.setattr(tokenization, "AT_ONCE", 500)
     found = answered(classifier, asked, given, Columns(("a", "b"), ()))
     expected = classifier.predict(texts, target_saving=SAVING)
@@ -370,7 +370,7 @@ def test_another_job_is_refused(stage2: Path, stage1: Path, tmp_path: Path) -> N
 
     started(*words())
     for other, says in (
-        ({"threshold": 0.4}, "of wish={'threshold': 0.5} and not {'threshold': 0.4}"),
+        ({"threshold": 0.4}, "of target={'threshold': 0.5} and not {'threshold': 0.4}"),
         ({"part_rows": 30}, "of part_rows=20 and not 30"),
         ({"model": stage1}, "of model="),
         ({"keep": "none"}, "of keep="),

@@ -87,7 +87,7 @@ def test_the_authors_checkpoints_answer_as_they_did(name: str, form: str, tmp_pa
         {key: tensors[key][row][mask_S.bool()].tolist() for key in ("input_ids", "token_type_ids")}
         for row, mask_S in enumerate(tensors["attention_mask"])
     ]
-    answers = classifier.answer(rows, classifier.ask(threshold=0.4))
+    answers = classifier.answer(rows, classifier.calibrate(threshold=0.4))
     assert answers.exit_layers == exit_layer(entropy(expected), 0.4).tolist()
     assert classifier.labels == classifier.task.labels
     assert classifier.task.name == ("mrpc" if "2labels" in name else "mnli")
@@ -122,9 +122,9 @@ def test_the_authors_checkpoints_are_scored_saved_and_used(
     assert results(again)["exits"] == found["exits"]
     wished = results(again)["calibration"]
     assert "cross-fitted" in wished["calibration_split"], "no training row is known to be unseen"
-    # The evaluation's folder has the records that wishes in Python are granted from.
+    # The evaluation's folder has the records that targets in Python are met from.
     classifier = EarlyExitClassifier.from_pretrained(scored)
-    asked = classifier.ask(target_saving=0.3)
+    asked = classifier.calibrate(target_saving=0.3)
     assert asked.expected["expected_saving"] == wished["expected"]["expected_saving"]
     assert asked.thresholds == wished["thresholds"]
     expected = classifier.predict(PAIRS, target_saving=0.3)

@@ -82,8 +82,8 @@ def test_cells_are_made_once(
         assert cell["ramps"] == [pytest.approx(r["scores"], abs=1e-5) for r in theirs["exits"]]
         assert cell["curve"][0] == pytest.approx(theirs["exits"][-1]["score"], abs=1e-5)
         assert cell["curve"][-1] == pytest.approx(theirs["exits"][0]["score"], abs=1e-5)
-        assert list(cell["wishes"]) == ["0.3", "0.4", "0.5", "0.6"], "of 3 layers, 2/3 at most"
-        assert all(abs(seen["saving"] - float(w)) < 0.1 for w, seen in cell["wishes"].items())
+        assert list(cell["targets"]) == ["0.3", "0.4", "0.5", "0.6"], "of 3 layers, 2/3 at most"
+        assert all(abs(seen["saving"] - float(w)) < 0.1 for w, seen in cell["targets"].items())
     assert quality.told([f"--root={glue}", "--seeds", "2"]) == "python benchmarks/quality.py --root DIR --seeds 2"  # fmt: skip
     text = (tmp_path / "quality.md").read_text()
     assert f"{first['area']:.3f}" in text
@@ -184,9 +184,9 @@ def test_area_by_hand(quality: ModuleType) -> None:
     assert found["half_the_work"]["saving"] == pytest.approx(7 / 24, abs=0.01)
     dear = quality.trade_off(record, Task("x", ("a",), ("n", "p"), ("accuracy",)), True)
     assert dear == found | {"half_the_work": {}}, "leaving at ramp 1 saves a seventh"
-    assert list(found["wishes"]) == ["0.3", "0.4"]
-    for wish, seen in found["wishes"].items():
-        assert seen["saving"] == pytest.approx(float(wish), abs=0.02)
+    assert list(found["targets"]) == ["0.3", "0.4"]
+    for target, seen in found["targets"].items():
+        assert seen["saving"] == pytest.approx(float(target), abs=0.02)
         assert seen["accuracy"] == pytest.approx(1 - 2 * seen["saving"])
 
 
@@ -201,12 +201,12 @@ def test_the_rule_is_the_learned_score_or_a_regression_s(quality: ModuleType) ->
         Record("validation", values, truth, every, every + 1), task, reads_tokens=False
     )
     assert change["rule"] == "change"
-    assert list(change["wishes"]) == ["0.3"], "it sees two ramps first: a third at most"
-    unsure = torch.stack([off, off, off * 0], 1) + torch.linspace(0, 0.1, 100)[:, None]
-    record = Record("validation", values, truth, every, every + 1, unsure_NL=unsure)
+    assert list(change["targets"]) == ["0.3"], "it sees two ramps first: a third at most"
+    learned_score = torch.stack([off, off, off * 0], 1) + torch.linspace(0, 0.1, 100)[:, None]
+    record = Record("validation", values, truth, every, every + 1, learned_score_NL=learned_score)
     learned = quality.trade_off(record, task, reads_tokens=False)
     assert learned["rule"] == "learned"
-    assert learned["wishes"]["0.3"]["spearman"] == pytest.approx(1), "only rows that are right go"
+    assert learned["targets"]["0.3"]["spearman"] == pytest.approx(1), "only rows that are right go"
     assert learned["area"] > change["area"]
 
 
@@ -226,7 +226,7 @@ def hand_made(quality: ModuleType) -> dict[str, Any]:
                 "area": area,
                 "ramps": [{"f1": 0.2}],
                 "half_the_work": {"f1": area / 4},
-                "wishes": {"0.5": {"saving": 0.5, "f1": area / 2}},
+                "targets": {"0.5": {"saving": 0.5, "f1": area / 2}},
             }
             cell["curve"] = [full - s for s in quality.GRID]
         cells[f"{task} {recipe} {seed}"] = cell

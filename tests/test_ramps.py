@@ -19,7 +19,7 @@ from deebert.hub import checkpoints
 from deebert.models import backbones, ramps
 from deebert.models.early_exit import EarlyExitModel
 from deebert.models.ramps import PAPER, READS, Ramp, RampKind
-from deebert.training.feature_cache import FrozenStates
+from deebert.training.feature_cache import FeatureCache
 
 Run = Callable[..., str]
 KINDS = ("first", "mean", "pair", "first_and_mean", "attention", "shared", "cascade")
@@ -220,7 +220,7 @@ def test_a_learned_exit_score_is_one_head_on_what_each_ramp_pools() -> None:
     head = model.all_ramps[0].exit_head
     assert model.all_ramps[1].exit_head is head
     states = torch.randn(5, 3 * 32, requires_grad=True)
-    _, found = model.judged(states)
+    _, found = model.logits_and_scores(states)
     for index, ramp in enumerate(model.all_ramps[:-1]):
         pooled = torch.tanh(ramp.pooler(states[:, 32 * index : 32 * index + 32]))
         expected = 1 / (1 + torch.exp(-(pooled @ head.weight[0] + head.bias)))
@@ -251,7 +251,7 @@ def test_the_cache_holds_what_each_ramp_reads(
     kind: str, width: int, glue: Path, tmp_path: Path
 ) -> None:
     module, data = build("stage 2 cached", glue, ramp=kind)
-    frozen = FrozenStates(data, module.model, tmp_path, standardize=[0, 1])
+    frozen = FeatureCache(data, module.model, tmp_path, standardize=[0, 1])
     frozen.setup("fit")
     states_NR = frozen._cache["train"].states_NR
     assert states_NR.shape == (96, 2 * width + 32)

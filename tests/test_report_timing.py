@@ -42,7 +42,7 @@ def measured() -> dict[str, Any]:
         "metric": "accuracy",
     }  # fmt: skip
     results |= evaluate_records.evaluate_records(
-        [record], TASK, evaluate_records.Question(rule, THRESHOLDS)
+        [record], TASK, evaluate_records.EvaluationConfig(rule, THRESHOLDS)
     )
     results["timing"] = latency.measure(
         model, rule, [[threshold] for threshold in THRESHOLDS], record, inputs,
@@ -51,7 +51,7 @@ def measured() -> dict[str, Any]:
     return json.loads(json.dumps(results))
 
 
-def clock(results: dict[str, Any]) -> tuple[str, list[dict[str, str]]]:
+def latency_measurement(results: dict[str, Any]) -> tuple[str, list[dict[str, str]]]:
     """Title and rows of the table, by column."""
     [(title, columns, rows)] = [one for one in tables.tables(results) if "On the clock" in one[0]]
     return title, [dict(zip(columns, row, strict=True)) for row in rows]
@@ -63,7 +63,7 @@ def test_the_sample_is_like_a_real_one(measured: dict[str, Any]) -> None:
 
 
 def test_every_case_is_a_row(measured: dict[str, Any]) -> None:
-    title, rows = clock(measured)
+    title, rows = latency_measurement(measured)
     assert title == "On the clock: demo, validation (24 rows)"
     assert [(row["precision"], row["inputs a request"], row["threshold"]) for row in rows] == [
         (precision, size, threshold)
@@ -83,14 +83,14 @@ def test_every_case_is_a_row(measured: dict[str, Any]) -> None:
 def test_the_numbers_of_a_row(measured: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
     folds = [0.1, 0.2, 0.0, 0.1, 0.3]
     calibration = {
-        "wish": {"target_speedup": 1.5}, "rule": "entropy", "temperatures": None, "thresholds": 0.2,
+        "target": {"target_speedup": 1.5}, "rule": "entropy", "temperatures": None, "thresholds": 0.2,
         "calibration_split": "validation, cross-fitted in 5 folds", "num_calibration": 24, "notes": [],
         "folds_at_full_depth": 0, "fold_thresholds": folds,
         "expected": {"score": 0.8, "full_depth_score": 0.9, "expected_saving": 0.4, "time_speed_up": 1.58, "excess": 0, "disagreement": 0, "exit_counts": [1]},
         "measured": {"score": 0.8, "full_depth_score": 0.9, "expected_saving": 0.4, "excess": 0, "disagreement": 0, "exit_counts": [1]},
     }  # fmt: skip
     results = measured | {"timing": [timed(folds)], "calibration": calibration, "num_rows": 10}
-    _, [row] = clock(results)
+    _, [row] = latency_measurement(results)
     assert row == {
         "precision": "float32",
         "inputs a request": "all",
@@ -122,14 +122,14 @@ def test_the_numbers_of_a_row(measured: dict[str, Any], capfd: pytest.CaptureFix
 
 def test_what_several_cases_came_to(measured: dict[str, Any]) -> None:
     one, int8 = timed(batch_size=1, counts=(2, 2, 1)), timed([0.1, 0.2], 0.5, precision="int8")
-    calibration = {"wish": {"target_speedup": 2}, "expected": {}, "thresholds": 0.1, "notes": [], "temperatures": None}  # fmt: skip
+    calibration = {"target": {"target_speedup": 2}, "expected": {}, "thresholds": 0.1, "notes": [], "temperatures": None}  # fmt: skip
     results = measured | {"timing": [one, int8], "calibration": calibration, "num_rows": 10}
     said = tables.notes(results)[-2:]
     assert "Requests of a few: on 5 rows, evenly spread." in said[0]
     assert said[0].endswith("without any exit: 1.25x."), "int8 has no other full depth"
     assert said[1] == "Speed-up: asked for 2x, measured on the clock 1.67x (float32, 1), 2.00x (int8, all)."  # fmt: skip
     del results["calibration"]
-    assert [row["threshold"] for row in clock(results)[1]] == ["0.31", "[0.1,0.2]"]
+    assert [row["threshold"] for row in latency_measurement(results)[1]] == ["0.31", "[0.1,0.2]"]
 
 
 def test_without_timing_nothing_changes(measured: dict[str, Any]) -> None:

@@ -205,7 +205,7 @@ def test_what_several_processes_trained_is_used_as_any_model(srun: Path, glue: P
     found = classifier.predict(rows, threshold=0)
     expected_NC = recorded(srun).logits_NLC[:, -1].softmax(-1)
     torch.testing.assert_close(found.probabilities_NC, expected_NC, atol=1e-5, rtol=0)
-    assert classifier.ask(target_saving=0.4).expected["expected_saving"] == pytest.approx(
+    assert classifier.calibrate(target_saving=0.4).expected["expected_saving"] == pytest.approx(
         0.4, abs=0.05
     )
 
@@ -253,7 +253,7 @@ def test_a_sweep_in_other_processes_is_the_basic_one(
     ours, theirs = ((each / "sweep.csv").read_text() for each in (folder, tmp_path))
     assert ours == theirs
     rows = list(csv.DictReader(ours.splitlines()))
-    assert [row["wish"] for row in rows] == ["target_saving=0.2", "target_saving=0.4"]
+    assert [row["target"] for row in rows] == ["target_saving=0.2", "target_saving=0.4"]
     assert {results(folder / job)["seed"] for job in "01"} == {42}
     assert not list(folder.glob(".*.part"))
 
@@ -276,7 +276,7 @@ def test_the_sweep_on_slurm_composes(run: Run) -> None:
     assert "timeout_min: 60" in printed
 
 
-WISH = "target_saving=0.4"
+TARGET = "target_saving=0.4"
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +297,7 @@ def reviews(place: Path) -> Path:
 def answered_here(file: Path, model: Path, place: Path, *said: str) -> list[dict[str, str]]:
     """By one process."""
     out = place / "single.csv"
-    options = [f"model={model}", f"input={file}", f"output={out}", WISH, "overwrite=true", *said]
+    options = [f"model={model}", f"input={file}", f"output={out}", TARGET, "overwrite=true", *said]
     predict.predict(parse(predict.PredictOptions, options))
     return list(csv.DictReader(out.read_text().splitlines(keepends=True)))
 
@@ -371,7 +371,7 @@ def asked(place: Path, model: Path, *said: str) -> None:
         "output": place / "answers",
         "engine": "ray",
     }
-    told |= dict(word.split("=", 1) for word in (WISH, *said))
+    told |= dict(word.split("=", 1) for word in (TARGET, *said))
     options = [f"{key}={value}" for key, value in told.items()]
     predict.predict(parse(predict.PredictOptions, options))
 
@@ -429,7 +429,7 @@ def test_ray_on_a_cluster_killed_and_given_again(
     killed.wait()
     before = {path.name: path.stat().st_mtime_ns for path in answers.glob("part-*.parquet")}
     assert 5 <= len(before) < 200, "killed in the middle of it"
-    with pytest.raises(UserError, match="another job, with another wish"):
+    with pytest.raises(UserError, match="another job, with another target"):
         asked(place, stage2, f"output={answers}", "target_saving=0.2", *more)
     printed = execute(command, place, *more, **told)
     assert "rows were done before; going on with the rest" in printed

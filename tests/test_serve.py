@@ -25,13 +25,13 @@ from pydantic import ValidationError
 
 from deebert import EarlyExitClassifier
 from deebert.errors import UserError
-from deebert.options import parse, wish_of
+from deebert.options import parse, target_of
 from deebert.serve import command as serve
 from deebert.serve import replies, request_limits
 from deebert.serve.command import ServeOptions, checked
 from deebert.serve.metrics import Metrics
 from deebert.serve.predictor import described
-from deebert.serve.request_limits import Admission, Door
+from deebert.serve.request_limits import Admission, RequestLimits
 from deebert.serve.requests import Limits, Request, work
 
 PAIRS = [[row["sentence1"], row["sentence2"]] for row in mrpc_rows("validation", 40)]
@@ -137,7 +137,7 @@ def offline(stage2: Path) -> EarlyExitClassifier:
     return EarlyExitClassifier.from_pretrained(stage2)
 
 
-WISHES: list[dict[str, Any]] = [
+TARGETS: list[dict[str, Any]] = [
     {},
     {"threshold": 0.68},
     {"threshold": [0.68, 0.69]},
@@ -155,20 +155,20 @@ def test_answers_as_offline_whoever_else_asks(
 ) -> None:
     chosen = random.Random(0)
     asked = [
-        (chosen.choices(PAIRS, k=chosen.randint(1, MOST_TEXTS)), WISHES[turn % len(WISHES)])
-        for turn in range(12 * len(WISHES))
+        (chosen.choices(PAIRS, k=chosen.randint(1, MOST_TEXTS)), TARGETS[turn % len(TARGETS)])
+        for turn in range(12 * len(TARGETS))
     ]
     before = counted(service)
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda each: service.predict(texts=each[0], **each[1]), asked))
     layers = 0
-    for (texts, wish), answer in zip(asked, answers, strict=True):
-        assert answer["wish"] == wish
-        if "target_speedup" in wish:  # what layers cost was measured there
+    for (texts, target), answer in zip(asked, answers, strict=True):
+        assert answer["target"] == target
+        if "target_speedup" in target:  # what layers cost was measured there
             expected = offline.predict(texts, threshold=answer["threshold"])
         else:
-            expected = offline.predict(texts, **wish)
-            assert answer["threshold"] == offline.ask(**wish).thresholds
+            expected = offline.predict(texts, **target)
+            assert answer["threshold"] == offline.calibrate(**target).thresholds
         assert [each["label"] for each in answer["answers"]] == expected.labels
         assert [each["exit_layer"] for each in answer["answers"]] == expected.exit_layers
         for found, each in zip(answer["answers"], expected, strict=True):
@@ -177,7 +177,7 @@ def test_answers_as_offline_whoever_else_asks(
             assert sum(found["probabilities"].values()) == pytest.approx(1, abs=1e-5)
         assert answer["saving"] == pytest.approx(expected.saving)
         layers += sum(expected.exit_layers)
-    assert len({answer["saving"] for answer in answers}) > 3, "wishes make a difference"
+    assert len({answer["saving"] for answer in answers}) > 3, "targets make a difference"
 
     texts = sum(len(each[0]) for each in asked)
     found = {name: value - before.get(name, 0) for name, value in counted(service).items()}
@@ -225,7 +225,7 @@ def test_says_what_it_is(service: Served, stage2: Path) -> None:
     assert model["labels"] == ["not_equivalent", "equivalent"]
     assert model["columns"] == ["sentence1", "sentence2"]
     assert model["layers"] == 3
-    assert model["wish"] == {}
+    assert model["target"] == {}
     assert model["limits"]["max_texts"] == MOST_TEXTS
     assert {"deebert", "torch", "litserve"} <= set(model["versions"])
     assert str(stage2) not in content.decode(), "no folder of this machine"
@@ -333,7 +333,7 @@ BAD: dict[str, tuple[Any, int, str]] = {  # what is sent, the status, what is sa
     "too fast": ({"text": A, "target_speedup": 1e6}, 422, "is more than exit=entropy can reach"),
     "no drop": ({"text": A, "max_drop": 0}, 422, "max_drop=0"),
     "too small a drop": ({"text": A, "max_drop": 0.001}, 422, "cannot be promised"),
-    "two wishes": ({"text": A, "threshold": 0.1, "target_saving": 0.3}, 422, "ask for one of them"),
+    "two targets": ({"text": A, "threshold": 0.1, "target_saving": 0.3}, 422, "ask for one of them"),
     "confidence alone": ({"text": A, "confidence": 0.9}, 422, "confidence=0.9 needs"),
     "confidence above 1": ({"text": A, "max_drop": 0.5, "confidence": 2}, 422, "confidence=2"),
     "an unknown loss": ({"text": A, "max_drop": 0.5, "loss": "love"}, 422, "loss 'love' is unknown; choose one of: excess"),
@@ -458,11 +458,13 @@ def test_token_then_stops_under_load(stage2: Path, tmp_path: Path) -> None:
         for path in ("/health", "/docs", "/openapi.json"):
             assert there.send("GET", path)[0] == 200
         known = JSON | {"Authorization": f"Bearer {TOKEN}"}
-        assert there.predict(JSON | {"X-API-Key": TOKEN}, text=A)["wish"] == {"target_saving": 0.4}
-        assert there.predict(known, text=A, threshold=0.0)["wish"] == {"threshold": 0.0}
+        assert there.predict(JSON | {"X-API-Key": TOKEN}, text=A)["target"] == {
+            "target_saving": 0.4
+        }
+        assert there.predict(known, text=A, threshold=0.0)["target"] == {"threshold": 0.0}
 
         refused = there.send(body=json.dumps({"text": A, "target_speedup": 1.1}), headers=known)
-        reason(refused, 422, "target_speedup= is not granted here")
+        reason(refused, 422, "target_speedup= is not met here")
 
         holding = [each for each in there.processes() if "spawn_main" in command_line(each)]
         assert len(holding) == 2
@@ -505,7 +507,9 @@ def test_token_then_stops_under_load(stage2: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.py")), "LitServe would leave a client here"
 
 
-def through(door: Door, messages: list[bytes], **headers: str) -> tuple[list[dict], asyncio.Task]:
+def through(
+    request_limits: RequestLimits, messages: list[bytes], **headers: str
+) -> tuple[list[dict], asyncio.Task]:
     """What it sends for a POST of so many parts, which end with an empty one; and its task."""
     sent: list[dict] = []
     parts = [{"type": "http.request", "body": part, "more_body": bool(part)} for part in messages]
@@ -523,7 +527,7 @@ def through(door: Door, messages: list[bytes], **headers: str) -> tuple[list[dic
         "type": "http", "method": "POST", "path": "/predict",
         "headers": [(name.encode(), value.encode()) for name, value in told],
     }  # fmt: skip
-    return sent, asyncio.ensure_future(door(scope, receive, send))
+    return sent, asyncio.ensure_future(request_limits(scope, receive, send))
 
 
 async def never(scope: dict, receive: Any, send: Any) -> None:
@@ -532,9 +536,9 @@ async def never(scope: dict, receive: Any, send: Any) -> None:
     await asyncio.sleep(60)
 
 
-def opened(**limits: Any) -> Door:
+def opened(**limits: Any) -> RequestLimits:
     values = {"max_body": 100, "max_waiting": 2, "max_seconds": 60.0, "token": None} | limits
-    return Door(never, Admission(("/predict",), "/predict", **values), Metrics(3))
+    return RequestLimits(never, Admission(("/predict",), "/predict", **values), Metrics(3))
 
 
 def status(sent: list[dict], says: str) -> int:
@@ -545,34 +549,34 @@ def status(sent: list[dict], says: str) -> int:
 
 def test_the_door_is_shut_when_too_many_wait() -> None:
     async def check() -> None:
-        door = opened()
-        inside = [through(door, [b"{}", b""])[1] for _ in range(2)]
+        request_limits = opened()
+        inside = [through(request_limits, [b"{}", b""])[1] for _ in range(2)]
         await asyncio.sleep(0.01)
-        sent, task = through(door, [b"{}", b""])
+        sent, task = through(request_limits, [b"{}", b""])
         await task
         assert status(sent, "2 requests are waiting already") == 503
         assert (b"retry-after", b"1") in sent[0]["headers"]
         for each in inside:
             each.cancel()
         await asyncio.wait(inside)
-        assert door.waiting == 0
-        assert (door.taken, door.answered) == (2, 0)
+        assert request_limits.waiting == 0
+        assert (request_limits.taken, request_limits.answered) == (2, 0)
 
     asyncio.run(check())
 
 
 def test_whose_body_is_still_coming_waits_too() -> None:
     async def check() -> None:
-        door = opened()
-        coming = [through(door, [b"{"])[1] for _ in range(2)]
+        request_limits = opened()
+        coming = [through(request_limits, [b"{"])[1] for _ in range(2)]
         await asyncio.sleep(0.01)
-        sent, task = through(door, [b"{}", b""])
+        sent, task = through(request_limits, [b"{}", b""])
         await task
         assert status(sent, "2 requests are waiting already") == 503
         for each in coming:
             each.cancel()
         await asyncio.wait(coming)
-        assert (door.waiting, door.taken) == (0, 0)
+        assert (request_limits.waiting, request_limits.taken) == (0, 0)
 
     asyncio.run(check())
 
@@ -588,16 +592,16 @@ def test_an_answer_that_comes_too_late_is_taken_and_dropped() -> None:
             await send({"type": "http.response.start", "status": 200, "headers": []})
             finished.append(True)
 
-        door = opened(max_seconds=0.01)
-        door.app = late
-        sent, task = through(door, [b"{}", b""])
+        request_limits = opened(max_seconds=0.01)
+        request_limits.app = late
+        sent, task = through(request_limits, [b"{}", b""])
         await task
         assert status(sent, "no answer was found within 0.01 s") == 504
-        assert door.waiting == 1, "the model still works on it"
+        assert request_limits.waiting == 1, "the model still works on it"
         await asyncio.sleep(0.1)
         assert finished == [True]
         assert len(sent) == 2, "the client has its 504"
-        assert (door.waiting, door.taken, door.answered) == (0, 1, 0)
+        assert (request_limits.waiting, request_limits.taken, request_limits.answered) == (0, 1, 0)
 
     asyncio.run(check())
 
@@ -682,20 +686,20 @@ def test_refused_before_anything_is_started() -> None:
 
 
 def test_a_wish_that_cannot_be_granted_is_refused_at_the_start(stage2: Path, stage1: Path) -> None:
-    for model, wish, says in (
+    for model, target, says in (
         (stage2, {"target_saving": 1.5}, "target_saving=1.5 must be in"),
         (stage2, {"target_saving": 0.4, "threshold": 0.1}, "ask for one of them"),
         (stage1, {"target_saving": 0.4}, "its ramps say nothing yet"),
     ):
         with pytest.raises(UserError, match=says):
-            described(ServeOptions(model=str(model), **wish))
+            described(ServeOptions(model=str(model), **target))
 
 
 def test_what_layers_cost_is_measured_at_the_start(stage2: Path, stage1: Path) -> None:
     """Where somebody may ask for it, and there is something to measure it on."""
     assert described(ServeOptions(model=str(stage2))).costs is None
-    for wish in ({"speedups": True}, {"target_speedup": 1.01}):
-        assert len(described(ServeOptions(model=str(stage2), **wish)).costs) == 3
+    for target in ({"speedups": True}, {"target_speedup": 1.01}):
+        assert len(described(ServeOptions(model=str(stage2), **target)).costs) == 3
     assert described(ServeOptions(model=str(stage1), speedups=True)).costs is None
 
 
@@ -707,7 +711,7 @@ def test_a_missing_extra_names_the_command(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_null_says_something_of_confidence_only() -> None:
     request = Request(text="a", max_drop=0.02, confidence=None, exit=None)
-    assert work(request, Limits(1, 9), ("a",)).wish == {"max_drop": 0.02, "confidence": None}
+    assert work(request, Limits(1, 9), ("a",)).target == {"max_drop": 0.02, "confidence": None}
     options = parse(ServeOptions, ["model=RUN", "max_drop=0.02", "confidence=null"])
-    assert wish_of(options) == {"max_drop": 0.02, "confidence": None}
-    assert wish_of(parse(ServeOptions, ["model=RUN", "max_drop=0.02"])) == {"max_drop": 0.02}
+    assert target_of(options) == {"max_drop": 0.02, "confidence": None}
+    assert target_of(parse(ServeOptions, ["model=RUN", "max_drop=0.02"])) == {"max_drop": 0.02}

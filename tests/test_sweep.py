@@ -190,20 +190,20 @@ def test_a_wish_gives_what_was_measured(tmp_path: Path) -> None:
     """One row in place of the curve; with another threshold for each seed, and one mean."""
     for job, (saving, seed) in enumerate(((0.4, 1), (0.4, 2), (0.5, 1), (0.5, 2))):
         calibration = {
-            "wish": {"target_saving": saving, "per_ramp": False}, "thresholds": seed / 10,
+            "target": {"target_saving": saving, "per_ramp": False}, "thresholds": seed / 10,
             "measured": {"score": (80 + seed) / 100, "expected_saving": saving + seed / 1000},
         }  # fmt: skip
         overrides = f"ckpt=RUN{seed} target_saving={saving} split=validation"
         made(tmp_path / str(job), overrides, [(0.1, 0.5, 0.1)], seed=seed, calibration=calibration)
     rows = sweep_rows.rows(tmp_path)
-    assert [(row["wish"], row["score"], row["expected_saving"]) for row in rows] == [
+    assert [(row["target"], row["score"], row["expected_saving"]) for row in rows] == [
         ("target_saving=0.4", 0.81, 0.401), ("target_saving=0.4", 0.82, 0.402),
         ("target_saving=0.5", 0.81, 0.501), ("target_saving=0.5", 0.82, 0.502),
     ]  # fmt: skip
     assert rows[0]["speed_up"] == pytest.approx(1 / 0.599)
     assert "target_saving" not in rows[0]
     means = sweep_rows.over_seeds(rows)
-    assert [(mean.wish, len(mean.seeds)) for mean in means] == [("target_saving=0.4", 2), ("target_saving=0.5", 2)]  # fmt: skip
+    assert [(mean.target, len(mean.seeds)) for mean in means] == [("target_saving=0.4", 2), ("target_saving=0.5", 2)]  # fmt: skip
     assert means[0].line == means[1].line, "one line of the picture"
     assert means[0].score == pytest.approx(0.815)
 
@@ -255,16 +255,16 @@ def test_untrained_ramps_and_missing_labels(tmp_path: Path) -> None:
 
 def test_both_splits_of_mnli(tmp_path: Path) -> None:
     other = {"split": "mismatched", "exits": [], "curve": [{"threshold": 0.1, "score": 0.6, "expected_saving": 0.3}]}  # fmt: skip
-    wish = {
-        "wish": {"max_drop": 0.01, "confidence": 0.95, "loss": "excess"},
+    target = {
+        "target": {"max_drop": 0.01, "confidence": 0.95, "loss": "excess"},
         "measured": {"score": 0.8, "expected_saving": 0.4},
         "measured_elsewhere": {"mismatched": {"score": 0.7, "expected_saving": 0.5}},
     }
     made(tmp_path / "0", "", [(0.1, 0.7, 0.2)], task="mnli", other_splits=[other])
-    made(tmp_path / "1", "max_drop=0.01", [(0.1, 0.7, 0.2)], task="mnli", other_splits=[other], calibration=wish)  # fmt: skip
+    made(tmp_path / "1", "max_drop=0.01", [(0.1, 0.7, 0.2)], task="mnli", other_splits=[other], calibration=target)  # fmt: skip
     rows = sweep_rows.rows(tmp_path)
     assert [(row["split"], row["score"]) for row in rows] == [("validation", 0.7), ("mismatched", 0.6), ("validation", 0.8), ("mismatched", 0.7)]  # fmt: skip
-    assert rows[2]["wish"] == "max_drop=0.01 confidence=0.95 loss=excess"
+    assert rows[2]["target"] == "max_drop=0.01 confidence=0.95 loss=excess"
     assert len(sweep_rows.over_seeds(rows)) == 4
 
 
@@ -315,13 +315,13 @@ def test_seconds_stand_beside_what_was_timed(tmp_path: Path) -> None:
 def test_seconds_of_a_wish(tmp_path: Path) -> None:
     """Its thresholds may be cross-fitted: not those that the report names. One split is timed."""
     calibration = {
-        "wish": {"target_speedup": 1.5}, "thresholds": 0.1, "fold_thresholds": [0.1, 0.2],
+        "target": {"target_speedup": 1.5}, "thresholds": 0.1, "fold_thresholds": [0.1, 0.2],
         "measured": {"score": 0.8, "expected_saving": 0.4},
         "measured_elsewhere": {"mismatched": {"score": 0.7, "expected_saving": 0.5}},
     }  # fmt: skip
     made(tmp_path / "0", "", [(0.1, 0.7, 0.2)], calibration=calibration, timing=[timed([0.1, 0.2], 0.45)])  # fmt: skip
     here, elsewhere = sweep_rows.rows(tmp_path)
-    assert (here["wish"], here["time_saving"], elsewhere["time_saving"]) == ("target_speedup=1.5", 0.45, None)  # fmt: skip
+    assert (here["target"], here["time_saving"], elsewhere["time_saving"]) == ("target_speedup=1.5", 0.45, None)  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "message"), [("nowhere", "is not a folder"), ("failed", "holds no results: 1 jobs"), ("empty", "holds no results: 0 jobs")])  # fmt: skip

@@ -79,7 +79,7 @@ def test_a_speed_up_is_asked_for_and_timed_on_unseen_rows(
     )  # fmt: skip
     found = results(tmp_path)
     calibration, [case] = found["calibration"], found["timing"]
-    assert calibration["wish"] == {"target_speedup": 1.02}
+    assert calibration["target"] == {"target_speedup": 1.02}
     costs = calibration["expected"]["costs"]
     assert len(costs) == found["num_layers"]
     assert all(cost > 0 for cost in costs)

@@ -16,7 +16,7 @@ from deebert.data.tasks import HELD_OUT, UNLABELLED
 from deebert.errors import UserError
 from deebert.hub import checkpoints
 from deebert.training import objectives
-from deebert.training.feature_cache import FrozenStates
+from deebert.training.feature_cache import FeatureCache
 from deebert.training.objectives import exit_loss
 
 Run = Callable[..., str]
@@ -48,7 +48,7 @@ def ramps_after(glue: Path, path: Path, label_weight: float, *unlabelled: str) -
             part.p = 0.0
     data = told(data, *unlabelled)
     data.batch_size = 200
-    fit(module, FrozenStates(data, module.model, path, standardize=[]), path, gradient_clip_val=None)  # fmt: skip
+    fit(module, FeatureCache(data, module.model, path, standardize=[]), path, gradient_clip_val=None)  # fmt: skip
     return module.model.ramps.state_dict()
 
 
@@ -76,7 +76,7 @@ def test_rows_that_have_another_use_are_refused(glue: Path, split: str) -> None:
 def test_frozen_states_include_them(glue: Path, tmp_path: Path) -> None:
     module, data = build("stage 2 cached", glue)
     data = told(data, "test")
-    frozen = FrozenStates(data, module.model, tmp_path, standardize=[0, 1])
+    frozen = FeatureCache(data, module.model, tmp_path, standardize=[0, 1])
     frozen.setup("fit")
     batches = list(frozen.train_dataloader())
     assert sum(len(batch["labels"]) for batch in batches) == 112
@@ -121,14 +121,14 @@ def test_a_regression_hides_values_as_nan(run: Run, tmp_path: Path) -> None:
 
 def test_a_learned_score_is_not_told_that_they_are_wrong() -> None:
     logits = torch.tensor([[[2.0, 0.0], [2.0, 0.0]], [[2.0, 0.0], [2.0, 0.0]]])
-    unsure = torch.tensor([[0.25, 0.0], [0.75, 0.0]])
+    learned_score = torch.tensor([[0.25, 0.0], [0.75, 0.0]])
     labels = torch.tensor([0, UNLABELLED])
-    assert exit_loss(unsure, logits, labels, "wrong").item() == pytest.approx(0.25**2)
+    assert exit_loss(learned_score, logits, labels, "wrong").item() == pytest.approx(0.25**2)
     both = (0.25**2 + 0.75**2) / 2
-    assert exit_loss(unsure, logits, labels, "disagrees").item() == pytest.approx(both)
+    assert exit_loss(learned_score, logits, labels, "disagrees").item() == pytest.approx(both)
     values = torch.tensor([[[1.0], [1.0]], [[1.0], [1.0]]])
-    unsure.requires_grad_()
-    loss = exit_loss(unsure, values, torch.tensor([1.0, math.nan]), "wrong")
+    learned_score.requires_grad_()
+    loss = exit_loss(learned_score, values, torch.tensor([1.0, math.nan]), "wrong")
     loss.backward()
     assert loss.item() == pytest.approx(0.25**2)
-    assert unsure.grad.tolist() == [[0.5, 0.0], [0.0, 0.0]]
+    assert learned_score.grad.tolist() == [[0.5, 0.0], [0.0, 0.0]]

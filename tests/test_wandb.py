@@ -127,7 +127,7 @@ def test_what_runs_are_compared_by(tmp_path: Path) -> None:
         # Patience and the like: a larger threshold need not come with a larger saving.
         "trade_off": [outcome(0.1, 0.1, 0.85, 2, 8), outcome(0.7, 0.5, 0.6, 10, 0), outcome(0.6, 0.4, 0.7, 8, 2)],
         "calibration": {
-            "wish": {"target_saving": 0.4, "per_ramp": False},
+            "target": {"target_saving": 0.4, "per_ramp": False},
             "measured": {"score": 0.72, "expected_saving": 0.41},
         },
         "other_splits": [{

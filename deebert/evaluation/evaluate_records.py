@@ -29,28 +29,28 @@ CURVE_SAVINGS = [step / 10 for step in range(10)]  # where a rule has no thresho
 
 
 @dataclass(frozen=True)
-class Question:
+class EvaluationConfig:
     """What is asked of a model.
 
     Attributes:
         rule: how inputs leave.
         thresholds: of the curve; None for the paper's, or evenly spread over the saving where the
             rule is not the paper's.
-        wish: a saving or a promise, or None.
+        target: a saving or a promise, or None.
         calibration: what thresholds are chosen on: `heldout`, `crossfit`, the name of a split, or
             `auto`: held-out rows, unless they are plainly unlike the reported ones.
     """
 
     rule: Rule
     thresholds: list[Thresholds] | None
-    wish: Target | None = None
+    target: Target | None = None
     calibration: str = "auto"
 
 
 def evaluate_records(
     records: list[Record],
     task: Task,
-    question: Question,
+    evaluation_config: EvaluationConfig,
     held_out: Record | None = None,
     *,
     trained: bool = True,
@@ -61,45 +61,51 @@ def evaluate_records(
         trained: are the ramps? Else exits mean nothing, and only full depth is worth a look.
 
     Raises:
-        UserError: logits are not finite, thresholds do not fit the number of ramps, or the wish
-            cannot be granted.
+        UserError: logits are not finite, thresholds do not fit the number of ramps, or the target
+            cannot be met.
     """
-    assert trained or question.wish is None, "question.check_model"
+    assert trained or evaluation_config.target is None, "question.check_model"
     for record in records:
         record.check()
-    granted = None if question.wish is None else _granted(records, task, question, held_out)
-    rule = question.rule
-    if granted:  # what is drawn is what was granted
-        rule = rule.fitted(granted["temperatures"], granted["prior"])
-    parts = [_of_split(record, task, rule, question.thresholds) for record in records]
+    calibrated = (
+        None
+        if evaluation_config.target is None
+        else _calibrated(records, task, evaluation_config, held_out)
+    )
+    rule = evaluation_config.rule
+    if calibrated:  # what is drawn is what was met
+        rule = rule.fitted(calibrated["temperatures"], calibrated["prior"])
+    parts = [_of_split(record, task, rule, evaluation_config.thresholds) for record in records]
     if not trained:
         for part in parts:
             del part["trade_off"], part["length_bins"], part["examples"]
             part["analysis"] |= {"oracle": None, "overthinking_rate": None}
     # Prior and temperatures that were given; those that were found are said with the calibration.
-    told = {name: value for name, value in question.rule.fit.items() if value is not None}
+    told = {name: value for name, value in evaluation_config.rule.fit.items() if value is not None}
     results = parts[0] | {"exit": {"name": rule.name, **rule.options, **told}}
     if parts[1:]:
         results["other_splits"] = parts[1:]
-    if granted:
-        results["calibration"] = granted
+    if calibrated:
+        results["calibration"] = calibrated
     return results
 
 
-def _granted(
-    records: list[Record], task: Task, question: Question, held_out: Record | None
+def _calibrated(
+    records: list[Record], task: Task, evaluation_config: EvaluationConfig, held_out: Record | None
 ) -> dict[str, Any]:
-    """What became of the wish (`calibration.calibration`), with notes on it."""
-    assert question.wish is not None
-    rows, why = source(held_out, records[0], question)
+    """What became of the target (`calibration.calibration`), with notes on it."""
+    assert evaluation_config.target is not None
+    rows, why = calibration_rows(held_out, records[0], evaluation_config)
     if why:
         log.warning(why)
-    found = calibrate.calibration(rows, records, task, question.rule, question.wish)
+    found = calibrate.calibration(
+        rows, records, task, evaluation_config.rule, evaluation_config.target
+    )
     notes = [why] if why else []
-    wished, expected = question.wish.target_saving, found["expected"]["expected_saving"]
-    if wished is not None and not question.wish.per_ramp and expected > wished + 0.01:
+    wished, expected = evaluation_config.target.target_saving, found["expected"]["expected_saving"]
+    if wished is not None and not evaluation_config.target.per_ramp and expected > wished + 0.01:
         notes.append(
-            f"exit={question.rule.name} saves in steps: {expected:.1%} is the first that reaches "
+            f"exit={evaluation_config.rule.name} saves in steps: {expected:.1%} is the first that reaches "
             f"target_saving={wished}"
         )
     return found | {"notes": notes}
@@ -133,12 +139,14 @@ def check_lengths(thresholds: list[Thresholds] | None, num_layers: int) -> None:
 
 def _examples(record: Record, task: Task, rule: Rule) -> dict[str, Any]:
     """Rows that leave first and last, by their index, where 40 % of the layers are saved."""
-    verdict = curves.judged(rule, record)
-    layer_N = exit_layer(verdict.score_NL, curves.thresholds_for(verdict.score_NL, [0.4])[0])
-    predictions_N = curves.answered(verdict, task, layer_N)
+    exit_scores = curves.exit_scores_of(rule, record)
+    layer_N = exit_layer(
+        exit_scores.score_NL, curves.thresholds_for(exit_scores.score_NL, [0.4])[0]
+    )
+    predictions_N = curves.answered(exit_scores, task, layer_N)
     # Among those that leave at the same layer the surer ones first; the last ramp is not asked.
     asked_N = layer_N.clamp_max(max(record.num_layers - 1, 1))
-    score_N = verdict.score_NL.gather(1, asked_N[:, None] - 1).squeeze(1)
+    score_N = exit_scores.score_NL.gather(1, asked_N[:, None] - 1).squeeze(1)
     order = sorted(range(len(record)), key=lambda row: (layer_N[row].item(), score_N[row].item()))
 
     def name(value: float) -> str:
@@ -163,27 +171,27 @@ def _examples(record: Record, task: Task, rule: Rule) -> dict[str, Any]:
 def _default_thresholds(record: Record, rule: Rule) -> list[Thresholds]:
     if rule.name == "entropy":
         return list(curves.default_thresholds(rule.num_labels))
-    score_NL = curves.judged(rule, record).score_NL
+    score_NL = curves.exit_scores_of(rule, record).score_NL
     return list(dict.fromkeys(curves.thresholds_for(score_NL, CURVE_SAVINGS)))
 
 
-def source(
-    held_out: Record | None, reported: Record, question: Question
+def calibration_rows(
+    held_out: Record | None, reported: Record, evaluation_config: EvaluationConfig
 ) -> tuple[Record | None, str | None]:
     """The rows to choose thresholds on (None: cross-fit), and a warning.
 
     `auto` looks at lengths and logits of the reported rows, never at their labels.
     """
     if held_out is None:
-        if question.calibration not in ("auto", "crossfit"):
-            raise UserError(NO_ROWS.format(question.calibration))
+        if evaluation_config.calibration not in ("auto", "crossfit"):
+            raise UserError(NO_ROWS.format(evaluation_config.calibration))
         return None, None
-    if question.calibration == "crossfit":
+    if evaluation_config.calibration == "crossfit":
         return None, None
     held_out.check()
     if difference := calibrate.unlike(held_out, reported):
         plain = f"the rows of split {held_out.split!r} are unlike those of {reported.split!r}"
-        if question.calibration == "auto":
+        if evaluation_config.calibration == "auto":
             return None, (
                 f"{plain} ({difference}): thresholds are cross-fitted over {reported.split!r} "
                 "instead (calibration=heldout would force them)"

@@ -221,7 +221,7 @@ def _case(
     task: Task,
 ) -> dict[str, Any]:
     """One timed threshold, and whether the engine did what the record says."""
-    verdict = curves.judged(engines[0].rule, record)
+    exit_scores = curves.exit_scores_of(engines[0].rule, record)
     layer_N = torch.empty(len(inputs), dtype=torch.long)
     expected_N = torch.empty_like(layer_N)
     logits_NC = torch.empty_like(record.logits_NLC[:, -1])
@@ -230,10 +230,10 @@ def _case(
         rows = (folds_N == fold).nonzero().flatten()
         answers = engine.run([inputs[row] for row in rows.tolist()])
         layer_N[rows], logits_NC[rows] = answers.layer_N, answers.logits_NC
-        expected_N[rows] = exit_layer(verdict.score_NL[rows], case[fold])
+        expected_N[rows] = exit_layer(exit_scores.score_NL[rows], case[fold])
     predictions_N = task.predict(logits_NC)
     outcome = curves.outcome(record, task, layer_N, predictions_N)
-    answered_N = curves.answered(verdict, task, expected_N)
+    answered_N = curves.answered(exit_scores, task, expected_N)
     same_N = predictions_N == answered_N
     if task.is_regression:  # rounding is no other prediction
         same_N = torch.isclose(predictions_N, answered_N, atol=1e-2)

@@ -13,7 +13,7 @@ from deebert.data.datamodule import TextDataModule
 from deebert.data.tasks import Task
 from deebert.data.tokenization import TOKENS
 from deebert.evaluation import latency
-from deebert.evaluation.evaluate_records import Question
+from deebert.evaluation.evaluate_records import EvaluationConfig
 from deebert.evaluation.latency import Inputs, Protocol
 from deebert.evaluation.timing import undisturbed
 from deebert.exits import calibration
@@ -29,7 +29,7 @@ COST_REQUESTS = 100  # or so many requests, where that is less
 
 
 @dataclass(frozen=True)
-class Clock:
+class LatencyMeasurement:
     """What is timed, where and how."""
 
     model: EarlyExitModel
@@ -46,7 +46,7 @@ class Clock:
             for precision in self.protocol.precisions:
                 engine.check(self.model, precision, self.device, self.protocol.runtime)
 
-    def with_costs(self, question: Question, split: str) -> Question:
+    def with_costs(self, evaluation_config: EvaluationConfig, split: str) -> EvaluationConfig:
         """The question, with the measured cost of each layer if it asks for a speed-up.
 
         It is measured for the first of the batch sizes and precisions.
@@ -54,8 +54,8 @@ class Clock:
         Args:
             split: whose inputs are run; what they cost says nothing of their labels.
         """
-        if question.wish is None or question.wish.target_speedup is None:
-            return question
+        if evaluation_config.target is None or evaluation_config.target.target_speedup is None:
+            return evaluation_config
         first = replace(
             self.protocol,
             batch_sizes=self.protocol.batch_sizes[:1],
@@ -70,15 +70,19 @@ class Clock:
             costs = latency.layer_costs(
                 self.model, inputs, self.task.num_labels, first, self.device
             )
-        return replace(question, wish=replace(question.wish, costs=tuple(costs)))
+        return replace(
+            evaluation_config, target=replace(evaluation_config.target, costs=tuple(costs))
+        )
 
     def timed(
-        self, question: Question, results: dict[str, Any], record: Record
+        self, evaluation_config: EvaluationConfig, results: dict[str, Any], record: Record
     ) -> list[dict[str, Any]]:
         """Seconds of the thresholds that were chosen or given, on the rows of the record."""
-        rule, folds_N = question.rule, torch.zeros(len(record), dtype=torch.long)
-        cases: list[list[Thresholds]] = [[given] for given in question.thresholds or ()]
-        fitted = question.rule.asks_prior or (question.wish and question.wish.temperature)
+        rule, folds_N = evaluation_config.rule, torch.zeros(len(record), dtype=torch.long)
+        cases: list[list[Thresholds]] = [[given] for given in evaluation_config.thresholds or ()]
+        fitted = evaluation_config.rule.needs_prior or (
+            evaluation_config.target and evaluation_config.target.temperature
+        )
         if found := results.get("calibration"):
             cases = [[found["thresholds"]]]
             if "fold_thresholds" in found and not fitted:

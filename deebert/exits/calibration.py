@@ -1,6 +1,6 @@
-"""Record + wish -> thresholds, what to expect of them, and what unseen rows then showed.
+"""Record + target -> thresholds, what to expect of them, and what unseen rows then showed.
 
-A wish is a saving ("40 % less") or a promise ("one point at most, with 95 % confidence").
+A target is a saving ("40 % less") or a promise ("one point at most, with 95 % confidence").
 Thresholds are never chosen on the rows that are reported: they come from rows held out of training,
 or are cross-fitted over the reported split. Arithmetic on records: no model, no files.
 """
@@ -18,7 +18,7 @@ from deebert.errors import UserError
 from deebert.exits import curves, priors, risk_control, rules, threshold_search
 from deebert.exits.curves import Thresholds
 from deebert.exits.records import Record
-from deebert.exits.rules import Rule, Verdict, exit_layer
+from deebert.exits.rules import ExitScores, Rule, exit_layer
 from deebert.exits.target import Target
 
 FOLDS = 5
@@ -27,7 +27,7 @@ SPEEDUP_STEPS = 1000  # savings among which one is looked for that is fast enoug
 
 
 @dataclass(frozen=True)
-class Choice:
+class OperatingPoint:
     """A rule (with its temperatures, if any) and thresholds for it."""
 
     rule: Rule
@@ -35,78 +35,82 @@ class Choice:
 
     def __call__(self, record: Record, task: Task) -> tuple[Tensor, Tensor]:
         """Exit layer and prediction of every row: (N,), (N,)."""
-        verdict = curves.judged(self.rule, record)
-        layer_N = exit_layer(verdict.score_NL, self.thresholds)
-        return layer_N, curves.answered(verdict, task, layer_N)
+        exit_scores = curves.exit_scores_of(self.rule, record)
+        layer_N = exit_layer(exit_scores.score_NL, self.thresholds)
+        return layer_N, curves.answered(exit_scores, task, layer_N)
 
 
 class Infeasible(UserError):
-    """No threshold can grant this wish on these rows."""
+    """No threshold can meet this target on these rows."""
 
 
-def choose(record: Record, task: Task, rule: Rule, wish: Target) -> Choice:
-    """The thresholds that grant a wish, as far as these rows can tell.
+def choose(record: Record, task: Task, rule: Rule, target: Target) -> OperatingPoint:
+    """The thresholds that meet a target, as far as these rows can tell.
 
     Raises:
         Infeasible: the rows are too few for the promise, or the rule never saves so much.
-        UserError: the wish needs labels that the rows lack, or does not fit the task.
+        UserError: the target needs labels that the rows lack, or does not fit the task.
     """
-    check(len(record), record.labels_N is not None, record.split, task, rule, wish)
-    if wish.temperature:
-        seen, record = _halves(record) if wish.max_drop is not None else (record, record)
+    check(len(record), record.labels_N is not None, record.split, task, rule, target)
+    if target.temperature:
+        seen, record = _halves(record) if target.max_drop is not None else (record, record)
         assert seen.labels_N is not None
         rule = rule.tempered(seen.logits_NLC, seen.labels_N)
-    if wish.max_drop is not None:
-        return Choice(rule, _promised(record, task, rule, wish))
-    if rule.asks_prior:
-        rule = priors.search(record, task, rule, _about(record, rule, wish))
-    verdict = curves.judged(rule, record)
-    if wish.target_speedup is not None:
-        return Choice(rule, _fast_enough(record, verdict, rule, wish))
-    assert wish.target_saving is not None
-    [threshold] = curves.thresholds_for(verdict.score_NL, [wish.target_saving])
-    most = curves.savings(verdict, threshold).mean().item()
-    if most < wish.target_saving - 1e-6:
+    if target.max_drop is not None:
+        return OperatingPoint(rule, _promised(record, task, rule, target))
+    if rule.needs_prior:
+        rule = priors.search(record, task, rule, _about(record, rule, target))
+    exit_scores = curves.exit_scores_of(rule, record)
+    if target.target_speedup is not None:
+        return OperatingPoint(rule, _fast_enough(record, exit_scores, rule, target))
+    assert target.target_saving is not None
+    [threshold] = curves.thresholds_for(exit_scores.score_NL, [target.target_saving])
+    most = curves.savings(exit_scores, threshold).mean().item()
+    if most < target.target_saving - 1e-6:
         raise Infeasible(
-            f"target_saving={wish.target_saving} is more than exit={rule.name} can save: "
+            f"target_saving={target.target_saving} is more than exit={rule.name} can save: "
             f"{most:.3f} of the layers at most on the rows of split {record.split!r}"
         )
-    if wish.per_ramp:
+    if target.per_ramp:
         assert record.labels_N is not None
-        right_NL = task.predict(verdict.answer_NLC) == record.labels_N[:, None]
-        found = threshold_search.search(verdict.score_NL, right_NL, wish.target_saving)
+        right_NL = task.predict(exit_scores.answer_NLC) == record.labels_N[:, None]
+        found = threshold_search.search(exit_scores.score_NL, right_NL, target.target_saving)
         if found is not None:
-            return Choice(rule, found)
-    return Choice(rule, threshold)
+            return OperatingPoint(rule, found)
+    return OperatingPoint(rule, threshold)
 
 
-def _about(record: Record, rule: Rule, wish: Target) -> float:
-    """About what saving a wish will come to: by entropy."""
-    if wish.target_saving is not None:
-        return wish.target_saving
+def _about(record: Record, rule: Rule, target: Target) -> float:
+    """About what saving a target will come to: by entropy."""
+    if target.target_saving is not None:
+        return target.target_saving
     entropy = rule.uniform()
-    verdict = curves.judged(entropy, record)
-    return curves.savings(verdict, _fast_enough(record, verdict, entropy, wish)).mean().item()
+    exit_scores = curves.exit_scores_of(entropy, record)
+    return (
+        curves.savings(exit_scores, _fast_enough(record, exit_scores, entropy, target))
+        .mean()
+        .item()
+    )
 
 
 def check(
-    num_rows: int, has_labels: bool, split: str, task: Task, rule: Rule, wish: Target
+    num_rows: int, has_labels: bool, split: str, task: Task, rule: Rule, target: Target
 ) -> None:
-    """What can be known of a wish before the model has run.
+    """What can be known of a target before the model has run.
 
     Raises:
         Infeasible: too few rows.
-        UserError: labels are needed and missing, or the wish does not fit the task.
+        UserError: labels are needed and missing, or the target does not fit the task.
     """
     where = f"split {split!r}"
-    if rule.asks_prior and wish.max_drop is not None:
+    if rule.needs_prior and target.max_drop is not None:
         raise UserError(rules.NO_PRIOR.format(rule.name))
     if not has_labels:
         for flag, needed in (
-            ("temperature=true", wish.temperature),
-            (f"exit={rule.name} without exit.prior=[...]", rule.asks_prior),
-            ("per_ramp=true", wish.per_ramp),
-            ("max_drop with loss=excess", wish.max_drop is not None and wish.loss == "excess"),
+            ("temperature=true", target.temperature),
+            (f"exit={rule.name} without exit.prior=[...]", rule.needs_prior),
+            ("per_ramp=true", target.per_ramp),
+            ("max_drop with loss=excess", target.max_drop is not None and target.loss == "excess"),
         ):
             if needed:
                 raise UserError(
@@ -114,7 +118,9 @@ def check(
                     "(calibration=validation), or use target_saving= by entropy, or "
                     "loss=disagreement"
                 )
-    if task.is_regression and (wish.max_drop is not None or wish.per_ramp or wish.temperature):
+    if task.is_regression and (
+        target.max_drop is not None or target.per_ramp or target.temperature
+    ):
         raise UserError(
             f"task {task.name} is a regression, where no answer is right or wrong: only "
             "target_saving= can be asked, without per_ramp and temperature"
@@ -124,51 +130,51 @@ def check(
             f"{num_rows} calibration rows of {where} are too few to choose thresholds on: "
             f"{FEWEST} or more (calibration=, or data.calibration_size= in training)"
         )
-    if wish.max_drop is None:
+    if target.max_drop is None:
         return
-    promising = promising_rows(num_rows, wish)
-    least = risk_control.smallest_limit(promising, _delta(wish))
-    if wish.max_drop < least:
+    promising = promising_rows(num_rows, target)
+    least = risk_control.smallest_limit(promising, _delta(target))
+    if target.max_drop < least:
         raise Infeasible(
-            f"max_drop={wish.max_drop} cannot be promised by {promising} calibration rows of "
+            f"max_drop={target.max_drop} cannot be promised by {promising} calibration rows of "
             f"{where}, even without a loss among them: the smallest is {_rounded_up(least)} at "
-            f"confidence={'null' if wish.confidence is None else wish.confidence}; give more rows "
+            f"confidence={'null' if target.confidence is None else target.confidence}; give more rows "
             "(calibration=, or data.calibration_size= in training) or ask for less"
         )
 
 
-def promising_rows(num_rows: int, wish: Target) -> int:
+def promising_rows(num_rows: int, target: Target) -> int:
     """How many of the calibration rows choose; the others, if any, have fitted temperatures."""
-    return num_rows // 2 if wish.temperature and wish.max_drop is not None else num_rows
+    return num_rows // 2 if target.temperature and target.max_drop is not None else num_rows
 
 
-def _fast_enough(record: Record, verdict: Verdict, rule: Rule, wish: Target) -> float:
+def _fast_enough(record: Record, exit_scores: ExitScores, rule: Rule, target: Target) -> float:
     """The smallest threshold that is expected to be so much faster on the clock."""
-    assert wish.target_speedup is not None
-    if wish.costs is None:
+    assert target.target_speedup is not None
+    if target.costs is None:
         raise UserError("target_speedup= needs what each layer costs (speed.layer_costs)")
-    most = curves.savings(verdict, np.inf).mean().item()
+    most = curves.savings(exit_scores, np.inf).mean().item()
     savings = np.linspace(0, most, SPEEDUP_STEPS + 1).tolist()
-    thresholds = curves.thresholds_for(verdict.score_NL, savings)
+    thresholds = curves.thresholds_for(exit_scores.score_NL, savings)
 
     def speed_up(step: int) -> float:
-        return expected_speedup(record, exit_layer(verdict.score_NL, thresholds[step]), wish)
+        return expected_speedup(record, exit_layer(exit_scores.score_NL, thresholds[step]), target)
 
-    if speed_up(SPEEDUP_STEPS) < wish.target_speedup:
+    if speed_up(SPEEDUP_STEPS) < target.target_speedup:
         raise Infeasible(
-            f"target_speedup={wish.target_speedup} is more than exit={rule.name} can reach: about "
+            f"target_speedup={target.target_speedup} is more than exit={rule.name} can reach: about "
             f"{speed_up(SPEEDUP_STEPS):.2f} if everything leaves as early as it can"
         )
-    fast = bisect_left(range(SPEEDUP_STEPS), wish.target_speedup, key=speed_up)
+    fast = bisect_left(range(SPEEDUP_STEPS), target.target_speedup, key=speed_up)
     return thresholds[fast]
 
 
-def expected_speedup(record: Record, layer_N: Tensor, wish: Target) -> float:
+def expected_speedup(record: Record, layer_N: Tensor, target: Target) -> float:
     """How many times faster than full depth rows that leave there are, by what layers cost.
 
     A row counts by its tokens, as its time does.
     """
-    costs_L = torch.tensor(wish.costs, dtype=torch.float64)
+    costs_L = torch.tensor(target.costs, dtype=torch.float64)
     tokens_N = record.length_N.double()
     return (tokens_N.sum() / (costs_L[layer_N - 1] * tokens_N).sum()).item()
 
@@ -178,8 +184,8 @@ def _rounded_up(value: float) -> str:
     return f"{np.ceil(value * 10**digits) / 10**digits:.{digits}f}"
 
 
-def _delta(wish: Target) -> float | None:
-    return None if wish.confidence is None else 1 - wish.confidence
+def _delta(target: Target) -> float | None:
+    return None if target.confidence is None else 1 - target.confidence
 
 
 def _halves(record: Record) -> tuple[Record, Record]:
@@ -189,29 +195,29 @@ def _halves(record: Record) -> tuple[Record, Record]:
     return record.rows(order[:middle]), record.rows(order[middle:])
 
 
-def _promised(record: Record, task: Task, rule: Rule, wish: Target) -> float:
+def _promised(record: Record, task: Task, rule: Rule, target: Target) -> float:
     """The most aggressive threshold whose risk is promised; 0 (full depth) where none is."""
-    assert wish.max_drop is not None
+    assert target.max_drop is not None
     grid = rule.grid()
-    loss_NT = losses(record, task, rule, grid, wish.loss)
-    if wish.confidence is None:
+    loss_NT = losses(record, task, rule, grid, target.loss)
+    if target.confidence is None:
         largest_T = loss_NT.clamp_min(0).cummax(1).values.sum(0).numpy()
-        certified = risk_control.conformal_risk(largest_T, len(record), wish.max_drop)
+        certified = risk_control.conformal_risk(largest_T, len(record), target.max_drop)
     else:
         certified = risk_control.learn_then_test(
             (loss_NT > 0).sum(0).numpy(),
-            (loss_NT < 0).sum(0).numpy() if wish.loss == "excess" else None,
+            (loss_NT < 0).sum(0).numpy() if target.loss == "excess" else None,
             len(record),
-            wish.max_drop,
-            1 - wish.confidence,
+            target.max_drop,
+            1 - target.confidence,
         )
     return grid[certified - 1] if certified else 0.0
 
 
 def losses(record: Record, task: Task, rule: Rule, grid: list[float], loss: str) -> Tensor:
     """What each row loses at each threshold against full depth: (N, T) of -1, 0 and 1."""
-    verdict = curves.judged(rule, record)
-    answer_NL = task.predict(verdict.answer_NLC)
+    exit_scores = curves.exit_scores_of(rule, record)
+    answer_NL = task.predict(exit_scores.answer_NLC)
     full_N1 = answer_NL[:, -1:]
     if loss == "disagreement":
         loss_NL = (answer_NL != full_N1).to(torch.int8)
@@ -219,7 +225,7 @@ def losses(record: Record, task: Task, rule: Rule, grid: list[float], loss: str)
         assert record.labels_N is not None
         label_N1 = record.labels_N[:, None]
         loss_NL = (answer_NL != label_N1).to(torch.int8) - (full_N1 != label_N1).to(torch.int8)
-    layer_NT = torch.stack([exit_layer(verdict.score_NL, t) for t in grid], 1)
+    layer_NT = torch.stack([exit_layer(exit_scores.score_NL, t) for t in grid], 1)
     return loss_NL.gather(1, layer_NT - 1)
 
 
@@ -241,9 +247,9 @@ def unlike(ours: Record, theirs: Record) -> str | None:
 
 
 def calibration(
-    held_out: Record | None, records: list[Record], task: Task, rule: Rule, wish: Target
+    held_out: Record | None, records: list[Record], task: Task, rule: Rule, target: Target
 ) -> dict[str, Any]:
-    """Choose thresholds for a wish, and measure them on rows that had no part in it.
+    """Choose thresholds for a target, and measure them on rows that had no part in it.
 
     Args:
         held_out: rows to choose on; None: cross-fit over the first of the reported splits, that
@@ -251,7 +257,7 @@ def calibration(
         records: the reported splits.
 
     Returns:
-        What results.json holds under `calibration`: `wish`, `rule`, `temperatures`, `prior`,
+        What results.json holds under `calibration`: `target`, `rule`, `temperatures`, `prior`,
         `thresholds` (the ones to use from now on), `calibration_split`, `num_calibration`,
         `expected` and `measured`, with 95 % intervals for as many new rows as were reported.
         Where cross-fitted, also what each fold was measured with: `fold_thresholds`, `fold_fits`
@@ -259,26 +265,26 @@ def calibration(
     """
     reported = records[0]
     seen = reported if held_out is None else held_out
-    choice = choose(seen, task, rule, wish)
+    operating_point = choose(seen, task, rule, target)
     if held_out is None:
-        layer_N, predictions_N, chosen = _cross_fitted(reported, task, rule, wish)
+        layer_N, predictions_N, chosen = _cross_fitted(reported, task, rule, target)
         split = f"{reported.split}, cross-fitted in {FOLDS} folds"
     else:
-        layer_N, predictions_N = choice(reported, task)
+        layer_N, predictions_N = operating_point(reported, task)
         split = held_out.split
-    promised = expected(seen, task, choice, len(reported))
-    if wish.costs is not None:
+    promised = expected(seen, task, operating_point, len(reported))
+    if target.costs is not None:
         promised |= {
-            "time_speed_up": expected_speedup(seen, choice(seen, task)[0], wish),
-            "costs": list(wish.costs),
+            "time_speed_up": expected_speedup(seen, operating_point(seen, task)[0], target),
+            "costs": list(target.costs),
         }
     found: dict[str, Any] = {
-        "wish": wish.plain(),
+        "target": target.plain(),
         "rule": rule.name,
-        **choice.rule.fit,
-        "thresholds": choice.thresholds,
+        **operating_point.rule.fit,
+        "thresholds": operating_point.thresholds,
         "calibration_split": split,
-        "num_calibration": promising_rows(len(seen), wish),
+        "num_calibration": promising_rows(len(seen), target),
         "expected": promised,
         "measured": measured(reported, task, layer_N, predictions_N),
     }
@@ -288,7 +294,8 @@ def calibration(
         found["fold_fits"] = [each.rule.fit if each else None for each in chosen]
     if records[1:]:  # rows that had no part in it either way
         found["measured_elsewhere"] = {
-            record.split: measured(record, task, *choice(record, task)) for record in records[1:]
+            record.split: measured(record, task, *operating_point(record, task))
+            for record in records[1:]
         }
     return found
 
@@ -302,32 +309,34 @@ def folds(num_rows: int) -> Tensor:
 
 
 def _cross_fitted(
-    record: Record, task: Task, rule: Rule, wish: Target
-) -> tuple[Tensor, Tensor, list[Choice | None]]:
+    record: Record, task: Task, rule: Rule, target: Target
+) -> tuple[Tensor, Tensor, list[OperatingPoint | None]]:
     """Exit layer and prediction of every row, by thresholds that were chosen on other rows.
 
     Returns:
-        Both, (N,), and what was chosen for each fold; None where the other rows could not grant
-        the wish, and full depth was used.
+        Both, (N,), and what was chosen for each fold; None where the other rows could not meet
+        the target, and full depth was used.
     """
     fold_N = folds(len(record))
     layer_N = torch.empty(len(record), dtype=torch.long)
     predictions_N = torch.empty_like(task.predict(record.logits_NLC[:, -1]))
-    chosen: list[Choice | None] = []
+    chosen: list[OperatingPoint | None] = []
     for fold in range(FOLDS):
         unseen = fold_N == fold
         try:
-            chosen.append(choose(record.rows(~unseen), task, rule, wish))
+            chosen.append(choose(record.rows(~unseen), task, rule, target))
         except Infeasible:  # enough rows for the promise, but not in four fifths of them
             chosen.append(None)
-        choice = chosen[-1] or Choice(rule.uniform(), 0.0)
-        layer_N[unseen], predictions_N[unseen] = choice(record.rows(unseen), task)
+        operating_point = chosen[-1] or OperatingPoint(rule.uniform(), 0.0)
+        layer_N[unseen], predictions_N[unseen] = operating_point(record.rows(unseen), task)
     return layer_N, predictions_N, chosen
 
 
-def expected(record: Record, task: Task, choice: Choice, num_new: int) -> dict[str, Any]:
+def expected(
+    record: Record, task: Task, operating_point: OperatingPoint, num_new: int
+) -> dict[str, Any]:
     """Score and saving on the rows chosen on, with intervals for so many new rows."""
-    layer_N, predictions_N = choice(record, task)
+    layer_N, predictions_N = operating_point(record, task)
     found = measured(record, task, layer_N, predictions_N)
     deviation = (layer_N.double() / record.num_layers).std(correction=0).item()
     saving = found["expected_saving"]

@@ -15,7 +15,7 @@ from deebert.data.metrics import TABLE_METRICS, confusion
 from deebert.data.tasks import Task
 from deebert.errors import UserError, is_number
 from deebert.exits.records import Record
-from deebert.exits.rules import Rule, Verdict, exit_layer
+from deebert.exits.rules import ExitScores, Rule, exit_layer
 
 # The sweep of the original code (castorini/DeeBERT, scripts/eval_entropy.sh). It ends above
 # ln 2 = 0.693, the largest entropy of two classes: at 0.7 everything leaves at the first ramp.
@@ -67,13 +67,13 @@ def ramp_table(record: Record, task: Task) -> list[dict[str, Any]]:
     ]
 
 
-def answered(verdict: Verdict, task: Task, layer_N: Tensor) -> Tensor:
+def answered(exit_scores: ExitScores, task: Task, layer_N: Tensor) -> Tensor:
     """What each row is answered with when it leaves at these layers: (N,) -> (N,).
 
     At the last layer the final classifier answers, alone.
     """
     rows = torch.arange(len(layer_N))
-    return task.predict(verdict.answer_NLC[rows, layer_N - 1])
+    return task.predict(exit_scores.answer_NLC[rows, layer_N - 1])
 
 
 def outcome(record: Record, task: Task, layer_N: Tensor, predictions_N: Tensor) -> dict[str, Any]:
@@ -104,29 +104,29 @@ def curve(
     record: Record, task: Task, rule: Rule, thresholds: list[Thresholds]
 ) -> list[dict[str, Any]]:
     """An `outcome` for each threshold, which stands in it as `threshold`."""
-    verdict = judged(rule, record)
+    exit_scores = exit_scores_of(rule, record)
     found = []
     for threshold in thresholds:
-        layer_N = exit_layer(verdict.score_NL, threshold)
-        predictions_N = answered(verdict, task, layer_N)
+        layer_N = exit_layer(exit_scores.score_NL, threshold)
+        predictions_N = answered(exit_scores, task, layer_N)
         found.append({"threshold": threshold, **outcome(record, task, layer_N, predictions_N)})
     return found
 
 
-def judged(rule: Rule, record: Record) -> Verdict:
+def exit_scores_of(rule: Rule, record: Record) -> ExitScores:
     """The rule's verdict, with the final classifier's own answer at full depth, whatever the rule.
 
     So that full depth is the same for all rules, and what a promise is measured against.
     """
-    verdict = rule(record.logits_NLC, record.unsure_NL)
-    answers = torch.cat([verdict.answer_NLC[:, :-1], record.logits_NLC[:, -1:]], 1)
-    return Verdict(verdict.score_NL, answers)
+    exit_scores = rule(record.logits_NLC, record.learned_score_NL)
+    answers = torch.cat([exit_scores.answer_NLC[:, :-1], record.logits_NLC[:, -1:]], 1)
+    return ExitScores(exit_scores.score_NL, answers)
 
 
-def savings(verdict: Verdict, thresholds: Thresholds) -> Tensor:
+def savings(exit_scores: ExitScores, thresholds: Thresholds) -> Tensor:
     """The saving of each row: (N,) between 0 and 1 - 1/L."""
-    num_layers = verdict.score_NL.shape[1]
-    return 1 - exit_layer(verdict.score_NL, thresholds).double() / num_layers
+    num_layers = exit_scores.score_NL.shape[1]
+    return 1 - exit_layer(exit_scores.score_NL, thresholds).double() / num_layers
 
 
 def thresholds_for(score_NL: Tensor, savings: list[float]) -> list[float]:
@@ -206,7 +206,7 @@ def trade_off(record: Record, task: Task, rule: Rule) -> dict[str, Any]:
     Returns:
         `trade_off`: the points; `length_bins`: dicts of `low`, `high` (tokens) and `count`.
     """
-    verdict = judged(rule, record)
+    exit_scores = exit_scores_of(rule, record)
     edges = record.length_N.double().quantile(torch.linspace(0, 1, LENGTH_BINS + 1).double())
     edges = edges.round().unique()
     bin_N = torch.bucketize(record.length_N.double(), edges[1:-1], right=True)
@@ -218,12 +218,12 @@ def trade_off(record: Record, task: Task, rule: Rule) -> dict[str, Any]:
         }
         for i in range(max(1, len(edges) - 1))
     ]
-    most = savings(verdict, math.inf).mean().item()
+    most = savings(exit_scores, math.inf).mean().item()
     wanted = [most * step / TRADE_OFF_POINTS for step in range(TRADE_OFF_POINTS + 1)]
     points: list[dict[str, Any]] = []
-    for threshold in sorted(set(thresholds_for(verdict.score_NL, wanted))):
-        layer_N = exit_layer(verdict.score_NL, threshold)
-        predictions_N = answered(verdict, task, layer_N)
+    for threshold in sorted(set(thresholds_for(exit_scores.score_NL, wanted))):
+        layer_N = exit_layer(exit_scores.score_NL, threshold)
+        predictions_N = answered(exit_scores, task, layer_N)
         found = {"threshold": threshold, **outcome(record, task, layer_N, predictions_N)}
         found["mean_exit_layer_by_length"] = [
             layer_N[bin_N == i].double().mean().item() if bins[i]["count"] else None

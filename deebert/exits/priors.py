@@ -44,11 +44,11 @@ def search(record: Record, task: Task, rule: Rule, saving: float) -> Rule:
 
 def _answers(rule: Rule, record: Record, task: Task, saving: float) -> list[Tensor]:
     """What each row is answered with, (N,), at each saving about this one."""
-    verdict = curves.judged(rule, record)
+    exit_scores = curves.exit_scores_of(rule, record)
     near = [min(max(saving + step, 0.0), 1.0) for step in ABOUT]
-    thresholds = curves.thresholds_for(verdict.score_NL, near)
-    layers = [exit_layer(verdict.score_NL, threshold) for threshold in thresholds]
-    return [curves.answered(verdict, task, layer_N) for layer_N in layers]
+    thresholds = curves.thresholds_for(exit_scores.score_NL, near)
+    layers = [exit_layer(exit_scores.score_NL, threshold) for threshold in thresholds]
+    return [curves.answered(exit_scores, task, layer_N) for layer_N in layers]
 
 
 def _sure_gain(tried: list[Tensor], plain: list[Tensor], record: Record, task: Task) -> float:

@@ -24,7 +24,7 @@ class Record:
         index_N: (N,) position of the row in its split.
         length_N: (N,) number of tokens.
         group_N: (N,) the task's group column (difficulty grade), or None.
-        unsure_NL: (N, L) learned exit scores, or None where the ramps have none.
+        learned_score_NL: (N, L) learned exit scores, or None where the ramps have none.
     """
 
     split: str
@@ -33,7 +33,7 @@ class Record:
     index_N: Tensor
     length_N: Tensor
     group_N: Tensor | None = None
-    unsure_NL: Tensor | None = None
+    learned_score_NL: Tensor | None = None
 
     @property
     def num_layers(self) -> int:
@@ -80,5 +80,5 @@ class Record:
             joined["index"][rows],
             joined["length"][rows],
             joined["group"][rows] if "group" in joined else None,
-            joined["unsure"][rows].float() if "unsure" in joined else None,
+            joined["learned_score"][rows].float() if "learned_score" in joined else None,
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 from deebert.errors import UserError, is_number, is_whole, unknown
 
 
-class Verdict(NamedTuple):
+class ExitScores(NamedTuple):
     """What a rule makes of the logits of N rows.
 
     Attributes:
@@ -106,15 +106,15 @@ def change(values_NL1: Tensor, patience: int = 1) -> Tensor:
     return _largest_of_last(step_NL, patience)
 
 
-def ensemble(logits_NLC: Tensor) -> Verdict:
+def ensemble(logits_NLC: Tensor) -> ExitScores:
     """Entropy and answer of the mean probability of the ramps so far (paper, section 5)."""
     shares_NLC = torch.softmax(logits_NLC.double(), -1).cumsum(1)
     mean_NLC = shares_NLC / torch.arange(1, shares_NLC.shape[1] + 1)[:, None]
     logits = mean_NLC.clamp_min(torch.finfo(torch.float64).tiny).log().float()
-    return Verdict(entropy(logits), logits)
+    return ExitScores(entropy(logits), logits)
 
 
-def vote(logits_NLC: Tensor) -> Verdict:
+def vote(logits_NLC: Tensor) -> ExitScores:
     """1 / the votes of the leading class among the ramps so far; the answer is that class.
 
     A threshold of 1/p leaves with more than p votes. Ties go to the class with more probability.
@@ -124,15 +124,15 @@ def vote(logits_NLC: Tensor) -> Verdict:
     votes_NLC = ballots_NLC.cumsum(1)
     num_L = torch.arange(1, logits_NLC.shape[1] + 1)
     tie_break_NLC = shares_NLC.cumsum(1) / (2 * num_L[:, None])  # under 1: never wins a vote
-    return Verdict(1 / votes_NLC.amax(-1).float(), votes_NLC + tie_break_NLC)
+    return ExitScores(1 / votes_NLC.amax(-1).float(), votes_NLC + tie_break_NLC)
 
 
-def learned(unsure_NL: Tensor) -> Tensor:
+def learned(learned_score_NL: Tensor) -> Tensor:
     """What the model has learned to say of itself: (N, L) -> (N, L), between 0 and 1.
 
     BERxiT's learning to exit, or CATs' agreement with the final classifier (`ramps.RampKind`).
     """
-    return unsure_NL
+    return learned_score_NL
 
 
 def _check_patience(patience: int) -> None:
@@ -165,7 +165,7 @@ def _largest_of_last(values_NL: Tensor, count: int) -> Tensor:
     return torch.cat([before, values_NL], 1).unfold(1, count, 1).amax(-1)
 
 
-Score = Callable[..., Tensor | Verdict]
+Score = Callable[..., Tensor | ExitScores]
 NOT_LEARNED = (
     "exit={} needs a learned score, and these ramps have none: train them with ramp.predicts=wrong "
     "or disagrees, or use another exit rule"
@@ -182,7 +182,7 @@ class Rule:
 
     Attributes:
         name: what it is called in results and messages.
-        score: logits (N, L, C) -> scores (N, L), or a `Verdict` where a row leaving at a ramp is
+        score: logits (N, L, C) -> scores (N, L), or a `ExitScores` where a row leaving at a ramp is
             not answered by that ramp alone.
         num_labels: C; 1 for a regression.
         largest: from about here on everything leaves at the first ramps; None for 1, or ln C
@@ -190,11 +190,11 @@ class Rule:
         regression: does it fit a regression (and nothing else)? None: it fits all.
         looks_back: does a ramp's score depend on the ramps before it, too? Where it does not, the
             engine evaluates only ramps that an input may leave at.
-        reads: what `score` is given: `logits`, or `unsure`, the learned exit scores (N, L).
+        reads: what `score` is given: `logits`, or `learned_score`, the learned exit scores (N, L).
         temperatures: (L,) divides the logits of each ramp first; None for 1.
         relative: does `score` also take a prior?
         prior: (C,) shares of the classes, for a relative rule; None: it is to be found on the
-            calibration rows of a wish (`priors.search`).
+            calibration rows of a target (`priors.search`).
         options: what else tells this rule from others of its name, for results.json.
     """
 
@@ -231,19 +231,19 @@ class Rule:
                     f"exit.prior={self.prior} must be {self.num_labels} shares above 0, one for "
                     "each class"
                 )
-        if self.reads == "unsure" and self.looks_back:
+        if self.reads == "learned_score" and self.looks_back:
             raise UserError(
                 f"exit={self.name}: a rule on learned scores judges each ramp alone; say "
                 "exit.looks_back=false"
             )
 
     def __call__(
-        self, logits_NLC: Tensor, unsure_NL: Tensor | None = None, first: int = 0
-    ) -> Verdict:
+        self, logits_NLC: Tensor, learned_score_NL: Tensor | None = None, first: int = 0
+    ) -> ExitScores:
         """Scores and answers of every ramp, or of the first so many.
 
         Args:
-            unsure_NL: learned exit scores, where the model has them.
+            learned_score_NL: learned exit scores, where the model has them.
             first: how many ramps come before these (only where the rule does not look back).
 
         Raises:
@@ -253,23 +253,23 @@ class Rule:
         if self.temperatures is not None:
             temperatures_L = self.temperatures[first : first + logits_NLC.shape[1]]
             logits_NLC = logits_NLC / temperatures_L[:, None]
-        read = logits_NLC if self.reads == "logits" else unsure_NL
+        read = logits_NLC if self.reads == "logits" else learned_score_NL
         if read is None:
             raise UserError(NOT_LEARNED.format(self.name))
-        if self.asks_prior:
+        if self.needs_prior:
             raise UserError(NO_PRIOR.format(self.name))
         found = self.score(read, self.prior) if self.relative else self.score(read)
-        verdict = found if isinstance(found, Verdict) else Verdict(found, logits_NLC)
+        exit_scores = found if isinstance(found, ExitScores) else ExitScores(found, logits_NLC)
         shape = logits_NLC.shape[:2]
-        if not isinstance(verdict.score_NL, Tensor) or verdict.score_NL.shape != shape:
+        if not isinstance(exit_scores.score_NL, Tensor) or exit_scores.score_NL.shape != shape:
             raise UserError(
                 f"exit={self.name}: its function must give a tensor of scores (rows, ramps) = "
-                f"{tuple(shape)}, or a Verdict (exit.score)"
+                f"{tuple(shape)}, or ExitScores (exit.score)"
             )
-        return verdict
+        return exit_scores
 
     @property
-    def asks_prior(self) -> bool:
+    def needs_prior(self) -> bool:
         """Has a prior to be found first?"""
         return self.relative and self.prior is None
 
@@ -289,7 +289,7 @@ class Rule:
     def uniform(self) -> "Rule":
         """The same rule, or with the prior that makes it entropy where one has to be found."""
         return (
-            self.fitted(prior=[1 / self.num_labels] * self.num_labels) if self.asks_prior else self
+            self.fitted(prior=[1 / self.num_labels] * self.num_labels) if self.needs_prior else self
         )
 
     def grid(self, num: int = 200) -> list[float]:
@@ -319,7 +319,7 @@ RULES: dict[str, dict[str, Any]] = {
     "vote": {"score": vote, "largest": 1.0},
     "change": {"score": change, "regression": True, "options": {"patience": 1}},
     "learned": {
-        "score": learned, "largest": 1.0, "regression": None, "looks_back": False, "reads": "unsure"
+        "score": learned, "largest": 1.0, "regression": None, "looks_back": False, "reads": "learned_score"
     },
 }  # fmt: skip
 

@@ -59,7 +59,7 @@ class Target:
             )
 
     def plain(self) -> dict[str, Any]:
-        """The wish as results.json holds it."""
+        """The target as results.json holds it."""
         values = asdict(self)
         told = {name: values[name] for name in ("per_ramp", "temperature") if values[name]}
         for name in ("target_saving", "target_speedup"):

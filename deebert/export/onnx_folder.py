@@ -2,7 +2,7 @@
 
     embeddings.onnx              ids -> states
     layer_1.onnx, ...            states -> states and the ramp's logits; the last one: logits alone
-    tokenizer.json, deebert.json how texts are cut, the exit rule, thresholds of wishes
+    tokenizer.json, deebert.json how texts are cut, the exit rule, thresholds of targets
     runner.py, README.md         what runs it: a copy of `onnx_runner`
 
 Knows nothing of training, nor of how the graphs are run.
@@ -22,14 +22,14 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from deebert.classifier import Asked, EarlyExitClassifier
+from deebert.classifier import CalibratedPoint, EarlyExitClassifier
 from deebert.data.tasks import Task
 from deebert.errors import UserError, unknown
 from deebert.inference import onnx_graphs
 from deebert.inference.onnx_layer import PRECISIONS
 from deebert.models.architectures import ARCHITECTURES
 from deebert.models.early_exit import EarlyExitModel
-from deebert.options import WishOptions, option, wish_of
+from deebert.options import TargetOptions, option, target_of
 from deebert.reporting import markdown
 from deebert.reporting.markdown import code
 from deebert.untrusted import plain_files
@@ -37,9 +37,9 @@ from deebert.untrusted import plain_files
 log = logging.getLogger(__name__)
 
 RUNNER = Path(__file__).with_name("onnx_runner.py")
-FORMAT, SCHEMA = "deebert-onnx", 2  # of deebert.json
-SAVINGS = [tenth / 10 for tenth in range(1, 10)]  # asked for, as far as the records grant them
-EXPECTED = ("expected_saving", "interval", "score", "score_interval")  # of what is told of a wish
+FORMAT, SCHEMA = "deebert-onnx", 3  # of deebert.json
+SAVINGS = [tenth / 10 for tenth in range(1, 10)]  # asked for, as far as the records meet them
+EXPECTED = ("expected_saving", "interval", "score", "score_interval")  # of what is told of a target
 CLOSE = 1e-4  # of logits, to the engine's
 # What an export is tried on before it is kept: short and long, and what tokenizers are odd about.
 TRIED = (
@@ -58,7 +58,7 @@ class _Files:
 
 
 @dataclass
-class ExportOptions(WishOptions, _Files):
+class ExportOptions(TargetOptions, _Files):
     """What is exported, to where, and what it answers by where nothing else is asked."""
 
 
@@ -75,7 +75,7 @@ class Exported:
 
     folder: Path
     megabytes: float
-    asked: Asked
+    asked: CalibratedPoint
     savings: list[float]
     difference: float
 
@@ -86,7 +86,7 @@ def export(
     *,
     precision: str = "float32",
     overwrite: bool = False,
-    **wish: Any,
+    **target: Any,
 ) -> Exported:
     """Write a folder, in whole or not at all.
 
@@ -94,15 +94,15 @@ def export(
         classifier: float32, on the processor.
         precision: of the layers, float32 or int8.
         overwrite: replace an export that is there.
-        **wish: as `EarlyExitClassifier.ask` takes it.
+        **target: as `EarlyExitClassifier.calibrate` takes it.
 
     Raises:
-        UserError: the model or the wish cannot be exported, or something is there.
+        UserError: the model or the target cannot be exported, or something is there.
     """
     folder = Path(output)
     check(classifier.model, precision)
     _check_place(folder, overwrite)
-    asked, savings = _asked(classifier, wish), []
+    asked, savings = _asked(classifier, target), []
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)
@@ -150,8 +150,10 @@ def graphs(model: EarlyExitModel, precision: str) -> Iterator[tuple[str, bytes]]
             yield f"layer_{layer}", onnx_graphs.layer(parts, heads, int8, first_int8, ramp)
 
 
-def described(model: EarlyExitModel, task: Task, asked: Asked, precision: str) -> dict[str, Any]:
-    """What deebert.json says of a model; a tokenizer's and the wishes' are to be added."""
+def described(
+    model: EarlyExitModel, task: Task, asked: CalibratedPoint, precision: str
+) -> dict[str, Any]:
+    """What deebert.json says of a model; a tokenizer's and the targets' are to be added."""
     return {
         "format": FORMAT,
         "schema": SCHEMA,
@@ -164,14 +166,14 @@ def described(model: EarlyExitModel, task: Task, asked: Asked, precision: str) -
         "pad_token_id": model.backbone.pad_token_id,
         "sep_token_id": model.backbone.separator,  # known if a ramp asks
         "rule": {"name": asked.rule.name, "options": dict(asked.rule.options)},
-        "asked": {"wish": dict(asked.wish), **_granted(asked)},
+        "operating_point": {"target": dict(asked.target), **_calibrated(asked)},
         "savings": [],
         "token_type_ids": False,
         "made_with": {name: version(name) for name in ("deebert", "onnx", "onnxruntime")},
     }
 
 
-def _granted(asked: Asked) -> dict[str, Any]:
+def _calibrated(asked: CalibratedPoint) -> dict[str, Any]:
     expected = asked.expected or {}
     return {
         "thresholds": asked.thresholds,
@@ -180,30 +182,30 @@ def _granted(asked: Asked) -> dict[str, Any]:
     }
 
 
-def _asked(classifier: EarlyExitClassifier, wish: Mapping[str, Any]) -> Asked:
-    wanted = dict(wish) or dict(classifier.saved.wish)
+def _asked(classifier: EarlyExitClassifier, target: Mapping[str, Any]) -> CalibratedPoint:
+    wanted = dict(target) or dict(classifier.saved.target)
     if "target_speedup" in wanted:
         speedup = wanted["target_speedup"]
         raise UserError(
             f"target_speedup={speedup}: what layers cost is known of the engine, not of the "
             "runner, which pays for each layer alike; give target_saving="
         )
-    return classifier.ask(**wish)
+    return classifier.calibrate(**target)
 
 
-def _savings(classifier: EarlyExitClassifier, asked: Asked) -> list[dict[str, Any]]:
+def _savings(classifier: EarlyExitClassifier, asked: CalibratedPoint) -> list[dict[str, Any]]:
     """What the runner can be asked for: with the same rule, in tenths and as it was asked."""
-    same = {n: v for n, v in asked.wish.items() if n in ("exit", "per_ramp", "temperature")}
-    wished = asked.wish.get("target_saving")
+    same = {n: v for n, v in asked.target.items() if n in ("exit", "per_ramp", "temperature")}
+    wished = asked.target.get("target_saving")
     found: list[dict[str, Any]] = []
     for saving in sorted({*SAVINGS, *([] if wished is None else [float(wished)])}):
         try:
-            granted = classifier.ask(target_saving=saving, **same)
+            calibrated = classifier.calibrate(target_saving=saving, **same)
         except UserError as error:  # no record, or more than the rule can save, as all larger ones
             if not found:
                 log.warning("target_saving= cannot be asked of the export: %s", error)
             break
-        found.append({"target_saving": saving, **_granted(granted)})
+        found.append({"target_saving": saving, **_calibrated(calibrated)})
     return found
 
 
@@ -309,7 +311,7 @@ def _write_readme(folder: Path, about: Mapping[str, Any]) -> None:
     classes = task["labels"]
     answer = "a number" if classes is None else f"one of: {', '.join(map(markdown.text, classes))}"
     savings = [each["target_saving"] for each in about["savings"]]
-    wish = "threshold=0.1" if not savings else f"target_saving={savings[len(savings) // 2]}"
+    target = "threshold=0.1" if not savings else f"target_saving={savings[len(savings) // 2]}"
     lines = [
         f"# An early-exit {about['model_type']} for {task['name']}, in ONNX",
         "",
@@ -317,16 +319,16 @@ def _write_readme(folder: Path, about: Mapping[str, Any]) -> None:
         f"with {answer}. Easy inputs leave after a few of its {about['num_layers']} layers.",
         "",
         "    pip install numpy onnxruntime tokenizers",
-        f"    echo '{text}' | python runner.py . {wish}",
+        f"    echo '{text}' | python runner.py . {target}",
         "",
         "A line in is a text (or a pair of texts) in JSON, a line out an answer. From Python, with",
         "`runner.py` copied to where you need it:",
         "",
         "    from runner import Runner",
-        f'    Runner("THIS_FOLDER").predict([{text}], {wish})',
+        f'    Runner("THIS_FOLDER").predict([{text}], {target})',
         "",
-        "Without a wish it answers as it was exported: "
-        f"`{json.dumps(about['asked']['wish'] or 'full depth')}`.",
+        "Without a target it answers as it was exported: "
+        f"`{json.dumps(about['operating_point']['target'] or 'full depth')}`.",
     ]
     if savings:
         lines += [
@@ -353,7 +355,7 @@ def run(options: ExportOptions) -> None:
         options.output,
         precision=options.precision,
         overwrite=options.overwrite,
-        **wish_of(options),
+        **target_of(options),
     )
     print(
         f"{found.folder}: {found.megabytes:.1f} MB in {options.precision}; on made-up texts its "
@@ -361,5 +363,5 @@ def run(options: ExportOptions) -> None:
     )
     expected = found.asked.expected
     saving = f", about {expected['expected_saving']:.1%} of the layers saved" if expected else ""
-    print(f"answers by {dict(found.asked.wish) or 'full depth'}{saving}")
+    print(f"answers by {dict(found.asked.target) or 'full depth'}{saving}")
     print(f"can be asked for target_saving={', '.join(map(str, found.savings)) or 'none'}")

@@ -31,7 +31,7 @@ except ImportError as missing:
     print(f"Error: {missing}; pip install numpy onnxruntime tokenizers", file=sys.stderr)
     sys.exit(2)
 
-FORMAT, SCHEMAS = "deebert-onnx", (1, 2)  # of deebert.json; 2: also pairs and priors
+FORMAT, SCHEMAS = "deebert-onnx", (1, 2, 3)  # of deebert.json; 2: also pairs and priors
 TOKEN_BUDGET = 2048  # of a batch, padding included; a longer input is a batch of its own
 WINDOW = 8192  # inputs that are sorted by length together
 AT_ONCE = 250_000  # characters that are tokenized together: what is cut off is held, too
@@ -44,8 +44,8 @@ class RunnerError(ValueError):
 # Exit rules, as deebert.exits has them: the logits of the ramps so far (B, K, C) and the last one's
 # learned exit score (B,), where it has one -> how unsure it is (B,), and the logits that an input
 # leaving there is answered with (B, C).
-Unsure = np.ndarray | None
-Verdict = tuple[np.ndarray, np.ndarray]
+LearnedScore = np.ndarray | None
+ExitScores = tuple[np.ndarray, np.ndarray]
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -62,66 +62,70 @@ def _entropy(logits: np.ndarray) -> np.ndarray:
     return -(np.exp(log_shares) * log_shares).sum(-1)
 
 
-def entropy(logits_BKC: np.ndarray, unsure_B: Unsure) -> Verdict:
+def entropy(logits_BKC: np.ndarray, learned_score_B: LearnedScore) -> ExitScores:
     return _entropy(logits_BKC[:, -1]), logits_BKC[:, -1]
 
 
-def relative_entropy(logits_BKC: np.ndarray, unsure_B: Unsure, prior: Sequence[float]) -> Verdict:
+def relative_entropy(
+    logits_BKC: np.ndarray, learned_score_B: LearnedScore, prior: Sequence[float]
+) -> ExitScores:
     logits_BC, share_C = logits_BKC[:, -1], np.array(prior)
     excess_C = np.log(share_C / share_C.min()).astype(np.float32)
     return _entropy(logits_BC) + (_shares(logits_BC) * excess_C).sum(-1), logits_BC
 
 
-def probability(logits_BKC: np.ndarray, unsure_B: Unsure) -> Verdict:
+def probability(logits_BKC: np.ndarray, learned_score_B: LearnedScore) -> ExitScores:
     ordered_BC = np.sort(_shares(logits_BKC[:, -1]), -1)
     return ordered_BC[:, :-1].sum(-1), logits_BKC[:, -1]
 
 
-def margin(logits_BKC: np.ndarray, unsure_B: Unsure) -> Verdict:
+def margin(logits_BKC: np.ndarray, learned_score_B: LearnedScore) -> ExitScores:
     ordered_BC = np.sort(_shares(logits_BKC[:, -1]), -1)
     return ordered_BC[:, :-1].sum(-1) + ordered_BC[:, -2], logits_BKC[:, -1]
 
 
-def patience(logits_BKC: np.ndarray, unsure_B: Unsure) -> Verdict:
+def patience(logits_BKC: np.ndarray, learned_score_B: LearnedScore) -> ExitScores:
     labels_BK = logits_BKC.argmax(-1)
     agrees_BK = labels_BK[:, 1:] == labels_BK[:, :-1]
     in_a_row_B = agrees_BK[:, ::-1].cumprod(1).sum(1)
     return 1 / (1 + in_a_row_B).astype(np.float32), logits_BKC[:, -1]
 
 
-def confident_patience(logits_BKC: np.ndarray, unsure_B: Unsure, patience: int = 2) -> Verdict:
+def confident_patience(
+    logits_BKC: np.ndarray, learned_score_B: LearnedScore, patience: int = 2
+) -> ExitScores:
     last_BKC = logits_BKC[:, -patience:]
     labels_BK = last_BKC.argmax(-1)
     together_B = (labels_BK == labels_BK[:, :1]).all(1) & (last_BKC.shape[1] == patience)
     return np.where(together_B, _entropy(last_BKC).max(1), np.inf), logits_BKC[:, -1]
 
 
-def change(values_BK1: np.ndarray, unsure_B: Unsure, patience: int = 1) -> Verdict:
+def change(values_BK1: np.ndarray, learned_score_B: LearnedScore, patience: int = 1) -> ExitScores:
     steps_BK = np.abs(np.diff(values_BK1[..., 0], axis=1))[:, -patience:]
     if steps_BK.shape[1] < patience:
         return np.full(len(values_BK1), np.inf), values_BK1[:, -1]
     return steps_BK.max(1), values_BK1[:, -1]
 
 
-def ensemble(logits_BKC: np.ndarray, unsure_B: Unsure) -> Verdict:
+def ensemble(logits_BKC: np.ndarray, learned_score_B: LearnedScore) -> ExitScores:
     mean_BC = _shares(logits_BKC.astype(np.float64)).mean(1)
     logits_BC = np.log(np.maximum(mean_BC, np.finfo(np.float64).tiny)).astype(np.float32)
     return _entropy(logits_BC), logits_BC
 
 
-def vote(logits_BKC: np.ndarray, unsure_B: Unsure) -> Verdict:
+def vote(logits_BKC: np.ndarray, learned_score_B: LearnedScore) -> ExitScores:
     num_ramps, num_labels = logits_BKC.shape[1:]
     votes_BC = (logits_BKC.argmax(-1)[..., None] == np.arange(num_labels)).sum(1)
     tie_break_BC = _shares(logits_BKC).sum(1) / (2 * num_ramps)
     return 1 / votes_BC.max(-1).astype(np.float32), (votes_BC + tie_break_BC).astype(np.float32)
 
 
-def learned(logits_BKC: np.ndarray, unsure_B: Unsure) -> Verdict:
-    assert unsure_B is not None  # refused at export
-    return unsure_B, logits_BKC[:, -1]
+def learned(logits_BKC: np.ndarray, learned_score_B: LearnedScore) -> ExitScores:
+    assert learned_score_B is not None  # refused at export
+    return learned_score_B, logits_BKC[:, -1]
 
 
-RULES: dict[str, Callable[..., Verdict]] = {
+RULES: dict[str, Callable[..., ExitScores]] = {
     rule.__name__: rule
     for rule in (
         entropy, relative_entropy, probability, margin, patience, confident_patience, change,
@@ -197,7 +201,7 @@ class Runner:
         rows = [self.checked(text) for text in ([texts] if one else texts)]
         if not rows:
             raise RunnerError("there are no texts to answer; give at least one")
-        asked = self.ask(threshold=threshold, target_saving=target_saving)
+        asked = self.operating_point(threshold=threshold, target_saving=target_saving)
         found = self.run(self.encode(rows), **asked)
         answers: list[dict[str, Any]] = []
         for logits_C, layer in zip(found.logits_NC, found.layer_N.tolist(), strict=True):
@@ -243,23 +247,23 @@ class Runner:
             return [{"input_ids": ids} for ids, _ in found]
         return [{"input_ids": ids, "token_type_ids": types} for ids, types in found]
 
-    def ask(
+    def operating_point(
         self,
         *,
         threshold: float | Sequence[float] | None = None,
         target_saving: float | None = None,
     ) -> dict[str, Any]:
-        """Thresholds, temperatures and prior of a wish, as `run` takes them."""
+        """Thresholds, temperatures and prior of a target, as `run` takes them."""
         if threshold is not None and target_saving is not None:
             raise RunnerError("threshold= and target_saving=: ask for one of them")
         if threshold is not None:
             if self._limits(threshold).any() and self.rule is relative_entropy:
                 raise RunnerError(
                     f"threshold={_short(threshold)}: the exit rule relative_entropy needs a prior, "
-                    "which goes with a wish; use target_saving="
+                    "which goes with a target; use target_saving="
                 )
             return {"thresholds": threshold}
-        found = self.about["asked"]
+        found = self.about["operating_point" if self.about["schema"] > 2 else "asked"]
         if target_saving is not None:
             known = {each["target_saving"]: each for each in self.about["savings"]}
             if target_saving not in known:
@@ -342,8 +346,8 @@ class Runner:
             ramps_BKC = out.ramps_NLC[rows_B, : index + 1]
             if temperatures is not None:
                 ramps_BKC = ramps_BKC / np.array(temperatures[: index + 1], np.float32)[:, None]
-            unsure_B = found["unsure"][:, 0] if "unsure" in found else None
-            score_B, answer_BC = self.rule(ramps_BKC, unsure_B, **options)
+            learned_score_B = found["learned_score"][:, 0] if "learned_score" in found else None
+            score_B, answer_BC = self.rule(ramps_BKC, learned_score_B, **options)
             leave_B = (score_B < limits_L[index]) & np.isfinite(answer_BC).all(1)
             if not leave_B.any():
                 continue
@@ -576,9 +580,9 @@ def main(arguments: Sequence[str]) -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return
-    wish = dict(map(_option, arguments[1:]))
-    runner = Runner(arguments[0], wish.pop("threads", None))
-    runner.ask(**wish)
+    target = dict(map(_option, arguments[1:]))
+    runner = Runner(arguments[0], target.pop("threads", None))
+    runner.operating_point(**target)
     lines = enumerate(sys.stdin.buffer, 1)
     wrong: RunnerError | None = None
     while wrong is None:
@@ -594,7 +598,7 @@ def main(arguments: Sequence[str]) -> None:
                 break
         if not rows:
             break
-        for answer in runner.predict(rows, **wish):
+        for answer in runner.predict(rows, **target):
             sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
     if wrong:

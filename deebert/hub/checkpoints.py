@@ -31,7 +31,7 @@ TRIED = 3  # tokens
 
 
 @dataclass(frozen=True)
-class Origin:
+class Source:
     """What a run starts from: a checkpoint, or a record of one."""
 
     path: Path
@@ -44,7 +44,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Checkpoint(Origin):
+class Checkpoint(Source):
     """What a checkpoint says of itself, and its weights."""
 
     architecture: dict[str, Any]

@@ -77,14 +77,16 @@ def _scores(record: Record, task: Task, what: Saved) -> list[str]:
     num_labels = task.num_labels
     rule = rules.named(what.exit, num_labels) if what.exit else rules.default(num_labels)
     found, columns = "thresholds", ["layers saved", metric, "threshold"]
-    if rule.asks_prior:  # it goes with the saving, and what a threshold means goes with it
+    if rule.needs_prior:  # it goes with the saving, and what a threshold means goes with it
         found, columns = "prior and thresholds", columns[:2]
     lines += [f"Exit rule `{rule.name}`; {found} chosen on these very rows:", ""]
     lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     rows = []
     for saving in SAVINGS:
-        fitted = priors.search(record, task, rule, saving) if rule.asks_prior else rule
-        [threshold] = curves.thresholds_for(curves.judged(fitted, record).score_NL, [saving])
+        fitted = priors.search(record, task, rule, saving) if rule.needs_prior else rule
+        [threshold] = curves.thresholds_for(
+            curves.exit_scores_of(fitted, record).score_NL, [saving]
+        )
         [point] = curves.curve(record, task, fitted, [threshold])
         row = [f"{point['expected_saving']:.1%}", _points(point["score"]), f"{threshold:.4g}"]
         rows.append(f"| {' | '.join(row[: len(columns)])} |")

@@ -24,8 +24,9 @@ LONGEST = 2**20  # tokens of an input
 COLUMNS = {  # name in the file -> types, number of dimensions
     "logits_NLC": ((torch.float32,), 3), "labels_N": ((torch.int64, torch.float32), 1),
     "index_N": ((torch.int64,), 1), "length_N": ((torch.int64,), 1),
-    "group_N": ((torch.int64,), 1), "unsure_NL": ((torch.float32,), 2),
+    "group_N": ((torch.int64,), 1), "learned_score_NL": ((torch.float32,), 2),
 }  # fmt: skip
+OLD_NAMES = {"unsure_NL": "learned_score_NL"}  # of columns, in records from before
 
 
 def files(folder: Path, place: str = FOLDER) -> list[Path]:
@@ -71,6 +72,9 @@ def load(file: Path) -> tuple[Record, dict[str, Any]]:
     try:
         header = plain_files.json_mapping(metadata["deebert"], "its header")
         header["config"], _ = checkpoint_config.accepted(header["config"])
+        if "values" in header and header["values"] != tensor_files.fingerprint(tensors):
+            raise UserError("its values are not those that were written: it is damaged")
+        tensors = {OLD_NAMES.get(name, name): values for name, values in tensors.items()}
         _check(header, tensors, file)
         columns: dict[str, Any] = {"labels_N": None} | tensors
         record = Record(header["split"], **columns)
@@ -91,15 +95,13 @@ def _check(header: dict[str, Any], tensors: dict[str, Tensor], file: Path) -> No
         UserError: they are not.
     """
     config, logits = header["config"], tensors["logits_NLC"]
-    labels, unsure = tensors.get("labels_N"), tensors.get("unsure_NL")
+    labels, learned_score = tensors.get("labels_N"), tensors.get("learned_score_NL")
     if header["schema"] != SCHEMA:
         raise UserError(f"its schema is {header['schema']!a}, not {SCHEMA}")
     if not isinstance(header["split"], str) or not re.fullmatch(SPLIT, header["split"]):
         raise UserError(f"its split {header['split']!r} is no name of one")
     if header["split"] != file.stem:
         raise UserError(f"the file was renamed, it is of split {header['split']!a}")
-    if "values" in header and header["values"] != tensor_files.fingerprint(tensors):
-        raise UserError("its values are not those that were written: it is damaged")
     for name, values in tensors.items():
         dtypes, num_dims = COLUMNS[name]
         if values.ndim != num_dims or values.dtype not in dtypes:
@@ -111,7 +113,9 @@ def _check(header: dict[str, Any], tensors: dict[str, Tensor], file: Path) -> No
     num_labels = len(config["task"]["labels"] or "1")  # a regression has one output
     if logits.shape[2] != num_labels:
         raise UserError(f"it has {logits.shape[2]} outputs a ramp, and its task {num_labels}")
-    if unsure is not None and (unsure.shape != logits.shape[:2] or not unsure.isfinite().all()):
+    if learned_score is not None and (
+        learned_score.shape != logits.shape[:2] or not learned_score.isfinite().all()
+    ):
         raise UserError("its learned exit scores are not (rows, ramps) finite numbers")
     if {len(values) for values in tensors.values()} != {len(logits)}:
         raise UserError("its columns are of different lengths")

@@ -2,8 +2,8 @@
 
     config.json, model.safetensors   the model (`EarlyExitModel.save_pretrained`)
     tokenizer.json, ...              its tokenizer, where the library looks for it
-    deebert.json                     what it was trained for and how, its exit rule and wish
-    records/SPLIT.safetensors        every ramp's logits for some rows: what wishes are granted from
+    deebert.json                     what it was trained for and how, its exit rule and target
+    records/SPLIT.safetensors        every ramp's logits for some rows: what targets are met from
     README.md                        the model card
 
 Nothing that such a folder says is executed, and no name or link in it leads out of it.
@@ -30,7 +30,7 @@ from deebert.untrusted import plain_files, tensor_files
 FILE = "deebert.json"
 SAVING = ".saving"  # beside it until all is written
 SCHEMA = 1
-WISH = (
+TARGET = (
     "threshold", "target_saving", "target_speedup", "max_drop", "confidence", "loss", "per_ramp",
     "temperature", "exit",
 )  # fmt: skip
@@ -43,16 +43,16 @@ class Saved:
     """A model to be used: what it is, and what its ramps have said of rows that were labelled.
 
     Attributes:
-        records: by split; wishes need one.
+        records: by split; targets need one.
         exit: name of its exit rule; None for the task's default.
-        wish: what it answers by where nothing else is asked, as `EarlyExitClassifier.ask` takes
+        target: what it answers by where nothing else is asked, as `EarlyExitClassifier.calibrate` takes
             it; {} for full depth.
     """
 
     checkpoint: Checkpoint
     records: dict[str, Record]
     exit: str | None = None
-    wish: Mapping[str, Any] = field(default_factory=dict)
+    target: Mapping[str, Any] = field(default_factory=dict)
 
 
 def is_saved(folder: Path) -> bool:
@@ -78,7 +78,7 @@ def write(saved: Saved, model: EarlyExitModel, folder: Path, card: str) -> None:
         "tokenizer": sorted(Path(name).name for name in saved.checkpoint.tokenizer_files),
         "epochs_done": saved.checkpoint.epochs_done,
         "exit": saved.exit,
-        "wish": dict(saved.wish),
+        "target": dict(saved.target),
     }
     (folder / SAVING).touch()
     (folder / FILE).unlink(missing_ok=True)  # until the rest is there: nothing, rather than a mix
@@ -186,15 +186,15 @@ def _read(folder: Path) -> Saved:
     epochs_done = about["epochs_done"]
     if not is_whole(epochs_done) or epochs_done < 0:
         raise UserError(f"{FILE}: epochs_done={epochs_done!a} is no number of epochs")
-    rule, wish = about["exit"], about["wish"]
+    rule, target = about["exit"], about["wish" if "wish" in about else "target"]  # its old name
     if not isinstance(rule, str | None):
         raise UserError(f"{FILE}: exit={rule!a} is no name")
     if (
-        not isinstance(wish, dict)
-        or not set(wish) <= {*WISH}
-        or not checkpoint_config.PLAIN_MAPPING.fits(wish)
+        not isinstance(target, dict)
+        or not set(target) <= {*TARGET}
+        or not checkpoint_config.PLAIN_MAPPING.fits(target)
     ):
-        raise UserError(f"{FILE}: wish={wish!a} is none; its names may be: {', '.join(WISH)}")
+        raise UserError(f"{FILE}: target={target!a} is none; its names may be: {', '.join(TARGET)}")
     config, _ = checkpoint_config.accepted(about["config"])
     checkpoint = Checkpoint(
         folder,
@@ -205,7 +205,7 @@ def _read(folder: Path) -> Saved:
         epochs_done,
     )
     checkpoint.check_fingerprint(about.get("weights"))
-    return Saved(checkpoint, {}, rule, wish)
+    return Saved(checkpoint, {}, rule, target)
 
 
 def records_of(folder: Path, checkpoint: Checkpoint) -> dict[str, Record]:

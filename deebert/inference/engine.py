@@ -165,7 +165,7 @@ class Engine:
         self.rule = rule
         self.limits = rules.limits(thresholds, len(self.layers)).unbind()
         asked = [layer for layer, limit in enumerate(self.limits) if limit > 0]
-        self.asked = frozenset(asked)  # ramps that an input may leave at
+        self.exit_ramps = frozenset(asked)  # ramps that an input may leave at
         # Ramps whose logits something needs: the rule, or the ramp after them.
         back = rule.looks_back or self.kind.sees_previous
         self.evaluated = frozenset(range(max(asked) + 1) if asked and back else asked)
@@ -280,27 +280,29 @@ class Engine:
         run, hidden_BSH, mask = self.layers[layer], group.hidden_BSH, group.key_mask_B11S
         last = layer == len(self.layers) - 1
         asks = last or layer in self.evaluated or out.ramps_NLC is not None
-        judged: tuple[Tensor, Tensor | None] | None = None
+        ramp_output: tuple[Tensor, Tensor | None] | None = None
         if run is None:
             group.hidden_BSH = self._whole_layer(layer, group)
         elif last and isinstance(run, OnnxLayer):
-            judged = run.answer(hidden_BSH, mask), None
+            ramp_output = run.answer(hidden_BSH, mask), None
         elif last or (
-            layer in self.asked
+            layer in self.exit_ramps
             and not self.kind.reads_tokens
             and group.num_tokens >= self.first_token_from
         ):
             return self._first_token_first(layer, run, group, out)
         elif asks and isinstance(run, OnnxLayer):
             previous_BC = self._previous(layer, group)
-            group.hidden_BSH, judged = run.with_ramp(hidden_BSH, mask, previous_BC, group.second_B)
+            group.hidden_BSH, ramp_output = run.with_ramp(
+                hidden_BSH, mask, previous_BC, group.second_B
+            )
         else:
             group.hidden_BSH = run(hidden_BSH, mask)
         if not asks:
             return group
-        if judged is None:
-            judged = self._judge(layer, group, hidden_BSH, group.hidden_BSH)
-        stay_B = self._ask(layer, group, *judged, out)
+        if ramp_output is None:
+            ramp_output = self._ramp_output(layer, group, hidden_BSH, group.hidden_BSH)
+        stay_B = self._decide(layer, group, *ramp_output, out)
         if stay_B is None:
             return group
         return group.kept(stay_B)[0] if stay_B.any() else None
@@ -324,8 +326,8 @@ class Engine:
         mask = group.key_mask_B11S
         keys, values = run.keys_values(group.hidden_BSH)
         first_B1H = run.first(group.hidden_BSH, keys, values, mask)
-        judged = self._judge(layer, group, group.hidden_BSH, first_B1H)
-        stay_B = self._ask(layer, group, *judged, out)
+        ramp_output = self._ramp_output(layer, group, group.hidden_BSH, first_B1H)
+        stay_B = self._decide(layer, group, *ramp_output, out)
         if stay_B is not None:
             if not stay_B.any():
                 return None
@@ -336,14 +338,14 @@ class Engine:
         group.hidden_BSH = torch.cat([first_B1H, others], 1)
         return group
 
-    def _judge(
+    def _ramp_output(
         self, layer: int, group: Group, before_BSH: Tensor, after_BTH: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """What a ramp says of the states before and after its layer (of the first token at
         least): logits and, where it is learned, an exit score."""
         ramp = self.ramps[layer]
         features_BF = ramp.read(before_BSH, after_BTH, group.mask_BS, group.second_B).float()
-        return ramp.judge(features_BF, self._previous(layer, group))
+        return ramp.logits_and_score(features_BF, self._previous(layer, group))
 
     def _previous(self, layer: int, group: Group) -> Tensor | None:
         """The logits of the ramp before, where this one sees them."""
@@ -352,8 +354,13 @@ class Engine:
         assert group.ramps_BLC is not None
         return group.ramps_BLC[:, layer - 1].to(self.device)
 
-    def _ask(
-        self, layer: int, group: Group, logits_BC: Tensor, unsure_B: Tensor | None, out: Answers
+    def _decide(
+        self,
+        layer: int,
+        group: Group,
+        logits_BC: Tensor,
+        learned_score_B: Tensor | None,
+        out: Answers,
     ) -> Tensor | None:
         """Decide by what a ramp has said, and write down the answers of the inputs that leave.
 
@@ -366,14 +373,16 @@ class Engine:
             group.ramps_BLC[:, layer] = logits_BC
         if layer == len(self.layers) - 1:  # the final classifier answers, alone
             leave_B, answer_BC = torch.ones(len(logits_BC), dtype=torch.bool), logits_BC
-        elif layer in self.asked:
+        elif layer in self.exit_ramps:
             if self.rule.looks_back:
                 assert group.ramps_BLC is not None
-                verdict = self.rule(group.ramps_BLC[:, : layer + 1])
+                exit_scores = self.rule(group.ramps_BLC[:, : layer + 1])
             else:
-                unsure_BL = None if unsure_B is None else unsure_B.cpu()[:, None]
-                verdict = self.rule(logits_BC[:, None], unsure_BL, first=layer)
-            score_B, answer_BC = verdict.score_NL[:, -1], verdict.answer_NLC[:, -1]
+                learned_score_BL = (
+                    None if learned_score_B is None else learned_score_B.cpu()[:, None]
+                )
+                exit_scores = self.rule(logits_BC[:, None], learned_score_BL, first=layer)
+            score_B, answer_BC = exit_scores.score_NL[:, -1], exit_scores.answer_NLC[:, -1]
             leave_B = score_B < self.limits[layer].to(score_B.dtype)
             # A rule that counts votes has a score for NaN, too; it is nobody's answer.
             if leave_B.any():

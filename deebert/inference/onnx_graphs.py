@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 # What goes in and out by name: its axes, and its type where that is not float.
 AXES = {"input_ids": "BS", "token_type_ids": "BS", "mask": "BS", "previous": "BC", "second": "B",
-        "logits": "BC", "unsure": "B1"}  # fmt: skip
+        "logits": "BC", "learned_score": "B1"}  # fmt: skip
 TYPES = {"input_ids": "INT64", "token_type_ids": "INT64", "mask": "INT32", "second": "INT64"}
 
 
@@ -60,7 +60,7 @@ def layer(
 
     `hidden` (B, S, H), `mask` (B, S) and, for a ramp that asks, `second` (B,), where the second
     texts begin, and `previous` (B, C), the logits of the ramp before (zeros for the first) ->
-    `new` (B, S, H), `logits` (B, C) and, where it is learned, `unsure` (B, 1).
+    `new` (B, S, H), `logits` (B, C) and, where it is learned, `learned_score` (B, 1).
 
     Args:
         int8: compute the tokens but the first in 8 bits.
@@ -171,14 +171,14 @@ class _Graph:
         return self.norm(self.linear(wide, parts.down, int8), between, parts.norm)
 
     def ramp(self, ramp: Ramp, before: str, after: str) -> dict[str, str]:
-        """`logits` and, where it is learned, `unsure`, from the states before and after a layer."""
+        """`logits` and, where it is learned, `learned_score`, from the states before and after a layer."""
         features = self.features(ramp, before, after)
         features = self.op("Sub", features, self.constant(_values(ramp.shift)))
         features = self.op("Mul", features, self.constant(_values(ramp.scale)))
         pooled = self.op("Tanh", self.linear(features, ramp.pooler))
         found = {}
         if ramp.kind.predicts is not None:
-            found["unsure"] = self.op("Sigmoid", self.linear(pooled, ramp.exit_head))
+            found["learned_score"] = self.op("Sigmoid", self.linear(pooled, ramp.exit_head))
         if ramp.kind.sees_previous:
             one = ramp.classifier.out_features == 1  # a regression's value is seen as it is
             seen = "previous" if one else self.op("Softmax", "previous", axis=-1)

@@ -93,7 +93,7 @@ class OnnxLayer:
         previous_BC: Tensor | None = None,
         second_B: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
-        """All tokens, and what the ramp says: (B, S, H) -> (B, S, H) and as `Ramp.judge`."""
+        """All tokens, and what the ramp says: (B, S, H) -> (B, S, H) and as `Ramp.logits_and_score`."""
         given = [hidden_BSH, _mask(hidden_BSH, mask_B11S)]
         if self.ramp.kind.reads == "pair":
             assert second_B is not None
@@ -103,8 +103,8 @@ class OnnxLayer:
             if previous_BC is None:
                 previous_BC = hidden_BSH.new_zeros(len(hidden_BSH), num_labels)
             given.append(previous_BC)
-        new_BSH, logits_BC, *unsure_B1 = self._with_ramp(*given)
-        return new_BSH, (logits_BC, unsure_B1[0].squeeze(-1) if unsure_B1 else None)
+        new_BSH, logits_BC, *learned_score_B1 = self._with_ramp(*given)
+        return new_BSH, (logits_BC, learned_score_B1[0].squeeze(-1) if learned_score_B1 else None)
 
     def answer(self, hidden_BSH: Tensor, mask_B11S: Tensor | None) -> Tensor:
         """For the last layer: the final classifier's logits, (B, S, H) -> (B, C)."""

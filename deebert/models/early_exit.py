@@ -209,18 +209,20 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
 
     def ramp_logits(self, states_BR: Tensor) -> Tensor:
         """Each ramp on what it reads: (B, R) -> (B, L, C)."""
-        return self.judged(states_BR)[0]
+        return self.logits_and_scores(states_BR)[0]
 
-    def judged(self, states_BR: Tensor) -> tuple[Tensor, Tensor | None]:
+    def logits_and_scores(self, states_BR: Tensor) -> tuple[Tensor, Tensor | None]:
         """The same, and the learned exit scores (B, L), 0 for the final classifier; None where the
         ramps learn none."""
         logits: list[Tensor] = []
         scores: list[Tensor] = []
         for ramp, features_BF in zip(self.all_ramps, self.features(states_BR), strict=True):
-            logits_BC, unsure_B = ramp.judge(features_BF, logits[-1] if logits else None)
+            logits_BC, learned_score_B = ramp.logits_and_score(
+                features_BF, logits[-1] if logits else None
+            )
             logits.append(logits_BC)
-            if unsure_B is not None:
-                scores.append(unsure_B)
+            if learned_score_B is not None:
+                scores.append(learned_score_B)
         if not scores:
             return torch.stack(logits, 1), None
         return torch.stack(logits, 1), torch.stack([*scores, torch.zeros_like(scores[0])], 1)

@@ -181,14 +181,14 @@ class Ramp(nn.Module):
         """
         return self._logits(self._pooled(features_BF), previous_BC)
 
-    def judge(
+    def logits_and_score(
         self, features_BF: Tensor, previous_BC: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Logits as `forward`, and the learned exit score (B,), between 0 and 1, or None where
         `kind.predicts` none. It learns from what the ramp pools, and the ramp nothing from it."""
         pooled_BH = self._pooled(features_BF)
-        unsure_B = None if self.kind.predicts is None else self._unsure(pooled_BH)
-        return self._logits(pooled_BH, previous_BC), unsure_B
+        learned_score_B = None if self.kind.predicts is None else self._learned_score(pooled_BH)
+        return self._logits(pooled_BH, previous_BC), learned_score_B
 
     def _pooled(self, features_BF: Tensor) -> Tensor:
         return torch.tanh(self.pooler((features_BF - self.shift) * self.scale))
@@ -201,7 +201,7 @@ class Ramp(nn.Module):
             previous_BC = pooled_BH.new_zeros(len(pooled_BH), self.classifier.out_features)
         return self.classifier(torch.cat([pooled_BH, _share(previous_BC).to(pooled_BH)], -1))
 
-    def _unsure(self, pooled_BH: Tensor) -> Tensor:
+    def _learned_score(self, pooled_BH: Tensor) -> Tensor:
         return torch.sigmoid(self.exit_head(pooled_BH.detach()).float()).squeeze(-1)
 
 

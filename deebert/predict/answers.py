@@ -12,7 +12,7 @@ from deebert.predict.rows import Row
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deebert.classifier import Asked, EarlyExitClassifier, Predictions
+    from deebert.classifier import CalibratedPoint, EarlyExitClassifier, Predictions
 
 LONGEST_TEXT = 1_000_000  # characters: a tokenizer holds 100 bytes and more for each token
 NOT_FINITE = "the model's answer is NaN or infinite (are the weights?)"
@@ -51,7 +51,10 @@ class Answered:
 
 
 def answered(
-    classifier: "EarlyExitClassifier", asked: "Asked", rows: Sequence[Row], columns: Columns
+    classifier: "EarlyExitClassifier",
+    asked: "CalibratedPoint",
+    rows: Sequence[Row],
+    columns: Columns,
 ) -> Answered:
     """Answer rows."""
     faults = {row.number: fault for row in rows if (fault := _fault(row, columns.texts))}

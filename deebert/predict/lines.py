@@ -13,7 +13,7 @@ from deebert.errors import UserError
 
 LONGEST = 10_000_000  # bytes of a line, and of a CSV record of several lines
 MOST_LINES = 100_000  # of a CSV record
-PAGE = 2**20
+REPORT = 2**20
 
 
 class Line(NamedTuple):
@@ -71,7 +71,7 @@ class Lines:
             quotes += raw.count(b'"')
             if not raw or raw.endswith(b"\n"):
                 return '"\n' if quotes % 2 else "x\n"
-            raw = self.stream.readline(PAGE)
+            raw = self.stream.readline(REPORT)
             self.position += len(raw)
 
 

@@ -32,7 +32,7 @@ from deebert.predict.work import COUNTED as OF_A_PART
 from deebert.predict.work import PredictOptions, Work, about, more, told
 
 if TYPE_CHECKING:
-    from deebert.classifier import Asked, EarlyExitClassifier
+    from deebert.classifier import CalibratedPoint, EarlyExitClassifier
     from deebert.hub.saved_folder import Saved
 
 COUNTED = (*OF_A_PART, "bytes")
@@ -104,10 +104,10 @@ def _ray() -> Any:
 
 
 def _classifier(options: PredictOptions) -> "EarlyExitClassifier":
-    """The model as this process needs it: to grant the wish, and to be handed to the workers."""
+    """The model as this process needs it: to meet the target, and to be handed to the workers."""
     from deebert.classifier import EarlyExitClassifier
 
-    # Where commands are given there may be no GPU; a wish for a speed is granted by measuring here.
+    # Where commands are given there may be no GPU; a target for a speed is met by measuring here.
     here = options.device == "cpu" or options.target_speedup is not None
     engine = engine_of(options) if here else {}
     return EarlyExitClassifier.from_pretrained(options.model, task=options.task, **engine)
@@ -169,7 +169,7 @@ def _answers(
     options: PredictOptions,
     files: Sequence[File],
     saved: "Saved",
-    asked: "Asked",
+    asked: "CalibratedPoint",
     folder: Folder,
 ) -> Iterator[dict[str, int]]:
     """Have all blocks answered that are not done; what is to be counted of each as it comes."""
@@ -239,7 +239,12 @@ class Worker:
     """
 
     def __init__(
-        self, saved: Any, asked: "Asked", folder: Folder, threads: int, engine: dict[str, Any]
+        self,
+        saved: Any,
+        asked: "CalibratedPoint",
+        folder: Folder,
+        threads: int,
+        engine: dict[str, Any],
     ) -> None:
         import ray
         import torch

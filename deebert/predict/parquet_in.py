@@ -7,7 +7,7 @@ import pyarrow as pa
 from pyarrow import parquet, types
 
 from deebert.errors import UserError, first_line
-from deebert.predict.lines import PAGE
+from deebert.predict.lines import REPORT
 from deebert.predict.rows import ONE_BLOCK, Row, Source, check_names
 
 MOST_AT_ONCE = 1024  # rows that are decoded together
@@ -27,7 +27,7 @@ def source(where: str, stream: BinaryIO) -> Source:
     """
     try:
         # Without these it reads ahead: a whole row group, which may be the whole file.
-        file = parquet.ParquetFile(stream, pre_buffer=False, buffer_size=PAGE)
+        file = parquet.ParquetFile(stream, pre_buffer=False, buffer_size=REPORT)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(where, error) from error
     names, num_rows = file.schema_arrow.names, file.metadata.num_rows

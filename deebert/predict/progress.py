@@ -50,7 +50,7 @@ class Progress:
         now = time.monotonic()
         if self.size and position > self.start:
             left = (self.size - position) * (now - self.began) / (position - self.start)
-            about += f", {100 * position / self.size:.0f}%, {_clock(left)} left"
+            about += f", {100 * position / self.size:.0f}%, {_latency(left)} left"
         if self.bar is not None:
             self.bar.update(self.task, completed=position, description=about)
         elif now - self.said >= EVERY:
@@ -58,7 +58,7 @@ class Progress:
             print(about, file=sys.stderr, flush=True)
 
 
-def _clock(seconds: float) -> str:
+def _latency(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

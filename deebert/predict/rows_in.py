@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from deebert.errors import UserError, unknown
-from deebert.predict.lines import PAGE, Lines, Record, csv_records, tsv_records
+from deebert.predict.lines import REPORT, Lines, Record, csv_records, tsv_records
 from deebert.predict.rows import ONE_BLOCK, Row, Source, check_names
 
 ENDINGS = {
@@ -65,7 +65,7 @@ def opened(given: str, said: str | None = None) -> Iterator[Source]:
         return
     with ExitStack() as stack:
         try:
-            stream = stack.enter_context(open(given, "rb", PAGE))
+            stream = stack.enter_context(open(given, "rb", REPORT))
         except OSError as error:
             raise UserError(f"{where}: it cannot be read ({error.strerror})") from error
         if kind == "parquet":

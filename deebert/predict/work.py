@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deebert.errors import UserError
-from deebert.options import ModelOptions, WishOptions, engine_of, option, wish_of
+from deebert.options import ModelOptions, TargetOptions, engine_of, option, target_of
 from deebert.predict import disk, parts, rows_in, rows_out
 from deebert.predict.answers import Answered, Columns, answered, out_names, own_columns
 from deebert.predict.parts import Parts
@@ -23,14 +23,14 @@ from deebert.predict.progress import Progress
 from deebert.predict.rows import Row, Source
 
 if TYPE_CHECKING:  # torch takes seconds, and --help and most mistakes need none of it
-    from deebert.classifier import Asked, EarlyExitClassifier
+    from deebert.classifier import CalibratedPoint, EarlyExitClassifier
 
 COUNTED = ("rows", "bad", "layers", "more")  # of a part
 VERSION = 1  # of what is written; parts of another one are not gone on with
 
 
 @dataclass
-class PredictOptions(WishOptions, ModelOptions):
+class PredictOptions(TargetOptions, ModelOptions):
     """What is read, what is written, and how."""
 
     input: str = option("???", "a .csv, .tsv, .jsonl or .parquet file, - for stdin; or a folder")
@@ -49,12 +49,15 @@ class PredictOptions(WishOptions, ModelOptions):
 
 # Blocks of rows -> what became of them, in their order; it may take some blocks ahead.
 Answer = Callable[
-    ["EarlyExitClassifier", "Asked", Columns, Iterator[list[Row]]], Iterator[Answered]
+    ["EarlyExitClassifier", "CalibratedPoint", Columns, Iterator[list[Row]]], Iterator[Answered]
 ]
 
 
 def locally(
-    classifier: "EarlyExitClassifier", asked: "Asked", columns: Columns, blocks: Iterator[list[Row]]
+    classifier: "EarlyExitClassifier",
+    asked: "CalibratedPoint",
+    columns: Columns,
+    blocks: Iterator[list[Row]],
 ) -> Iterator[Answered]:
     """Block after block, in this process."""
     for rows in blocks:
@@ -114,7 +117,7 @@ class Work:
             "part_rows": options.part_rows,
             "model": saved.checkpoint.fingerprint,
             **engine_of(options),
-            "wish": wish_of(options) or dict(saved.wish),
+            "target": target_of(options) or dict(saved.target),
         }
 
     @property
@@ -156,18 +159,18 @@ class Work:
         return now
 
     def find(self) -> dict[str, Any]:
-        """The rule and thresholds: a wish granted by measuring is never granted twice the same."""
-        asked = self.classifier.ask(**wish_of(self.options))
+        """The rule and thresholds: a target met by measuring is never met twice the same."""
+        asked = self.classifier.calibrate(**target_of(self.options))
         return {"rule": asked.rule.name, **asked.rule.fit, "thresholds": asked.thresholds}
 
-    def asked(self, found: Mapping[str, Any]) -> "Asked":
+    def asked(self, found: Mapping[str, Any]) -> "CalibratedPoint":
         """What was found at the first start, as the classifier takes it."""
-        from deebert.classifier import Asked
+        from deebert.classifier import CalibratedPoint
         from deebert.exits import rules
 
         rule = rules.named(found["rule"], self.classifier.task.num_labels)
         rule = rule.fitted(found["temperatures"], found.get("prior"))
-        return Asked(rule, found["thresholds"], self.job["wish"])
+        return CalibratedPoint(rule, found["thresholds"], self.job["target"])
 
     def layout(self, kind: str) -> rows_out.Layout:
         """What is written in a format."""

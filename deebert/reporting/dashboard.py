@@ -33,12 +33,12 @@ def workspace(entity: str, project: str) -> Any:
         "groupby_aggfunc": "mean",
         "groupby_rangefunc": "stddev",
     }
-    wish = [SummaryMetric(f"calibration/{name}") for name in ("expected_saving", "score")]
+    target = [SummaryMetric(f"calibration/{name}") for name in ("expected_saving", "score")]
     sections = {
         "Score against saving": [
             curve("Every run", "score"),
             curve("Every sweep, mean and deviation", "score", **grouped),
-            ScatterPlot(title="What a wish gave", x=wish[0], y=wish[1]),
+            ScatterPlot(title="What a target gave", x=target[0], y=target[1]),
         ],
         "Ramps over training": [
             training("Score of every ramp", metric_regex=r"val/ramp_[0-9]+/score"),

@@ -107,7 +107,7 @@ def layers(results: dict[str, Any], title: str, file: Path) -> None:
     for axis, matrix in maps:
         shades = np.array(matrix or [[None] * len(numbers)] * len(numbers), float)
         extent = (0.5, len(shades) + 0.5) * 2
-        axis.imshow(shades, vmin=0, vmax=1, cmap="Blues", origin="lower", extent=extent)
+        axis.imshow(shades, vmin=0, vmax=1, cmap="Blues", source="lower", extent=extent)
         for (i, j), value in np.ndenumerate(shades):
             text, colour = "-" if np.isnan(value) else f"{value:.2f}", "w" if value > 0.6 else "k"
             axis.text(j + 1, i + 1, text, ha="center", va="center", fontsize=7, color=colour)

@@ -17,7 +17,7 @@ from typing import Any
 
 from deebert.errors import UserError
 from deebert.reporting.markdown import text
-from deebert.reporting.sweep_rows import COLUMNS, ORIGINS, Job, Mean, jobs_of, over_seeds, rows_of
+from deebert.reporting.sweep_rows import COLUMNS, SOURCES, Job, Mean, jobs_of, over_seeds, rows_of
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def _markdown(title: str, jobs: list[Job], rows: list[dict[str, Any]]) -> str:
     means = over_seeds(rows)
     if any(len(mean.seeds) > 1 for mean in means):
         table = [
-            {key: value for key, value in mean.line.items() if key != "wished"}
+            {key: value for key, value in mean.line.items() if key != "target_kind"}
             | {key: value for key, value in vars(mean).items() if key not in ("line", "seeds")}
             | {"seeds": " ".join(map(str, mean.seeds)), "n": len(mean.seeds)}
             for mean in means
@@ -159,13 +159,14 @@ def _picture(means: list[Mean]) -> bytes:
             axes.plot(*zip(*timed, strict=True), "x--", color=colour, linewidth=1)
         if len(means) <= FEW:
             for point, x, y in zip(points, savings, scores, strict=True):
-                text = (point.wish or "").partition(" ")[0] or _cell("threshold", point.threshold)
+                text = (point.target or "").partition(" ")[0] or _cell("threshold", point.threshold)
                 axes.annotate(text, (x, y), (4, 4), textcoords="offset points", fontsize=7)
     line = means[0].line
     shared = [key for key in ("task", "backbone", "stage", "exit") if len(values[key]) == 1]
-    clock = any(mean.time_saving is not None for mean in means)
+    latency_measurement = any(mean.time_saving is not None for mean in means)
     axes.set(
-        xlabel="expected saving (% of layers)" + ("; dashed: time saving (%)" if clock else ""),
+        xlabel="expected saving (% of layers)"
+        + ("; dashed: time saving (%)" if latency_measurement else ""),
         ylabel=" or ".join(dict.fromkeys(mean.line["metric"] for mean in means)),
         title=", ".join(_named(key, line[key]) for key in shared if line[key]),
     )
@@ -178,9 +179,9 @@ def _picture(means: list[Mean]) -> bytes:
 
 
 def _named(key: str, value: Any) -> str:
-    if key in ORIGINS and len(value) > 30:
+    if key in SOURCES and len(value) > 30:
         value = f"...{value[-27:]}"  # the end of a path tells more
-    if key in ("task", "backbone", "objective", "exit", "wished"):
+    if key in ("task", "backbone", "objective", "exit", "target_kind"):
         return str(value)
     return f"stage {value}" if key == "stage" else f"{key}={value}"
 

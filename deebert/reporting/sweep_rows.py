@@ -16,11 +16,11 @@ from deebert.untrusted import plain_files
 
 MEASURED = ("score", "expected_saving", "cost_ratio", "speed_up")
 COLUMNS = (
-    "task", "backbone", "stage", "objective", "seed", "exit", "split", "wish", "threshold",
+    "task", "backbone", "stage", "objective", "seed", "exit", "split", "target", "threshold",
     "metric", *MEASURED,
 )  # fmt: skip
 TIMED = ("seconds", "time_saving")  # columns where any job was timed
-ORIGINS = ("ckpt", "record", "teacher")  # each seed has its own
+SOURCES = ("ckpt", "record", "teacher")  # each seed has its own
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Job:
 def rows(folder: Path) -> list[dict[str, Any]]:
     """One row per finished job, split and threshold of its curve.
 
-    A job that was told a wish (a saving, say) has one row, as measured; one whose ramps are
+    A job that was told a target (a saving, say) has one row, as measured; one whose ramps are
     untrained (objective=final, student) has full depth only. Columns: `job`, the overrides that
     differ between jobs and are no column yet, then COLUMNS, then, if any job was timed, TIMED: on
     the headline split, of the first precision and batch size that the job timed; None elsewhere.
@@ -49,7 +49,7 @@ class Mean:
     """A point of the picture: rows that are equal in all but seed and ORIGINS."""
 
     line: dict[str, Any]  # what tells this line of the picture from the others
-    wish: str | None
+    target: str | None
     threshold: float | str | None
     seeds: tuple[int, ...]
     score: float | None  # None without labels
@@ -67,15 +67,15 @@ def over_seeds(rows: list[dict[str, Any]]) -> list[Mean]:
         lines[tuple(_line(row).items())].append(row)
     means = []
     for about, line in lines.items():
-        runs = {(row["seed"], _origin(row)) for row in line}
+        runs = {(row["seed"], _source(row)) for row in line}
         # A seed twice: these checkpoints differ in something else, and are not to be averaged.
         apart = len(runs) > len({seed for seed, _ in runs})
         groups: dict[Any, dict[Any, dict[str, Any]]] = defaultdict(dict)
         for row in line:
-            along = row["wish"] or row["threshold"]  # a wish has another threshold in each seed
-            groups[_origin(row) if apart else (), along][row["seed"], _origin(row)] = row
-        for (origin, _), group in groups.items():
-            means.append(_mean(dict(about) | dict(origin), [*group.values()]))
+            along = row["target"] or row["threshold"]  # a target has another threshold in each seed
+            groups[_source(row) if apart else (), along][row["seed"], _source(row)] = row
+        for (source, _), group in groups.items():
+            means.append(_mean(dict(about) | dict(source), [*group.values()]))
     return means
 
 
@@ -123,8 +123,8 @@ def _overrides(file: Path) -> tuple[str, ...]:
 
 def rows_of(jobs: list[Job]) -> list[dict[str, Any]]:
     finished = [(job, _said(job), _measured(job.results)) for job in jobs if job.results]
-    wishes = {row["wish"] or "" for _, _, measured in finished for row in measured}
-    columns = {*COLUMNS, *(part.partition("=")[0] for wish in wishes for part in wish.split())}
+    targets = {row["target"] or "" for _, _, measured in finished for row in measured}
+    columns = {*COLUMNS, *(part.partition("=")[0] for target in targets for part in target.split())}
     keys = dict.fromkeys(key for _, said, _ in finished for key in said)
     others = [key for key in keys if key not in columns]
     differing = [key for key in others if len({said.get(key) for _, said, _ in finished}) > 1]
@@ -148,9 +148,9 @@ def _measured(results: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of one job, under COLUMNS and TIMED."""
     about = {key: results[key] for key in ("task", "backbone", "stage", "objective", "seed")}
     about |= {"exit": results.get("exit", {}).get("name", ""), "metric": results["metric"]}
-    wish = None
+    target = None
     if calibration := results.get("calibration"):
-        wish = _text(calibration["wish"])
+        target = _text(calibration["wish" if "wish" in calibration else "target"])  # its old name
         outcomes = {results["split"]: calibration["measured"]}
         outcomes |= calibration.get("measured_elsewhere", {})
         splits = {split: [outcome] for split, outcome in outcomes.items()}
@@ -163,10 +163,14 @@ def _measured(results: dict[str, Any]) -> list[dict[str, Any]]:
         for point in points:
             cost_ratio = 1 - point["expected_saving"]
             values = about | {"cost_ratio": cost_ratio, "speed_up": 1 / cost_ratio} | point
-            values |= {"split": split, "wish": wish, "threshold": _hashable(point.get("threshold"))}
+            values |= {
+                "split": split,
+                "target": target,
+                "threshold": _hashable(point.get("threshold")),
+            }
             row = {column: values[column] for column in COLUMNS}
-            # A wish has but one case, whose thresholds may have been cross-fitted.
-            case = next(iter(times.values()), {}) if wish else times.get(row["threshold"], {})
+            # A target has but one case, whose thresholds may have been cross-fitted.
+            case = next(iter(times.values()), {}) if target else times.get(row["threshold"], {})
             if split != results["split"]:  # only the first is timed
                 case = {}
             found.append(row | {column: case.get(column) for column in TIMED})
@@ -196,36 +200,36 @@ def _hashable(threshold: float | list[float] | None) -> float | str | None:
     return str(threshold).replace(" ", "") if isinstance(threshold, list) else threshold
 
 
-def _text(wish: Mapping[str, Any]) -> str:
+def _text(target: Mapping[str, Any]) -> str:
     """What was wished for, then how: "max_drop=0.01 confidence=0.95 loss=excess"."""
-    return " ".join(f"{key}={value}" for key, value in wish.items() if value is not False)
+    return " ".join(f"{key}={value}" for key, value in target.items() if value is not False)
 
 
-def _kind(wish: str | None) -> str:
-    """The wish without its value: what a line of the picture has in common."""
-    name, _, rest = (wish or "").partition("=")
+def _kind(target: str | None) -> str:
+    """The target without its value: what a line of the picture has in common."""
+    name, _, rest = (target or "").partition("=")
     return f"{name} {rest.partition(' ')[2]}".strip()
 
 
-def _origin(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    return tuple((key, row[key]) for key in ORIGINS if key in row)
+def _source(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    return tuple((key, row[key]) for key in SOURCES if key in row)
 
 
 def _line(row: Mapping[str, Any]) -> dict[str, Any]:
-    left_out = ("job", "seed", *ORIGINS, "wish", "threshold", *MEASURED, *TIMED)
+    left_out = ("job", "seed", *SOURCES, "target", "threshold", *MEASURED, *TIMED)
     line = {key: value for key, value in row.items() if key not in left_out}
-    return line | {"wished": _kind(row["wish"])}
+    return line | {"target_kind": _kind(row["target"])}
 
 
 def _mean(line: dict[str, Any], group: list[dict[str, Any]]) -> Mean:
-    wish = group[0]["wish"]
+    target = group[0]["target"]
     savings = [row["expected_saving"] for row in group]
     scores = [row["score"] for row in group if row["score"] is not None]
     timed = all(row.get("seconds") is not None for row in group)
     return Mean(
         line=line,
-        wish=wish,
-        threshold=None if wish else group[0]["threshold"],
+        target=target,
+        threshold=None if target else group[0]["threshold"],
         seeds=tuple(row["seed"] for row in group),
         score=statistics.fmean(scores) if scores else None,
         score_spread=statistics.stdev(scores) if len(scores) > 1 else None,

@@ -60,17 +60,17 @@ def tables(results: dict[str, Any]) -> Iterable[Table]:
     if "calibration" in results:
         yield _answer(results)
     if results.get("timing"):
-        yield _clock(results)
+        yield _latency(results)
 
 
 def _answer(results: dict[str, Any]) -> Table:
-    """The wish, what was to be expected and what unseen rows showed."""
+    """The target, what was to be expected and what unseen rows showed."""
     found, metric = results["calibration"], results["metric"]
-    wish = ", ".join(f"{n}={'null' if v is None else v}" for n, v in found["wish"].items())
+    target = ", ".join(f"{n}={'null' if v is None else v}" for n, v in found["target"].items())
     rows = [["rows chosen on", found["expected"]], [results["split"], found["measured"]]]
     rows += list(map(list, found.get("measured_elsewhere", {}).items()))
     return (
-        f"Wish: {wish}; exit={found['rule']} threshold={_threshold(found['thresholds'])}, chosen "
+        f"Target: {target}; exit={found['rule']} threshold={_threshold(found['thresholds'])}, chosen "
         f"on {found['calibration_split']} ({found['num_calibration']} rows)",
         ["", metric, "at full depth", "saving", "excess error", "disagreement", "exits by layer"],
         [
@@ -88,7 +88,7 @@ def _answer(results: dict[str, Any]) -> Table:
     )
 
 
-def _clock(results: dict[str, Any]) -> Table:
+def _latency(results: dict[str, Any]) -> Table:
     """What the engine took, beside full depth."""
     metric = results["metric"]
     return (
@@ -192,7 +192,7 @@ def notes(results: dict[str, Any]) -> list[str]:
 
 
 def _about_the_clock(results: dict[str, Any]) -> list[str]:
-    """What full depth is and how it was timed; what a wish for a speed-up came to."""
+    """What full depth is and how it was timed; what a target for a speed-up came to."""
     timing = results["timing"]
     first, rows = timing[0], {case["num_rows"] for case in timing} - {results["num_rows"]}
     fewer = f" Requests of a few: on {min(rows)} rows, evenly spread." if rows else ""
@@ -209,8 +209,8 @@ def _about_the_clock(results: dict[str, Any]) -> list[str]:
         f"All of them took turns (medians of {first['repeats']} turns, threads: "
         f"{first['threads']}, device: {first['device']}).{fewer}{without}"
     ]
-    calibration = results.get("calibration", {"wish": {}})
-    if (asked := calibration["wish"].get("target_speedup")) is not None:
+    calibration = results.get("calibration", {"target": {}})
+    if (asked := calibration["target"].get("target_speedup")) is not None:
         expected = calibration["expected"].get("time_speed_up")
         measured = _listed({_named(case): f"{case['time_speed_up']:.2f}x" for case in timing})
         foreseen = "" if expected is None else f"expected {expected:.2f}x, "
@@ -248,22 +248,22 @@ def _promise(found: dict[str, Any], metric: str) -> list[str]:
         lines.append(f"To use it again: {' '.join(with_it)}")
     if idle := found.get("folds_at_full_depth"):
         lines.append(f"Note: in {idle} folds four fifths of the rows were too few: full depth.")
-    wish = found["wish"]
-    if "max_drop" not in wish:
+    target = found["target"]
+    if "max_drop" not in target:
         return [*lines, "Intervals are 95 % ones for as many new rows as were reported."]
     if found["thresholds"] == 0:
         return [*lines, "No threshold can be promised that: every row runs to full depth."]
     what = {
         "excess": "loses {} of accuracy at most against full depth",
         "disagreement": "answers otherwise than full depth on {} of the rows at most",
-    }[wish["loss"]].format(f"{wish['max_drop']:.2%}")
-    confidence = wish["confidence"]
+    }[target["loss"]].format(f"{target['max_drop']:.2%}")
+    confidence = target["confidence"]
     sure = "on average" if confidence is None else f"with {100 * confidence:g} % confidence"
     lines.append(
         f"Promise: on rows like the calibration rows this threshold {what}, {sure} (over the draw "
         "of the calibration rows)."
     )
-    if metric != "accuracy" and wish["loss"] == "excess":
+    if metric != "accuracy" and target["loss"] == "excess":
         lines.append(f"It is a promise about accuracy; {metric} is shown beside it, not promised.")
     return lines
 

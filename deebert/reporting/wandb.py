@@ -142,7 +142,7 @@ def _timed(case: Mapping[str, Any]) -> dict[str, Any]:
 def _headline(results: Mapping[str, Any]) -> dict[str, Any]:
     values = {"full_depth/score": results["exits"][-1]["score"]}
     if calibration := results.get("calibration"):
-        values |= {f"calibration/{key}": value for key, value in calibration["wish"].items()}
+        values |= {f"calibration/{key}": value for key, value in calibration["target"].items()}
         for key in ("score", "expected_saving"):
             values[f"calibration/{key}"] = calibration["measured"][key]
     # Of the first threshold of each case; the others are in the table.

@@ -203,9 +203,9 @@ def warn_of_untrained_ramps(objective: dict[str, Any]) -> None:
 
 
 def cut_layers(
-    model: EarlyExitModel, config: dict[str, Any], origin: Checkpoint, flag: str, layers: list[int]
+    model: EarlyExitModel, config: dict[str, Any], source: Checkpoint, flag: str, layers: list[int]
 ) -> None:
     """Leave only these layers of a checkpoint's, and write down which of the pretrained ones."""
     model.keep_layers(layers, flag)
-    before = origin.config["backbone"].get("layers")
+    before = source.config["backbone"].get("layers")
     config["backbone"]["layers"] = [before[layer - 1] for layer in layers] if before else layers

@@ -9,11 +9,11 @@ from omegaconf import DictConfig
 from deebert.data.tasks import HELD_OUT, Task
 from deebert.errors import UserError
 from deebert.evaluation import evaluate_records
-from deebert.evaluation.evaluate_records import Question
-from deebert.evaluation.run_latency import Clock
+from deebert.evaluation.evaluate_records import EvaluationConfig
+from deebert.evaluation.run_latency import LatencyMeasurement
 from deebert.exits import calibration
 from deebert.hub import checkpoints, record_files
-from deebert.hub.checkpoints import Checkpoint, Origin
+from deebert.hub.checkpoints import Checkpoint, Source
 from deebert.reporting import report
 from deebert.runs import build, evaluation_config
 from deebert.runs.checks import check
@@ -33,7 +33,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     """
     job = Job.current()
     job.refuse_used_folder()
-    origin = complete_evaluation(cfg, job)
+    source = complete_evaluation(cfg, job)
     config = plain(cfg)
     check(config)
     evaluation_config.check(config, job.said)
@@ -42,21 +42,21 @@ def evaluate(cfg: DictConfig) -> float | None:
     if config.get("exit") and (score := build.instantiated("exit", cfg.exit.score)) is None:
         raise UserError("exit.score=null must name a function (exit.score._target_=...)")
     asked = evaluation_config.asked(config, task, score)
-    build.warn_of_untrained_ramps(origin.config["objective"])
-    if not isinstance(origin, Checkpoint):
-        return _evaluate_records(config, task, asked, origin, job)
-    model = origin.model()
+    build.warn_of_untrained_ramps(source.config["objective"])
+    if not isinstance(source, Checkpoint):
+        return _evaluate_records(config, task, asked, source, job)
+    model = source.model()
     if config["layers"] is not None:
-        build.cut_layers(model, config, origin, "layers", config["layers"])
+        build.cut_layers(model, config, source, "layers", config["layers"])
     learned = model.ramp_kind.predicts is not None
-    trained = origin.ramps_trained
+    trained = source.ramps_trained
     evaluation_config.check_model(asked, config, len(model.ramps), learned=learned, trained=trained)
-    data = build.data_module(task, origin.tokenizer(), config, origin.architecture, 1)
+    data = build.data_module(task, source.tokenizer(), config, source.architecture, 1)
     if config["split"]:
         data.eval_splits = (config["split"],)
     elif not data.eval_splits:
         data.eval_splits = task.test
-    chosen_on = evaluation_config.calibration_split(config, data, origin)
+    chosen_on = evaluation_config.calibration_split(config, data, source)
     if chosen_on == HELD_OUT:
         build.remember_held_out(config, data)
     if chosen_on:
@@ -65,13 +65,13 @@ def evaluate(cfg: DictConfig) -> float | None:
         data.tokens(split)
         if split in (task.train, *data.unlabelled):
             log.warning("split=%s: the model was trained on these rows", split)
-    if asked.wish and config["calibration"] != "auto":  # auto may yet choose other rows
+    if asked.target and config["calibration"] != "auto":  # auto may yet choose other rows
         named = chosen_on or data.eval_splits[0]
         columns = data.tokens(named)
         labelled = "label" in columns.column_names
-        calibration.check(len(columns), labelled, named, task, asked.rule, asked.wish)
-    kept = origin.config | {key: config[key] for key in ("task", "data", "backbone")}
-    module = EarlyExitModule(model, kept, origin.tokenizer_files)
+        calibration.check(len(columns), labelled, named, task, asked.rule, asked.target)
+    kept = source.config | {key: config[key] for key in ("task", "data", "backbone")}
+    module = EarlyExitModule(model, kept, source.tokenizer_files)
     ckpt = checkpoints.lasting(str(config["ckpt"]))
     callback = EarlyExitEvaluation(None, asked, chosen_on, config["analysis"], ckpt)
     protocol = evaluation_config.protocol(config)
@@ -87,21 +87,25 @@ def evaluate(cfg: DictConfig) -> float | None:
             if wanted and trainer.world_size > 1:
                 raise UserError(f"{flag}= looks at all rows in one process: trainer.devices=1")
         if protocol:
-            clock = Clock(model, task, data, protocol, trainer.strategy.root_device)
-            callback.question = asked = clock.with_costs(asked, data.eval_splits[0])
-            callback.timed = partial(clock.timed, asked)
+            latency_measurement = LatencyMeasurement(
+                model, task, data, protocol, trainer.strategy.root_device
+            )
+            callback.evaluation_config = asked = latency_measurement.with_costs(
+                asked, data.eval_splits[0]
+            )
+            callback.timed = partial(latency_measurement.timed, asked)
         trainer.test(module, datamodule=data, verbose=False)
     at_threshold = config["threshold"] is not None and trained
     return finish(trainer.is_global_zero, job, at_threshold=at_threshold)
 
 
 def _evaluate_records(
-    config: dict[str, Any], task: Task, asked: Question, origin: Origin, job: Job
+    config: dict[str, Any], task: Task, asked: EvaluationConfig, source: Source, job: Job
 ) -> float | None:
     """The same from saved logits: neither model nor data is needed."""
     if job.said("logger"):
         log.warning("record= asks without a run that could be logged: logger= is left out")
-    found = [record_files.load(file)[0] for file in record_files.files(origin.path, ".")]
+    found = [record_files.load(file)[0] for file in record_files.files(source.path, ".")]
     found.sort(key=lambda record: task.order(record.split))
     wanted = config["split"]
     named = HELD_OUT if config["calibration"] in ("auto", "heldout") else config["calibration"]
@@ -111,13 +115,13 @@ def _evaluate_records(
     ]
     if not reported:
         splits = ", ".join(record.split for record in found)
-        raise UserError(f"split={wanted}: {origin.path} has records of: {splits} (split=...)")
-    learned, trained = reported[0].unsure_NL is not None, origin.ramps_trained
+        raise UserError(f"split={wanted}: {source.path} has records of: {splits} (split=...)")
+    learned, trained = reported[0].learned_score_NL is not None, source.ramps_trained
     num_layers = reported[0].num_layers
     evaluation_config.check_model(asked, config, num_layers, learned=learned, trained=trained)
     if len({record.logits_NLC.shape[1:] for record in found}) > 1:
         raise UserError(f"record={config['record']}: its records have different numbers of ramps")
-    header = report.header(origin.config)
+    header = report.header(source.config)
     answer = evaluate_records.evaluate_records(reported, task, asked, held_out, trained=trained)
     results = header | {"record": checkpoints.lasting(str(config["record"]))} | answer
     report.save(results, job.folder)

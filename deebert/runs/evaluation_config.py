@@ -12,17 +12,17 @@ import torch
 from deebert.data.datamodule import TextDataModule
 from deebert.data.tasks import HELD_OUT, Task
 from deebert.errors import UserError, first_line, is_number, is_whole, unknown
-from deebert.evaluation.evaluate_records import NO_ROWS, Question, check_lengths
+from deebert.evaluation.evaluate_records import NO_ROWS, EvaluationConfig, check_lengths
 from deebert.evaluation.latency import Protocol
 from deebert.exits import curves, rules
 from deebert.exits.rules import Rule, Score
 from deebert.exits.target import Target
-from deebert.hub.checkpoints import Origin
+from deebert.hub.checkpoints import Source
 from deebert.inference.engine import RUNTIMES
 from deebert.inference.kernels import PRECISIONS
 
-WISHES = ("target_saving", "target_speedup", "max_drop")
-READS = ("logits", "unsure")
+TARGETS = ("target_saving", "target_speedup", "max_drop")
+READS = ("logits", "learned_score")
 
 
 def check(config: dict[str, Any], said: Callable[[str], bool]) -> None:
@@ -58,12 +58,12 @@ def check(config: dict[str, Any], said: Callable[[str], bool]) -> None:
             f"temperature={temperature} must be true (fit them), false, or a list of numbers "
             "above 0, one for each ramp"
         )
-    asking = ("threshold", "thresholds", *WISHES)
-    wishes = [name for name in asking if config[name] is not None]
-    if len(wishes) > 1:
-        both = " and ".join(f"{name}={config[name]}" for name in wishes)
+    asking = ("threshold", "thresholds", *TARGETS)
+    targets = [name for name in asking if config[name] is not None]
+    if len(targets) > 1:
+        both = " and ".join(f"{name}={config[name]}" for name in targets)
         raise UserError(f"{both}: ask for one of them")
-    if not {"target_saving", "max_drop"} & set(wishes):
+    if not {"target_saving", "max_drop"} & set(targets):
         for flag, needed in (
             ("per_ramp", "target_saving="),
             ("temperature", "target_saving= or max_drop="),
@@ -77,20 +77,20 @@ def check(config: dict[str, Any], said: Callable[[str], bool]) -> None:
         return
     if config["record"]:
         raise UserError("timing= and target_speedup= run the model: give ckpt=, not record=")
-    if not wishes:
+    if not targets:
         raise UserError(
             f"timing={config['timing']} needs something to time: {'= or '.join(asking)}="
         )
 
 
-def asked(config: dict[str, Any], task: Task, score: Score | None) -> Question:
-    """The exit rule, the curve's thresholds and the wish.
+def asked(config: dict[str, Any], task: Task, score: Score | None) -> EvaluationConfig:
+    """The exit rule, the curve's thresholds and the target.
 
     Args:
         score: what `exit.score` names; None for the task's default rule.
     """
     rule = rules.default(task.num_labels) if score is None else _rule(config["exit"], score, task)
-    if rule.reads == "unsure" and config["temperature"] is not False:
+    if rule.reads == "learned_score" and config["temperature"] is not False:
         raise UserError(
             f"temperature={config['temperature']}: exit={rule.name} judges by a learned score, "
             "which no temperature changes; leave it out"
@@ -98,9 +98,9 @@ def asked(config: dict[str, Any], task: Task, score: Score | None) -> Question:
     if isinstance(config["temperature"], list):
         rule = rule.fitted(temperatures=config["temperature"])
     values = {field.name: config[field.name] for field in fields(Target) if field.name in config}
-    wish = Target(**values | {"temperature": config["temperature"] is True})
-    wished = any(config[name] is not None for name in WISHES)
-    if rule.asks_prior and (not wished or wish.max_drop is not None):
+    target = Target(**values | {"temperature": config["temperature"] is True})
+    wished = any(config[name] is not None for name in TARGETS)
+    if rule.needs_prior and (not wished or target.max_drop is not None):
         raise UserError(rules.NO_PRIOR.format(rule.name))
     thresholds: list[Any] | None = None
     if config["threshold"] is not None:
@@ -108,7 +108,7 @@ def asked(config: dict[str, Any], task: Task, score: Score | None) -> Question:
         thresholds = [given if isinstance(config["threshold"], list) else given[0]]
     elif config["thresholds"] is not None:
         thresholds = list(curves.check_thresholds(config["thresholds"], "thresholds"))
-    return Question(rule, thresholds, wish if wished else None, config["calibration"])
+    return EvaluationConfig(rule, thresholds, target if wished else None, config["calibration"])
 
 
 def protocol(config: dict[str, Any]) -> Protocol | None:
@@ -181,7 +181,7 @@ def _rule(values: dict[str, Any], score: Score, task: Task) -> Rule:
     tried = rule.uniform()
     try:
         tried(torch.zeros(2, 4, task.num_labels), torch.zeros(2, 4))
-        alone = rule.looks_back or _judges_alone(tried)
+        alone = rule.looks_back or _scores_ramps_alone(tried)
     except UserError:
         raise
     except Exception as error:  # a function of the user's own may fail in any way
@@ -197,19 +197,27 @@ def _rule(values: dict[str, Any], score: Score, task: Task) -> Rule:
     return rule
 
 
-def _judges_alone(rule: Rule) -> bool:
+def _scores_ramps_alone(rule: Rule) -> bool:
     """Is a ramp judged the same without the ramps before it?"""
     generator = torch.Generator().manual_seed(0)
     logits_NLC = torch.randn(8, 4, rule.num_labels, generator=generator)
-    unsure_NL = torch.rand(8, 4, generator=generator)
-    together, alone = rule(logits_NLC, unsure_NL), rule(logits_NLC[:, -1:], unsure_NL[:, -1:])
+    learned_score_NL = torch.rand(8, 4, generator=generator)
+    together, alone = (
+        rule(logits_NLC, learned_score_NL),
+        rule(logits_NLC[:, -1:], learned_score_NL[:, -1:]),
+    )
     return torch.allclose(together.score_NL[:, -1:], alone.score_NL) and torch.allclose(
         together.answer_NLC[:, -1:], alone.answer_NLC
     )
 
 
 def check_model(
-    question: Question, config: dict[str, Any], num_layers: int, *, learned: bool, trained: bool
+    evaluation_config: EvaluationConfig,
+    config: dict[str, Any],
+    num_layers: int,
+    *,
+    learned: bool,
+    trained: bool,
 ) -> None:
     """What can be known before the model has run.
 
@@ -222,16 +230,16 @@ def check_model(
             what is not there, or untrained ramps are asked for more than a curve.
     """
     timed = config["timing"] is not None and config["threshold"] != 0
-    if not trained and (question.wish is not None or timed):
+    if not trained and (evaluation_config.target is not None or timed):
         raise UserError(
-            f"{'timing=' if timed else 'a wish'} needs trained ramps, and this checkpoint is of "
+            f"{'timing=' if timed else 'a target'} needs trained ramps, and this checkpoint is of "
             "stage 1: train them with python train.py stage=2 ckpt=RUN, or look at full depth "
             "alone: threshold=0"
         )
-    if question.rule.reads == "unsure" and not learned:
-        raise UserError(rules.NOT_LEARNED.format(question.rule.name))
-    check_lengths(question.thresholds, num_layers)
-    temperatures = question.rule.temperatures
+    if evaluation_config.rule.reads == "learned_score" and not learned:
+        raise UserError(rules.NOT_LEARNED.format(evaluation_config.rule.name))
+    check_lengths(evaluation_config.thresholds, num_layers)
+    temperatures = evaluation_config.rule.temperatures
     if temperatures is not None and len(temperatures) != num_layers:
         raise UserError(
             f"temperature={config['temperature']} has {len(temperatures)} values; give one for "
@@ -239,10 +247,10 @@ def check_model(
         )
 
 
-def calibration_split(config: dict[str, Any], data: TextDataModule, origin: Origin) -> str | None:
+def calibration_split(config: dict[str, Any], data: TextDataModule, source: Source) -> str | None:
     """The split that thresholds are chosen on, if it is another than the reported one."""
     named: str = config["calibration"]
-    if named == "crossfit" or all(config[name] is None for name in WISHES):
+    if named == "crossfit" or all(config[name] is None for name in TARGETS):
         return None
     if named not in ("auto", "heldout"):
         splits = [*data.task.validation, *data.task.test]
@@ -256,7 +264,7 @@ def calibration_split(config: dict[str, Any], data: TextDataModule, origin: Orig
             )
         return named
     # Another task's rows (ax with an MNLI checkpoint) have no held-out part.
-    same = config["task"]["name"] == origin.config["task"]["name"]
+    same = config["task"]["name"] == source.config["task"]["name"]
     if same and HELD_OUT not in data.eval_splits and data.calibration_size:
         return HELD_OUT
     if named == "heldout":

@@ -12,7 +12,7 @@ from deebert.data import loading
 from deebert.data.tasks import Task
 from deebert.errors import UserError, unknown
 from deebert.hub import checkpoint_config, checkpoints, locate, record_files
-from deebert.hub.checkpoints import Checkpoint, Origin
+from deebert.hub.checkpoints import Checkpoint, Source
 from deebert.runs.job import Job
 from deebert.training.objectives import PAPER
 from deebert.untrusted import plain_files
@@ -30,9 +30,9 @@ def complete(cfg: DictConfig, job: Job) -> Checkpoint | None:
         UserError: the checkpoint is missing, unreadable or of the wrong stage, or contradicted.
     """
     _pair_of_one_text(cfg)  # before it is held against the checkpoint's ramp
-    origin = _origin(cfg, job)
+    source = _source(cfg, job)
     _pair_of_one_text(cfg)  # the task may be the checkpoint's
-    return origin
+    return source
 
 
 def _pair_of_one_text(cfg: DictConfig, task: Any = None) -> None:
@@ -44,29 +44,29 @@ def _pair_of_one_text(cfg: DictConfig, task: Any = None) -> None:
         cfg.ramp.reads = "mean"
 
 
-def _origin(cfg: DictConfig, job: Job) -> Checkpoint | None:
+def _source(cfg: DictConfig, job: Job) -> Checkpoint | None:
     if cfg.resume:
         if cfg.ckpt:
             raise UserError(f"resume={cfg.resume} and ckpt={cfg.ckpt}: give one of them")
-        origin = checkpoints.read(
+        source = checkpoints.read(
             checkpoints.find(str(cfg.resume), "resume", "last.ckpt"), "resume"
         )
-        _pair_of_one_text(cfg, origin.config["task"])
+        _pair_of_one_text(cfg, source.config["task"])
         fixed = ("stage", "stages", "objective", "ramp", "task", "backbone", "seed")
         rows = ("data.limit_train", "data.max_length", "data.unlabelled")  # and what of them
-        _inherit(cfg, origin, job, fixed=(*fixed, *rows), taken=("data", "thresholds", "teacher"))
+        _inherit(cfg, source, job, fixed=(*fixed, *rows), taken=("data", "thresholds", "teacher"))
         if cfg.teacher:
             _refuse_another_teacher(cfg, fetch=job.said("teacher"))
         for key in ("trainer", "callbacks"):
-            _inherit_values(cfg, key, origin.config.get(key) or {}, job)
-        _tell_left_out(cfg, origin, job)
+            _inherit_values(cfg, key, source.config.get(key) or {}, job)
+        _tell_left_out(cfg, source, job)
         epochs = cfg.stages[str(cfg.stage)].epochs
-        if origin.epochs_done >= epochs:
+        if source.epochs_done >= epochs:
             raise UserError(
                 f"resume={cfg.resume} has finished all of its {epochs} epochs; for other settings "
                 "start a new run"
             )
-        return origin
+        return source
     if type(cfg.stage) is not int or cfg.stage not in STAGES:
         raise unknown("stage", cfg.stage, STAGES, "stage")
     if "objective" in cfg and cfg.objective.get("name") is None:
@@ -85,7 +85,7 @@ def _origin(cfg: DictConfig, job: Job) -> Checkpoint | None:
             "stage=2 needs ckpt=RUN, the run folder or checkpoint of a stage-1 run, or a "
             "fine-tuned classifier (folder or hub id): python train.py stage=2 ckpt=runs/..."
         )
-    origin = _of_stage_1(
+    source = _of_stage_1(
         cfg,
         "ckpt",
         "stage=2 starts from a stage-1 checkpoint (to go on with an interrupted stage 2: "
@@ -95,8 +95,8 @@ def _origin(cfg: DictConfig, job: Job) -> Checkpoint | None:
     recipe = () if job.said("experiment") else ("stages",)
     taken = ("data", "seed", "ramp", *recipe)
     # What stage 1 has learned from is no matter of stage 2.
-    _inherit(cfg, origin, job, fixed=("task", "backbone"), taken=taken, kept=("data.unlabelled",))
-    return origin
+    _inherit(cfg, source, job, fixed=("task", "backbone"), taken=taken, kept=("data.unlabelled",))
+    return source
 
 
 def _complete_student(cfg: DictConfig, job: Job) -> Checkpoint:
@@ -106,11 +106,11 @@ def _complete_student(cfg: DictConfig, job: Job) -> Checkpoint:
             f"teacher={cfg.teacher} needs backbone.layers=[...]: the layers of the teacher, from "
             "1, that its student starts from"
         )
-    origin, kept = read_teacher(cfg), ("data.unlabelled", "backbone.layers")
-    _inherit(cfg, origin, job, fixed=("task", "backbone"), taken=("data", "seed"), kept=kept)
+    source, kept = read_teacher(cfg), ("data.unlabelled", "backbone.layers")
+    _inherit(cfg, source, job, fixed=("task", "backbone"), taken=("data", "seed"), kept=kept)
     with open_dict(cfg):
         cfg.teacher = checkpoints.lasting(str(cfg.teacher))
-    return origin
+    return source
 
 
 def read_teacher(cfg: DictConfig, *, fetch: bool = True) -> Checkpoint:
@@ -142,21 +142,21 @@ def _refuse_another_teacher(cfg: DictConfig, *, fetch: bool) -> None:
 
 def _of_stage_1(cfg: DictConfig, flag: str, why: str, *, fetch: bool = True) -> Checkpoint:
     given = str(cfg[flag])
-    origin = locate.checkpoint(given, flag, said=_said(cfg), fetch=fetch)
-    if not origin.path.is_file():  # no run that could be gone on with: ramps may be trained anew
-        return origin
-    if origin.config["stage"] != 1:
-        raise UserError(f"{flag}={given} is of stage {origin.config['stage']}; {why}")
-    epochs = origin.config["stages"]["1"].get("epochs") or 0
-    if origin.epochs_done < epochs:
+    source = locate.checkpoint(given, flag, said=_said(cfg), fetch=fetch)
+    if not source.path.is_file():  # no run that could be gone on with: ramps may be trained anew
+        return source
+    if source.config["stage"] != 1:
+        raise UserError(f"{flag}={given} is of stage {source.config['stage']}; {why}")
+    epochs = source.config["stages"]["1"].get("epochs") or 0
+    if source.epochs_done < epochs:
         log.warning(
             "%s=%s stopped after epoch %d of %d (resume=RUN would finish it); taken as it is",
             flag,
             given,
-            origin.epochs_done,
+            source.epochs_done,
             epochs,
         )
-    return origin
+    return source
 
 
 def _said(cfg: DictConfig) -> dict[str, Any]:
@@ -170,18 +170,18 @@ def _said(cfg: DictConfig) -> dict[str, Any]:
     return found | ({"seed": cfg.seed} if "seed" in cfg else {})
 
 
-def complete_evaluation(cfg: DictConfig, job: Job) -> Origin:
+def complete_evaluation(cfg: DictConfig, job: Job) -> Source:
     """Find what is to be evaluated, and take from it what the command line does not say.
 
     Raises:
         UserError: neither checkpoint nor record can be read, or they contradict what is said.
     """
-    origin = _evaluated(cfg)
-    _inherit(cfg, origin, job, fixed=("task",), taken=("backbone", "data", "seed"))
-    return origin
+    source = _evaluated(cfg)
+    _inherit(cfg, source, job, fixed=("task",), taken=("backbone", "data", "seed"))
+    return source
 
 
-def _evaluated(cfg: DictConfig) -> Origin:
+def _evaluated(cfg: DictConfig) -> Source:
     """The checkpoint to score, or the folder of records that stands for it."""
     if not cfg.ckpt and not cfg.record:
         raise UserError(
@@ -208,12 +208,12 @@ def _evaluated(cfg: DictConfig) -> Origin:
             f"record={cfg.record} is of another checkpoint than ckpt={cfg.ckpt}: its weights have "
             f"the fingerprint {header['checkpoint']}, not {found.fingerprint}"
         )
-    return Origin(files[0].parent, header["config"])
+    return Source(files[0].parent, header["config"])
 
 
 def _inherit(
     cfg: DictConfig,
-    origin: Origin,
+    source: Source,
     job: Job,
     *,
     fixed: tuple[str, ...],
@@ -223,17 +223,17 @@ def _inherit(
     """Take values from the checkpoint. `fixed` ones, also inside a taken one ("data.max_length"),
     may not be contradicted on the command line; of the `taken` ones, what is said there wins;
     those `kept` inside them stay."""
-    _refuse_other_task(cfg, origin)
+    _refuse_other_task(cfg, source)
     own_hub = tuple(OmegaConf.select(cfg, "task.hub") or ())
-    size = origin.config["data"].setdefault("calibration_size", 0)  # of a run before there was one
+    size = source.config["data"].setdefault("calibration_size", 0)  # of a run before there was one
     if "data.calibration_size" in job.explicit and cfg.data.calibration_size != size:
         raise UserError(
-            f"data.calibration_size={cfg.data.calibration_size} contradicts {origin.path}, which "
+            f"data.calibration_size={cfg.data.calibration_size} contradicts {source.path}, which "
             f"was trained with data.calibration_size={size}: other rows would be ones it has seen"
         )
     with open_dict(cfg):
         for key in dict.fromkeys(name.partition(".")[0] for name in (*fixed, *taken)):
-            theirs = _literal({key: origin.config[key]})
+            theirs = _literal({key: source.config[key]})
             for said in (s for s in kept if s.startswith(f"{key}.")):
                 OmegaConf.update(theirs, said, OmegaConf.select(cfg, said), merge=False)
             for said in (s for s in job.explicit if s == key or s.startswith(f"{key}.")):
@@ -242,16 +242,16 @@ def _inherit(
                 if said in fixed and named and ours.name == saved.name:
                     continue  # a task or backbone named again: as it was then
                 if {key, said} & {*fixed} and _name(ours) != _name(saved) and said != "task":
-                    raise _contradiction(said, ours, saved, origin)
+                    raise _contradiction(said, ours, saved, source)
                 OmegaConf.update(theirs, said, ours, merge=False)
             # A run from before some of the settings has today's defaults of them.
             later = key in ("data", "stages")
             cfg[key] = OmegaConf.merge(cfg[key], theirs[key]) if later else theirs[key]
-    if isinstance(origin, Checkpoint):
-        _check_rows(cfg, origin, job, own_hub)
+    if isinstance(source, Checkpoint):
+        _check_rows(cfg, source, job, own_hub)
 
 
-def _check_rows(cfg: DictConfig, origin: Checkpoint, job: Job, own_hub: tuple[str, ...]) -> None:
+def _check_rows(cfg: DictConfig, source: Checkpoint, job: Job, own_hub: tuple[str, ...]) -> None:
     """Look at where a checkpoint says that the rows are.
 
     Args:
@@ -269,12 +269,12 @@ def _check_rows(cfg: DictConfig, origin: Checkpoint, job: Job, own_hub: tuple[st
             log.warning(
                 "%s names the data set %s, which is not fetched for a file's sake: say "
                 "task=NAME, or data.root=DIR",
-                origin.path,
+                source.path,
                 task.hub[0],
             )
     if not root or job.said("data.root") or not Path(root).is_dir():
         return
-    log.info("data.root=%s, as %s says (data.root=... for another folder)", root, origin.path)
+    log.info("data.root=%s, as %s says (data.root=... for another folder)", root, source.path)
     more = [*(cfg.data.get("unlabelled") or ()), cfg.get("split")]
     splits = [task.train, *task.validation, *task.test, *more]
     for split in (each for each in splits if isinstance(each, str)):  # others are refused later
@@ -283,7 +283,7 @@ def _check_rows(cfg: DictConfig, origin: Checkpoint, job: Job, own_hub: tuple[st
                 plain_files.inside(Path(root), str(file.relative_to(root)))
             except UserError as error:
                 raise UserError(
-                    f"data.root={root}, as {origin.path} says: {error}; or say data.root={root} "
+                    f"data.root={root}, as {source.path} says: {error}; or say data.root={root} "
                     "yourself"
                 ) from error
 
@@ -306,7 +306,7 @@ def _inherit_values(cfg: DictConfig, path: str, theirs: dict[str, Any], job: Job
                 OmegaConf.update(cfg, inner, value)
 
 
-def _tell_left_out(cfg: DictConfig, origin: Checkpoint, job: Job) -> None:
+def _tell_left_out(cfg: DictConfig, source: Checkpoint, job: Job) -> None:
     """Name what of the trainer and the callbacks was not taken.
 
     Raises:
@@ -314,10 +314,10 @@ def _tell_left_out(cfg: DictConfig, origin: Checkpoint, job: Job) -> None:
     """
     blocks = {key: cfg.get(key) for key in ("trainer", "callbacks")}
     ours = {k: OmegaConf.to_container(v, resolve=True) if v else None for k, v in blocks.items()}
-    lost = checkpoint_config.left_out(origin.not_taken, ours)
+    lost = checkpoint_config.left_out(source.not_taken, ours)
     # Other processes would see other rows, and some would be started for a file's sake.
     if starts := [flag for flag in lost if flag in checkpoint_config.STARTS and not job.said(flag)]:
-        values = " ".join(f"{flag}={origin.not_taken[flag]}" for flag in starts)
+        values = " ".join(f"{flag}={source.not_taken[flag]}" for flag in starts)
         raise UserError(
             f"resume={cfg.resume} was trained with {values}: say so again, or what you want "
             "instead; a checkpoint starts no processes"
@@ -326,7 +326,7 @@ def _tell_left_out(cfg: DictConfig, origin: Checkpoint, job: Job) -> None:
         log.warning(
             "%s: not taken from the checkpoint, which may be somebody else's: %s; say it again on "
             "the command line if you want it",
-            origin.path,
+            source.path,
             ascii(", ".join(lost))[1:-1],
         )
 
@@ -347,22 +347,22 @@ def _escaped(value: Any) -> Any:
     return value
 
 
-def _refuse_other_task(cfg: DictConfig, origin: Origin) -> None:
+def _refuse_other_task(cfg: DictConfig, source: Source) -> None:
     """A task that is named, also by an experiment, must be the checkpoint's.
 
     Only evaluate.py may score another: AX has no training data, an MNLI checkpoint scores it.
     """
-    ours, saved = cfg.get("task"), origin.config["task"]
+    ours, saved = cfg.get("task"), source.config["task"]
     if ours is None or ours.get("name") == saved["name"]:
         return
     if "stage" not in cfg and ours.get("checkpoint_task") == saved["name"]:
         return
-    raise _contradiction("task", ours, saved, origin)
+    raise _contradiction("task", ours, saved, source)
 
 
-def _contradiction(said: str, ours: Any, saved: Any, origin: Origin) -> UserError:
+def _contradiction(said: str, ours: Any, saved: Any, source: Source) -> UserError:
     return UserError(
-        f"{said}={_name(ours)} contradicts {origin.path}, which was trained with "
+        f"{said}={_name(ours)} contradicts {source.path}, which was trained with "
         f"{said}={_name(saved)}; leave {said}= out, or give another checkpoint"
     )
 

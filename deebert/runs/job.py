@@ -72,7 +72,7 @@ def _choices(group: str) -> list[str]:
 
 
 def finish(is_global_zero: bool, job: Job, *, at_threshold: bool = False) -> float | None:
-    """What a sweeper is given: what became of a wish, else full depth, or the one threshold."""
+    """What a sweeper is given: what became of a target, else full depth, or the one threshold."""
     if not is_global_zero:
         return None
     file = job.folder / "results.json"  # with ddp_spawn all that the processes leave behind

@@ -22,7 +22,7 @@ from deebert.runs.checks import check
 from deebert.runs.inheritance import complete, read_teacher
 from deebert.runs.job import Job, finish, plain
 from deebert.training import objectives
-from deebert.training.feature_cache import FrozenStates
+from deebert.training.feature_cache import FeatureCache
 from deebert.training.module import EarlyExitModule
 
 log = logging.getLogger(__name__)
@@ -36,28 +36,28 @@ def train(cfg: DictConfig) -> float | None:
     """
     job = Job.current()
     job.refuse_used_folder()
-    origin = complete(cfg, job)
+    source = complete(cfg, job)
     config = plain(cfg)
     check(config)
     L.seed_everything(config["seed"], workers=True, verbose=False)
     task = Task.from_config(config["task"])
     teacher, trained = None, False
-    if origin:
-        tokenizer, model = origin.tokenizer(), origin.model()
-        tokenizer_files = origin.tokenizer_files
+    if source:
+        tokenizer, model = source.tokenizer(), source.model()
+        tokenizer_files = source.tokenizer_files
         if config["teacher"] and config["resume"]:
             teacher = read_teacher(cfg).model()
         elif config["teacher"]:
-            teacher = origin.model()
-            build.cut_layers(model, config, origin, "backbone.layers", config["backbone"]["layers"])
+            teacher = source.model()
+            build.cut_layers(model, config, source, "backbone.layers", config["backbone"]["layers"])
         kind = RampKind.from_config(config["ramp"])
         before = replace(model.ramp_kind, predicts=kind.predicts)
-        trained = origin.ramps_trained and kind == before
+        trained = source.ramps_trained and kind == before
         if kind != model.ramp_kind:
-            if origin.ramps_trained and not trained:
+            if source.ramps_trained and not trained:
                 log.info(
                     "%s: its ramps are replaced by new ones that read %s (ramp=)",
-                    origin.path,
+                    source.path,
                     kind.reads,
                 )
             model.new_ramps(kind)
@@ -91,17 +91,17 @@ def train(cfg: DictConfig) -> float | None:
     build.remember_held_out(config, data)
     kept = {key: config[key] for key in checkpoint_config.KEYS}
     module = EarlyExitModule(model, kept, tokenizer_files, teacher)
-    source: L.LightningDataModule = data
+    data_source: L.LightningDataModule = data
     if module.is_cached:
         # Not those that are trained: they would read something else than they have learned from.
         new = {*range(len(model.ramps) - 1)}
-        if origin and trained:
-            new &= {number - 1 for number in trained_ramps.untrained(origin.config["objective"])}
+        if source and trained:
+            new &= {number - 1 for number in trained_ramps.untrained(source.config["objective"])}
             if recipe["standardize"] and not config["resume"]:
                 log.info("stages.2.standardize: ramps that are trained already go on as they are")
         standardize = new if recipe["standardize"] else ()
-        source = FrozenStates(data, model, job.folder, standardize=standardize)
-    resume = str(origin.path) if origin and config["resume"] else None
+        data_source = FeatureCache(data, model, job.folder, standardize=standardize)
+    resume = str(source.path) if source and config["resume"] else None
     with build.closing():
         trainer = build.trainer(cfg, config, job, f"stage{config['stage']}")
         build.refuse_unsafe_sweep(trainer, job)
@@ -118,7 +118,7 @@ def train(cfg: DictConfig) -> float | None:
             )
         start = time.perf_counter()
         try:
-            trainer.fit(module, datamodule=source, ckpt_path=resume, weights_only=True)
+            trainer.fit(module, datamodule=data_source, ckpt_path=resume, weights_only=True)
         except (UserError, OSError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -134,7 +134,7 @@ def train(cfg: DictConfig) -> float | None:
         if isinstance(best, ModelCheckpoint) and best.monitor and best.best_model_path:
             trainer.validate(
                 module,
-                datamodule=source,
+                datamodule=data_source,
                 ckpt_path=best.best_model_path,
                 verbose=False,
                 weights_only=True,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from deebert.errors import UserError
-from deebert.options import ModelOptions, WishOptions, option
+from deebert.options import ModelOptions, TargetOptions, option
 
 HERE = ("127.0.0.1", "::1", "localhost")  # addresses that only this machine reaches
 TOKEN = "DEEBERT_TOKEN"
@@ -16,8 +16,8 @@ LITSERVE_TOKEN = "LIT_SERVER_API_KEY"  # its own name for one; checked by us, or
 
 
 @dataclass
-class ServeOptions(WishOptions, ModelOptions):
-    """A service. The wish is for requests that say nothing of their own."""
+class ServeOptions(TargetOptions, ModelOptions):
+    """A service. The target is for requests that say nothing of their own."""
 
     host: str = option(HERE[0], "address to listen at; 0.0.0.0 for all, which needs a token")
     port: int = option(8000, "port to listen at")
@@ -75,7 +75,7 @@ def run(options: ServeOptions) -> None:
     """Serve until told to stop (SIGTERM, or Ctrl-C).
 
     Raises:
-        UserError: an option, the model or the default wish is no good, or the extra is missing.
+        UserError: an option, the model or the default target is no good, or the extra is missing.
     """
     options = checked(options)
     for package in ("litserve", "prometheus_client"):

@@ -22,7 +22,7 @@ from litserve.loops import LitLoop
 from litserve.utils import LitAPIStatus, LoopResponseType
 from starlette.responses import Response
 
-from deebert.options import engine_of, wish_of
+from deebert.options import engine_of, target_of
 from deebert.serve.metrics import Metrics
 from deebert.serve.replies import Reply, replies
 from deebert.serve.requests import UNFIT, Answer, Limits, Refused, Request, Work, work
@@ -36,7 +36,7 @@ WAIT_SECONDS = 1.0
 END = None  # in the queue of requests: no more will come
 LOG_FORMAT = "%(asctime)s %(name)s: %(message)s"
 NO_SPEEDUPS = (
-    "target_speedup= is not granted here, since what layers cost was not measured when the service "
+    "target_speedup= is not met here, since what layers cost was not measured when the service "
     "was started (speedups=true); target_saving= is"
 )
 PACKAGES = ("deebert", "litserve", "torch", "transformers")
@@ -47,7 +47,7 @@ class About:
     """What a model is, for those who don't hold it.
 
     Attributes:
-        wish: of requests that have none.
+        target: of requests that have none.
         costs: what leaving at each layer costs on this machine; None where nobody may ask for a
             speed-up, or no record says how long texts are.
     """
@@ -57,22 +57,22 @@ class About:
     labels: tuple[str, ...] | None
     layers: int
     exit: str
-    wish: dict[str, Any]
+    target: dict[str, Any]
     expected: dict[str, Any] | None
     costs: tuple[float, ...] | None
     versions: dict[str, str]
 
 
 def described(options: Any) -> About:
-    """Load the model once, to see that it can be had and grants its wish, and measure its costs.
+    """Load the model once, to see that it can be had and meets its target, and measure its costs.
 
     Raises:
         UserError: it cannot, or does not.
     """
     from deebert.errors import UserError
 
-    classifier, wish = _loaded(options), wish_of(options)
-    asked = classifier.ask(**wish)
+    classifier, target = _loaded(options), target_of(options)
+    asked = classifier.calibrate(**target)
     if options.speedups:
         try:
             classifier.costs  # noqa: B018 (kept)
@@ -84,7 +84,7 @@ def described(options: Any) -> About:
         classifier.labels,
         classifier.num_layers,
         asked.rule.name,
-        dict(asked.wish),
+        dict(asked.target),
         None if asked.expected is None else dict(asked.expected),
         vars(classifier).get("costs"),
         {package: version(package) for package in PACKAGES},
@@ -133,7 +133,7 @@ class Predictor(litserve.LitAPI):
         """The type of its argument is that of the body, for LitServe."""
         try:
             found = work(request, self.limits, self.about.columns)
-            if "target_speedup" in found.wish and self.about.costs is None:
+            if "target_speedup" in found.target and self.about.costs is None:
                 raise Refused(UNFIT, NO_SPEEDUPS)
         except Refused as error:
             return error
@@ -143,7 +143,7 @@ class Predictor(litserve.LitAPI):
         """Replies by the place of their requests, each as soon as it is there."""
         texts = sum(len(each.texts) for each in works if isinstance(each, Work))
         self.metrics.batch(len(works), texts)
-        for place, reply in replies(self.classifier, works, self.about.wish):
+        for place, reply in replies(self.classifier, works, self.about.target):
             self.metrics.left(reply.exit_layers)
             yield place, reply
 

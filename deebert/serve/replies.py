@@ -1,6 +1,6 @@
 """Requests that came together -> a reply for each, in as few runs of the model as can be.
 
-Requests with the same exit rule and thresholds run together, whatever they called their wish. One
+Requests with the same exit rule and thresholds run together, whatever they called their target. One
 that cannot be answered leaves the others alone. Knows nothing of HTTP or processes.
 """
 
@@ -14,7 +14,7 @@ from deebert.serve import requests
 from deebert.serve.requests import Refused, Work
 
 if TYPE_CHECKING:
-    from deebert.classifier import Asked, EarlyExitClassifier, Predictions, Tokens
+    from deebert.classifier import CalibratedPoint, EarlyExitClassifier, Predictions, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class _Ready:
 
     place: int
     tokens: "list[Tokens]"
-    asked: "Asked"
+    asked: "CalibratedPoint"
 
 
 def replies(
@@ -48,21 +48,21 @@ def replies(
 
     Args:
         works: what there is to do, or why not.
-        default: the wish of the service.
+        default: the target of the service.
     """
     groups: dict[Any, list[_Ready]] = {}
     for place, work in enumerate(works):
         try:
             if isinstance(work, Refused):
                 raise work
-            asked = classifier.ask(**_whole(work.wish, default))
+            asked = classifier.calibrate(**_whole(work.target, default))
             tokens = classifier.encode(work.texts)
         except UserError as error:
             yield place, _refusal(error)
         except Exception:
             yield place, _failure()
         else:
-            # Of the same rule (temperatures fitted for a wish make another one) and thresholds.
+            # Of the same rule (temperatures fitted for a target make another one) and thresholds.
             key = id(asked.rule), repr(asked.thresholds)
             groups.setdefault(key, []).append(_Ready(place, tokens, asked))
     for group in groups.values():
@@ -80,11 +80,11 @@ def replies(
             start = end
 
 
-def _whole(wish: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    """A request's wish with what it does not say; a wish of its own stands for the whole of it."""
-    if any(name in wish for name in requests.ONE_OF):
+def _whole(target: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """A request's target with what it does not say; a target of its own stands for the whole of it."""
+    if any(name in target for name in requests.ONE_OF):
         default = {name: value for name, value in default.items() if name == "exit"}
-    return {**default, **wish}
+    return {**default, **target}
 
 
 def _refusal(error: UserError) -> Reply:
@@ -99,7 +99,7 @@ def _failure() -> Reply:
     return Reply(OUR_FAULT, requests.trouble("the service failed here; its log says how"))
 
 
-def _reply(found: "Predictions", asked: "Asked") -> Reply:
+def _reply(found: "Predictions", asked: "CalibratedPoint") -> Reply:
     try:
         return Reply(OK, requests.answer(found, asked), found.exit_layers)
     except ValueError:

@@ -56,7 +56,7 @@ class TurnedAway(Exception):
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
-class Door:
+class RequestLimits:
     """Lets requests in, one by one, and counts them.
 
     Attributes:

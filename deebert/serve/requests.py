@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from deebert.errors import UserError
 
 if TYPE_CHECKING:  # the process that talks HTTP needs no torch
-    from deebert.classifier import Asked, Predictions
+    from deebert.classifier import CalibratedPoint, Predictions
 
 TOO_LARGE, UNFIT = 413, 422  # HTTP's words for them
 LONGEST_REASON = 400  # characters
@@ -30,7 +30,7 @@ Threshold = Annotated[float | Numbers, Field(description="a number, or a list of
 
 
 class Request(BaseModel):
-    """Texts, and a rule or a wish of their own. Without a wish it is the one that the service was
+    """Texts, and a rule or a target of their own. Without a target it is the one that the service was
     started with, and without a rule its rule."""
 
     model_config = ConfigDict(
@@ -74,8 +74,8 @@ class Request(BaseModel):
 
 
 FIELDS = tuple(Request.model_fields)
-WISH = FIELDS[2:]
-ONE_OF = WISH[:4]  # what decides; the rest says how
+TARGET = FIELDS[2:]
+ONE_OF = TARGET[:4]  # what decides; the rest says how
 
 
 class OneAnswer(BaseModel):
@@ -97,7 +97,7 @@ class Answer(BaseModel):
     )
     exit: str = Field(description="the exit rule")
     threshold: Threshold = Field(description="of all layers, or of each but the last")
-    wish: dict[str, Any] = Field(description="what was asked for")
+    target: dict[str, Any] = Field(description="what was asked for")
 
 
 class Trouble(BaseModel):
@@ -127,11 +127,11 @@ class Work:
     """A request that may be answered.
 
     Attributes:
-        wish: as `EarlyExitClassifier.ask` takes it; {} for the service's own.
+        target: as `EarlyExitClassifier.calibrate` takes it; {} for the service's own.
     """
 
     texts: Sequence[Any]
-    wish: Mapping[str, Any]
+    target: Mapping[str, Any]
 
 
 def work(request: Request, limits: Limits, columns: Sequence[str]) -> Work:
@@ -153,10 +153,10 @@ def work(request: Request, limits: Limits, columns: Sequence[str]) -> Work:
     for place, text in enumerate(texts):
         name = "text" if request.texts is None else f"texts[{place}]"
         _check(name, text, limits.chars, columns)
-    wish = {name: getattr(request, name) for name in WISH if name in request.model_fields_set}
+    target = {name: getattr(request, name) for name in TARGET if name in request.model_fields_set}
     # null says something of confidence only: "on average".
-    wish = {name: v for name, v in wish.items() if v is not None or name == "confidence"}
-    return Work(texts, wish)
+    target = {name: v for name, v in target.items() if v is not None or name == "confidence"}
+    return Work(texts, target)
 
 
 def _check(name: str, text: Any, most: int, columns: Sequence[str]) -> None:
@@ -204,7 +204,7 @@ def noted(value: Any) -> str:
     return text if len(text) <= NOTED else f"{text[: NOTED - 3]}..."
 
 
-def answer(found: "Predictions", asked: "Asked") -> bytes:
+def answer(found: "Predictions", asked: "CalibratedPoint") -> bytes:
     """An `Answer` as JSON.
 
     Raises:
@@ -220,7 +220,7 @@ def answer(found: "Predictions", asked: "Asked") -> bytes:
         "expected_saving": (asked.expected or {}).get("expected_saving"),
         "exit": asked.rule.name,
         "threshold": asked.thresholds,
-        "wish": dict(asked.wish),
+        "target": dict(asked.target),
     }
     return json.dumps(values, allow_nan=False).encode()
 

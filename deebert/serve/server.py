@@ -37,7 +37,7 @@ from deebert.errors import UserError
 from deebert.serve import metrics
 from deebert.serve.metrics import Metrics
 from deebert.serve.predictor import END, LOG_FORMAT, PATH, About, Predictor, described
-from deebert.serve.request_limits import OPEN, Admission, Door
+from deebert.serve.request_limits import OPEN, Admission, RequestLimits
 from deebert.serve.requests import UNFIT, Trouble, reason, trouble
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def serve(options: Any) -> None:
         options: a `command.ServeOptions`, checked.
 
     Raises:
-        UserError: the address, the model or the default wish cannot be had.
+        UserError: the address, the model or the default target cannot be had.
     """
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     _check_address(options.host, options.port)
@@ -135,14 +135,14 @@ def made(options: Any, about: About) -> litserve.LitServer:
         workers_per_device=options.workers,
         timeout=False,  # max_waiting limits the queue; what was taken is answered
         restart_workers=True,
-        middlewares=[(Door, {"admission": admission, "metrics": counted})],
+        middlewares=[(RequestLimits, {"admission": admission, "metrics": counted})],
         model_metadata={
             "task": about.task,
             "columns": about.columns,
             "labels": about.labels,
             "layers": about.layers,
             "exit": about.exit,
-            "wish": about.wish,
+            "target": about.target,
             "expected": about.expected,
             "costs": about.costs,
             "precision": options.precision,
@@ -220,7 +220,7 @@ def _document(schema: dict[str, Any], with_token: bool) -> None:
         (401, "The token is missing or wrong"),
         (413, "The body, a text or their number is too large"),
         (415, "The body is not said to be JSON"),
-        (422, "A field, a text, a rule or a wish is no good"),
+        (422, "A field, a text, a rule or a target is no good"),
         (503, "Too many requests are waiting"),
         (504, "No answer was found in time"),
     ):

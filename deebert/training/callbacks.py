@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from deebert.data.tasks import Task
-from deebert.evaluation.evaluate_records import Question, evaluate_records
+from deebert.evaluation.evaluate_records import EvaluationConfig, evaluate_records
 from deebert.evaluation.layers import layer_table
 from deebert.exits import curves, rules
 from deebert.exits.records import Record
@@ -45,7 +45,7 @@ class EarlyExitEvaluation(Callback):
 
     Args:
         thresholds: entropies >= 0; None for the paper's list (`curves.default_thresholds`).
-        question: what evaluate.py asks; None: the curve of the default rule.
+        evaluation_config: what evaluate.py asks; None: the curve of the default rule.
         calibration: the split among those evaluated that thresholds are chosen on, not reported.
         layers: look at every layer, too (`layers.layer_table`).
         ckpt: what is evaluated, as it was given; None: what this run trains.
@@ -54,7 +54,7 @@ class EarlyExitEvaluation(Callback):
     def __init__(
         self,
         thresholds: list[float] | float | None,
-        question: Question | None = None,
+        evaluation_config: EvaluationConfig | None = None,
         calibration: str | None = None,
         layers: bool = False,
         ckpt: str | None = None,
@@ -62,7 +62,7 @@ class EarlyExitEvaluation(Callback):
         self.thresholds = (
             None if thresholds is None else curves.check_thresholds(thresholds, "thresholds")
         )
-        self.question = question
+        self.evaluation_config = evaluation_config
         self.calibration = calibration
         self.layers = layers
         self.ckpt = ckpt
@@ -117,18 +117,18 @@ class EarlyExitEvaluation(Callback):
             for i, name in enumerate(trainer.datamodule.eval_splits)  # type: ignore[attr-defined]
         ]
         self._records = records
-        if trainer.state.fn == "test":  # first: a wish that cannot be granted loses no pass
+        if trainer.state.fn == "test":  # first: a target that cannot be met loses no pass
             self._save_records(trainer, pl_module)
         reported = [record for record in records if record.split != self.calibration]
         held_out = next((record for record in records if record.split == self.calibration), None)
-        question = self.question or Question(
+        evaluation_config = self.evaluation_config or EvaluationConfig(
             rules.default(task.num_labels),
             list(self.thresholds or curves.default_thresholds(task.num_labels)),
         )
         header = report.header(config)
         trained = trains_ramps(header["objective"])
         self.results = header | evaluate_records(
-            reported, task, question, held_out, trained=trained
+            reported, task, evaluation_config, held_out, trained=trained
         )
         self.results["ckpt"] = self.ckpt or trainer.default_root_dir
         if trainer.state.fn == "fit":

@@ -43,7 +43,7 @@ class StateDataset(Dataset[dict[str, Tensor]]):
         }
 
 
-class FrozenStates(L.LightningDataModule):
+class FeatureCache(L.LightningDataModule):
     """Takes token batches from a `TextDataModule`, gives batches of states in their place.
 
     Args:

@@ -180,14 +180,14 @@ class EarlyExitModule(L.LightningModule):
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         labels_B = batch["labels"]
         states_BR = self.states(batch)
-        logits_BLC, unsure_BL = self.model.judged(states_BR)
+        logits_BLC, learned_score_BL = self.model.logits_and_scores(states_BR)
         if self.stage == 2:  # the final classifier has learned: nothing goes back from it
             logits_BLC = torch.cat([logits_BLC[:, :-1], logits_BLC[:, -1:].detach()], 1)
         loss_of = objectives.final if self._final_alone else self.objective.loss
         loss = loss_of(logits_BLC, labels_B) + self._taught(batch, logits_BLC)
         predicts = self.model.ramp_kind.predicts
-        if predicts is not None and unsure_BL is not None and self.trains_ramps:
-            exit_loss = objectives.exit_loss(unsure_BL, logits_BLC, labels_B, predicts)
+        if predicts is not None and learned_score_BL is not None and self.trains_ramps:
+            exit_loss = objectives.exit_loss(learned_score_BL, logits_BLC, labels_B, predicts)
             # Not left out: with several processes all parameters must be in every step's loss.
             loss = loss + (0 if self._final_alone else 1) * exit_loss
         self.log("train/loss", loss, prog_bar=True, batch_size=len(labels_B))
@@ -211,9 +211,11 @@ class EarlyExitModule(L.LightningModule):
     ) -> dict[str, Tensor]:
         """What a record is made of: logits (B, L, C), learned exit scores (B, L) where there are
         some, labels, index, length, group."""
-        logits_BLC, unsure_BL = self.model.judged(self.states(batch))
+        logits_BLC, learned_score_BL = self.model.logits_and_scores(self.states(batch))
         facts = ("labels", "index", "length", "group")
-        found = {"logits": logits_BLC} | ({} if unsure_BL is None else {"unsure": unsure_BL})
+        found = {"logits": logits_BLC} | (
+            {} if learned_score_BL is None else {"learned_score": learned_score_BL}
+        )
         return found | {name: batch[name] for name in facts if name in batch}
 
     test_step = validation_step

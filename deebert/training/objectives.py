@@ -150,19 +150,25 @@ def taught(
     return (1 - label_weight) * apart_B1.mean()
 
 
-def exit_loss(unsure_BL: Tensor, logits_BLC: Tensor, labels_B: Tensor, predicts: str) -> Tensor:
+def exit_loss(
+    learned_score_BL: Tensor, logits_BLC: Tensor, labels_B: Tensor, predicts: str
+) -> Tensor:
     """What a learned exit score is to learn: sum over the ramps before the last of the mean squared
     difference from 1 where the ramp is off and 0 where not (BERxiT, Xin et al., EACL 2021, section
     4). For a regression that is tanh |difference| (as in its code).
 
     Args:
-        unsure_BL: the scores, between 0 and 1.
+        learned_score_BL: the scores, between 0 and 1.
         labels_B: UNLABELLED or NaN where a row has none; what is `wrong` there nobody knows.
         predicts: `wrong`: off from the label; `disagrees`: from the final classifier (CATs).
     """
     if predicts == "wrong":
         known_B = _labelled(labels_B)
-        unsure_BL, logits_BLC, labels_B = unsure_BL[known_B], logits_BLC[known_B], labels_B[known_B]
+        learned_score_BL, logits_BLC, labels_B = (
+            learned_score_BL[known_B],
+            logits_BLC[known_B],
+            labels_B[known_B],
+        )
     said_BLC = logits_BLC.detach()
     if logits_BLC.shape[-1] == 1:
         said_BL = said_BLC.squeeze(-1)
@@ -172,7 +178,7 @@ def exit_loss(unsure_BL: Tensor, logits_BLC: Tensor, labels_B: Tensor, predicts:
         said_BL = said_BLC.argmax(-1)
         truth_B = labels_B if predicts == "wrong" else said_BL[:, -1]
         off_BL = (said_BL != truth_B[:, None]).float()
-    return (unsure_BL - off_BL)[:, :-1].square().sum() / max(len(labels_B), 1)
+    return (learned_score_BL - off_BL)[:, :-1].square().sum() / max(len(labels_B), 1)
 
 
 def equilibrium(num_layers: int) -> Flow:
