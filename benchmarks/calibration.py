@@ -373,9 +373,9 @@ def cost() -> list[dict[str, Any]]:
         "max_drop=0.01 confidence=null": Target(max_drop=0.01, confidence=None),
     }
     rows = []
-    for name, target in targets.items():
+    for name, wanted in targets.items():
         start = time.perf_counter()
-        calibration.choose(record, task, exits.default(3), target)
+        calibration.choose(record, task, exits.default(3), wanted)
         rows.append({"target": name, "seconds": time.perf_counter() - start})
     return rows
 

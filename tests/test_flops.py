@@ -9,7 +9,7 @@ from torch.nn.functional import gelu, linear
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForSequenceClassification
 
-from deebert import flops
+import flops
 from deebert.models.early_exit import EarlyExitModel
 from deebert.models.ramps import READS, RampKind
 

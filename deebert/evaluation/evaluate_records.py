@@ -105,8 +105,8 @@ def _calibrated(
     wished, expected = evaluation_config.target.target_saving, found["expected"]["expected_saving"]
     if wished is not None and not evaluation_config.target.per_ramp and expected > wished + 0.01:
         notes.append(
-            f"exit={evaluation_config.rule.name} saves in steps: {expected:.1%} is the first that reaches "
-            f"target_saving={wished}"
+            f"exit={evaluation_config.rule.name} saves in steps: {expected:.1%} is the first that "
+            f"reaches target_saving={wished}"
         )
     return found | {"notes": notes}
 

@@ -138,8 +138,8 @@ def check(
         raise Infeasible(
             f"max_drop={target.max_drop} cannot be promised by {promising} calibration rows of "
             f"{where}, even without a loss among them: the smallest is {_rounded_up(least)} at "
-            f"confidence={'null' if target.confidence is None else target.confidence}; give more rows "
-            "(calibration=, or data.calibration_size= in training) or ask for less"
+            f"confidence={'null' if target.confidence is None else target.confidence}; give more "
+            "rows (calibration=, or data.calibration_size= in training) or ask for less"
         )
 
 
@@ -162,8 +162,8 @@ def _fast_enough(record: Record, exit_scores: ExitScores, rule: Rule, target: Ta
 
     if speed_up(SPEEDUP_STEPS) < target.target_speedup:
         raise Infeasible(
-            f"target_speedup={target.target_speedup} is more than exit={rule.name} can reach: about "
-            f"{speed_up(SPEEDUP_STEPS):.2f} if everything leaves as early as it can"
+            f"target_speedup={target.target_speedup} is more than exit={rule.name} can reach: "
+            f"about {speed_up(SPEEDUP_STEPS):.2f} if everything leaves as early as it can"
         )
     fast = bisect_left(range(SPEEDUP_STEPS), target.target_speedup, key=speed_up)
     return thresholds[fast]

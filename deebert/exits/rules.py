@@ -319,7 +319,8 @@ RULES: dict[str, dict[str, Any]] = {
     "vote": {"score": vote, "largest": 1.0},
     "change": {"score": change, "regression": True, "options": {"patience": 1}},
     "learned": {
-        "score": learned, "largest": 1.0, "regression": None, "looks_back": False, "reads": "learned_score"
+        "score": learned, "largest": 1.0, "regression": None, "looks_back": False,
+        "reads": "learned_score",
     },
 }  # fmt: skip
 

@@ -45,8 +45,8 @@ class Saved:
     Attributes:
         records: by split; targets need one.
         exit: name of its exit rule; None for the task's default.
-        target: what it answers by where nothing else is asked, as `EarlyExitClassifier.calibrate` takes
-            it; {} for full depth.
+        target: its default target, as `EarlyExitClassifier.calibrate` takes it; {} for full
+            depth.
     """
 
     checkpoint: Checkpoint

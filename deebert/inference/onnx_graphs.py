@@ -171,7 +171,7 @@ class _Graph:
         return self.norm(self.linear(wide, parts.down, int8), between, parts.norm)
 
     def ramp(self, ramp: Ramp, before: str, after: str) -> dict[str, str]:
-        """`logits` and, where it is learned, `learned_score`, from the states before and after a layer."""
+        """Add a ramp: `logits` and, where it is learned, `learned_score`, from the states."""
         features = self.features(ramp, before, after)
         features = self.op("Sub", features, self.constant(_values(ramp.shift)))
         features = self.op("Mul", features, self.constant(_values(ramp.scale)))

@@ -93,7 +93,7 @@ class OnnxLayer:
         previous_BC: Tensor | None = None,
         second_B: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
-        """All tokens, and what the ramp says: (B, S, H) -> (B, S, H) and as `Ramp.logits_and_score`."""
+        """Run all tokens and the ramp: (B, S, H) -> (B, S, H), `Ramp.logits_and_score`."""
         given = [hidden_BSH, _mask(hidden_BSH, mask_B11S)]
         if self.ramp.kind.reads == "pair":
             assert second_B is not None

@@ -70,8 +70,8 @@ def _answer(results: dict[str, Any]) -> Table:
     rows = [["rows chosen on", found["expected"]], [results["split"], found["measured"]]]
     rows += list(map(list, found.get("measured_elsewhere", {}).items()))
     return (
-        f"Target: {target}; exit={found['rule']} threshold={_threshold(found['thresholds'])}, chosen "
-        f"on {found['calibration_split']} ({found['num_calibration']} rows)",
+        f"Target: {target}; exit={found['rule']} threshold={_threshold(found['thresholds'])}, "
+        f"chosen on {found['calibration_split']} ({found['num_calibration']} rows)",
         ["", metric, "at full depth", "saving", "excess error", "disagreement", "exits by layer"],
         [
             [

@@ -81,7 +81,7 @@ def replies(
 
 
 def _whole(target: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    """A request's target with what it does not say; a target of its own stands for the whole of it."""
+    """Complete a request's target from the service's; one of its own replaces it whole."""
     if any(name in target for name in requests.ONE_OF):
         default = {name: value for name, value in default.items() if name == "exit"}
     return {**default, **target}

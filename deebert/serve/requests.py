@@ -30,8 +30,7 @@ Threshold = Annotated[float | Numbers, Field(description="a number, or a list of
 
 
 class Request(BaseModel):
-    """Texts, and a rule or a target of their own. Without a target it is the one that the service was
-    started with, and without a rule its rule."""
+    """Texts, with an exit rule or a target of their own; without them, those of the service."""
 
     model_config = ConfigDict(
         extra="forbid",
