@@ -4,8 +4,8 @@
 
 RUN: a trained model; DIR: where the texts of its task lie (`data.root`). Every request is a few
 texts and a target; every answer is compared with that of `EarlyExitClassifier.predict`. The
-services (one for each batch window) take turns, in processes of their own; the clients run on the same machine.
-Writes service.json and service.md, after each turn.
+services (one for each batch window) take turns, in processes of their own; the clients run on
+the same machine. Writes service.json and service.md, after each turn.
 """
 
 import argparse

@@ -5,8 +5,8 @@
 RUN is a stage-2 run; its validation split is what is timed. Three parts a run, each of which is one
 comparison in which all systems take turns: `batched` (all rows at once), `single` (one input at a
 time, on --rows-single of the rows) and `targets` (target_speedup, on rows not chosen on). After
-each part speed.json, speed.md and speed.png are written anew; parts that were measured before and are
-not asked for stay in them. (f) and (g) need the extra: pip install -e '.[bench]'.
+each part speed.json, speed.md and speed.png are written anew; parts that were measured before
+and are not named stay in them. (f) and (g) need the extra: pip install -e '.[bench]'.
 """
 
 import argparse

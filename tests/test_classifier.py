@@ -384,7 +384,7 @@ def test_rules_are_those_of_conf() -> None:
 
 def test_shared_parameters_come_back(tmp_path: Path, stage2: Path) -> None:
     """safetensors holds them once."""
-    from random_models import model_of
+    from helpers.random_models import model_of
 
     model = model_of("bert", 2, "shared")
     model.save_pretrained(tmp_path)

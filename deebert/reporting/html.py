@@ -1,7 +1,8 @@
 """results.json -> report.html: one page to look at the trade-off of score against saving.
 
-The template is report.html of this package. It holds all style and drawing; the results are put
-into it as JSON. It opens from a file, loads nothing, and shows every text of the results as text only.
+The template is report.html of this package. It holds all style and drawing; the results are
+put into it as JSON. It opens from a file, loads nothing, and shows every text of the results as
+text only.
 Knows nothing of models, data or files; computes no number of its own.
 """
 

@@ -1,0 +1,164 @@
+"""What was timed, as tables, sentences and picture: of a real measurement and of one by hand."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from helpers.timed import timed
+from omegaconf import OmegaConf
+
+from deebert.data.tasks import Task
+from deebert.evaluation import evaluate_records, latency
+from deebert.exits import rules
+from deebert.exits.records import Record
+from deebert.models.early_exit import EarlyExitModel
+from deebert.reporting import plots, report, tables
+
+SPEC = ROOT / "conf" / "backbone" / "tiny.yaml"
+TASK = Task("demo", ("text",), ("bad", "good"), ("accuracy",))
+THRESHOLDS = [0.0, 0.693]
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Any]:
+    """Results of a tiny model with real seconds: two precisions, two batch sizes, two thresholds."""
+    torch.manual_seed(0)
+    spec = OmegaConf.to_container(OmegaConf.load(SPEC))
+    model = EarlyExitModel.from_backbone(spec, 2).eval()
+    lengths = torch.randint(3, 20, (24,))
+    inputs = [
+        {"input_ids": torch.randint(5, 60, (length,)).tolist()} for length in lengths.tolist()
+    ]
+    with torch.inference_mode():
+        tokens = [torch.tensor([one["input_ids"]]) for one in inputs]
+        logits = torch.cat([model(ids, torch.ones_like(ids)) for ids in tokens])
+    record = Record("validation", logits, torch.arange(24) % 2, torch.arange(24), lengths)
+    rule = rules.default(2)
+    results = {
+        "task": "demo", "backbone": "tiny", "stage": 2, "objective": "ramps", "seed": 1,
+        "metric": "accuracy",
+    }  # fmt: skip
+    results |= evaluate_records.evaluate_records(
+        [record], TASK, evaluate_records.EvaluationConfig(rule, THRESHOLDS)
+    )
+    results["timing"] = latency.measure(
+        model, rule, [[threshold] for threshold in THRESHOLDS], record, inputs,
+        torch.zeros(24, dtype=torch.long), TASK, latency.Protocol((None, 8), ("float32", "bfloat16"), repeats=2),
+    )  # fmt: skip
+    return json.loads(json.dumps(results))
+
+
+def latency_measurement(results: dict[str, Any]) -> tuple[str, list[dict[str, str]]]:
+    """Title and rows of the table, by column."""
+    [(title, columns, rows)] = [one for one in tables.tables(results) if "On the clock" in one[0]]
+    return title, [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def test_the_sample_is_like_a_real_one(measured: dict[str, Any]) -> None:
+    assert {tuple(case) for case in measured["timing"]} == {tuple(timed())}
+    assert {tuple(case["latency_ms"]) for case in measured["timing"]} == {tables.PERCENTILES}
+
+
+def test_every_case_is_a_row(measured: dict[str, Any]) -> None:
+    title, rows = latency_measurement(measured)
+    assert title == "On the clock: demo, validation (24 rows)"
+    assert [(row["precision"], row["inputs a request"], row["threshold"]) for row in rows] == [
+        (precision, size, threshold)
+        for precision in ("float32", "bfloat16")
+        for size in ("all", "8")
+        for threshold in ("0", "0.693")
+    ]
+    assert {row["exits equal to the record"] for row in rows[:4]} == {"100.00%"}, "float32"
+    for row, case in zip(rows, measured["timing"], strict=True):
+        assert float(row["ms an input"]) == pytest.approx(1e3 * case["seconds"] / 24, abs=5e-4)
+        assert row["saving (layers)"] == f"{case['expected_saving']:.1%}"
+    text = report.markdown(measured)
+    assert f"## {title}" in text
+    assert "| float32 | 8 | 0.693 |" in text
+
+
+def test_the_numbers_of_a_row(measured: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+    folds = [0.1, 0.2, 0.0, 0.1, 0.3]
+    calibration = {
+        "target": {"target_speedup": 1.5}, "rule": "entropy", "temperatures": None, "thresholds": 0.2,
+        "calibration_split": "validation, cross-fitted in 5 folds", "num_calibration": 24, "notes": [],
+        "folds_at_full_depth": 0, "fold_thresholds": folds,
+        "expected": {"score": 0.8, "full_depth_score": 0.9, "expected_saving": 0.4, "time_speed_up": 1.58, "excess": 0, "disagreement": 0, "exit_counts": [1]},
+        "measured": {"score": 0.8, "full_depth_score": 0.9, "expected_saving": 0.4, "excess": 0, "disagreement": 0, "exit_counts": [1]},
+    }  # fmt: skip
+    results = measured | {"timing": [timed(folds)], "calibration": calibration, "num_rows": 10}
+    _, [row] = latency_measurement(results)
+    assert row == {
+        "precision": "float32",
+        "inputs a request": "all",
+        "threshold": "cross-fitted",
+        "accuracy": "0.8391",
+        "full depth accuracy": "0.8584",
+        "saving (layers)": "32.0%",
+        "time saving": "40.0%",
+        "speed-up (clock)": "1.67x",
+        "ms an input": "120.000",
+        "full depth ms an input": "200.000",
+        "p50 ms": "120.50",
+        "p95 ms": "130.25",
+        "p99 ms": "131.12",
+        "exits equal to the record": "99.00%",
+    }
+    said = tables.notes(results)[-2:]
+    assert "the library's own forward pass of the same weights, in the same batches" in said[0]
+    assert "(medians of 3 turns, threads: 1, device: cpu). The engine's own speed-up, without any exit: 1.25x." in said[0]  # fmt: skip
+    assert said[1] == "Speed-up: asked for 1.5x, expected 1.58x, measured on the clock 1.67x."
+    report.show(results, Path("RUN"))
+    _, _, printed = capfd.readouterr().out.partition("On the clock: ")
+    [line] = [line for line in printed.splitlines() if "float32 " in line]
+    assert [cell.strip() for cell in line.strip("│").split("│")] == list(row.values()), (
+        "none is cut"
+    )
+    assert "asked for 1.5x" in printed
+
+
+def test_what_several_cases_came_to(measured: dict[str, Any]) -> None:
+    one, int8 = timed(batch_size=1, counts=(2, 2, 1)), timed([0.1, 0.2], 0.5, precision="int8")
+    calibration = {"target": {"target_speedup": 2}, "expected": {}, "thresholds": 0.1, "notes": [], "temperatures": None}  # fmt: skip
+    results = measured | {"timing": [one, int8], "calibration": calibration, "num_rows": 10}
+    said = tables.notes(results)[-2:]
+    assert "Requests of a few: on 5 rows, evenly spread." in said[0]
+    assert said[0].endswith("without any exit: 1.25x."), "int8 has no other full depth"
+    assert said[1] == "Speed-up: asked for 2x, measured on the clock 1.67x (float32, 1), 2.00x (int8, all)."  # fmt: skip
+    del results["calibration"]
+    assert [row["threshold"] for row in latency_measurement(results)[1]] == ["0.31", "[0.1,0.2]"]
+
+
+def test_without_timing_nothing_changes(measured: dict[str, Any]) -> None:
+    plain = {key: value for key, value in measured.items() if key != "timing"}
+    assert "clock" not in report.markdown(plain)
+    assert "clock" in report.markdown(measured)
+
+
+def test_the_picture_marks_what_was_timed(
+    measured: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    plt = plots._pyplot()
+    monkeypatch.setattr(plt, "close", drawn.append)
+    plots.curve(measured, "title", tmp_path / "curve.png")
+    left = drawn[0].axes[0]
+    lines = {line.get_label(): line for line in left.get_lines()}
+    case = measured["timing"][2:4]
+    marks = lines["on the clock, float32, 8"].get_xydata().tolist()
+    assert marks == [[100 * one["time_saving"], one["score"]] for one in case]
+    assert len({lines[name].get_marker() for name in lines if "on the clock" in name}) == 4
+    plots.curve(measured | {"timing": [timed()]}, "title", tmp_path / "curve.png")
+    texts = [text.get_text() for text in drawn[1].axes[0].get_legend().get_texts()]
+    assert texts[-1] == "on the clock"
+    for change in ({"timing": [timed(score=None)]}, {"objective": "final"}):
+        plots.curve(measured | change, "title", tmp_path / "curve.png")
+        assert not any("clock" in line.get_label() for line in drawn[-1].axes[0].get_lines())
+    monkeypatch.undo()
+    for figure in drawn:
+        plt.close(figure)
+    assert math.isfinite(left.get_xlim()[0])

@@ -1,0 +1,542 @@
+"""report.html in a real browser: it shows the very numbers, loads nothing, obeys no text."""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.timed import timed
+
+from deebert.reporting.html import page
+
+LAYERS = 6
+HOSTILE = "</script><script>window.hacked=1</script><!--<img src=x onerror=window.hacked=2>"
+LENGTH_BINS = [(4, 9), (10, 14), (15, 21), (22, 34), (35, 64)]
+Open = Callable[..., Any]
+
+
+def exits_at(depth: float, rows: int) -> list[int]:
+    """Exit counts that move from the last layer to the first as depth falls from 1 to 0."""
+    centre = 1 + (LAYERS - 1) * depth
+    weights = [math.exp(-((layer - centre) ** 2) / 3) for layer in range(1, LAYERS + 1)]
+    if depth == 1:
+        weights = [0.0] * (LAYERS - 1) + [1.0]
+    counts = [int(rows * weight / sum(weights)) for weight in weights]
+    counts[weights.index(max(weights))] += rows - sum(counts)
+    return counts
+
+
+def point(threshold: float, depth: float, rows: int, best: float) -> dict[str, Any]:
+    counts = exits_at(depth, rows)
+    mean = sum(layer * count for layer, count in enumerate(counts, 1)) / rows
+    saving = 1 - mean / LAYERS
+    score = best - 0.21 * saving**2.4 + 0.012 * saving
+    return {
+        "threshold": threshold,
+        "score": score,
+        "scores": {"f1": score, "accuracy": score - 0.0437},
+        "cost_ratio": mean / LAYERS,
+        "expected_saving": saving,
+        "speed_up": LAYERS / mean,
+        "exit_counts": counts,
+        "mean_exit_layer": {"news": max(1.0, mean - 0.31), "forum": min(LAYERS, mean + 0.27)},
+        "score_interval": [score - 0.021 - 0.01 * saving, score + 0.02],
+        "mean_exit_layer_by_length": [
+            None if index == 4 and depth < 0.3 else min(LAYERS, mean * (0.85 + 0.08 * index))
+            for index in range(len(LENGTH_BINS))
+        ],
+    }
+
+
+def evaluation(split: str, rows: int, best: float) -> dict[str, Any]:
+    ramps = range(1, LAYERS + 1)
+    last = best - 0.0004
+    ramp_scores = [best - 0.034 * (LAYERS - layer) ** 1.3 - 0.0004 for layer in ramps]
+    table = [0.0, 0.001, 0.005, 0.01, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    paper = [point(threshold, 1 - index / 12, rows, best) for index, threshold in enumerate(table)]
+    for row in paper:
+        del row["score_interval"], row["mean_exit_layer_by_length"]
+    return {
+        "split": split,
+        "num_rows": rows,
+        "num_layers": LAYERS,
+        "exits": [
+            {
+                "layer": layer,
+                "score": score,
+                "scores": {"f1": score, "accuracy": score - 0.04},
+                "cost_ratio": layer / LAYERS,
+            }
+            for layer, score in zip(ramps, ramp_scores, strict=True)
+        ],
+        "curve": paper,
+        "trade_off": [point(0.0117 * i**1.01, 1 - i / 59, rows, best) for i in range(60)],
+        "length_bins": [
+            {"low": low, "high": high + (high < 64), "count": rows // 5}
+            for low, high in LENGTH_BINS
+        ],
+        "analysis": {
+            "oracle": {
+                "score": best + 0.052,
+                "expected_saving": 0.713,
+                "exit_counts": exits_at(0.1, rows),
+            },
+            "overthinking_rate": 0.0631,
+            "ramps": [
+                {
+                    "layer": layer,
+                    "agreement": 1 - 0.05 * (LAYERS - layer),
+                    "auroc": None if layer == 1 else 0.6 + 0.04 * layer,
+                    "ece": 0.09 - 0.01 * layer,
+                    "reliability": [
+                        {
+                            "confidence": 0.525 + 0.05 * index,
+                            "accuracy": min(1, 0.5 + (0.032 + 0.003 * layer) * index),
+                            "count": (index + 1) ** 2,
+                        }
+                        for index in range(10)
+                    ],
+                }
+                for layer in ramps
+            ],
+            "error_correlation": [
+                [None if {a, b} == {1, 6} else 1 - 0.17 * abs(a - b) for b in ramps] for a in ramps
+            ],
+            "layers": [
+                {
+                    "layer": layer,
+                    "block_influence": 0.4 / layer,
+                    "score_without": last - 0.1 / layer,
+                    "cka_with_last": layer / LAYERS,
+                }
+                for layer in ramps
+            ],
+        },
+        "examples": {
+            "first": [
+                {
+                    "text": HOSTILE,
+                    "label": "positive",
+                    "prediction": "positive",
+                    "layer": 1,
+                    "length": 19,
+                },
+                {
+                    "text": "a warm and funny film",
+                    "label": "positive",
+                    "prediction": "positive",
+                    "layer": 1,
+                    "length": 7,
+                },
+            ],
+            "last": [
+                {
+                    "text": "not that the plot, such as it is, would have gained from being less of "
+                    "a joke that forgets where it began",
+                    "label": "negative",
+                    "prediction": "positive",
+                    "layer": 6,
+                    "length": 27,
+                }
+            ],
+        },
+    }
+
+
+def full_results() -> dict[str, Any]:
+    """Everything results.json may hold, of two splits."""
+    return {
+        "schema": 1,
+        "task": "mrpc",
+        "backbone": "bert-tiny-of-six-layers",
+        "stage": 2,
+        "objective": "all",
+        "seed": 42,
+        "metric": "f1",
+        "ckpt": "runs/2025-01-02/13-14-15",
+        "exit": {"name": "entropy"},
+        "environment": {
+            "python": "3.11.2",
+            "versions": {"deebert": "0.1.0", "torch": "2.7.0+cpu"},
+            "device": "x86_64",
+            "cpus": 2,
+            "threads": 2,
+            "git_commit": "0123456789abcdef",
+            "platform": "Linux",
+        },
+        **evaluation("validation_matched", 4080, 0.8584),
+        "other_splits": [evaluation("validation_mismatched", 3610, 0.8212)],
+        "calibration": {
+            "target": {"target_saving": 0.4},
+            "rule": "entropy",
+            "thresholds": [0.31, 0.29, 0.25, 0.2, 0.11],
+            "calibration_split": "train_held_out",
+            "num_calibration": 500,
+            "expected": {
+                "score": 0.8462,
+                "score_interval": [0.81, 0.8811],
+                "expected_saving": 0.4031,
+                "interval": [0.37, 0.43],
+            },
+            "measured": {
+                "score": 0.8391,
+                "expected_saving": 0.3918,
+                "full_depth_score": 0.858,
+                "exit_counts": exits_at(0.6, 4080),
+            },
+            "measured_elsewhere": {
+                "validation_mismatched": {
+                    "score": 0.8012,
+                    "expected_saving": 0.377,
+                    "full_depth_score": 0.8208,
+                    "exit_counts": exits_at(0.62, 3610),
+                }
+            },
+        },
+    }
+
+
+def bare_results() -> dict[str, Any]:
+    """No optional field, no labels."""
+    results = full_results()
+    kept = ("task", "backbone", "stage", "objective", "seed", "metric", "environment")
+    kept += ("split", "num_rows", "num_layers", "exits", "curve")
+    results = {name: results[name] for name in kept}
+    for row in results["exits"] + results["curve"]:
+        row |= {"score": None, "scores": {}}
+        row.pop("mean_exit_layer", None)
+    return results
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    program = shutil.which("chromium")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        program = None
+    if program is None:
+        reason = "needs chromium and playwright (apt install chromium; pip install playwright)"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def show(browser: Any, tmp_path: Path) -> Iterator[Open]:
+    """`show(results, **window)`: the open page; at the end it must have done nothing wrong."""
+    contexts, problems, requests = [], [], []
+    file = tmp_path / "report.html"
+
+    def open_report(results: dict[str, Any], **window: Any) -> Any:
+        file.write_text(page(results), encoding="utf-8")
+        context = browser.new_context(**({"viewport": {"width": 1400, "height": 900}} | window))
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("pageerror", lambda error: problems.append(str(error)))
+        tab.on("console", lambda message: problems.append(message.text))
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.goto(file.as_uri())
+        return tab
+
+    yield open_report
+    for context in contexts:
+        context.close()
+    assert problems == []
+    assert set(requests) == {file.as_uri()}
+
+
+def text(tab: Any, selector: str) -> str:
+    return tab.locator(selector).inner_text().replace("\N{NO-BREAK SPACE}", " ")
+
+
+def expect(locator: Any) -> Any:
+    """Playwright's own, which waits; wait_for_function needs an eval that the page forbids."""
+    from playwright.sync_api import expect
+
+    return expect(locator)
+
+
+def slide(tab: Any, value: int) -> None:
+    """Set the slider as a script does."""
+    tab.eval_on_selector(
+        "#saving", "(e, value) => { e.value = value; e.dispatchEvent(new Event('input')); }", value
+    )
+
+
+def check_shown(tab: Any, part: dict[str, Any], wanted: int) -> None:
+    """The page shows the first point that saves what is wanted."""
+    expected = next(p for p in part["trade_off"] if 100 * p["expected_saving"] >= wanted)
+    assert tab.locator("#saving").input_value() == str(wanted)
+    assert text(tab, "#wanted") == f"{wanted} %"
+    assert text(tab, "#score") == f"{expected['score']:.3f}"
+    low, high = expected["score_interval"]
+    assert f"{low:.3f} to {high:.3f}" in text(tab, "#interval")
+    assert f"{part['exits'][-1]['score']:.3f}" in text(tab, "#drop") or wanted == 0
+    assert float(text(tab, "#threshold")) == pytest.approx(expected["threshold"], rel=1e-3)
+    assert text(tab, "#actual") == f"{100 * expected['expected_saving']:.1f} %"
+    assert text(tab, "#speed-up") == f"{expected['speed_up']:.2f}\N{MULTIPLICATION SIGN}"
+    assert text(tab, "#command") == (
+        f"python evaluate.py ckpt=runs/2025-01-02/13-14-15 target_saving={wanted / 100:.2f}"
+    )
+    bars = tab.locator("#histogram rect")
+    counts = bars.evaluate_all("bars => bars.map(bar => Number(bar.dataset.count))")
+    assert counts == expected["exit_counts"]
+    heights = bars.evaluate_all("bars => bars.map(bar => bar.height.baseVal.value)")
+    assert heights == pytest.approx([count / max(counts) * max(heights) for count in counts])
+    for name, layer in expected["mean_exit_layer"].items():
+        assert f"{name}\n{layer:.2f}" in text(tab, "#group-bars")
+    for (low, high), layer in zip(LENGTH_BINS, expected["mean_exit_layer_by_length"], strict=True):
+        shown = "\N{EN DASH}" if layer is None else f"{layer:.2f}"
+        assert f"{low} to {high} tokens\n{shown}" in text(tab, "#length-bars")
+
+
+def test_the_slider_shows_the_numbers_of_its_point(show: Open) -> None:
+    results = full_results()
+    tab = show(results)
+    check_shown(tab, results, 40)  # the target of the run
+    tab.focus("#saving")
+    tab.keyboard.press("ArrowRight")
+    check_shown(tab, results, 41)
+    tab.keyboard.press("Home")
+    check_shown(tab, results, 0)
+    tab.keyboard.press("End")
+    last = math.floor(100 * results["trade_off"][-1]["expected_saving"])
+    check_shown(tab, results, last)
+    for wanted in (7, 23, 55):
+        slide(tab, wanted)
+        check_shown(tab, results, wanted)
+    assert "55 % saving" in tab.locator("#saving").get_attribute("aria-valuetext")
+
+
+def test_the_marker_walks_along_the_curve(show: Open) -> None:
+    tab = show(full_results())
+    places = []
+    for wanted in (0, 20, 60):
+        slide(tab, wanted)
+        places.append(tab.locator("#marker circle").bounding_box())
+    assert places[0]["x"] < places[1]["x"] < places[2]["x"]
+    assert places[2]["y"] > places[1]["y"]
+    box = tab.locator("#curve .hit").bounding_box()
+    tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + 30)
+    assert "threshold" in text(tab, "#tip")
+    tab.mouse.click(box["x"] + box["width"] / 2, box["y"] + 30)
+    assert float(tab.locator("#saving").input_value()) == pytest.approx(45, abs=2)  # axis to 90 %
+    tab.focus("#curve rect[tabindex] >> nth=2")
+    assert "every input at layer 3" in text(tab, "#tip")
+
+
+def test_heading_wish_and_tables_state_the_results(show: Open) -> None:
+    results = full_results()
+    tab = show(results)
+    point = next(p for p in results["trade_off"] if p["expected_saving"] >= 0.4)
+    low, high = point["score_interval"]
+    assert text(tab, "#key") == (
+        f"Full depth: f1 0.858. At 40 % saving: {point['score']:.3f} ({low:.3f} to {high:.3f})."
+    )
+    assert text(tab, "h1") == "mrpc, bert-tiny-of-six-layers"
+    for fact in ("stage 2", "seed 42", "split validation_matched", "rows 4,080"):
+        assert fact in text(tab, "#facts")
+    target = text(tab, "#target")
+    for said in ("a saving of 40 %", "500 rows of train_held_out", "0.31, 0.29, 0.25, 0.2, 0.11"):
+        assert said in target
+    for said in ("40.3 %\n37.0 % to 43.0 %", "39.2 %", "0.846\n0.810 to 0.881", "0.839", "0.019"):
+        assert said in target
+    assert "not seconds" in text(tab, "#trade")
+    assert tab.locator("#multiples figure").count() == LAYERS
+    assert "AUROC \N{EN DASH}" in text(tab, "#multiples")
+    assert "6.3 %" in text(tab, "#tiles")
+    assert tab.locator("#correlation-table td").count() == LAYERS**2
+    assert tab.locator("#ramp-table tbody tr").count() == LAYERS
+    assert not tab.locator("#number-table").is_visible()
+    tab.click("#numbers summary")
+    assert tab.locator("#number-table tbody tr").count() == len(results["curve"])
+    assert "torch\n2.7.0+cpu" in text(tab, "#environment")
+
+
+def test_the_other_split_is_one_choice_away(show: Open) -> None:
+    results = full_results()
+    tab = show(results)
+    slide(tab, 30)
+    tab.select_option("#split", "validation_mismatched")
+    check_shown(tab, results["other_splits"][0], 30)  # the target stays
+    assert "split validation_mismatched" in text(tab, "#facts")
+    assert "f1 0.821" in text(tab, "#key")
+    assert "Measured on validation_mismatched." in text(tab, "#target")
+    assert "37.7 %\t0.801\t0.020" in text(tab, "#target-table")
+    tab.select_option("#split", "validation_matched")
+    check_shown(tab, results, 30)
+
+
+@pytest.mark.parametrize("clipboard", [True, False])
+def test_the_command_can_be_copied(show: Open, clipboard: bool) -> None:
+    tab = show(full_results(), permissions=["clipboard-write"] if clipboard else [])
+    if not clipboard:
+        tab.evaluate("void (navigator.clipboard.writeText = () => Promise.reject())")
+    slide(tab, 25)
+    tab.click("#copy")
+    expect(tab.locator("#copy")).to_have_text("Copied")
+    tab.evaluate("document.body.append(document.createElement('textarea'))")
+    tab.focus("textarea")
+    tab.keyboard.press("Control+V")
+    command = "python evaluate.py ckpt=runs/2025-01-02/13-14-15 target_saving=0.25"
+    assert tab.locator("textarea").input_value().strip() == command
+
+
+def test_the_command_names_the_rule_and_quotes_the_run(show: Open) -> None:
+    tab = show(full_results() | {"ckpt": "my runs/it's=1"})
+    rule = {"exit": {"name": "margin"}}
+    assert text(show(full_results() | rule), "#command").endswith(" exit=margin target_saving=0.40")
+    fit = {"prior": [0.25, 0.75], "temperatures": [2, 0.5, 1]}
+    given = full_results() | {"exit": {"name": "relative_entropy", **fit}}
+    assert text(show(given), "#command").endswith(
+        " exit=relative_entropy 'exit.prior=[0.25,0.75]' 'temperature=[2,0.5,1]' target_saving=0.40"
+    )
+    assert text(tab, "#command").startswith(
+        """python evaluate.py 'ckpt="my runs/it'\\''s=1"' target_saving="""
+    )
+
+
+def test_what_was_timed_is_a_table_and_a_mark_each(show: Open) -> None:
+    results = full_results()
+    assert not show(results).locator("#clock").is_visible()
+    folds = [0.31, 0.2, 0.25, 0.3, 0.28]
+    calibration = results["calibration"]
+    calibration |= {"target": {"target_speedup": 1.5}, "fold_thresholds": folds}
+    calibration["expected"]["time_speed_up"] = 1.57
+    results["timing"] = [
+        timed(folds, 0.41, counts=(2000, 2080)),
+        timed(folds, -0.035, 0.83, batch_size=1, counts=(400, 600)),
+    ]
+    tab = show(results)
+    assert text(tab, "#clock-table tbody tr >> nth=0") == (
+        "float32\tall\t4,080\tcross-fitted\t0.8391\t0.8584\t32.8 %\t41.0 %\t1.69\N{MULTIPLICATION SIGN}"
+        "\t0.289\t0.490\t120.50\t130.25\t131.13\t99.00 %"
+    )
+    assert "\t1\t1,000\tcross-fitted\t0.8300\t" in text(tab, "#clock-table tbody tr >> nth=1")
+    lead = text(tab, "#clock-text")
+    assert "medians of 3 turns, threads: 1, device: cpu" in lead
+    assert "without any exit: 1.25\N{MULTIPLICATION SIGN} (float32, all), 1.25" in lead
+    assert "a speed-up of 1.50\N{MULTIPLICATION SIGN} on the clock" in text(tab, "#target-text")
+    column = tab.locator("#target-table tr > :last-child").all_inner_texts()
+    assert column == ["speed-up (clock)", "1.50\xd7", "1.57\xd7", "1.69\xd7, 0.97\xd7", "1.00\xd7"]
+    first, second = (tab.locator(f"#curve .timed >> nth={i}").bounding_box() for i in (0, 1))
+    full = tab.locator("#curve line.full").bounding_box()
+    assert full["x"] < second["x"] < first["x"], "left of the axis' 0, but in the picture"
+    tab.focus("#curve .timed >> nth=0")
+    assert "inputs a request: all\ntime saving 41.0 %\nf1 0.839\nthreshold cross-fitted" in text(tab, "#tip")  # fmt: skip
+    assert "on the clock" in text(tab, "#legend")
+    tab.select_option("#split", "validation_mismatched")  # not timed
+    assert not tab.locator("#clock").is_visible()
+    assert tab.locator("#curve .timed").count() == 0
+
+
+def test_timing_without_labels_has_no_scores(show: Open) -> None:
+    tab = show(bare_results() | {"timing": [timed([0.1, 0.2], score=None, precision="int8")]})
+    assert "int8\tall\t10\t0.1, 0.2\t\N{EN DASH}\t" in text(tab, "#clock-table")
+    assert "own speed-up" not in text(tab, "#clock-text")
+
+
+def test_dark_and_light(show: Open) -> None:
+    paper = {
+        scheme: show(full_results(), color_scheme=scheme).evaluate(
+            "getComputedStyle(document.body).backgroundColor"
+        )
+        for scheme in ("light", "dark")
+    }
+    assert paper == {"light": "rgb(246, 246, 243)", "dark": "rgb(18, 21, 25)"}
+
+
+@pytest.mark.parametrize("width", [380, 700, 1400])
+def test_no_width_scrolls_sideways(show: Open, width: int) -> None:
+    results = full_results()
+    results["backbone"] = "an-organisation/with-a-very-long-backbone-name-that-nobody-would-break"
+    results["examples"]["first"][1]["text"] = "w" * 300
+    results["timing"] = [timed(), timed([0.31, 0.29, 0.25, 0.2, 0.11], precision="bfloat16")]
+    tab = show(results, viewport={"width": width, "height": 800})
+    tab.click("#numbers summary")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    tab.set_viewport_size({"width": 380, "height": 800})
+    narrow = re.compile(r"0 0 (2\d\d|3[0-7]\d) ")
+    expect(tab.locator("#curve svg")).to_have_attribute("viewBox", narrow)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 380
+
+
+def test_texts_of_the_results_are_never_markup(show: Open) -> None:
+    results = full_results()
+    for name in ("task", "backbone", "objective", "split", "ckpt"):
+        results[name] = HOSTILE
+    results["exit"]["name"] = results["calibration"]["rule"] = HOSTILE
+    results["environment"]["versions"][HOSTILE] = HOSTILE
+    for row in results["trade_off"] + results["curve"]:
+        row["mean_exit_layer"] = {HOSTILE: 2.0}
+    for ramp in results["exits"]:
+        ramp["scores"][HOSTILE] = 0.5
+    results["timing"] = [timed(precision=HOSTILE, device=HOSTILE, threshold=0.1)]
+    results["examples"]["last"][0] |= {"label": HOSTILE, "prediction": HOSTILE + "!"}
+    assert page(results).count("<img") == 0
+    tab = show(results)
+    assert tab.locator("#first p").first.inner_text() == HOSTILE
+    assert HOSTILE in tab.locator("h1").inner_text()
+    assert tab.evaluate("window.hacked") is None
+    assert tab.locator("img").count() == 0
+    assert json.loads(tab.locator("#results").text_content()) == results
+
+
+def test_results_without_any_optional_field(show: Open) -> None:
+    results = bare_results()
+    tab = show(results)
+    assert "no labels" in text(tab, "#notes")
+    assert not tab.locator("#key").is_visible()
+    absent = ("target", "lengths", "ramps", "reliability", "examples", "analysis", "split", "curve")
+    for section in absent:
+        assert not tab.locator(f"#{section}").is_visible(), section
+    slide(tab, 30)
+    expected = next(p for p in results["curve"] if p["expected_saving"] >= 0.3)
+    assert float(text(tab, "#threshold")) == expected["threshold"]
+    assert text(tab, "#command") == "python evaluate.py ckpt=RUN target_saving=0.30"
+    del results["environment"]
+    results |= {"other_splits": None, "trade_off": None, "analysis": None, "calibration": None}
+    assert show(results).locator("#trade").is_visible()
+
+
+def test_without_a_trade_off_the_curve_itself_is_drawn(show: Open) -> None:
+    results = full_results()
+    for part in (results, *results["other_splits"]):
+        del part["trade_off"], part["analysis"], part["length_bins"]
+    results["calibration"] = {"target": {"max_drop": 0.01, "confidence": 0.95, "loss": "excess"}}
+    tab = show(results)
+    assert tab.locator("#curve .point").count() == len(results["curve"])
+    assert tab.locator("#curve .band").count() == 0
+    assert "lose at most 0.010 (drop in accuracy), with 95 % confidence" in text(tab, "#target")
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [({"objective": "final"}, "Only the last ramp"), ({"metric": "spearman"}, "a regression")],
+)
+def test_where_there_is_nothing_to_choose_there_is_no_slider(
+    show: Open, change: dict[str, str], note: str
+) -> None:
+    results = full_results() | change
+    del results["trade_off"], results["calibration"]
+    results["curve"] = results["curve"][:1]  # full depth
+    tab = show(results)
+    assert note in text(tab, "#notes")
+    assert not tab.locator("#trade").is_visible()
+    assert tab.locator("#ramp-table tbody tr").count() == LAYERS
+
+
+def test_the_page_is_one_small_file_and_refuses_nan() -> None:
+    assert len(page(full_results()).encode()) < 200_000
+    with pytest.raises(ValueError, match="JSON compliant"):
+        page({"task": math.nan})

@@ -1,0 +1,216 @@
+"""Weights & Biases, for real and offline: the log is read back with wandb's own tool."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CommandFailed
+from helpers.timed import timed
+
+from deebert.reporting import dashboard, wandb
+
+ONLY_TINY = ("backbone=tiny", "data.max_length=64", "data.limit_train=64")
+
+# wandb starts a service process of its own and leaves its sockets to the interpreter's end.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    # wandb-workspaces 0.4 still uses pydantic's old validators.
+    pytest.mark.filterwarnings("ignore:Pydantic V1 style:DeprecationWarning"),
+]
+# What tracking.py logs, as against callbacks.py.
+TRACKED = ("curve", "calibration/")
+
+
+def inspect(folder: Path, *flags: str) -> str:
+    [log] = folder.glob("wandb/offline-run-*/*.wandb")
+    tool = Path(sys.executable).parent / "wandb"
+    command = [str(tool), "leet", "inspect", "--json", *flags, str(log)]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    records = (json.loads(line) for line in inspect(folder).splitlines())
+    return [record["history"]["item"] for record in records if record["type"] == "history"]
+
+
+def charted() -> Iterator[str]:
+    """The pattern of every name that the dashboard draws."""
+    for section in dashboard.workspace("me", "deebert").sections:
+        for panel in section.panels:
+            listed = [getattr(panel, "x", None), *_list(getattr(panel, "y", None))]
+            listed += getattr(panel, "media_keys", [])
+            yield from (re.escape(getattr(name, "name", name)) for name in listed if name)
+            if regex := getattr(panel, "metric_regex", None):
+                yield regex
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def assert_logged(patterns: list[str], names: set[str]) -> None:
+    assert patterns
+    for pattern in patterns:
+        assert any(re.fullmatch(pattern, name) for name in names), f"{pattern} is not logged"
+
+
+def test_a_failing_job_leaves_no_open_run_to_the_next(
+    run: Callable[..., str], tmp_path: Path
+) -> None:
+    with pytest.raises(CommandFailed, match="64-wide"):
+        run("train.py", "-m", "task=demo", "trainer.precision=64-wide,32-true", *ONLY_TINY, "stages.1.epochs=1", f"hydra.sweep.dir={tmp_path}")  # fmt: skip
+    assert not list((tmp_path / "0").glob("wandb/*.wandb"))
+    assert (
+        json.loads(inspect(tmp_path / "1", "--summary"))["config"]["trainer"]["precision"]
+        == "32-true"
+    )
+
+
+def test_a_sweep_leaves_a_finished_run_per_job(run: Callable[..., str], tmp_path: Path) -> None:
+    run("train.py", "-m", "task=demo", "stage=1", "seed=1,2", *ONLY_TINY, "stages.1.epochs=2", f"hydra.sweep.dir={tmp_path}")  # fmt: skip
+    ids = set()
+    for job, seed in (("0", 1), ("1", 2)):
+        folder = tmp_path / job
+        summary = json.loads(inspect(folder, "--summary"))
+        config = summary["config"]
+        assert config["seed"] == seed
+        assert config["task"]["name"] == "demo"
+        assert config["stages"]["1"]["lr"] == 2e-5, "plain nested values"
+        results = json.loads((folder / "results.json").read_text())
+        assert summary["summary"]["val/score"] == pytest.approx(results["exits"][-1]["score"])
+        assert summary["summary"]["val/threshold_0.7/expected_saving"] == pytest.approx(2 / 3)
+        records = [json.loads(line) for line in inspect(folder).splitlines()]
+        started = next(record for record in records if record["type"] == "run")
+        text = json.dumps(started)
+        assert f'"{tmp_path.name}"' in text, "grouped under the sweep's folder"
+        assert f"demo-tiny-stage1-seed{seed}" in text
+        ids.add(next(folder.glob("wandb/offline-run-*")).name.rpartition("-")[2])
+        logged = history(folder)
+        assert sum("val/ramp_1/score" in item for item in logged) == 2, "one value an epoch"
+        names = {name for item in logged for name in item}
+        assert_logged([name for name in charted() if not name.startswith(TRACKED)], names)
+        assert any(record["type"] == "exit" for record in records), "the run was finished"
+        media = {path.name.split("_")[0] for path in folder.glob("wandb/offline-run-*/files/media/*/*.*")}  # fmt: skip
+        assert "curve" in media, "the picture"
+        tables = list(folder.glob("wandb/offline-run-*/files/media/table/val/*.table.json"))
+        curves = [json.loads(path.read_text()) for path in tables if path.name.startswith("curve_")]
+        assert len(curves) == 2, "a table an epoch"
+        assert curves[0]["columns"][:5] == ["threshold", "score", "cost_ratio", "expected_saving", "speed_up"]  # fmt: skip
+        assert len(curves[0]["data"]) == 13
+        assert "score_vs_saving" in json.dumps(summary["config"]) + json.dumps(records)
+    assert len(ids) == 2, "two runs, not one shared one"
+
+
+def outcome(threshold: float, saving: float, score: float | None, *counts: int) -> dict[str, Any]:
+    return {
+        "threshold": threshold, "score": score, "cost_ratio": 1 - saving, "expected_saving": saving,
+        "speed_up": 1 / (1 - saving), "exit_counts": list(counts),
+    }  # fmt: skip
+
+
+def test_what_runs_are_compared_by(tmp_path: Path) -> None:
+    """A history that W&B overlays, the headline in the summary, exits; and the dashboard of it."""
+    from lightning.pytorch.loggers import WandbLogger
+    from matplotlib.figure import Figure
+
+    picture = tmp_path / "curve.png"
+    Figure().savefig(picture)
+    exits = [{"layer": 1, "score": 0.6}, {"layer": 2, "score": 0.9}]
+    results = {
+        "objective": "ramps", "split": "validation_matched", "num_rows": 10, "num_layers": 2, "exits": exits,
+        "curve": [outcome(0.0, 0.0, 0.9, 0, 10), outcome(0.5, 0.3, 0.8, 6, 4)],
+        # Patience and the like: a larger threshold need not come with a larger saving.
+        "trade_off": [outcome(0.1, 0.1, 0.85, 2, 8), outcome(0.7, 0.5, 0.6, 10, 0), outcome(0.6, 0.4, 0.7, 8, 2)],
+        "calibration": {
+            "target": {"target_saving": 0.4, "per_ramp": False},
+            "measured": {"score": 0.72, "expected_saving": 0.41},
+        },
+        "other_splits": [{
+            "split": "unlabelled", "num_rows": 4, "num_layers": 2, "exits": [{"layer": 1, "score": None}, {"layer": 2, "score": None}],
+            "curve": [outcome(0.5, 0.25, None, 2, 2)],
+        }],
+        "timing": [
+            timed(0.1, 0.3), timed([0.5], 0.5, 0.75), timed(0.1, 0.6, precision="int8", batch_size=8),
+        ],
+    }  # fmt: skip
+    logger = WandbLogger(project="deebert", save_dir=str(tmp_path), offline=True)
+    run = logger.experiment
+    wandb.log_evaluation(run, "val", results, 7)
+    wandb.log_evaluation(run, "val_unlabelled", results["other_splits"][0], 7)
+    untimed = {"objective": "final", "calibration": None, "timing": None}
+    wandb.log_final(run, results | untimed, picture)
+    assert not any(key.startswith("timing") for key in dict(run.summary))
+    assert "calibration/score" not in dict(run.summary)
+    wandb.log_final(run, results, picture)
+    run.finish()
+
+    logged = history(tmp_path)
+    curve = [item for item in logged if "curve/score" in item]
+    names = ("expected_saving", "score", "threshold", "exit_1", "exit_2")
+    assert [[item[f"curve/{name}"] for name in names] for item in curve] == [
+        [0.1, 0.85, 0.1, 0.2, 0.8], [0.4, 0.7, 0.6, 0.8, 0.2], [0.5, 0.6, 0.7, 1.0, 0.0],
+    ], "the trade-off, sorted by saving, once"  # fmt: skip
+    records = [json.loads(line) for line in inspect(tmp_path).splitlines()]
+    axes = {record["metric"].get("name"): record["metric"].get("step_metric") for record in records if record["type"] == "metric"}  # fmt: skip
+    for name in names[1:]:
+        assert axes[f"curve/{name}"] == "curve/expected_saving"
+    first = next(item for item in logged if "val/curve._type" in item)
+    assert first["trainer/global_step"] == 7
+    assert "val/score_by_ramp_table._type" in first
+    keys = {name for item in logged for name in item}
+    assert not any("unlabelled/score" in key for key in keys), "no scores without labels"
+
+    summary = json.loads(inspect(tmp_path, "--summary"))["summary"]
+    headline = {key: value for key, value in summary.items() if key.startswith(("full_depth/", "calibration/"))}  # fmt: skip
+    assert headline == {
+        "full_depth/score": 0.9, "calibration/target_saving": 0.4, "calibration/per_ramp": False,
+        "calibration/score": 0.72, "calibration/expected_saving": 0.41,
+    }  # fmt: skip
+    times = {key: value for key, value in summary.items() if key.startswith("timing/float32/all/")}
+    assert times == {
+        f"timing/float32/all/{key}": pytest.approx(value)
+        for key, value in {
+            "score": 0.8391, "expected_saving": 0.24, "time_saving": 0.3, "time_speed_up": 1 / 0.7, "seconds": 1.4,
+            "seconds_full_depth": 2.0, "seconds_threshold_0": 1.6, "samples_per_second": 10 / 1.4,
+            "latency_p50_ms": 120.5, "latency_p95_ms": 130.25, "latency_p99_ms": 131.125,
+            "equal_exits": 0.99, "equal_predictions": 1.0,
+        }.items()
+    }, "of the first threshold"  # fmt: skip
+    assert summary["timing/int8/8/time_saving"] == 0.6
+    assert "curve/score" not in summary, "the last point of a curve is nothing to compare"
+
+    tables = {}
+    for path in tmp_path.glob("wandb/offline-run-*/files/media/table/**/*.table.json"):
+        tables[f"{path.parent.name}/{path.name.rsplit('_', 2)[0]}"] = json.loads(path.read_text())
+    assert tables["val/curve"]["columns"] == ["threshold", "score", "cost_ratio", "expected_saving", "speed_up", "exit_1", "exit_2"]  # fmt: skip
+    assert tables["val/curve"]["data"][1][-2:] == [6, 4]
+    assert tables["curve/exit_shares"] == {
+        "columns": ["threshold", "layer", "share"],
+        "data": [["0.0", "1", 0.0], ["0.0", "2", 1.0], ["0.5", "1", 0.6], ["0.5", "2", 0.4]],
+    }
+    listed = [dict(zip(tables["table/timing"]["columns"], row, strict=True)) for row in tables["table/timing"]["data"]]  # fmt: skip
+    shown = [[row[key] for key in ("case", "threshold", "time_saving", "exit_1", "latency_p95_ms")] for row in listed]  # fmt: skip
+    assert shown == [["float32/all", "0.1", 0.3, 4, 130.25], ["float32/all", "[0.5]", 0.5, 4, 130.25], ["int8/8", "0.1", 0.6, 4, 130.25]]  # fmt: skip
+    assert "timing/score_vs_seconds" in json.dumps(records)
+    assert tables["curve_unlabelled/exit_shares"]["data"] == [["0.5", "1", 0.5], ["0.5", "2", 0.5]]
+
+    names = keys | {key.removesuffix("._type") for key in keys} | set(headline)
+    assert_logged([name for name in charted() if name.startswith(TRACKED)], names)
+
+
+def test_the_dashboard_that_cannot_be_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no account"))
+    for place, message in (("me/deebert", "the view was not saved, W&B says: No API key"), ("deebert", "deebert is no project; give ENTITY/PROJECT")):  # fmt: skip
+        assert dashboard.main([place]) == 2
+        assert f"Error: {message}" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)  # not installed
+    assert dashboard.main(["me/deebert"]) == 2
+    assert "pip install 'deebert[dashboard]'" in capsys.readouterr().err
