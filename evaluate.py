@@ -1,21 +1,25 @@
 """Score a checkpoint: python evaluate.py ckpt=RUN prints score and saving for each threshold.
 
-Only Hydra is imported here, so that --help, typos and completion answer at once.
+`deebert evaluate` is the same. Only Hydra and the names of settings are imported here, so that
+--help, typos and completion answer at once.
 """
+
+import sys
 
 import hydra
 from omegaconf import DictConfig
 
+from deebert import options
+
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> float | None:
-    from deebert.runs import signals
+    """Run the job, and return the score that was asked for."""
+    from deebert import cli
 
-    with signals.in_one_line(cfg):
-        from deebert.runs import evaluate
-
-        return evaluate.evaluate(cfg)
+    return cli.evaluate(cfg)
 
 
 if __name__ == "__main__":
+    options.refuse_moved(sys.argv[1:])
     main()

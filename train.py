@@ -1,6 +1,7 @@
 """Train one stage: python train.py task=mrpc stage=1, then python train.py stage=2 ckpt=RUN.
 
-Only Hydra is imported here, so that --help, typos and completion answer at once.
+`deebert train` is the same. Only Hydra is imported here, so that --help, typos and completion
+answer at once.
 """
 
 import hydra
@@ -9,12 +10,10 @@ from omegaconf import DictConfig
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
-    from deebert.runs import signals
+    """Run the job, and return the score at full depth."""
+    from deebert import cli
 
-    with signals.in_one_line(cfg):
-        from deebert.runs import train
-
-        return train.train(cfg)
+    return cli.train(cfg)
 
 
 if __name__ == "__main__":

@@ -4,29 +4,31 @@
     classifier = EarlyExitClassifier.from_pretrained("RUN")
     classifier.predict(["a fine film"], target_saving=0.4)
 
-Knows texts, labels and targets; needs neither Lightning nor Hydra nor the training data.
-Shapes: N inputs, L layers (= ramps), C labels.
+The module brings texts, labels and targets together. It needs neither Lightning nor Hydra nor the
+training data. Shapes: N inputs, C labels.
 """
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 
+from deebert.data import texts as input_texts
 from deebert.data import tokenization
-from deebert.data.tasks import HELD_OUT, Task
+from deebert.data.tasks import HELD_OUT
+from deebert.data.texts import Text
 from deebert.errors import UserError
-from deebert.evaluation import evaluate_records, latency
+from deebert.evaluation import engine_latency, evaluate_records
+from deebert.evaluation.engine_latency import Protocol
 from deebert.evaluation.evaluate_records import EvaluationConfig
-from deebert.evaluation.latency import Protocol
 from deebert.evaluation.timing import undisturbed
-from deebert.exits import calibration, rules
+from deebert.exits import calibration, curves, rules
+from deebert.exits.calibration import CalibratedPoint
 from deebert.exits.curves import Thresholds, check_thresholds
 from deebert.exits.records import Record
 from deebert.exits.rules import Rule
@@ -34,112 +36,57 @@ from deebert.exits.target import Target
 from deebert.hub import locate, model_card, saved_folder
 from deebert.hub.saved_folder import Saved
 from deebert.inference.engine import WINDOW, Engine
+from deebert.inference.predictions import Predictions
+from deebert.options import ONE_OF, TARGET, given
 
-Text = str | Sequence[str] | Mapping[str, Any]  # a text, a pair, or either by the columns' names
 Tokens = Mapping[str, Any]
 
-TARGETS = ("threshold", "target_saving", "target_speedup", "max_drop")
-MOST_KEPT = 1000  # targets whose thresholds are kept
-COST_ROWS = 64  # made-up inputs of the record's lengths that the cost of layers is measured on
-
-
-@dataclass(frozen=True)
-class CalibratedPoint:
-    """What inputs are answered by: made by `EarlyExitClassifier.calibrate`.
-
-    Attributes:
-        target: as it was asked.
-        expected: what the calibration rows say of it (`calibration.calibration`: `expected_saving`,
-            `interval`, and with labels `score`, `score_interval`); None for thresholds given.
-        split: of the calibration rows, or None.
-    """
-
-    rule: Rule
-    thresholds: Thresholds
-    target: Mapping[str, Any]
-    expected: Mapping[str, Any] | None = None
-    split: str | None = None
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Answers, in the order of the inputs; a sequence of one dict an input.
-
-    Attributes:
-        labels: names of classes, or values of a regression.
-        probabilities_NC: of the classes in the order of `classes`; None for a regression.
-        exit_layers: where each input left, from 1.
-        num_layers: L.
-    """
-
-    labels: list[Any]
-    probabilities_NC: Tensor | None
-    exit_layers: list[int]
-    num_layers: int
-    classes: tuple[str, ...] | None
-
-    @property
-    def saving(self) -> float:
-        """Share of the layers that was saved: 1 - mean exit layer / number of layers."""
-        return 1 - sum(self.exit_layers) / (len(self) * self.num_layers)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: Any) -> Any:
-        """`label`, `probability` (of that label; not for a regression) and `exit_layer`; of a
-        slice a list of these."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        found = {"label": self.labels[index], "exit_layer": self.exit_layers[index]}
-        if self.probabilities_NC is not None:
-            found["probability"] = self.probabilities_NC[index].max().item()
-        return found
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[index] for index in range(len(self)))
+MOST_KEPT = 1000  # targets whose operating points are kept
+COST_ROWS = 64  # random inputs, as long as the calibration rows, that layer costs are measured on
 
 
 class EarlyExitClassifier:
-    """A model, its tokenizer and its records, ready to answer.
+    """A model with its tokenizer and its records, which answers texts.
 
     Args:
-        what: as `from_pretrained` finds it.
-        precision, runtime, device: as `engine.Engine` takes them.
+        saved: a loaded model (`from_pretrained` loads one).
+        precision: precision of the weights (`Engine`).
+        runtime: library that runs the layers (`Engine`).
+        device: device that runs them (`Engine`).
     """
 
     def __init__(
         self,
-        what: Saved,
+        saved: Saved,
         *,
         precision: str = "float32",
         runtime: str = "torch",
         device: torch.device | str = "cpu",
     ) -> None:
-        self.saved = what
-        source = what.checkpoint
-        self.task = Task.from_config(source.config["task"])
+        self.saved = saved
+        source = saved.checkpoint
+        self.task = source.config.task
         self.model = source.model()
         self.tokenizer = source.tokenizer()
-        self.max_length = int(source.config["data"]["max_length"])
+        self.max_length = source.config.data.max_length
         longest = self.model.backbone.longest_input
         if self.max_length > longest:
             raise UserError(
                 f"{source.path}: its data.max_length={self.max_length} is more than the {longest} "
                 "tokens that its backbone takes"
             )
-        for record in what.records.values():
+        for record in saved.records.values():
             if record.num_layers != self.num_layers:
                 raise UserError(
                     f"{source.path}: its record of {record.split} is of {record.num_layers} ramps, "
                     f"and its model has {self.num_layers}"
                 )
-        self._rules: dict[str | None, Rule] = {}
-        self.rule = self._rule(what.exit)
+        self._rules: dict[Any, Rule] = {}
+        self.rule = self._rule(saved.exit)
         self.engine = Engine(
             self.model, self.rule, 0.0, precision=precision, runtime=runtime, device=device
         )
-        self._asked: dict[Any, CalibratedPoint] = {}
+        self._points: dict[Any, CalibratedPoint] = {}
 
     @classmethod
     def from_pretrained(
@@ -154,19 +101,24 @@ class EarlyExitClassifier:
         """Load a model.
 
         Args:
-            source: a run folder (or checkpoint file), a folder of `save_pretrained`, or the id of
-                such a repository on the Hugging Face hub; also one of the published DeeBERT
-                checkpoints (folder or id).
-            task: what a published checkpoint was trained for, where it does not say: a name in
-                conf/task/, or what such a file holds.
+            source: a run folder, a checkpoint file, a folder of `save_pretrained`, the id of such a
+                repository on the Hugging Face hub, or the folder or id of a DeeBERT checkpoint of
+                the original code.
+            task: the task of a checkpoint of the original code that does not name its task: a name
+                in conf/task/, or the values of such a file.
+            precision: precision of the weights (`Engine`).
+            runtime: library that runs the layers (`Engine`).
+            device: device that runs them (`Engine`).
 
         Raises:
-            UserError: nothing that can be loaded is there.
+            UserError: there is no model that can be loaded.
         """
         if not isinstance(source, str | Path):
-            raise UserError(f"{_short(source)} is no model: give a folder or the id of one")
-        found = locate.find(source, task)
-        return cls(found, precision=precision, runtime=runtime, device=device)
+            raise UserError(
+                f"{input_texts.short(source)} is no model: give a folder or the id of one"
+            )
+        saved = locate.find(source, task)
+        return cls(saved, precision=precision, runtime=runtime, device=device)
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -175,22 +127,24 @@ class EarlyExitClassifier:
 
     @property
     def num_layers(self) -> int:
+        """Number of layers, which is also the number of ramps."""
         return len(self.model.ramps)
 
     def predict(self, texts: Text | Iterable[Text], **target: Any) -> Predictions:
         """Answer texts.
 
         Args:
-            texts: one or many; each a text, or for a task of two columns a pair. Both may be
-                mappings with the task's columns.
-            **target: as `calibrate` takes it.
+            texts: one input or many. An input is a text, for a task with two columns a pair of
+                texts, or a mapping from the task's columns to texts.
+            **target: arguments of `calibrate`.
 
         Raises:
-            UserError: there are none, one is not a text (or pair), or the target cannot be met.
+            UserError: there is no input, one is not a text (or a pair), or the target cannot be
+                met.
         """
         if not isinstance(texts, Iterable):
-            raise UserError(f"texts are {_short(texts)}; give one or a list of them")
-        one = isinstance(texts, str | bytes | Mapping) or _is_pair(texts, len(self.task.columns))
+            raise UserError(f"texts are {input_texts.short(texts)}; give one or a list of them")
+        one = input_texts.is_one(texts, self.task)
         parts = list(self.stream([texts] if one else texts, **target))  # type: ignore[list-item]
         if not parts:
             raise UserError("there are no texts to answer; give at least one")
@@ -203,169 +157,144 @@ class EarlyExitClassifier:
         )
 
     def stream(self, texts: Iterable[Text], **target: Any) -> Iterator[Predictions]:
-        """The same for texts without end: answers to 8,192 of them at a time, in their order."""
-        asked, left = self.calibrate(**target), iter(texts)
-        while window := list(islice(left, WINDOW)):
-            yield self.answer(self.encode(window), asked)
+        """Answer any number of texts, 8,192 at a time and in their order (see `predict`)."""
+        point, remaining = self.calibrate(**target), iter(texts)
+        while window := list(islice(remaining, WINDOW)):
+            yield self.answer(self.encode(window), point)
 
     def encode(self, texts: Sequence[Text]) -> list[Tokens]:
-        """Texts -> what `answer` takes, one for each.
+        """Tokenize texts for `answer`.
 
         Raises:
-            UserError: one is not a text, or not a pair where the task has two columns.
+            UserError: one is not a text, or not a pair although the task has two columns.
         """
-        found: list[Tokens] = []
-        for some in tokenization.portions([self._columns(text) for text in texts]):
-            columns = list(zip(*some, strict=True))
+        inputs: list[Tokens] = []
+        rows_of_texts = [input_texts.columns(text, self.task) for text in texts]
+        for portion in tokenization.portions(rows_of_texts):
+            columns = list(zip(*portion, strict=True))
             encoded = tokenization.encode(self.tokenizer, columns, self.max_length)
             names = [name for name in tokenization.TOKENS if name in encoded]
             rows = zip(*(encoded[name] for name in names), strict=True)
-            found += [dict(zip(names, values, strict=True)) for values in rows]
-        return found
+            inputs += [dict(zip(names, values, strict=True)) for values in rows]
+        return inputs
 
-    def _columns(self, text: Text) -> tuple[str, ...]:
-        names = self.task.columns
-        given: Any = (text,) if isinstance(text, str) else text
-        if isinstance(given, Mapping):
-            if missing := [name for name in names if name not in given]:
-                raise UserError(
-                    f"an input lacks {missing[0]!r}; {self.task.name} reads: {', '.join(names)}"
-                )
-            given = tuple(given[name] for name in names)
-        if not isinstance(given, list | tuple) or not all(isinstance(each, str) for each in given):
-            raise UserError(f"an input is {_short(text)}, not a text")
-        if len(given) != len(names):
-            wanted = "a pair of texts" if len(names) == 2 else "one text"
-            raise UserError(
-                f"an input has {len(given)} texts; task {self.task.name} takes {wanted}: "
-                f"{', '.join(names)}"
-            )
-        try:
-            "".join(given).encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"an input is {_short(text)}: half of a surrogate pair") from error
-        return tuple(given)
-
-    def answer(self, inputs: Sequence[Tokens], asked: CalibratedPoint) -> Predictions:
-        """Run inputs that `encode` has made.
-
-        Raises:
-            UserError: there are none.
-        """
-        found = self.engine.at(asked.thresholds, asked.rule).run(inputs)
-        predictions = self.task.predict(found.logits_NC).tolist()
-        probabilities_NC = None
-        if self.task.labels is not None:
-            probabilities_NC = found.logits_NC.softmax(-1)
-            predictions = [self.task.labels[index] for index in predictions]
-        return Predictions(
-            predictions, probabilities_NC, found.layer_N.tolist(), self.num_layers, self.task.labels
-        )
-
-    def calibrate(
-        self,
-        *,
-        threshold: float | Sequence[float] | None = None,
-        target_saving: float | None = None,
-        target_speedup: float | None = None,
-        max_drop: float | None = None,
-        exit: str | None = None,
-        **more: Any,
-    ) -> CalibratedPoint:
-        """Find the thresholds that a target needs. Kept, so that asking again costs nothing.
+    def answer(self, inputs: Sequence[Tokens], point: CalibratedPoint) -> Predictions:
+        """Run tokenized inputs at an operating point.
 
         Args:
-            threshold: one for all ramps, or one for each but the last; 0 runs all layers.
-            target_saving: share of the layers to save, 0.4 for 40 %.
-            target_speedup: how many times faster than full depth, by what layers cost on this
-                machine (measured at the first time: about ten seconds).
-            max_drop: how much worse than full depth it may be at most, 0.01 for one point.
-            exit: the exit rule; None for the one it was saved with.
-            **more: `confidence`, `loss`, `per_ramp`, `temperature` of `calibration.Target`.
-                Nothing at all: as the model was saved, full depth unless it says otherwise.
+            inputs: from `encode`.
+            point: from `calibrate`.
 
         Raises:
-            UserError: a value is out of its range, several targets contradict each other, or there
-                is no record to meet them from.
+            UserError: there is no input.
         """
-        threshold = getattr(threshold, "tolist", lambda: threshold)()  # numpy's and torch's
-        given = {
-            "threshold": threshold, "target_saving": target_saving,
-            "target_speedup": target_speedup, "max_drop": max_drop, "exit": exit, **more,
-        }  # fmt: skip
-        # None says something of confidence only: "on average".
-        target = {name: v for name, v in given.items() if v is not None or name == "confidence"}
-        if not target:
-            target = dict(self.saved.target)
-        said = [name for name in TARGETS if name in target]
-        if len(said) > 1:
-            both = " and ".join(f"{name}={target[name]}" for name in said)
+        exits = self.engine.at(point.thresholds, point.rule).run(inputs)
+        labels = self.task.predict(exits.logits_NC).tolist()
+        probabilities_NC = None
+        if self.task.labels is not None:
+            probabilities_NC = exits.logits_NC.softmax(-1)
+            labels = [self.task.labels[index] for index in labels]
+        return Predictions(
+            labels, probabilities_NC, exits.layer_N.tolist(), self.num_layers, self.task.labels
+        )
+
+    def calibrate(self, **target: Any) -> CalibratedPoint:
+        """Choose the operating point for a target.
+
+        The result is kept: a second call with the same target returns the same object. Without any
+        argument the target is the one that was saved with the model, or full depth.
+
+        Args:
+            **target: the values of `options.TargetOptions`. `threshold`: one for all ramps, or one
+                for each ramp except the last; 0 runs all layers. `target_saving`: share of the
+                layers to save, 0.4 for 40 %. `target_speedup`: time at full depth / time, from the
+                costs of the layers on this machine (measured once, in about ten seconds).
+                `max_drop`: largest loss against full depth, 0.01 for one point; with `confidence`
+                and `loss`. `per_ramp` and `temperature`: see `Target`. `exit`: name of the exit
+                rule; None for the rule that was saved with the model.
+
+        Raises:
+            UserError: a value is outside its range, several targets contradict each other, or there
+                is no record that thresholds can be chosen on.
+        """
+        target = given(target) or dict(self.saved.target)
+        if hasattr(target.get("threshold"), "tolist"):  # numpy's and torch's
+            target["threshold"] = target["threshold"].tolist()
+        targets = [name for name in ONE_OF if name in target]
+        if len(targets) > 1:
+            both = " and ".join(f"{name}={target[name]}" for name in targets)
             raise UserError(f"{both}: ask for one of them")
-        key = repr(sorted(target.items()))
-        if key not in self._asked:
-            found = self._calibrate(target)
-            while len(self._asked) >= MOST_KEPT:  # a service is asked many different ones
-                self._asked.pop(next(iter(self._asked)))
-            self._asked[key] = found
-        return self._asked[key]
+        # A notebook may register a rule of the same name again.
+        key = repr(sorted(target.items())), rules.RULES.get(str(target.get("exit")))
+        if key not in self._points:
+            point = self._calibrate(target)
+            while len(self._points) >= MOST_KEPT:  # a service may get many different targets
+                self._points.pop(next(iter(self._points)))
+            self._points[key] = point
+        return self._points[key]
 
     def _calibrate(self, target: dict[str, Any]) -> CalibratedPoint:
+        """Choose the operating point for the values of a target that are not None."""
         values = dict(target)
         rule = self._rule(values.pop("exit", None)) if "exit" in values else self.rule
         if rule.reads == "learned_score" and self.model.ramp_kind.predicts is None:
             raise UserError(rules.NOT_LEARNED.format(rule.name))
-        known = set(Target.__dataclass_fields__) - {"costs"} | {"threshold"}
+        known = {*TARGET} - {"exit"}
         if unknown := sorted(set(values) - known):
             raise UserError(f"{unknown[0]}= is no part of a target; {', '.join(sorted(known))} are")
-        if not set(values) & set(TARGETS[1:]):
+        if not set(values) & set(ONE_OF[1:]):
             threshold = values.pop("threshold", 0.0)
             if values:
                 name, value = next(iter(values.items()))
-                raise UserError(f"{name}={value} needs {' or '.join(TARGETS[1:])}")
+                raise UserError(f"{name}={value} needs {' or '.join(ONE_OF[1:])}")
             listed = isinstance(threshold, list | tuple)
             checked = list(check_thresholds(list(threshold) if listed else threshold, "threshold"))
             thresholds: Thresholds = checked if listed else checked[0]
             if rules.limits(thresholds, self.num_layers).any() and rule.needs_prior:
                 raise UserError(rules.NO_PRIOR.format(rule.name))
             return CalibratedPoint(rule, thresholds, target)
-        calibrated = Target(**values)
+        wanted = Target(**values)
         record = self._calibration_rows
-        if calibrated.target_speedup is not None:
-            calibrated = replace(calibrated, costs=self.costs)
-        operating_point = calibration.choose(record, self.task, rule, calibrated)
+        if wanted.target_speedup is not None:
+            wanted = replace(wanted, costs=self.costs)
+        operating_point = calibration.choose(record, self.task, rule, wanted)
         return CalibratedPoint(
             operating_point.rule,
             operating_point.thresholds,
             target,
-            calibration.expected(record, self.task, operating_point, len(record)),
+            curves.expected(record, self.task, operating_point, len(record)),
             record.split,
         )
 
     def _rule(self, name: str | None) -> Rule:
-        """The same object for the same name: requests to a service are grouped by it."""
-        if name not in self._rules:
+        """Return the exit rule of a name: the same object each time, since requests group by it."""
+        key = name, rules.RULES.get(str(name))
+        if key not in self._rules:
             num = self.task.num_labels
-            self._rules[name] = rules.default(num) if name is None else rules.named(name, num)
-        return self._rules[name]
+            self._rules[key] = rules.default(num) if name is None else rules.named(name, num)
+        return self._rules[key]
 
     @cached_property
     def _calibration_rows(self) -> Record:
-        """The rows that thresholds are chosen on: held out of training, unless they are plainly
-        unlike those that the model was scored on."""
-        found, source = self.saved.records, self.saved.checkpoint
-        if not found:
+        """The rows that thresholds are chosen on.
+
+        They are the rows that were held out of training, unless these are clearly different from
+        the rows that the model was scored on.
+        """
+        records, source = self.saved.records, self.saved.checkpoint
+        if not records:
             raise UserError(
                 f"{source.path} has no records to choose thresholds on: give threshold=, or let "
                 "python evaluate.py write some and use its run folder"
             )
-        trained = source.config["objective"]["name"]
+        trained = source.config.objective.name
         if not source.ramps_trained:
             raise UserError(
                 f"{source.path} was trained with objective={trained}, the final classifier alone: "
                 "its ramps say nothing yet; train them with python train.py stage=2 ckpt=RUN"
             )
-        held_out = found.get(HELD_OUT)
-        reported = [found[split] for split in found if split != HELD_OUT]
+        held_out = records.get(HELD_OUT)
+        reported = [records[split] for split in records if split != HELD_OUT]
         labelled = [record for record in reported if record.labels_N is not None] or reported
         if not labelled:
             assert held_out is not None
@@ -378,10 +307,10 @@ class EarlyExitClassifier:
 
     @cached_property
     def costs(self) -> tuple[float, ...]:
-        """What leaving at each layer costs here, on inputs as long as the record's."""
+        """Costs of leaving at each layer on this machine, for inputs as long as the record's."""
         lengths = self._calibration_rows.length_N
         chosen = lengths[torch.linspace(0, len(lengths) - 1, min(COST_ROWS, len(lengths))).long()]
-        random = torch.Generator().manual_seed(0)  # different ones leave at different layers
+        random = torch.Generator().manual_seed(0)  # equal inputs would leave at one layer
         inputs: list[Tokens] = [
             {"input_ids": torch.randint(len(self.tokenizer), (int(n),), generator=random).tolist()}
             for n in chosen.clamp(1, self.max_length)
@@ -390,7 +319,7 @@ class EarlyExitClassifier:
             precisions=(self.engine.precision,), runtime=self.engine.runtime, repeats=3
         )
         with undisturbed(None):
-            costs = latency.layer_costs(
+            costs = engine_latency.layer_costs(
                 self.model, inputs, self.task.num_labels, protocol, self.engine.device
             )
         return tuple(costs)
@@ -398,42 +327,42 @@ class EarlyExitClassifier:
     def save_pretrained(
         self, folder: str | Path, *, exit: str | None = None, **target: Any
     ) -> None:
-        """Write all that is needed to use the model elsewhere, with a model card.
+        """Write all files that are needed to use the model elsewhere, with a model card.
 
         Args:
-            exit, **target: what it is to answer by where nothing else is asked (`calibrate`).
+            folder: where the files are written.
+            exit: name of the exit rule that the saved model uses by default.
+            **target: the target that it uses by default (arguments of `calibrate`).
+
+        Raises:
+            UserError: the folder cannot be written, or the target cannot be met.
         """
-        what = self.saved
+        saved = self.saved
         if exit is not None or target:
-            asked = self.calibrate(
-                exit=exit, **target
-            ).target  # refused here, or by everyone who loads it
-            plain = {name: value for name, value in asked.items() if name != "exit"}
-            what = replace(what, exit=exit or what.exit, target=plain)
+            # A target that cannot be met fails here, and not for every user of the folder.
+            checked = self.calibrate(exit=exit, **target).target
+            plain = {name: value for name, value in checked.items() if name != "exit"}
+            saved = replace(saved, exit=exit or saved.exit, target=plain)
         self.model.to("cpu")
         try:
-            saved_folder.write(what, self.model, Path(folder), model_card.card(what, self.task))
+            saved_folder.write(saved, self.model, Path(folder), model_card.render(saved, self.task))
         finally:
             self.model.to(self.engine.device)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, **target: Any) -> str:
-        """Save the model to a hub repository, which is made if it is not there; its address."""
+        """Save the model to a repository on the Hugging Face hub, and return its address.
+
+        Args:
+            repo_id: id of the repository, which is made if it does not exist.
+            private: visibility of a new repository; None for the hub's default.
+            **target: arguments of `save_pretrained`.
+        """
         from huggingface_hub import HfApi
 
         api = HfApi()
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **target)
-            # Records of another model, from an earlier push, would make the repository unreadable.
+            # Old records of another model would make the repository unreadable.
             api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns="records/*")
         return str(address)
-
-
-def _is_pair(texts: Any, num_columns: int) -> bool:
-    """One pair of texts, as a tuple; a list of two is two inputs."""
-    return num_columns == 2 and isinstance(texts, tuple) and all(isinstance(t, str) for t in texts)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,63 +1,121 @@
-"""`python -m deebert.SOMETHING key=value ...`: the command line of what uses a trained model.
+"""The `key=value` command line of the commands that do not use Hydra, such as predict and serve.
 
-A command's values are the fields of a dataclass; each says in its metadata what it means. Knows
-nothing of models.
+A dataclass describes the options of a command: each field is one option, and its metadata explain
+the option. `import_modules` imports the user's modules, for all commands. This module knows nothing
+of models.
 """
 
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml  # type: ignore[import-untyped]
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from deebert.errors import UserError, first_line, unknown
 
-Options = TypeVar("Options")  # a command's dataclass
+Options = TypeVar("Options")  # the dataclass of a command
 
 
-def option(default: Any, meaning: str) -> Any:
-    """A field of a command's dataclass."""
-    return field(default=default, metadata={"meaning": meaning})
+def option(default: Any, meaning: str, in_request: str | None = None) -> Any:
+    """Return a field of a command's dataclass, with its default and its line of the help text.
+
+    Args:
+        default: the default.
+        meaning: the line of the help text.
+        in_request: the meaning of the field in a request to the service, if it may stand there.
+    """
+    return field(default=default, metadata={"meaning": meaning, "in_request": in_request})
+
+
+MODULES = "your Python modules with readers, exit rules, ...: [my_readers]"
 
 
 @dataclass
 class ModelOptions:
-    """Which model, and how it runs."""
+    """Options that name the model, and say how it runs."""
 
     model: str = option("???", "a run folder, a folder of save_pretrained, or a hub id")
-    task: str | None = option(None, "what a published checkpoint was trained for: mrpc, ...")
-    precision: str = option("float32", "of the layers: float32, bfloat16 or int8")
+    task: str | None = option(None, "the task of a checkpoint that does not state it: mrpc, ...")
+    precision: str = option("float32", "number format of the layers: float32, bfloat16 or int8")
     runtime: str = option("torch", "what computes the layers: torch or onnx")
     device: str = option("cpu", "cpu or cuda")
+    modules: Any = option(None, MODULES)
 
 
 @dataclass
 class TargetOptions:
-    """What is asked of it; nothing: as it was saved, which is full depth unless it says more."""
+    """Options that set the target: the one list of their names, types and meanings.
 
-    threshold: Any = option(None, "a threshold, or one for each ramp but the last: [0,0.1]")
-    target_saving: float | None = option(None, "share of the layers to save: 0.4")
-    target_speedup: float | None = option(None, "times faster than full depth: 1.5")
-    max_drop: float | None = option(None, "how much worse than full depth at most: 0.01")
-    confidence: float | None = option(0.95, "that max_drop holds; null: on average")
-    loss: str | None = option(None, "what max_drop limits: excess or disagreement")
-    per_ramp: bool | None = option(None, "look for a threshold for each ramp")
-    temperature: bool | None = option(None, "first make each ramp as sure as it is right")
-    exit: str | None = option(None, "the exit rule: entropy, patience, ...")
+    The command line, the service's requests, saved folders and `EarlyExitClassifier.calibrate` use
+    it. `exits.target.Target` checks the values. Without any option, the saved target of the model
+    is used; without that, full depth.
+    """
+
+    threshold: Any = option(
+        None,
+        "a threshold, or one for each ramp but the last: [0,0.1]",
+        "a number, or a list of one for each layer but the last; 0 runs all",
+    )
+    target_saving: float | None = option(
+        None, "share of the layers to save: 0.4", "a number: share of the layers to save"
+    )
+    target_speedup: float | None = option(
+        None, "times faster than full depth: 1.5", "a number: how many times faster than full depth"
+    )
+    max_drop: float | None = option(
+        None,
+        "how much worse than full depth at most: 0.01",
+        "a number: how much worse than full depth it may be",
+    )
+    confidence: float | None = option(
+        0.95,
+        "that max_drop holds; null: on average",
+        "a number: that max_drop holds; null: on average",
+    )
+    loss: str | None = option(
+        None,
+        "what max_drop limits: excess or disagreement",
+        "'excess' or 'disagreement': what max_drop limits",
+    )
+    per_ramp: bool | None = option(
+        None,
+        "choose a threshold for each ramp",
+        "true or false: look for a threshold for each layer",
+    )
+    temperature: bool | None = option(
+        None,
+        "fit a temperature for each ramp first",
+        "true or false: fit a temperature for each layer",
+    )
+    exit: str | None = option(
+        None,
+        "the exit rule: entropy, patience, ...",
+        "the name of an exit rule: 'entropy', 'patience'",
+    )
+
+
+TARGET = tuple(each.name for each in fields(TargetOptions))
+ONE_OF = TARGET[:4]  # a target has one of these; the other options refine it
+
+
+def given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a target that are given: None has a meaning for `confidence` only."""
+    return {name: v for name, v in values.items() if v is not None or name == "confidence"}
 
 
 def engine_of(options: ModelOptions) -> dict[str, Any]:
-    """What `EarlyExitClassifier` takes beside the model."""
+    """Return the keyword arguments that `EarlyExitClassifier` takes beside the model."""
     return {name: getattr(options, name) for name in ("precision", "runtime", "device")}
 
 
 def target_of(options: TargetOptions) -> dict[str, Any]:
-    """What `EarlyExitClassifier.calibrate` takes."""
-    # null says something of confidence only: "on average".
+    """Return the keyword arguments of `EarlyExitClassifier.calibrate` that the user set."""
+    # Only `confidence` gives null a meaning: "on average".
     return {
         each.name: getattr(options, each.name)
         for each in fields(TargetOptions)
@@ -65,15 +123,54 @@ def target_of(options: TargetOptions) -> dict[str, Any]:
     }
 
 
-def parse(kind: type[Options], arguments: Sequence[str]) -> Options:
-    """Values of a command line.
+def import_modules(names: Any) -> None:
+    """Import modules of the user, which register readers, objectives and exit rules of their own.
+
+    The names come from the user alone: no checkpoint remembers or names a module. The working
+    directory is searched after all other places. It stays among them, because processes that this
+    one starts import the modules again.
+
+    Args:
+        names: the name of a module, or a list of names; None for no module.
 
     Raises:
-        UserError: a key is unknown, missing or said twice, or a value is of another type.
+        UserError: this is no list of names, or a module cannot be imported.
     """
+    listed = [names] if isinstance(names, str) else names or []
+    if not isinstance(listed, Sequence) or not all(isinstance(each, str) for each in listed):
+        raise UserError(f"modules={names} must be a list of Python modules: modules=[my_readers]")
+    if listed and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    for name in listed:
+        try:
+            import_module(name)
+        except Exception as error:  # the user's own code may fail in any way
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            raise UserError(
+                f"modules: {name} cannot be imported: {kind}{first_line(error)} (modules=[...])"
+            ) from error
+
+
+def parse(kind: type[Options], arguments: Sequence[str]) -> Options:
+    """Read the arguments of a command line.
+
+    Args:
+        kind: the dataclass of the command.
+        arguments: texts of the form `key=value`.
+
+    Returns:
+        An object of `kind`.
+
+    Raises:
+        UserError: a key is unknown, missing or given twice, or a value has the wrong type.
+    """
+    # Not at the top: a loaded model needs the options of a target, and no command line.
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     known = {each.name: each for each in fields(kind)}  # type: ignore[arg-type]
-    found: Any = OmegaConf.structured(kind)
-    said: set[str] = set()
+    values: Any = OmegaConf.structured(kind)
+    given_keys: set[str] = set()
     texts: dict[str, str] = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
@@ -81,11 +178,11 @@ def parse(kind: type[Options], arguments: Sequence[str]) -> Options:
             raise UserError(f"{argument!r} is no key=value; see --help")
         if key not in known:
             raise unknown("option", key, known, "KEY")
-        if key in said:
-            raise UserError(f"{key}= is said twice")
-        said.add(key)
+        if key in given_keys:
+            raise UserError(f"{key}= is given twice")
+        given_keys.add(key)
         try:
-            # A path or a text stays as it is; numbers, lists and null are read as YAML.
+            # A path or a text is taken literally. Numbers, lists and null are read as YAML.
             if known[key].type in (str, str | None) and text != "null":
                 texts[key] = text
                 value: Any = ""
@@ -93,21 +190,21 @@ def parse(kind: type[Options], arguments: Sequence[str]) -> Options:
                 raise ValueError("${...} is not replaced here")
             else:
                 value = OmegaConf.to_container(OmegaConf.create(f"x: {text}"))["x"]  # type: ignore[index, call-overload]
-            OmegaConf.update(found, key, value, merge=False)
+            OmegaConf.update(values, key, value, merge=False)
         except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             reason = first_line(error)
             raise UserError(f"{argument}: {reason} ({known[key].metadata['meaning']})") from error
     for key in known:
-        if OmegaConf.is_missing(found, key):
+        if OmegaConf.is_missing(values, key):
             raise UserError(f"{key}= is missing: {known[key].metadata['meaning']}")
-    options: Any = OmegaConf.to_object(found)
-    for key, text in texts.items():  # not through OmegaConf, which replaces ${...}
+    options: Any = OmegaConf.to_object(values)
+    for key, text in texts.items():  # not set through OmegaConf, because it replaces ${...}
         setattr(options, key, text)
     return options
 
 
 def usage(kind: type, command: str, example: str) -> str:
-    """What --help prints."""
+    """Return the text that --help prints."""
     lines = [f"{command} key=value ...", "", f"  {example}", ""]
     for each in fields(kind):
         default = "" if each.default in (None, "???", MISSING) else f" [{each.default}]"
@@ -115,9 +212,22 @@ def usage(kind: type, command: str, example: str) -> str:
     return "\n".join(lines)
 
 
-def main(kind: type[Options], run: Callable[[Options], None], command: str, example: str) -> None:
-    """Run a command; a user's mistake ends it with one line and exit code 2."""
-    arguments = sys.argv[1:]
+def run_command(
+    kind: type[Options],
+    run: Callable[[Options], None],
+    command: str,
+    example: str,
+    arguments: Sequence[str],
+) -> None:
+    """Run a command. A user's mistake ends it with one line on stderr and exit code 2.
+
+    Args:
+        kind: the dataclass of the command.
+        run: the command itself, which takes an object of `kind`.
+        command: the command's name, for the help text.
+        example: one call of the command, for the help text.
+        arguments: the words after the command's name.
+    """
     try:
         if {"-h", "--help"} & set(arguments):
             print(usage(kind, command, example))
@@ -125,12 +235,56 @@ def main(kind: type[Options], run: Callable[[Options], None], command: str, exam
             run(parse(kind, arguments))
         sys.stdout.flush()
     except UserError as error:
-        _refuse(error)
-    except BrokenPipeError:  # whoever reads has enough
+        refuse(error)
+    except BrokenPipeError:  # the reader has closed its end of the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
-def _refuse(error: UserError) -> NoReturn:
+def moved(setting: str) -> str | None:
+    """Return what stands for a former setting of an exit rule, or None if it is none.
+
+    Hydra itself would answer in several lines that the key is unknown.
+
+    Args:
+        setting: `key=value` of the command line of train or evaluate.
+    """
+    key, _, value = setting.lstrip("+~").partition("=")
+    if option := re.fullmatch(r"exit\.score\.([A-Za-z]\w*)", key):
+        return f"{setting} is now exit.{option[1]}={value}"
+    if re.match(r"exit\.score(\.|$)", key):
+        return (
+            f"{setting}: the function of a rule is now registered with @exit_rule(NAME), and named "
+            "by exit=NAME modules=[MODULE]"
+        )
+    if fact := re.fullmatch(r"exit\.(largest|regression|looks_back|reads|relative)", key):
+        return f"{setting} is now said where the rule is defined: @exit_rule(NAME, {fact[1]}=...)"
+    return None
+
+
+def refuse_moved(settings: Sequence[str]) -> None:
+    """End the program with one line if the command line has a former setting (`moved`)."""
+    for setting in settings:
+        if message := moved(setting):
+            refuse(UserError(message))
+
+
+def refuse(error: UserError) -> NoReturn:
+    """End the program with the message of an error on stderr, and exit code 2."""
     print(f"Error: {error}", file=sys.stderr)
     sys.exit(2)
+
+
+def conf_folder() -> Path:
+    """Find the configurations: in the installed package, or beside it in a checkout.
+
+    Hydra's `pkg://` would find those of another checkout that is installed in the environment.
+
+    Raises:
+        UserError: neither folder is there.
+    """
+    package = Path(__file__).parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise UserError(f"the configurations are neither in {package} nor beside it; install it again")

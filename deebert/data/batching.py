@@ -1,6 +1,6 @@
-"""Inputs of any length -> batches of similar length under a token budget, padded to their longest.
+"""Group inputs of similar length into batches under a token budget, and pad each batch.
 
-Knows nothing of models.
+An input is a mapping of lists of token ids. The module does not know tokenizers or models.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,11 +12,15 @@ from torch import Tensor
 
 
 def by_length(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Numbers of inputs of similar length, shortest first.
+    """Group the row numbers of inputs of similar length, shortest first.
 
     Args:
-        lengths: in tokens.
-        token_budget: of a batch, padding included; a longer input is a batch of its own.
+        lengths: the number of tokens of each input.
+        token_budget: the largest number of tokens in a batch, with padding. An input that is longer
+            makes a batch of its own.
+
+    Yields:
+        The row numbers of one batch.
     """
     batch: list[int] = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -29,19 +33,23 @@ def by_length(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
 
 
 def padded(inputs: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and, where the inputs have them, `token_type_ids`: (B, S).
+    """Pad inputs to the length of the longest one.
 
     Args:
-        inputs: lists of whole numbers under the same names.
+        inputs: for each input, lists of whole numbers: `input_ids` and perhaps `token_type_ids`.
+        pad_token_id: the id that fills up `input_ids`.
+
+    Returns:
+        `input_ids`, `attention_mask` and, if an input has them, `token_type_ids`: (B, S) each.
     """
-    lengths = np.array([len(given["input_ids"]) for given in inputs])
+    lengths = np.array([len(tokens["input_ids"]) for tokens in inputs])
     size = (len(inputs), int(lengths.max()))
     arrays = {"input_ids": np.full(size, pad_token_id)}
-    if any("token_type_ids" in given for given in inputs):
+    if any("token_type_ids" in tokens for tokens in inputs):
         arrays["token_type_ids"] = np.zeros(size, dtype=np.int64)
     for name, array in arrays.items():
-        for row, given in zip(array, inputs, strict=True):
-            values = given.get(name, ())
+        for row, tokens in zip(array, inputs, strict=True):
+            values = tokens.get(name, ())
             row[: len(values)] = values
     arrays["attention_mask"] = (np.arange(size[1]) < lengths[:, None]).astype(np.int64)
     return {name: torch.from_numpy(array) for name, array in arrays.items()}

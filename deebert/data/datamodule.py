@@ -1,7 +1,8 @@
-"""Rows -> token batches: a LightningDataModule; batches of similar length, cut to their longest.
+"""A LightningDataModule that makes token batches of rows.
 
-Knows nothing of models. `sources` says where rows come from, this module tokenizes them once, keeps
-the result on disk, and deals the batches out to one or more processes.
+`loading` reads the rows. This module tokenizes them once, keeps the result on disk, and gives the
+batches to one or more processes. The inputs of a batch have a similar length, and a batch is as
+long as its longest input. The module does not know models.
 """
 
 import logging
@@ -24,16 +25,25 @@ from deebert.errors import UserError
 
 log = logging.getLogger(__name__)
 
-POOL = 50  # batches that are shuffled together and then sorted by length
+POOL = 50  # batches of rows that are sorted by length together
 
 
 class LengthBatches(Sampler[list[int]]):
-    """Batches of row numbers of similar length, the same for every process that asks.
+    """Batches of the numbers of rows of similar length. All processes make the same batches.
 
-    Training: rows are shuffled by (seed, epoch), cut into pools of 50 batches, sorted by length
-    inside each pool, cut into batches, and the batches are shuffled. Evaluation: sorted by length.
-    Every process takes every world_size-th batch; the last batches are repeated where the number
-    does not divide, so that all processes take equally many steps.
+    For training, rows are shuffled by (seed, epoch) and cut into pools of 50 batches. Each pool is
+    sorted by length and cut into batches, and the batches are shuffled. For evaluation, all rows
+    are sorted by length. A process takes every world_size-th batch. If the number of batches is no
+    multiple of world_size, the first batches are repeated, so that all processes take equally many
+    steps.
+
+    Args:
+        lengths: the number of tokens of each row.
+        batch_size: rows in a batch.
+        shuffle: true for training.
+        seed: of the order.
+        rank: the number of this process, from 0.
+        world_size: the number of processes.
     """
 
     def __init__(
@@ -55,7 +65,7 @@ class LengthBatches(Sampler[list[int]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
+        """Set the epoch that the order depends on. Lightning calls this before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -82,21 +92,24 @@ class LengthBatches(Sampler[list[int]]):
 class TextDataModule(L.LightningDataModule):
     """Token batches of a task.
 
-    A batch is a dict: `input_ids`, `attention_mask` and, where the tokenizer makes them,
-    `token_type_ids` (B, S); `labels` (B,) unless the split has none; `index`, `length` and, where
-    the task has groups, `group` (B,).
+    A batch is a dict of tensors. `input_ids`, `attention_mask` and, if the tokenizer makes them,
+    `token_type_ids` are (B, S). `labels`, if the split has them, `index`, `length` and, if the task
+    has groups, `group` are (B,).
 
     Args:
-        task: what to read.
-        tokenizer: the backbone's.
-        root: local folder, or None for the task's own place.
-        max_length: tokens; the longer text of a pair is cut first.
-        limit_train: number of training rows to use (the same ones for every seed), or None.
-        calibration_size: training rows kept out of training for choosing thresholds, the same ones
-            for every seed, read as the split "calibration"; None for `calibration_size_of`.
-        unlabelled: splits whose rows are trained on, too, without their labels.
-        batch_size, eval_batch_size: rows a step and device.
-        num_workers: loader processes.
+        task: the task whose rows are read.
+        tokenizer: the tokenizer of the backbone.
+        root: the local folder with the files, or None for the task's own folder or the hub.
+        max_length: the largest number of tokens. The longer text of a pair is cut first.
+        limit_train: the number of training rows to use, or None for all. Every seed uses the same
+            rows.
+        calibration_size: the number of training rows that are held out for choosing thresholds, or
+            None for `calibration_size_of`. They are the same for every seed, and they are the split
+            "calibration".
+        unlabelled: splits whose rows are also trained on, without their labels.
+        batch_size: training rows in a batch of one device.
+        eval_batch_size: evaluation rows in a batch of one device.
+        num_workers: the number of processes that load batches.
         seed: of the order of the training rows.
     """
 
@@ -131,15 +144,15 @@ class TextDataModule(L.LightningDataModule):
         self._tokens: dict[str, datasets.Dataset] = {}
 
     def _present(self, splits: tuple[str, ...]) -> tuple[str, ...]:
-        there = tuple(split for split in splits if loading.exists(self.task, split, self.root))
-        for split in set(splits) - set(there) if there else ():
+        present = tuple(split for split in splits if loading.exists(self.task, split, self.root))
+        for split in set(splits) - set(present) if present else ():
             log.warning(
                 "data.root=%s: split %r is not there; going on without it", self.root, split
             )
-        return there or splits  # none there: loading the first will say so
+        return present or splits  # if no split exists, loading the first one raises the error
 
     def tokens(self, split: str) -> datasets.Dataset:
-        """A split as token ids, from the cache on disk where these texts were tokenized before."""
+        """Return a split as token ids. The cache on disk keeps what was tokenized before."""
         if split not in self._tokens:
             self._tokens[split] = (
                 self._with_unlabelled()
@@ -150,7 +163,7 @@ class TextDataModule(L.LightningDataModule):
 
     @property
     def train_split(self) -> str | None:
-        """What is trained on: "train", or "train+test" with the rows of test, labels hidden."""
+        """The split to train on: "train", or "train+test" if the rows of "test" are unlabelled."""
         if self.task.train is None:
             return None
         return "+".join((self.task.train, *self.unlabelled))
@@ -158,7 +171,7 @@ class TextDataModule(L.LightningDataModule):
     def _with_unlabelled(self) -> datasets.Dataset:
         assert self.task.train is not None
         labelled = self.tokens(self.task.train)
-        kind = labelled.features["label"]
+        label_feature = labelled.features["label"]
         hidden = math.nan if self.task.is_regression else UNLABELLED
         parts = [labelled]
         for split in self.unlabelled:
@@ -171,7 +184,7 @@ class TextDataModule(L.LightningDataModule):
             rows = self.tokens(split)
             if "label" in rows.column_names:
                 rows = rows.remove_columns("label")
-            parts.append(rows.add_column("label", [hidden] * len(rows), feature=kind))
+            parts.append(rows.add_column("label", [hidden] * len(rows), feature=label_feature))
         return datasets.concatenate_datasets(parts)
 
     def _rows(self, split: str) -> datasets.Dataset:
@@ -190,7 +203,7 @@ class TextDataModule(L.LightningDataModule):
         self._calibration_size = held_out
         rows_left = len(rows) - held_out
         if held_out or self.limit_train is not None:
-            rows = rows.shuffle(seed=0)  # not the run's seed: all seeds see the same rows
+            rows = rows.shuffle(seed=0)  # a fixed seed: every run sees the same rows
         if split == HELD_OUT and not held_out:
             raise UserError(
                 "split=calibration: no training row was held out (data.calibration_size=0)"
@@ -201,7 +214,7 @@ class TextDataModule(L.LightningDataModule):
 
     @property
     def calibration_size(self) -> int:
-        """How many training rows are held out."""
+        """The number of training rows that are held out."""
         if self.task.train is None:
             return 0
         if self._calibration_size is None:
@@ -210,17 +223,25 @@ class TextDataModule(L.LightningDataModule):
         return self._calibration_size
 
     def fingerprint(self, split: str) -> str:
-        """A hash of a split's tokens and labels, whatever file they came from."""
+        """Return a hash of the tokens and labels of a split. It does not depend on the file."""
         return str(Hasher.hash(_columns(self.tokens(split), "input_ids", "label")))
 
     def text_fingerprint(self, split: str) -> str:
-        """The same of its words, however they are cut to tokens."""
+        """Return a hash of the words and labels of a split. It does not depend on the tokenizer."""
         rows = self._rows(split)
         words = [[text.split() for text in column] for column in _columns(rows, "text_a", "text_b")]
         return str(Hasher.hash([*words, *_columns(rows, "label")]))
 
     def texts(self, split: str, indices: list[int]) -> list[str]:
-        """The texts of these rows, named by their `index`; those of a pair with " / " between."""
+        """Return the texts of some rows.
+
+        Args:
+            split: the split that holds the rows.
+            indices: the `index` of each row.
+
+        Returns:
+            One text for each row. The two texts of a pair are joined by " / ".
+        """
         rows = self._rows(split)
         row_of = {index: row for row, index in enumerate(rows["index"][:])}
         chosen = rows.select([row_of[index] for index in indices])
@@ -228,13 +249,18 @@ class TextDataModule(L.LightningDataModule):
         return [" / ".join(texts) for texts in zip(*columns, strict=True)]
 
     def prepare_data(self) -> None:
-        """Tokenize in one process; the others then find the cache."""
+        """Tokenize in one process, so that the other processes read the cache."""
         fitting = self.trainer is None or self.trainer.state.fn == "fit"
         train = (self.train_split,) if self.train_split and fitting else ()
         for split in (*train, *self.eval_splits):
             self.tokens(split)
 
     def train_dataloader(self) -> DataLoader:
+        """Return the shuffled batches of the training split.
+
+        Raises:
+            UserError: the task has no training split.
+        """
         if self.train_split is None:
             raise UserError(
                 f"task {self.task.name} has no training split; score it with a checkpoint of "
@@ -243,13 +269,21 @@ class TextDataModule(L.LightningDataModule):
         return self.loader(self.train_split, shuffle=True)
 
     def val_dataloader(self) -> list[DataLoader]:
+        """Return the sorted batches of each split in `eval_splits`."""
         return [self.loader(split) for split in self.eval_splits]
 
     def test_dataloader(self) -> list[DataLoader]:
+        """Return the sorted batches of each split in `eval_splits`."""
         return self.val_dataloader()
 
     def loader(self, split: str, *, shuffle: bool = False) -> DataLoader:
-        """Batches of a split: shuffled ones of the training size, or sorted ones for evaluation."""
+        """Return the batches of a split.
+
+        Args:
+            split: the split to read.
+            shuffle: true for shuffled batches of `batch_size` rows, false for batches of
+                `eval_batch_size` rows that are sorted by length.
+        """
         tokens = self.tokens(split)
         sampler = LengthBatches(
             tokens["length"][:],
@@ -259,7 +293,7 @@ class TextDataModule(L.LightningDataModule):
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
         )
-        # batch_size=None: the sampler gives whole batches, and Lightning finds its set_epoch.
+        # batch_size=None, as the sampler yields whole batches. Lightning then calls its set_epoch.
         return DataLoader(
             tokens,
             sampler=sampler,
@@ -285,15 +319,16 @@ class TextDataModule(L.LightningDataModule):
 
 
 def _columns(rows: datasets.Dataset, *names: str) -> list[list[Any]]:
-    """The values of those that are there."""
+    """Return the values of those of the columns that the rows have."""
     return [rows[name][:] for name in names if name in rows.column_names]
 
 
 def calibration_size_of(num_rows: int) -> int:
-    """How many of the training rows are held out where nothing is said.
+    """Return how many training rows are held out by default.
 
-    A tenth, 2,000 at most; none where that would be under 400, as the rows are worth more in
-    training and are too few for a promise. There thresholds are cross-fitted over validation rows.
+    This is a tenth of the rows, 2,000 at most. It is 0 if a tenth is less than 400: so few rows are
+    too few for a guarantee, and they are worth more in training. Thresholds are then cross-fitted
+    on validation rows.
     """
     tenth = min(num_rows // 10, 2000)
     return tenth if tenth >= 400 else 0
@@ -302,14 +337,14 @@ def calibration_size_of(num_rows: int) -> int:
 def _tokenize(
     rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> datasets.Dataset:
-    """Add token ids and their number; kept in the datasets cache under what they depend on."""
+    """Add token ids and their number. The datasets cache keeps the result under a content hash."""
     texts = [name for name in ("text_a", "text_b") if name in rows.column_names]
 
     def encode(batch: Mapping[str, Any]) -> dict[str, Any]:
         encoded = tokenization.encode(tokenizer, [batch[name] for name in texts], max_length)
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
 
-    # Named by content: the hash that datasets takes of a fast tokenizer changes with each call.
+    # The hash that `datasets` computes of a fast tokenizer changes with each call.
     columns = {name: rows[name][:] for name in rows.column_names}
     name = Hasher.hash([columns, tokenization.files_of(tokenizer), max_length])
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "deebert"

@@ -1,13 +1,13 @@
-"""The built-in demo task: synthetic product reviews, made from a seed, of known difficulty.
+"""The demo task: synthetic product reviews, made from a seed, with a known difficulty.
 
-Each row asks: is this review good or bad news for this product? Three grades of difficulty, so that
-one can see easy rows leave early and hard rows stay:
+A row asks whether a review is good or bad news for a product. Rows have three grades of difficulty,
+so that one can see that easy rows leave early and hard rows leave late:
 
-1. a cue word decides ("The kettle is wonderful.");
-2. negation and word order decide ("It looks dreadful, but the kettle is wonderful.");
-3. the roles decide: two products are compared, and the other one may be asked about.
+1. A cue word decides ("The kettle is wonderful.").
+2. Negation and word order decide ("It looks dreadful, but the kettle is wonderful.").
+3. The roles decide: the review compares two products, and the row is about one of them.
 
-Nothing here was written by a customer. Knows nothing of tokens, files or models.
+No customer wrote these texts. The module does not know tokens, files or models.
 """
 
 from random import Random
@@ -48,7 +48,7 @@ CLOSINGS = (
     " Mine is the green one.",
     " That is all I have to say.",
 )
-# {p} the product, {word} a cue word of the row's label, {other} one of the opposite label.
+# {p} is the product, {word} a cue word of the row's label, {other} one of the opposite label.
 CUE = (
     "the {p} is {word}",
     "what a {word} {p} this is",
@@ -65,7 +65,7 @@ NEGATED = (
     "I expected a {other} {p}, and it is anything but that",
     "they say the {p} is {other}, and they are wrong",
 )
-# {winner} and {loser}: the product of the row is one of them.
+# The product of the row is either {winner} or {loser}.
 ROLES = (
     "the {winner} outperforms the {loser}",
     "the {loser} is outperformed by the {winner}",
@@ -78,21 +78,25 @@ ROLES = (
 )
 GRADE_SHARES = (0.45, 0.3, 0.25)
 SPLIT_SIZES = {"train": 4000, "validation": 1000, "test": 1000}
-SEED = 2020  # the rows are the same for every run: the run's own seed is for training
+SEED = 2020  # every run has the same rows; the seed of a run is for its training
 
 
 def rows(split: str) -> list[dict[str, Any]]:
-    """The rows of a split: dicts of `product`, `review`, `label` (0 bad, 1 good) and `grade` (1-3).
+    """Make the rows of a split. No row is in two splits.
 
-    No row of one split is in another.
+    Args:
+        split: a key of `SPLIT_SIZES`.
+
+    Returns:
+        Rows with `product`, `review`, `label` (0 bad, 1 good) and `grade` (1 to 3).
 
     Raises:
-        KeyError: no such split.
+        KeyError: the task has no such split.
     """
     size = SPLIT_SIZES[split]
     random = Random(SEED)
     seen: set[tuple[str, str]] = set()
-    for name in SPLIT_SIZES:  # always from the start, so that the splits stay apart
+    for name in SPLIT_SIZES:  # all splits up to this one, so that no row is in two
         made: list[dict[str, Any]] = []
         while len(made) < SPLIT_SIZES[name]:
             row = _row(random)

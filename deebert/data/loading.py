@@ -1,7 +1,8 @@
-"""Where rows come from: the hub, a local folder (parquet, JSON lines, TSV, CSV) or the demo.
+"""Read the rows of a split from the hub, from a local folder or from the demo task.
 
-Gives every split the same columns: `text_a`, `text_b` (pairs only), `label` (absent where the split
-carries none), `group` (where the task has one) and `index`. Knows nothing of tokens or models.
+A local file is parquet, JSON lines, TSV or CSV. Every split gets the same columns: `text_a`,
+`text_b` (pairs only), `label` (if the split has labels), `group` (if the task has one) and `index`.
+The module does not know tokens or models.
 """
 
 import csv
@@ -18,24 +19,25 @@ import datasets
 import pandas as pd
 
 from deebert.data import demo
-from deebert.data.tasks import HUB, WORD, Task
+from deebert.data.tasks import HUB, MOST_GROUPS, WORD, Task
 from deebert.errors import UserError, first_line
-from deebert.hub.record_files import MOST_GROUPS
 
 log = logging.getLogger(__name__)
 
-ENDINGS = ("parquet", "jsonl", "json", "tsv", "csv")  # in the order in which they are tried
+FORMATS = ("parquet", "jsonl", "json", "tsv", "csv")  # in the order in which they are looked for
 
 
 def load(task: Task, split: str, root: str | None) -> datasets.Dataset:
-    """The rows of one split.
+    """Read the rows of one split.
 
     Args:
-        root: the local folder (`data.root`), or None for the task's own root or the hub.
+        task: the task that names the columns and labels.
+        split: the name of the split.
+        root: the local folder (`data.root`), or None for the task's own folder or the hub.
 
     Raises:
-        UserError: the folder, split or a column is missing, a text is null, a label is unknown, or
-            no row is left.
+        UserError: the folder, the split or a column is missing, a text is null, a label is unknown,
+            or no row is left.
     """
     root = root or task.root
     if root is not None:
@@ -55,16 +57,26 @@ def load(task: Task, split: str, root: str | None) -> datasets.Dataset:
 
 
 def exists(task: Task, split: str, root: str | None) -> bool:
-    """Whether a local folder has this split (the hub and the demo have all that the task names)."""
+    """Say whether a local folder has this split. The hub and the demo have all splits of a task."""
     root = root or task.root
     return root is None or bool(find_files(task, split, root))
 
 
 def find_files(task: Task, split: str, root: str) -> list[Path]:
-    """The file (or the hub's shards) of a split under DIR/<task>, DIR/<GLUE's folder> or DIR.
+    """Find the file or the shards of a split.
+
+    The files lie in DIR/<task>, in DIR/<GLUE's folder> or in DIR.
+
+    Args:
+        task: the task of the split.
+        split: the name of the split.
+        root: the local folder DIR.
+
+    Returns:
+        The files, or an empty list if the folder has none for this split.
 
     Raises:
-        UserError: the folder itself is missing.
+        UserError: the folder does not exist, or `split` is not a name.
     """
     if not re.fullmatch(WORD, split):
         raise UserError(f"split={split} is no name of a split; choose from: {_splits(task)}")
@@ -77,55 +89,55 @@ def find_files(task: Task, split: str, root: str) -> list[Path]:
     classic = (task.tsv or {}).get("folder", task.name)
     names = [split, split.replace("validation", "dev")]
     for place in (folder / task.name, folder / classic, folder):
-        for ending in ENDINGS:
+        for file_format in FORMATS:
             for name in names:
-                # The hub's own files are called train-00000-of-00001.parquet.
-                for pattern in (f"{name}.{ending}", f"{name}-*-of-*.{ending}"):
+                # The files of the hub are called train-00000-of-00001.parquet.
+                for pattern in (f"{name}.{file_format}", f"{name}-*-of-*.{file_format}"):
                     if files := sorted(place.glob(pattern)):
                         return files
     return []
 
 
 def _read(task: Task, files: list[Path]) -> datasets.Dataset:
-    ending = files[0].suffix[1:]
+    file_format = files[0].suffix[1:]
     try:
-        if ending in ("tsv", "csv"):
+        if file_format in ("tsv", "csv"):
             with warnings.catch_warnings():
                 warnings.simplefilter("error", pd.errors.ParserWarning)
                 table = pd.concat([_read_text(task, file) for file in files])
             data = datasets.Dataset.from_pandas(table, preserve_index=False)
         else:
             data = datasets.load_dataset(
-                "parquet" if ending == "parquet" else "json",
+                "parquet" if file_format == "parquet" else "json",
                 data_files=[str(path) for path in files],
                 split="train",
             )
     except Exception as error:  # datasets wraps pyarrow's and pandas' errors in its own
         cause = error.__cause__ or error
         reason = first_line(cause)
-        raise UserError(f"{files[0]}: cannot be read as {ending} ({reason})") from error
-    if ending == "tsv" and task.tsv:
-        renamed = {
-            theirs: ours for ours, theirs in task.tsv.items() if ours not in ("folder", "header")
+        raise UserError(f"{files[0]}: cannot be read as {file_format} ({reason})") from error
+    if file_format == "tsv" and task.tsv:
+        new_names = {
+            column: name for name, column in task.tsv.items() if name not in ("folder", "header")
         }
-        ours = [theirs for theirs in renamed if theirs in data.column_names]
-        if ours:
-            # Some files carry both names for different things (MNLI's sentence1, label1..5, label).
-            clash = [renamed[theirs] for theirs in ours if renamed[theirs] in data.column_names]
-            data = data.remove_columns(clash).rename_columns({t: renamed[t] for t in ours})
+        renamed = {column: new_names[column] for column in new_names if column in data.column_names}
+        if renamed:
+            # Some files have columns of both names with different contents (label in MNLI's files).
+            clashing = [name for name in renamed.values() if name in data.column_names]
+            data = data.remove_columns(clashing).rename_columns(renamed)
     return data
 
 
 def _read_text(task: Task, file: Path) -> pd.DataFrame:
-    """TSV or CSV, every cell as it stands: "NA" and "null" are words, "007" is no number."""
+    """Read TSV or CSV. Every cell is a text: "NA" and "null" are words, and "007" is no number."""
     cells: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_filter": False}
-    # Without index_col a line of one field too many would shift all columns in silence.
+    # Without index_col, pandas would silently shift the columns of a line with a field too many.
     cells |= {"index_col": False, "encoding": "utf-8-sig"}
     if file.suffix == ".csv":
         return pd.read_csv(file, **cells)
     if header := (task.tsv or {}).get("header"):
         cells |= {"names": list(header), "header": None}
-    # GLUE's classic files quote nothing: a lone " is part of a sentence.
+    # GLUE's classic files have no quotes around a cell. A single " is part of a sentence.
     return pd.read_csv(file, sep="\t", quoting=csv.QUOTE_NONE, **cells)
 
 
@@ -135,7 +147,7 @@ def _is_reader(name: str) -> bool:
 
 def _from_hub(task: Task, split: str) -> datasets.Dataset:
     assert task.hub is not None
-    # The library would take a folder here, or one of its own readers, for a data set of the hub.
+    # The library would also accept a local folder or the name of one of its own file readers.
     name = task.hub[0]
     if not re.fullmatch(HUB, name) or path.exists(name) or _is_reader(name):
         raise UserError(
@@ -163,7 +175,7 @@ def _no_split(task: Task, split: str, root: str) -> UserError:
     there = f"there: {', '.join(places)}" if places else f"{task.name}/ is empty or not there"
     return UserError(
         f"data.root={root}: no file for split {split!r} of task {task.name} ({there}; looked for "
-        f"{task.name}/{split} and {split} with .{', .'.join(ENDINGS)})"
+        f"{task.name}/{split} and {split} with .{', .'.join(FORMATS)})"
     )
 
 
@@ -174,7 +186,14 @@ def _unknown_split(task: Task, split: str, choices: list[str]) -> UserError:
 
 
 def _normalise(raw: datasets.Dataset, task: Task, split: str, where: str) -> datasets.Dataset:
-    """Rename and check the columns, map labels to ids, and drop unlabelled rows among labelled."""
+    """Rename and check the columns, map labels to ids, and drop unlabelled rows among labelled.
+
+    Args:
+        raw: the rows as they were read.
+        task: the task that names the columns.
+        split: the name of the split.
+        where: the source of the rows, for messages.
+    """
     needed = [*task.columns, *([task.group] if task.group else [])]
     if split == task.train or split in task.validation:
         needed.append(task.label)
@@ -226,9 +245,12 @@ def _normalise(raw: datasets.Dataset, task: Task, split: str, where: str) -> dat
 
 
 def _labels(values: list[Any], task: Task, split: str, where: str) -> list[Any]:
-    """Labels as ids (names and digits are both accepted) or floats; None for unlabelled (-1)."""
+    """Return labels as ids, or as floats for a regression. None stands for no label (-1).
 
-    def bad(row: int, value: Any, choices: str) -> UserError:
+    A label may be the name or the id of a class.
+    """
+
+    def invalid(row: int, value: Any, choices: str) -> UserError:
         return UserError(
             f"{where}: split {split!r}, row {row}: label {value!r} is out of range; {choices}"
         )
@@ -241,12 +263,12 @@ def _labels(values: list[Any], task: Task, split: str, where: str) -> list[Any]:
             except (TypeError, ValueError):
                 number = math.nan
             if not math.isfinite(number):
-                raise bad(row, value, f"task {task.name} is a regression and needs a number")
+                raise invalid(row, value, f"task {task.name} is a regression and needs a number")
             labels.append(number)
-        # Alone among other values -1 is a value; all of them -1 is GLUE's way to hide a test set.
+        # GLUE hides the values of a test set: all of them are -1. Among others, -1 is a value.
         return [None] * len(labels) if set(labels) == {-1.0} else labels
-    ids: dict[Any, int | None] = {-1: None, "-1": None, "-": None}  # "-": MNLI's undecided rows
-    if any(map(_is_whole, task.labels)):  # star ratings: names only
+    ids: dict[Any, int | None] = {-1: None, "-1": None, "-": None}  # MNLI has "-" for no label
+    if any(map(_is_whole, task.labels)):  # names such as "1" to "5": a number is a name, no id
         ids |= {int(name): i for i, name in enumerate(task.labels) if _is_whole(name)}
     else:
         ids |= {key: i for i in range(len(task.labels)) for key in (i, str(i))}
@@ -254,10 +276,10 @@ def _labels(values: list[Any], task: Task, split: str, where: str) -> list[Any]:
     for row, value in enumerate(values):
         key = int(value) if isinstance(value, float) and value.is_integer() else value
         if isinstance(key, str) and key not in ids and key.endswith(".0"):
-            key = key[:-2]  # what pandas makes of a column of ids with a gap
+            key = key[:-2]  # pandas writes a column of ids with a missing value as floats
         if not isinstance(key, int | str) or key not in ids:
             names = ", ".join(f"{i} {name}" for i, name in enumerate(task.labels))
-            raise bad(row, value, f"task {task.name} has: {names} (task.labels)")
+            raise invalid(row, value, f"task {task.name} has: {names} (task.labels)")
         labels.append(ids[key])
     return labels
 

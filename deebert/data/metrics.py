@@ -1,4 +1,8 @@
-"""Metrics of predictions and labels: of a table of counts, or a correlation."""
+"""Metrics of predictions and labels.
+
+Accuracy, F1 and Matthews' correlation come from a table of counts; the correlations of a regression
+come from the values. The module does not know tasks, splits or models.
+"""
 
 import math
 from collections.abc import Callable
@@ -8,7 +12,16 @@ from torch import Tensor
 
 
 def confusion(predictions: Tensor, labels: Tensor, num_labels: int) -> np.ndarray:
-    """Counts by label (rows) and prediction (columns): (N,), (N,) -> (C, C) floats."""
+    """Count rows by label and prediction.
+
+    Args:
+        predictions: class ids, (N,).
+        labels: class ids, (N,).
+        num_labels: the number of classes C.
+
+    Returns:
+        Counts as floats, (C, C): a row of the table is a label, a column is a prediction.
+    """
     cells = (labels * num_labels + predictions).bincount(minlength=num_labels**2)
     return cells.reshape(num_labels, num_labels).double().numpy()
 
@@ -25,11 +38,11 @@ def _f1(table: np.ndarray) -> np.ndarray:
 def _matthews(table: np.ndarray) -> np.ndarray:
     difference = table[..., 1, 1] * table[..., 0, 0] - table[..., 0, 1] * table[..., 1, 0]
     margins = table.sum(-1).prod(-1) * table.sum(-2).prod(-1)
-    # A constant prediction has no correlation with anything: no skill, as in scikit-learn.
+    # A constant prediction has no correlation with anything. Its score is 0, as in scikit-learn.
     return difference / np.sqrt(np.maximum(margins, 1))
 
 
-# Metrics of a table of labels and predictions, (..., C, C) -> (...): the bootstrap draws many.
+# Metrics of a table of labels and predictions, (..., C, C) -> (...). The bootstrap has many tables.
 # GLUE's F1 is the binary one: class 1 is the positive class (MRPC "equivalent", QQP "duplicate").
 TABLE_METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "accuracy": _accuracy,
@@ -48,10 +61,10 @@ def _of_table(name: str) -> Callable[[Tensor, Tensor], float]:
 
 def _correlation(name: str) -> Callable[[Tensor, Tensor], float]:
     def metric(predictions: Tensor, labels: Tensor) -> float:
-        from torchmetrics import functional  # 2 s to import: only when something is scored
+        from torchmetrics import functional  # the import takes 2 s, and few commands need it
 
         if len(predictions) < 2 or predictions.min() == predictions.max():
-            return 0.0  # no skill; torchmetrics would warn and answer NaN
+            return 0.0  # no correlation is defined; torchmetrics would warn and return NaN
         value = getattr(functional, name)(predictions.double(), labels.double()).item()
         return 0.0 if math.isnan(value) else value
 

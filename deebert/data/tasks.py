@@ -1,28 +1,29 @@
-"""What a task is: its columns, labels, metrics and splits, and how predictions are scored.
+"""Describe a task, how predictions for it are scored, and which of its rows are read in what way.
 
-Knows nothing of torch modules, tokens or where files lie; `sources` reads the rows, a YAML file in
-`conf/task/` gives the values.
+The values of a task stand in a YAML file in `conf/task/`, and `loading` reads its rows.
+`DataConfig` holds the settings under `data`. The module does not know models or tokens.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from deebert.data.metrics import BINARY, METRICS, REGRESSION
-from deebert.errors import UserError, unknown
+from deebert.errors import UserError, check_whole, unknown
 
-# Parts of names of files and folders: no way out of a folder may hide in them.
+# Patterns for parts of file names and folder names. A name that matches stays inside its folder.
 WORD = r"\w[\w.-]*"
-SPLIT = r"\w[\w.%:\[\]+-]*"  # also a slice of the hub's: train[:80%]
+SPLIT = r"\w[\w.%:\[\]+-]*"  # also a slice of a split on the hub: train[:80%]
 FOLDER = rf"{WORD}(/{WORD})*|\."
 HUB = rf"{WORD}(/{WORD})?"
-HELD_OUT = "calibration"  # the part of the training split that no stage sees
-UNLABELLED = -100  # the label of a row that has none, as torch's cross-entropy ignores it
-MOST_LABELS = 1000  # tables of labels and predictions grow with their square
+HELD_OUT = "calibration"  # the part of the training split that no stage trains on
+UNLABELLED = -100  # the label of a row without one; torch's cross-entropy ignores it
+MOST_LABELS = 1000  # tables of labels and predictions grow with the square of this number
+MOST_GROUPS = 500  # results hold a figure for each group at each threshold
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,20 @@ class Task:
     """A classification task, or a regression task where `labels` is None.
 
     Attributes:
-        name: also the sub-folder looked for under `data.root`.
-        columns: one or two text columns.
-        label: the label column.
-        labels: label names in the order of their ids; None for regression.
-        metrics: names from `METRICS`; the first is the headline, printed as "score".
-        train: name of the training split, None where there is none.
-        validation, test: names of the splits to score; MNLI has two of each.
-        hub: (dataset, configuration) on the Hugging Face hub, or None.
-        root: folder with the files, None for the hub (`data.root` overrides it).
-        tsv: how GLUE's classic TSV files name things: `folder`, `header` (a list of column names
-            where the file has none) and a new name per column.
-        group: an optional integer column to break results down by (the demo's difficulty grade).
-        checkpoint_task: the task whose checkpoints score this one (AX has no training data).
+        name: the name, which is also the name of the folder under `data.root`.
+        columns: the names of one or two text columns.
+        labels: the names of the classes in the order of their ids, or None for a regression.
+        metrics: names from `METRICS`. The first one is the headline metric, called "score".
+        label: the name of the label column.
+        train: the name of the training split, or None if the task has none.
+        validation: the names of the validation splits. MNLI has two.
+        test: the names of the test splits. MNLI has two.
+        hub: the data set and its configuration on the Hugging Face hub, or None.
+        root: the folder with the files, or None for the hub. `data.root` takes precedence.
+        tsv: names in GLUE's classic TSV files: `folder`, `header` (a list of column names if the
+            file has no header) and, under a name of this task, the name of the column in the file.
+        group: the name of an integer column, or None. Results are also given for each group.
+        checkpoint_task: the task whose checkpoints score this one. AX has no training data.
     """
 
     name: str
@@ -61,11 +63,12 @@ class Task:
 
     @property
     def is_regression(self) -> bool:
+        """True if the task has no classes and a ramp predicts a number."""
         return self.labels is None
 
     @property
     def num_labels(self) -> int:
-        """Outputs of a ramp: number of classes, 1 for regression."""
+        """The number of outputs of a ramp: the number of classes, or 1 for a regression."""
         return 1 if self.labels is None else len(self.labels)
 
     @classmethod
@@ -106,12 +109,12 @@ class Task:
             raise UserError(
                 f"task {name}: YAML reads yes, no, on, off as true, false; quote labels"
             )
-        given: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }
-        if given["labels"] is not None:
-            given["labels"] = tuple(map(str, given["labels"]))
-        task = cls(**given)
+        if arguments["labels"] is not None:
+            arguments["labels"] = tuple(map(str, arguments["labels"]))
+        task = cls(**arguments)
         if not 1 <= len(task.columns) <= 2:
             raise UserError(
                 f"task {name}: columns={list(task.columns)} must name one or two text columns"
@@ -145,27 +148,85 @@ class Task:
         return task
 
     def predict(self, logits: Tensor) -> Tensor:
-        """logits (..., C) -> predictions (...): class ids, or the value itself for regression."""
+        """Return the class ids, or the values of a regression: logits (..., C) -> (...)."""
         return logits.squeeze(-1) if self.is_regression else logits.argmax(-1)
 
     def scores(self, predictions: Tensor, labels: Tensor) -> dict[str, float]:
-        """All metrics of the task, headline first. predictions, labels: (N,)."""
+        """Compute all metrics of the task, the headline metric first: (N,), (N,) -> floats."""
         return {name: METRICS[name](predictions, labels) for name in self.metrics}
 
     def score(self, predictions: Tensor, labels: Tensor) -> float:
-        """The headline metric."""
+        """Compute the headline metric: (N,), (N,) -> a float."""
         return METRICS[self.metrics[0]](predictions, labels)
 
     def order(self, split: str) -> tuple[int, str]:
-        """What splits are sorted by: those to be reported first, the headline's before all."""
+        """Return the key that sorts splits in the order in which they are reported."""
         known = (*self.validation, *self.test)
         return (known.index(split) if split in known else len(known), split)
 
     @property
     def lowest_score(self) -> float:
-        """Of the headline metric: -1 of a correlation, 0 of a share."""
+        """The lowest value of the headline metric: -1 for a correlation, 0 for a share."""
         return -1 if self.metrics[0] in ("matthews", *REGRESSION) else 0
 
     def target_dtype(self) -> torch.dtype:
-        """The dtype in which labels reach the loss."""
+        """Return the dtype of the labels that the loss takes."""
         return torch.float32 if self.is_regression else torch.long
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The settings of the rows: the block `data` of the configuration.
+
+    A key that a checkpoint of an older version lacks has the default.
+
+    Attributes:
+        root: the local folder with the files, or None for the task's own folder or the hub.
+        max_length: the largest number of tokens of an input.
+        limit_train: the number of training rows to use, or None for all.
+        calibration_size: the number of training rows that are held out, or None for a tenth.
+        calibration_rows: the fingerprint of the held-out rows, once they are known.
+        unlabelled: the splits whose rows are also trained on, without their labels.
+        eval_batch_size: the number of evaluation rows in a batch.
+        num_workers: the number of processes that load batches.
+    """
+
+    root: str | None = None
+    max_length: int = 128
+    limit_train: int | None = None
+    calibration_size: int | None = None
+    calibration_rows: str | None = None
+    unlabelled: tuple[str, ...] = ()
+    eval_batch_size: int = 64
+    num_workers: int = 0
+
+    @classmethod
+    def from_checked(cls, values: Mapping[str, Any]) -> Self:
+        """Build the settings from plain values that `checkpoint_config` has accepted."""
+        known = {field.name for field in fields(cls)}
+        given = {k: v for k, v in values.items() if k in known and v is not None}
+        return cls(**given | {"unlabelled": tuple(given.get("unlabelled", ()))})
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> Self:
+        """Build the settings from the plain values that a user sets, and check each of them.
+
+        Raises:
+            UserError: a value has the wrong type, or is outside its range.
+        """
+        # 8 tokens have room for the special tokens and a word or two of each text.
+        check_whole("data.max_length", values["max_length"], 8)
+        check_whole("data.eval_batch_size", values["eval_batch_size"], 1)
+        check_whole("data.num_workers", values["num_workers"], 0)
+        for name, low in (("limit_train", 1), ("calibration_size", 0)):
+            if values[name] is not None:
+                check_whole(f"data.{name}", values[name], low)
+        if values["root"] is not None and not isinstance(values["root"], str):
+            raise UserError(f"data.root={values['root']} must be a folder")
+        unlabelled = values.get("unlabelled") or []
+        if not isinstance(unlabelled, list) or len(set(map(str, unlabelled))) < len(unlabelled):
+            raise UserError(
+                f"data.unlabelled={unlabelled} must be a list of different splits: "
+                "data.unlabelled=[test]"
+            )
+        return cls.from_checked({**values, "unlabelled": [str(split) for split in unlabelled]})

@@ -1,5 +1,7 @@
-"""Texts -> token ids, the same way in training, evaluation and use; and a tokenizer as plain text.
-Knows nothing of models.
+"""Turn texts into token ids, and a tokenizer into plain text and back.
+
+Training, evaluation and prediction turn texts into the same ids. A tokenizer may come from somebody
+else's folder, so each failure of it becomes one line. The module does not know models.
 """
 
 import tempfile
@@ -14,60 +16,68 @@ from deebert.errors import UserError, first_line
 from deebert.untrusted import tokenizer_files
 from deebert.untrusted.tokenizer_files import FILES
 
-TOKENS = ("input_ids", "token_type_ids")  # what an encoder may be given beside the mask
-LONG = 8  # characters a token of max_length: pairs of more are cut by hand
+TOKENS = ("input_ids", "token_type_ids")  # the inputs of an encoder, apart from the mask
+LONG = 8  # a pair with more than LONG * max_length characters is cut by `_long_pairs`
 SIZES = {"input_ids": "vocab_size", "token_type_ids": "type_vocab_size"}
 TRIED = ("x", "a fine film", "caf\u00e9 \u5317\u4eac \U0001f600")
-AT_ONCE = 250_000  # characters: a tokenizer holds 100 bytes and more a token, also of what it cuts
+AT_ONCE = 250_000  # characters; a tokenizer needs over 100 bytes for a token, even if it is cut off
 
 
 def portions(rows: Iterable[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
-    """Rows of texts, some at a time: not more than a tokenizer should hold."""
-    chosen: list[tuple[str, ...]] = []
+    """Group rows of texts into portions that a tokenizer can hold in memory at once."""
+    portion: list[tuple[str, ...]] = []
     size = 0
     for row in rows:
-        chosen.append(row)
+        portion.append(row)
         size += sum(map(len, row))
         if size >= AT_ONCE:
-            yield chosen
-            chosen, size = [], 0
-    if chosen:
-        yield chosen
+            yield portion
+            portion, size = [], 0
+    if portion:
+        yield portion
 
 
 def encode(
     tokenizer: PreTrainedTokenizerBase, columns: Sequence[Sequence[str]], max_length: int
 ) -> dict[str, Any]:
-    """Lists of whole numbers by name, unpadded.
+    """Turn texts into token ids, without padding.
 
     Args:
-        columns: the texts of one or two columns; of a pair the longer text is cut first.
-        max_length: tokens, at most.
+        tokenizer: the tokenizer of the model.
+        columns: the texts of one or two columns. The longer text of a pair is cut first.
+        max_length: the largest number of tokens of an input.
+
+    Returns:
+        `input_ids` and what else the tokenizer makes: for each input, a list of whole numbers.
+
+    Raises:
+        UserError: the tokenizer fails on these texts.
     """
-    given = [list(column) for column in columns]
+    texts = [list(column) for column in columns]
     long: dict[int, tuple[str, str]] = {}
-    if len(given) == 2:
-        for i, (first, second) in enumerate(zip(*given, strict=True)):
+    if len(texts) == 2:
+        for i, (first, second) in enumerate(zip(*texts, strict=True)):
             if len(first) + len(second) > LONG * max_length:
                 long[i] = first, second
-                given[0][i] = given[1][i] = ""
+                texts[0][i] = texts[1][i] = ""
     with _in_one_line("the tokenizer fails on these texts"):
-        found = dict(tokenizer(*given, truncation="longest_first", max_length=max_length))
+        encoded = dict(tokenizer(*texts, truncation="longest_first", max_length=max_length))
         if long:
-            by_hand = _long_pairs(tokenizer, list(long.values()), max_length)
-            for i, pair in zip(long, by_hand, strict=True):
-                for name, values in found.items():
-                    values[i] = pair.get(name, [1] * len(pair["input_ids"]))  # the mask
-    return found
+            long_pairs = _long_pairs(tokenizer, list(long.values()), max_length)
+            for i, pair in zip(long, long_pairs, strict=True):
+                for name, values in encoded.items():
+                    # The one name that a pair lacks is the attention mask.
+                    values[i] = pair.get(name, [1] * len(pair["input_ids"]))
+    return encoded
 
 
 def _long_pairs(
     tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], max_length: int
 ) -> Iterator[dict[str, list[int]]]:
-    """What the library would make of pairs.
+    """Encode pairs of long texts as the library would.
 
-    Its own cutting keeps every combination of what it cuts off the two texts: seven gigabytes for
-    16,000 words each.
+    When the library cuts a pair, it keeps every combination of the parts that it cuts off: seven
+    gigabytes for two texts of 16,000 words.
     """
     columns = [
         tokenizer(list(column), add_special_tokens=False, verbose=False)["input_ids"]
@@ -76,30 +86,36 @@ def _long_pairs(
     room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
     small = tokenizer("a", "a", return_token_type_ids=True)
     parts = small.sequence_ids(0)
-    # What stands around and between the texts; a text of several tokens stands there once.
+    # The special tokens around and between the texts, and one entry for each text.
     layout = [
-        (token, kind, part)
-        for i, (token, kind, part) in enumerate(
+        (token, token_type, part)
+        for i, (token, token_type, part) in enumerate(
             zip(small["input_ids"], small["token_type_ids"], parts, strict=True)
         )
         if part is None or i == 0 or part != parts[i - 1]
     ]
     for pair in zip(*columns, strict=True):
-        stay = longest_first(len(pair[0]), len(pair[1]), room)
+        kept = longest_first(len(pair[0]), len(pair[1]), room)
         texts = [
-            ids[len(ids) - most :] if tokenizer.truncation_side == "left" else ids[:most]
-            for ids, most in zip(pair, stay, strict=True)
+            ids[len(ids) - count :] if tokenizer.truncation_side == "left" else ids[:count]
+            for ids, count in zip(pair, kept, strict=True)
         ]
-        found: dict[str, list[int]] = {name: [] for name in TOKENS}
-        for token, kind, part in layout:
+        encoded: dict[str, list[int]] = {name: [] for name in TOKENS}
+        for token, token_type, part in layout:
             ids = [token] if part is None else texts[part]
-            found["input_ids"] += ids
-            found["token_type_ids"] += [kind] * len(ids)
-        yield found
+            encoded["input_ids"] += ids
+            encoded["token_type_ids"] += [token_type] * len(ids)
+        yield encoded
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
-    """How many tokens of two texts stay, as the library `tokenizers` has it."""
+    """Return how many tokens of two texts are kept, as the library `tokenizers` computes it.
+
+    Args:
+        first: the number of tokens of the first text.
+        second: the number of tokens of the second text.
+        room: the largest sum of the two results.
+    """
     if first + second <= room:
         return first, second
     if first > second:
@@ -110,8 +126,8 @@ def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
 
 
 def files_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """A tokenizer as plain text by file name, to be kept in a checkpoint."""
-    # The last call's truncation and padding would be saved too, and change the text.
+    """Return the files of a tokenizer as plain text by name, for a checkpoint."""
+    # Otherwise the truncation and padding of the last call would be saved, and change the text.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     with tempfile.TemporaryDirectory() as folder:
@@ -120,23 +136,29 @@ def files_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def known_files(files: Mapping[str, Any]) -> dict[str, str]:
-    """Return the files that a tokenizer is made of; others are not taken.
+    """Return those of the files that belong to a tokenizer.
+
+    Args:
+        files: contents by file name.
 
     Raises:
-        UserError: one holds no text.
+        UserError: the content of a file is not a text.
     """
-    found = {name: files[name] for name in FILES if name in files}
-    for name, content in found.items():
+    known = {name: files[name] for name in FILES if name in files}
+    for name, content in known.items():
         if not isinstance(content, str):
             raise UserError(f"its {name} is no text")
-    return found
+    return known
 
 
 def from_files(files: Mapping[str, str | bytes]) -> PreTrainedTokenizerBase:
-    """The tokenizer that `files_of` wrote down, or that lies in somebody's folder.
+    """Load a tokenizer.
+
+    Args:
+        files: contents by file name, from `files_of` or from somebody else's folder.
 
     Raises:
-        UserError: these files make no tokenizer.
+        UserError: no tokenizer can be loaded from these files.
     """
     with tempfile.TemporaryDirectory() as folder, _in_one_line("the tokenizer cannot be loaded"):
         for name, content in tokenizer_files.harmless(files).items():
@@ -145,27 +167,34 @@ def from_files(files: Mapping[str, str | bytes]) -> PreTrainedTokenizerBase:
 
 
 def check(tokenizer: PreTrainedTokenizerBase, architecture: Mapping[str, Any]) -> None:
-    """Check that a model of this shape takes all that the tokenizer makes.
+    """Check that a model has an embedding for every id of a tokenizer.
+
+    Args:
+        tokenizer: the tokenizer to check.
+        architecture: the configuration of the model, with the sizes of its vocabularies.
 
     Raises:
-        UserError: it has ids that the model has not, or cannot be used.
+        UserError: the tokenizer has an id that the model lacks, or it cannot be used.
     """
     with _in_one_line("the tokenizer cannot be used"):
-        # What stands around texts need be no part of the vocabulary.
-        made = [encode(tokenizer, [[text]] * n, 16) for text in TRIED for n in (1, 2)]
+        # Texts are encoded because a special token need not be in the vocabulary.
+        encoded = [encode(tokenizer, [[text]] * n, 16) for text in TRIED for n in (1, 2)]
         largest = {
-            name: max(each for ids in made for each in ids.get(name, [[0]])[0]) for name in SIZES
+            name: max(each for ids in encoded for each in ids.get(name, [[0]])[0]) for name in SIZES
         }
         largest["input_ids"] = max(largest["input_ids"], *tokenizer.get_vocab().values())
     for name, most in largest.items():
         size = architecture.get(SIZES[name])
-        if size and most >= size:  # 0 types of DeBERTa: it does not look at them
+        if size and most >= size:  # DeBERTa has 0 token types and ignores them
             raise UserError(f"its tokenizer has {name} up to {most}, and its model {size} of them")
 
 
 @contextmanager
 def _in_one_line(what: str) -> Iterator[None]:
-    """Somebody's tokenizer fails in many ways; a panic in Rust is no `Exception` in Python."""
+    """Turn each failure of a tokenizer into a `UserError` of one line that begins with `what`.
+
+    A panic in the tokenizer's Rust code is not an `Exception` in Python.
+    """
     try:
         yield
     except BaseException as error:

@@ -1,12 +1,12 @@
-"""Why layers look redundant: what a record says about its ramps beyond their scores.
+"""A comparison of the ramps of a record beyond their scores, to see which layers look redundant.
 
-Two ramps of the same score may be right on different rows (an exit rule could gain), or be wrong on
-the same ones (an ensemble cannot gain). Arithmetic on the logits of every ramp: knows nothing of
-models, files or exit thresholds. Shapes: N rows, L layers (= ramps), C labels.
+Two ramps with the same score may be right on different rows, so that an exit rule could gain. They
+may also be wrong on the same rows, so that an ensemble cannot gain. The module computes on the
+logits of every ramp, and knows nothing of models, files or exit thresholds.
+Shapes: N rows, L layers (= ramps), C labels.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,99 +14,96 @@ from torch import Tensor
 from deebert.data.tasks import Task
 from deebert.exits import curves, rules
 from deebert.exits.records import Record
+from deebert.reporting.split_results import (
+    Analysis,
+    Correlations,
+    EnsembleScore,
+    Oracle,
+    RampAnalysis,
+    ReliabilityBin,
+)
 
 NUM_BINS = 15  # of a reliability diagram; Guo et al. 2017
 
 
-def analysis(record: Record, task: Task) -> dict[str, Any]:
-    """Oracle, overthinking, and how the ramps agree, err and know what they know.
+def analysis(record: Record, task: Task) -> Analysis:
+    """Compute the oracle, the overthinking rate, and the ramps' agreement, errors and calibration.
+
+    Args:
+        record: the logits of every ramp for the rows, with labels or without.
+        task: the task.
 
     Returns:
-        Plain values for JSON; None where a value is undefined. Without labels only `agreement` is
-        defined; for a regression `agreement`, `error_correlation` and, but for its vote,
-        `ensemble`.
-
-        - `oracle`: `score`, `expected_saving` and `exit_counts` (L numbers) if each row left at
-          the first ramp that is right, and ran to full depth where none is. Hindsight, so a bound
-          on what an exit rule can reach and not a goal: it counts guesses too (of two classes, two
-          ramps that always answer one each are a perfect oracle).
-        - `overthinking_rate`: share of rows that some ramp gets right and the last one does not
-          (Kaya et al. 2019, Shallow-Deep Networks).
-        - `ramps`, a dict each: `layer`; `agreement`, the share of rows where it predicts what the
-          last ramp does (regression: Pearson correlation with the last ramp's values); `auroc` of
-          its confidence, the largest probability, for being right; `ece` and `reliability`, see
-          `calibration`; `share_right_where_last_is_wrong`.
-        - `error_correlation`: L x L Pearson correlation of the ramps' errors, 0 or 1 a row (so
-          phi); signed differences from the label for a regression.
-        - `ensemble`, see `ensemble`.
+        The analysis, with None where a value is undefined. Without labels only `agreement` is
+        defined. For a regression only `agreement`, `error_correlation` and `ensemble` without
+        `vote` are defined.
     """
     predictions_NL = task.predict(record.logits_NLC)
     if task.is_regression:
         agreement_L = correlation(predictions_NL.double())[-1]
     else:
         agreement_L = (predictions_NL == predictions_NL[:, -1:]).double().mean(0)
-    ramps: list[dict[str, Any]] = [
-        {
-            "layer": layer,
-            "agreement": agreement,
-            "auroc": None,
-            "ece": None,
-            "reliability": None,
-            "share_right_where_last_is_wrong": None,
-        }
-        for layer, agreement in enumerate(_plain(agreement_L), 1)
+    agreements = _plain(agreement_L)
+    ramps = [
+        RampAnalysis(layer, agreement, None, None, None, None)
+        for layer, agreement in enumerate(agreements, 1)
     ]
-    found: dict[str, Any] = {
-        "oracle": None,
-        "overthinking_rate": None,
-        "ramps": ramps,
-        "error_correlation": None,
-        "ensemble": None,
-    }
     if record.labels_N is None:
-        return found
+        return Analysis(None, None, ramps, None, None)
 
     labels_N = record.labels_N.to(task.target_dtype())
-    found["ensemble"] = ensemble(record.logits_NLC, labels_N, task)
+    ensembles = ensemble(record.logits_NLC, labels_N, task)
     if task.is_regression:
         errors_NL = predictions_NL.double() - labels_N[:, None].double()
-    else:
-        right_NL = predictions_NL == labels_N[:, None]
-        errors_NL = (~right_NL).double()
-        found["oracle"] = _oracle(record, predictions_NL, labels_N, task)
-        found["overthinking_rate"] = (right_NL.any(1) & ~right_NL[:, -1]).double().mean().item()
-        confidence_NL = record.logits_NLC.double().softmax(-1).amax(-1)
-        columns = zip(
-            ramps,
-            confidence_NL.unbind(1),
-            right_NL.unbind(1),
-            _plain(auroc(confidence_NL, right_NL)),
-            _plain(right_NL[~right_NL[:, -1]].double().mean(0)),  # NaN if the last is never wrong
-            strict=True,
-        )
-        for ramp, confidence_N, right_N, area, share in columns:
-            ramp |= calibration(confidence_N, right_N)
-            ramp |= {"auroc": area, "share_right_where_last_is_wrong": share}
-    found["error_correlation"] = [_plain(row) for row in correlation(errors_NL)]
-    return found
+        return Analysis(None, None, ramps, _correlations(errors_NL), ensembles)
+
+    right_NL = predictions_NL == labels_N[:, None]
+    confidence_NL = record.logits_NLC.double().softmax(-1).amax(-1)
+    columns = zip(
+        agreements,
+        confidence_NL.unbind(1),
+        right_NL.unbind(1),
+        _plain(auroc(confidence_NL, right_NL)),
+        _plain(right_NL[~right_NL[:, -1]].double().mean(0)),  # NaN if the last is never wrong
+        strict=True,
+    )
+    ramps = [
+        RampAnalysis(layer, agreement, area, *calibration(confidence_N, right_N), share)
+        for layer, (agreement, confidence_N, right_N, area, share) in enumerate(columns, 1)
+    ]
+    return Analysis(
+        _oracle(record, predictions_NL, labels_N, task),
+        (right_NL.any(1) & ~right_NL[:, -1]).double().mean().item(),
+        ramps,
+        _correlations((~right_NL).double()),
+        ensembles,
+    )
+
+
+def _correlations(errors_NL: Tensor) -> Correlations:
+    return [_plain(row) for row in correlation(errors_NL)]
 
 
 def correlation(values_NL: Tensor) -> Tensor:
-    """Pearson correlation between columns: (N, L) -> (L, L), NaN where a column is constant."""
+    """Compute the Pearson correlation of columns: (N, L) -> (L, L), NaN if a column is constant."""
     centred_NL = values_NL - values_NL.mean(0)
     unit_NL = centred_NL / centred_NL.norm(dim=0)
-    # The mean of equal numbers may be off by a rounding, which would then be all that is left.
+    # A constant column is not exactly 0 once centred, since its mean may be rounded.
     unit_NL[:, values_NL.amin(0) == values_NL.amax(0)] = math.nan
     return (unit_NL.T @ unit_NL).clamp(-1, 1)
 
 
 def auroc(confidence_NL: Tensor, right_NL: Tensor) -> Tensor:
-    """How well confidence ranks right above wrong, for each ramp: (N, L), (N, L) -> (L,).
+    """Compute each ramp's area under the ROC curve of its confidence: (N, L), (N, L) -> (L,).
 
-    The probability that a right row has a higher confidence than a wrong one, ties counting half
-    (Mann and Whitney's U from ranks); NaN for a ramp that is always or never right. Unlike `ece`
-    it does not change with the temperature of the logits for two classes, and it is what an exit
-    by confidence lives on.
+    It is the probability that a right row has a higher confidence than a wrong row, where a tie
+    counts half (Mann and Whitney's U from ranks). It is NaN for a ramp that is always or never
+    right. For two classes it does not change with the temperature of the logits, unlike `ece`. An
+    exit rule on confidence needs a high value.
+
+    Args:
+        confidence_NL: the confidence of each ramp in its prediction.
+        right_NL: whether the prediction is right.
     """
     confidence_LN, right_LN = confidence_NL.T.contiguous(), right_NL.T.contiguous()
     sorted_LN = confidence_LN.sort(dim=1).values
@@ -116,17 +113,20 @@ def auroc(confidence_NL: Tensor, right_NL: Tensor) -> Tensor:
     rank_LN = (below_LN + 1 + up_to_LN).double() / 2
     num_right_L = right_LN.sum(1).double()
     num_wrong_L = len(right_NL) - num_right_L
-    lowest_L = num_right_L * (num_right_L + 1) / 2  # their rank sum if all wrong ones were above
+    lowest_L = num_right_L * (num_right_L + 1) / 2  # the rank sum if all wrong rows were above
     return ((rank_LN * right_LN).sum(1) - lowest_L) / (num_right_L * num_wrong_L)
 
 
-def calibration(confidence_N: Tensor, right_N: Tensor) -> dict[str, Any]:
-    """Is a ramp right as often as it says? (Guo et al. 2017, section 2)
+def calibration(confidence_N: Tensor, right_N: Tensor) -> tuple[float, list[ReliabilityBin]]:
+    """Compare a ramp's confidence with how often it is right (Guo et al. 2017, section 2).
+
+    Args:
+        confidence_N: the confidence in each prediction.
+        right_N: whether the prediction is right.
 
     Returns:
-        `reliability`: mean `confidence`, `accuracy` and `count` of each non-empty one of 15 bins
-        of equal width (each without its lower end, with its upper end); `ece`, the expected
-        calibration error: the mean of |accuracy - confidence| over the bins, weighted by count.
+        The expected calibration error; and each non-empty bin of 15 bins of equal width (each
+        without its lower end, with its upper end).
     """
     inner_edges = torch.linspace(0, 1, NUM_BINS + 1, dtype=confidence_N.dtype)[1:-1]
     bin_N = torch.bucketize(confidence_N.contiguous(), inner_edges)
@@ -135,24 +135,18 @@ def calibration(confidence_N: Tensor, right_N: Tensor) -> dict[str, Any]:
     confidences = (bin_N.bincount(confidence_N, minlength=NUM_BINS) / counts)[filled]
     accuracies = (bin_N.bincount(right_N.double(), minlength=NUM_BINS) / counts)[filled]
     gaps = (accuracies - confidences).abs()
-    return {
-        "ece": ((gaps * counts[filled]).sum() / len(bin_N)).item(),
-        "reliability": [
-            {"confidence": confidence, "accuracy": accuracy, "count": count}
-            for confidence, accuracy, count in zip(
-                confidences.tolist(), accuracies.tolist(), counts[filled].tolist(), strict=True
-            )
-        ],
-    }
+    ece = ((gaps * counts[filled]).sum() / len(bin_N)).item()
+    columns = (confidences.tolist(), accuracies.tolist(), counts[filled].tolist())
+    return ece, [ReliabilityBin(*values) for values in zip(*columns, strict=True)]
 
 
-def ensemble(logits_NLC: Tensor, labels_N: Tensor, task: Task) -> list[dict[str, Any]]:
-    """Would asking all ramps so far help? Scores of ramp l alone and of ramps 1 to l together.
+def ensemble(logits_NLC: Tensor, labels_N: Tensor, task: Task) -> list[EnsembleScore]:
+    """Compute the score of each ramp and of the ensemble of all ramps up to it.
 
-    Returns:
-        A dict a layer: `layer`, `single` (the ramp alone), `mean` (of the ramps' probabilities;
-        of their values for a regression), `vote` (of the majority, where a draw goes to the class
-        of the higher mean probability; None for a regression).
+    Args:
+        logits_NLC: the logits of every ramp.
+        labels_N: the labels.
+        task: the task.
     """
     num_ramps_L1 = torch.arange(1, logits_NLC.shape[1] + 1)[:, None]
     single_NL = task.predict(logits_NLC)
@@ -163,26 +157,27 @@ def ensemble(logits_NLC: Tensor, labels_N: Tensor, task: Task) -> list[dict[str,
         mean_NLC = logits_NLC.double().softmax(-1).cumsum(1) / num_ramps_L1
         votes_NLC = torch.nn.functional.one_hot(single_NL, logits_NLC.shape[-1]).cumsum(1)
         mean_NL = mean_NLC.argmax(-1)
-        vote_NL = (votes_NLC + mean_NLC / 2).argmax(-1)  # less than a vote: decides only a draw
+        vote_NL = (votes_NLC + mean_NLC / 2).argmax(-1)  # under 1 vote, so it decides draws only
     return [
-        {
-            "layer": layer + 1,
-            "single": task.score(single_NL[:, layer], labels_N),
-            "mean": task.score(mean_NL[:, layer], labels_N),
-            "vote": None if vote_NL is None else task.score(vote_NL[:, layer], labels_N),
-        }
+        EnsembleScore(
+            layer + 1,
+            task.score(single_NL[:, layer], labels_N),
+            task.score(mean_NL[:, layer], labels_N),
+            None if vote_NL is None else task.score(vote_NL[:, layer], labels_N),
+        )
         for layer in range(logits_NLC.shape[1])
     ]
 
 
-def _oracle(record: Record, predictions_NL: Tensor, labels_N: Tensor, task: Task) -> dict[str, Any]:
+def _oracle(record: Record, predictions_NL: Tensor, labels_N: Tensor, task: Task) -> Oracle:
+    """Compute score, saving and exits if each row left at the first ramp that is right."""
     wrong_NL = (predictions_NL != labels_N[:, None]).float()
-    layer_N = rules.exit_layer(wrong_NL, 0.5)  # leaves where it is not wrong
+    layer_N = rules.exit_layer(wrong_NL, 0.5)  # the first ramp that is not wrong
     chosen_N = predictions_NL.gather(1, layer_N[:, None] - 1).squeeze(1)
-    found = curves.outcome(record, task, layer_N, chosen_N)
-    return {name: found[name] for name in ("score", "expected_saving", "exit_counts")}
+    outcome = curves.outcome(record, task, layer_N, chosen_N)
+    return Oracle(outcome.score, outcome.expected_saving, outcome.exit_counts)
 
 
 def _plain(values: Tensor) -> list[float | None]:
-    """A 1-d tensor for JSON, which knows no NaN."""
+    """Return the values of a 1-d tensor, with None for NaN, which JSON does not have."""
     return [None if math.isnan(value) else value for value in values.tolist()]

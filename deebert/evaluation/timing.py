@@ -1,7 +1,8 @@
-"""How long things take: warm-up, repeats, interleaved, percentiles.
+"""The time that several systems take for the same requests, measured in turns.
 
-Whatever else the machine does hits all systems alike, since they take turns; a ratio is taken
-between neighbours in time and then the median of all turns. Knows nothing of models.
+The systems take turns, so other work on the machine slows them all alike. A ratio compares two
+systems within one turn, and the result is the median over the turns. This module knows nothing of
+models.
 """
 
 import logging
@@ -17,40 +18,46 @@ import torch
 
 log = logging.getLogger(__name__)
 
-WORTH_SAYING = 5.0  # seconds of a turn
+LONG_TURN = 5.0  # seconds of a turn, above which the log states how long it takes
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one system: (R, Q), for each of R turns and Q requests.
+    """The seconds of one system.
 
-    A request is whatever is run as one; a turn runs all of them, one after the other.
+    A request is what the system runs in one call. A turn runs all requests, one after the other.
+
+    Attributes:
+        seconds_RQ: the seconds of each of Q requests in each of R turns.
     """
 
     seconds_RQ: np.ndarray
 
     @property
     def seconds(self) -> float:
-        """Of a turn, the median."""
+        """The seconds of a turn, as the median over the turns."""
         return float(np.median(self.seconds_RQ.sum(1)))
 
     @property
     def latency_ms(self) -> dict[str, float]:
         """Percentiles over all requests of all turns, in milliseconds."""
-        found = np.percentile(self.seconds_RQ * 1e3, [50, 95, 99])
-        return dict(zip(("p50", "p95", "p99"), found.tolist(), strict=True))
+        percentiles = np.percentile(self.seconds_RQ * 1e3, [50, 95, 99])
+        return dict(zip(("p50", "p95", "p99"), percentiles.tolist(), strict=True))
 
     def saving(self, other: "Timing") -> float:
-        """1 - our time / the other's, the median over the turns."""
+        """Return 1 - our time / the other system's time, as the median over the turns."""
         shares_R = self.seconds_RQ.sum(1) / other.seconds_RQ.sum(1)
         return 1 - median(shares_R.tolist())
 
 
 @contextmanager
 def undisturbed(threads: int | None) -> Iterator[None]:
-    """For a while so many threads (None: as torch has them), and none of torch's checks.
+    """Set torch's threads, and switch its deterministic mode off, while the context lasts.
 
-    A Trainer asks for deterministic kernels; torch then also fills each new tensor.
+    A Trainer switches the deterministic mode on. torch then also fills each new tensor.
+
+    Args:
+        threads: the number of threads; None leaves it as it is.
     """
     threads_before = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -71,19 +78,19 @@ def compare(
 ) -> dict[str, Timing]:
     """Time several systems on the same requests, in turns.
 
-    Each system first runs all requests once, not timed. The order of the systems is reversed from
-    turn to turn, so that none always runs on a machine that another has just warmed.
+    Each system first runs all requests once, untimed. The order of the systems is reversed in every
+    second turn, so that no system always runs after the same other one.
 
     Args:
-        systems: what runs a request and waits until the answer is there.
-        requests: what each turn consists of.
-        repeats: turns.
+        systems: functions that run a request and wait for its answer, by the system's name.
+        requests: the requests of each turn.
+        repeats: the number of turns.
     """
     start = time.perf_counter()
     for run in systems.values():
         for request in requests:
             run(request)
-    if (warm := time.perf_counter() - start) > WORTH_SAYING:
+    if (warm := time.perf_counter() - start) > LONG_TURN:
         log.info("%d turns of about %.0f s", repeats, warm)
     turns: dict[str, list[list[float]]] = {name: [] for name in systems}
     for turn in range(repeats):

@@ -1,12 +1,14 @@
-"""Record + target -> thresholds, what to expect of them, and what unseen rows then showed.
+"""Record + target -> operating point, with what to expect of it and what unseen rows show.
 
-A target is a saving ("40 % less") or a promise ("one point at most, with 95 % confidence").
-Thresholds are never chosen on the rows that are reported: they come from rows held out of training,
-or are cross-fitted over the reported split. Arithmetic on records: no model, no files.
+A target is a saving, a speed-up or a guarantee ("one point at most, with 95 % confidence").
+Thresholds are never chosen on the rows that are reported: they are chosen on rows held out of
+training, or cross-fitted over the reported split.
+Arithmetic on records: the module knows no model and no file.
 """
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,29 +17,37 @@ from torch import Tensor
 
 from deebert.data.tasks import Task
 from deebert.errors import UserError
-from deebert.exits import curves, priors, risk_control, rules, threshold_search
-from deebert.exits.curves import Thresholds
+from deebert.exits import curves, fitting, risk_control, rules, threshold_search
+from deebert.exits.curves import OperatingPoint, Thresholds
 from deebert.exits.records import Record
 from deebert.exits.rules import ExitScores, Rule, exit_layer
 from deebert.exits.target import Target
+from deebert.reporting.results import Calibration
+from deebert.reporting.split_results import Measured
 
 FOLDS = 5
-FEWEST = 20  # rows to choose anything on
-SPEEDUP_STEPS = 1000  # savings among which one is looked for that is fast enough
+FEWEST = 20  # smallest number of calibration rows
+SPEEDUP_STEPS = 1000  # savings among which the search looks for one that is fast enough
 
 
 @dataclass(frozen=True)
-class OperatingPoint:
-    """A rule (with its temperatures, if any) and thresholds for it."""
+class CalibratedPoint:
+    """An operating point, and the target that it was chosen for.
+
+    Attributes:
+        rule: with its temperatures and prior, if it has any.
+        thresholds: one for all ramps, or L-1.
+        target: the values that the user gave.
+        expected: what the calibration rows show (`curves.expected`); None if the user gave the
+            thresholds.
+        split: name of the split of the calibration rows, or None.
+    """
 
     rule: Rule
     thresholds: Thresholds
-
-    def __call__(self, record: Record, task: Task) -> tuple[Tensor, Tensor]:
-        """Exit layer and prediction of every row: (N,), (N,)."""
-        exit_scores = curves.exit_scores_of(self.rule, record)
-        layer_N = exit_layer(exit_scores.score_NL, self.thresholds)
-        return layer_N, curves.answered(exit_scores, task, layer_N)
+    target: Mapping[str, Any]
+    expected: Measured | None = None
+    split: str | None = None
 
 
 class Infeasible(UserError):
@@ -45,21 +55,27 @@ class Infeasible(UserError):
 
 
 def choose(record: Record, task: Task, rule: Rule, target: Target) -> OperatingPoint:
-    """The thresholds that meet a target, as far as these rows can tell.
+    """Choose the thresholds that meet a target on the calibration rows.
+
+    Args:
+        record: the calibration rows.
+        task: the task of the rows.
+        rule: the exit rule; temperatures and a prior are fitted if target and rule need them.
+        target: what the user wants.
 
     Raises:
-        Infeasible: the rows are too few for the promise, or the rule never saves so much.
-        UserError: the target needs labels that the rows lack, or does not fit the task.
+        Infeasible: the rows are too few for the guarantee, or the rule never saves so much.
+        UserError: the target needs labels that the rows lack, or it does not fit the task.
     """
     check(len(record), record.labels_N is not None, record.split, task, rule, target)
     if target.temperature:
         seen, record = _halves(record) if target.max_drop is not None else (record, record)
         assert seen.labels_N is not None
-        rule = rule.tempered(seen.logits_NLC, seen.labels_N)
+        rule = fitting.tempered(rule, seen.logits_NLC, seen.labels_N)
     if target.max_drop is not None:
-        return OperatingPoint(rule, _promised(record, task, rule, target))
+        return OperatingPoint(rule, _guaranteed(record, task, rule, target))
     if rule.needs_prior:
-        rule = priors.search(record, task, rule, _about(record, rule, target))
+        rule = fitting.with_prior(record, task, rule, _saving_by_entropy(record, rule, target))
     exit_scores = curves.exit_scores_of(rule, record)
     if target.target_speedup is not None:
         return OperatingPoint(rule, _fast_enough(record, exit_scores, rule, target))
@@ -74,32 +90,37 @@ def choose(record: Record, task: Task, rule: Rule, target: Target) -> OperatingP
     if target.per_ramp:
         assert record.labels_N is not None
         right_NL = task.predict(exit_scores.answer_NLC) == record.labels_N[:, None]
-        found = threshold_search.search(exit_scores.score_NL, right_NL, target.target_saving)
-        if found is not None:
-            return OperatingPoint(rule, found)
+        thresholds = threshold_search.search(exit_scores.score_NL, right_NL, target.target_saving)
+        if thresholds is not None:
+            return OperatingPoint(rule, thresholds)
     return OperatingPoint(rule, threshold)
 
 
-def _about(record: Record, rule: Rule, target: Target) -> float:
-    """About what saving a target will come to: by entropy."""
+def _saving_by_entropy(record: Record, rule: Rule, target: Target) -> float:
+    """Return the saving of a target: its own, or what its speed-up needs with entropy."""
     if target.target_saving is not None:
         return target.target_saving
     entropy = rule.uniform()
     exit_scores = curves.exit_scores_of(entropy, record)
-    return (
-        curves.savings(exit_scores, _fast_enough(record, exit_scores, entropy, target))
-        .mean()
-        .item()
-    )
+    threshold = _fast_enough(record, exit_scores, entropy, target)
+    return curves.savings(exit_scores, threshold).mean().item()
 
 
 def check(
     num_rows: int, has_labels: bool, split: str, task: Task, rule: Rule, target: Target
 ) -> None:
-    """What can be known of a target before the model has run.
+    """Check a target as far as that is possible before the model has run.
+
+    Args:
+        num_rows: number of calibration rows.
+        has_labels: True if the calibration rows have labels.
+        split: name of their split, for messages.
+        task: the task of the rows.
+        rule: the exit rule.
+        target: what the user wants.
 
     Raises:
-        Infeasible: too few rows.
+        Infeasible: there are too few rows.
         UserError: labels are needed and missing, or the target does not fit the task.
     """
     where = f"split {split!r}"
@@ -132,27 +153,27 @@ def check(
         )
     if target.max_drop is None:
         return
-    promising = promising_rows(num_rows, target)
-    least = risk_control.smallest_limit(promising, _delta(target))
+    guaranteeing = guaranteeing_rows(num_rows, target)
+    least = risk_control.smallest_limit(guaranteeing, _delta(target))
     if target.max_drop < least:
         raise Infeasible(
-            f"max_drop={target.max_drop} cannot be promised by {promising} calibration rows of "
+            f"max_drop={target.max_drop} cannot be promised by {guaranteeing} calibration rows of "
             f"{where}, even without a loss among them: the smallest is {_rounded_up(least)} at "
             f"confidence={'null' if target.confidence is None else target.confidence}; give more "
             "rows (calibration=, or data.calibration_size= in training) or ask for less"
         )
 
 
-def promising_rows(num_rows: int, target: Target) -> int:
-    """How many of the calibration rows choose; the others, if any, have fitted temperatures."""
+def guaranteeing_rows(num_rows: int, target: Target) -> int:
+    """Count the calibration rows that choose thresholds; the others fit the temperatures."""
     return num_rows // 2 if target.temperature and target.max_drop is not None else num_rows
 
 
 def _fast_enough(record: Record, exit_scores: ExitScores, rule: Rule, target: Target) -> float:
-    """The smallest threshold that is expected to be so much faster on the clock."""
+    """Return the smallest threshold with the target's speed-up on these rows."""
     assert target.target_speedup is not None
     if target.costs is None:
-        raise UserError("target_speedup= needs what each layer costs (speed.layer_costs)")
+        raise UserError("target_speedup= needs the cost of each layer (Target.costs)")
     most = curves.savings(exit_scores, np.inf).mean().item()
     savings = np.linspace(0, most, SPEEDUP_STEPS + 1).tolist()
     thresholds = curves.thresholds_for(exit_scores.score_NL, savings)
@@ -170,9 +191,14 @@ def _fast_enough(record: Record, exit_scores: ExitScores, rule: Rule, target: Ta
 
 
 def expected_speedup(record: Record, layer_N: Tensor, target: Target) -> float:
-    """How many times faster than full depth rows that leave there are, by what layers cost.
+    """Return the time at full depth / the time of rows that leave at these layers.
 
-    A row counts by its tokens, as its time does.
+    The time of a row is the cost of its exit layer times its number of tokens.
+
+    Args:
+        record: the rows.
+        layer_N: exit layers (N,).
+        target: a target with `costs`.
     """
     costs_L = torch.tensor(target.costs, dtype=torch.float64)
     tokens_N = record.length_N.double()
@@ -180,23 +206,25 @@ def expected_speedup(record: Record, layer_N: Tensor, target: Target) -> float:
 
 
 def _rounded_up(value: float) -> str:
+    """Format a number with three digits, rounded up."""
     digits = 2 - int(np.floor(np.log10(value)))
     return f"{np.ceil(value * 10**digits) / 10**digits:.{digits}f}"
 
 
 def _delta(target: Target) -> float | None:
+    """Return 1 - confidence, or None for a guarantee on average."""
     return None if target.confidence is None else 1 - target.confidence
 
 
 def _halves(record: Record) -> tuple[Record, Record]:
-    """Two random halves: what is fitted on one may be promised by the other."""
+    """Split the rows into two random halves: the rows of a guarantee must not be fitted on."""
     order = torch.randperm(len(record), generator=torch.Generator().manual_seed(0))
     middle = len(record) - len(record) // 2
     return record.rows(order[:middle]), record.rows(order[middle:])
 
 
-def _promised(record: Record, task: Task, rule: Rule, target: Target) -> float:
-    """The most aggressive threshold whose risk is promised; 0 (full depth) where none is."""
+def _guaranteed(record: Record, task: Task, rule: Rule, target: Target) -> float:
+    """Return the most aggressive threshold with a guaranteed risk; 0 (full depth) if none has."""
     assert target.max_drop is not None
     grid = rule.grid()
     loss_NT = losses(record, task, rule, grid, target.loss)
@@ -215,7 +243,15 @@ def _promised(record: Record, task: Task, rule: Rule, target: Target) -> float:
 
 
 def losses(record: Record, task: Task, rule: Rule, grid: list[float], loss: str) -> Tensor:
-    """What each row loses at each threshold against full depth: (N, T) of -1, 0 and 1."""
+    """Return the loss of each row at each threshold against full depth: (N, T) of -1, 0 and 1.
+
+    Args:
+        record: the rows.
+        task: the task of the rows.
+        rule: the exit rule.
+        grid: T thresholds.
+        loss: `excess` or `disagreement`, as in `Target`.
+    """
     exit_scores = curves.exit_scores_of(rule, record)
     answer_NL = task.predict(exit_scores.answer_NLC)
     full_N1 = answer_NL[:, -1:]
@@ -230,38 +266,43 @@ def losses(record: Record, task: Task, rule: Rule, grid: list[float], loss: str)
 
 
 def unlike(ours: Record, theirs: Record) -> str | None:
-    """How the rows of two splits plainly differ, so that one says little about the other, or None.
+    """Describe a clear difference between the rows of two splits; None if there is none.
 
-    By Kolmogorov-Smirnov tests of what is known of a row without its label: its length, and how
-    sure full depth is. GLUE's SST-2 is the example: phrases in train, sentences in validation.
+    Thresholds that are chosen on one of two different splits may not fit the other. Two
+    Kolmogorov-Smirnov tests compare what is known of a row without its label: its length, and the
+    largest probability at full depth. An example is GLUE's SST-2, which has phrases in train and
+    sentences in validation.
     """
-    from scipy import stats  # late, as in `risk`
+    from scipy import stats  # not at the top, as in `risk_control`
 
-    sure = [torch.softmax(r.logits_NLC[:, -1], -1).amax(-1).numpy() for r in (ours, theirs)]
+    largest = [torch.softmax(r.logits_NLC[:, -1], -1).amax(-1).numpy() for r in (ours, theirs)]
     lengths = [r.length_N.numpy() for r in (ours, theirs)]
-    for name, (a, b) in (("tokens", lengths), ("largest probability at full depth", sure)):
-        found = stats.ks_2samp(a, b)
-        if found.pvalue < 0.0005 and found.statistic > 0.1:  # surely different, and by how much
+    for name, (a, b) in (("tokens", lengths), ("largest probability at full depth", largest)):
+        test = stats.ks_2samp(a, b)
+        if test.pvalue < 0.0005 and test.statistic > 0.1:  # not by chance, and by enough to matter
             return f"{name} {np.mean(a):.3g} against {np.mean(b):.3g} on average"
     return None
 
 
 def calibration(
     held_out: Record | None, records: list[Record], task: Task, rule: Rule, target: Target
-) -> dict[str, Any]:
-    """Choose thresholds for a target, and measure them on rows that had no part in it.
+) -> Calibration:
+    """Choose thresholds for a target, and measure them on rows that they were not chosen on.
 
     Args:
-        held_out: rows to choose on; None: cross-fit over the first of the reported splits, that
-            is choose on four fifths and measure on the other fifth, five times.
+        held_out: calibration rows. None: cross-fit over the first of the reported splits, that is,
+            choose on four fifths and measure on the other fifth, five times.
         records: the reported splits.
+        task: the task of the rows.
+        rule: the exit rule.
+        target: what the user wants.
 
     Returns:
-        What results.json holds under `calibration`: `target`, `rule`, `temperatures`, `prior`,
-        `thresholds` (the ones to use from now on), `calibration_split`, `num_calibration`,
-        `expected` and `measured`, with 95 % intervals for as many new rows as were reported.
-        Where cross-fitted, also what each fold was measured with: `fold_thresholds`, `fold_fits`
-        (temperatures and prior; None at full depth), and `folds_at_full_depth`, how many were.
+        The operating point, what to expect of it, and what was measured; without notes.
+
+    Raises:
+        Infeasible: the rows are too few for the guarantee, or the rule never saves so much.
+        UserError: the target needs labels that the rows lack, or it does not fit the task.
     """
     reported = records[0]
     seen = reported if held_out is None else held_out
@@ -272,36 +313,40 @@ def calibration(
     else:
         layer_N, predictions_N = operating_point(reported, task)
         split = held_out.split
-    promised = expected(seen, task, operating_point, len(reported))
+    expected = curves.expected(seen, task, operating_point, len(reported))
     if target.costs is not None:
-        promised |= {
-            "time_speed_up": expected_speedup(seen, operating_point(seen, task)[0], target),
-            "costs": list(target.costs),
-        }
-    found: dict[str, Any] = {
-        "target": target.plain(),
-        "rule": rule.name,
-        **operating_point.rule.fit,
-        "thresholds": operating_point.thresholds,
-        "calibration_split": split,
-        "num_calibration": promising_rows(len(seen), target),
-        "expected": promised,
-        "measured": measured(reported, task, layer_N, predictions_N),
+        speed_up = expected_speedup(seen, operating_point(seen, task)[0], target)
+        expected = replace(expected, time_speed_up=speed_up, costs=list(target.costs))
+    elsewhere = {  # no thresholds are chosen on these rows in either case
+        record.split: curves.measured(record, task, *operating_point(record, task))
+        for record in records[1:]
     }
-    if held_out is None:
-        found["folds_at_full_depth"] = chosen.count(None)
-        found["fold_thresholds"] = [each.thresholds if each else 0.0 for each in chosen]
-        found["fold_fits"] = [each.rule.fit if each else None for each in chosen]
-    if records[1:]:  # rows that had no part in it either way
-        found["measured_elsewhere"] = {
-            record.split: measured(record, task, *operating_point(record, task))
-            for record in records[1:]
-        }
-    return found
+    fit = operating_point.rule.fit
+    result = Calibration(
+        target=target.plain(),
+        rule=rule.name,
+        temperatures=fit["temperatures"],
+        prior=fit["prior"],
+        thresholds=operating_point.thresholds,
+        calibration_split=split,
+        num_calibration=guaranteeing_rows(len(seen), target),
+        expected=expected,
+        measured=curves.measured(reported, task, layer_N, predictions_N),
+        measured_elsewhere=elsewhere or None,
+        notes=[],
+    )
+    if held_out is not None:
+        return result
+    return replace(
+        result,
+        folds_at_full_depth=chosen.count(None),
+        fold_thresholds=[each.thresholds if each else 0.0 for each in chosen],
+        fold_fits=[each.rule.fit if each else None for each in chosen],
+    )
 
 
 def folds(num_rows: int) -> Tensor:
-    """Which fold each row of a split is of, where thresholds are cross-fitted: (N,), from 0."""
+    """Return the fold of each row where thresholds are cross-fitted: (N,), from 0."""
     order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))
     fold_N = torch.empty_like(order)
     fold_N[order] = torch.arange(num_rows) % FOLDS
@@ -311,11 +356,11 @@ def folds(num_rows: int) -> Tensor:
 def _cross_fitted(
     record: Record, task: Task, rule: Rule, target: Target
 ) -> tuple[Tensor, Tensor, list[OperatingPoint | None]]:
-    """Exit layer and prediction of every row, by thresholds that were chosen on other rows.
+    """Compute exit layers and predictions by thresholds that are chosen on other rows.
 
     Returns:
-        Both, (N,), and what was chosen for each fold; None where the other rows could not meet
-        the target, and full depth was used.
+        Exit layers (N,), predictions (N,), and the operating point of each fold. It is None where
+        the other rows cannot meet the target and the fold runs at full depth.
     """
     fold_N = folds(len(record))
     layer_N = torch.empty(len(record), dtype=torch.long)
@@ -325,41 +370,8 @@ def _cross_fitted(
         unseen = fold_N == fold
         try:
             chosen.append(choose(record.rows(~unseen), task, rule, target))
-        except Infeasible:  # enough rows for the promise, but not in four fifths of them
+        except Infeasible:  # all rows are enough for the guarantee, four fifths are not
             chosen.append(None)
         operating_point = chosen[-1] or OperatingPoint(rule.uniform(), 0.0)
         layer_N[unseen], predictions_N[unseen] = operating_point(record.rows(unseen), task)
     return layer_N, predictions_N, chosen
-
-
-def expected(
-    record: Record, task: Task, operating_point: OperatingPoint, num_new: int
-) -> dict[str, Any]:
-    """Score and saving on the rows chosen on, with intervals for so many new rows."""
-    layer_N, predictions_N = operating_point(record, task)
-    found = measured(record, task, layer_N, predictions_N)
-    deviation = (layer_N.double() / record.num_layers).std(correction=0).item()
-    saving = found["expected_saving"]
-    interval = risk_control.mean_interval(saving, deviation, len(record), num_new)
-    found["interval"] = curves.within(*interval, 0, 1 - 1 / record.num_layers)
-    if record.labels_N is not None:
-        labels_N = record.labels_N.to(task.target_dtype())
-        deviation = curves.score_deviation(task, predictions_N, labels_N)
-        interval = risk_control.mean_interval(found["score"], deviation, len(record), num_new)
-        found["score_interval"] = curves.within(*interval, task.lowest_score, 1)
-    return found
-
-
-def measured(record: Record, task: Task, layer_N: Tensor, predictions_N: Tensor) -> dict[str, Any]:
-    """An outcome beside full depth: `full_depth_score`, `disagreement`, `excess` (None without
-    labels or for a regression)."""
-    full_N = task.predict(record.logits_NLC[:, -1])
-    found = curves.outcome(record, task, layer_N, predictions_N)
-    found["full_depth_score"] = curves.scored(task, full_N, record.labels_N)["score"]
-    found["disagreement"] = found["excess"] = None
-    if not task.is_regression:
-        found["disagreement"] = (predictions_N != full_N).double().mean().item()
-        if (labels_N := record.labels_N) is not None:
-            wrong = (predictions_N != labels_N).double() - (full_N != labels_N).double()
-            found["excess"] = wrong.mean().item()
-    return found

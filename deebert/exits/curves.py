@@ -1,10 +1,12 @@
-"""Record + exit rule -> score, cost and saving for each threshold. No model, no files.
+"""Record + exit rule -> score, cost and saving for each threshold, or for an operating point.
 
 cost ratio = mean exit layer / number of layers; expected saving = 1 - cost ratio;
-speed-up = 1 / cost ratio. (Other systems print one under another's name.)
+speed-up = 1 / cost ratio. (Other systems print one of these under the name of another.)
+Arithmetic on records: the module knows no model, no file and no target.
 """
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,22 +16,44 @@ from torch import Tensor
 from deebert.data.metrics import TABLE_METRICS, confusion
 from deebert.data.tasks import Task
 from deebert.errors import UserError, is_number
+from deebert.exits import risk_control
 from deebert.exits.records import Record
 from deebert.exits.rules import ExitScores, Rule, exit_layer
+from deebert.reporting.split_results import (
+    LengthBin,
+    Measured,
+    Outcome,
+    Point,
+    RampScore,
+    Thresholds,
+)
 
 # The sweep of the original code (castorini/DeeBERT, scripts/eval_entropy.sh). It ends above
-# ln 2 = 0.693, the largest entropy of two classes: at 0.7 everything leaves at the first ramp.
+# ln 2 = 0.693, the largest entropy of two classes: at 0.7 every row leaves at the first ramp.
 PAPER_THRESHOLDS = (0.0, 0.001, 0.005, 0.01, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 LENGTH_BINS = 8
 TRADE_OFF_POINTS = 60
+MOST_DRAWN = 100  # labels, up to which the bootstrap draws tables
 
-Thresholds = float | list[float]  # one for all ramps, or L-1
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A rule, with its temperatures and prior if it has any, and thresholds for it."""
+
+    rule: Rule
+    thresholds: Thresholds
+
+    def __call__(self, record: Record, task: Task) -> tuple[Tensor, Tensor]:
+        """Return the exit layer and the prediction of each row: (N,), (N,)."""
+        exit_scores = exit_scores_of(self.rule, record)
+        layer_N = exit_layer(exit_scores.score_NL, self.thresholds)
+        return layer_N, answered(exit_scores, task, layer_N)
 
 
 def default_thresholds(num_labels: int) -> list[float]:
-    """The paper's list, continued in steps of 0.1 until ln(num_labels) is passed.
+    """Return the paper's thresholds, continued in steps of 0.1 to just above ln(num_labels).
 
-    For a regression (1 output) only full depth: by how much values change is in its own units.
+    For a regression (1 output) it is full depth only, because thresholds have the label's unit.
     """
     if num_labels == 1:
         return [0.0]
@@ -38,7 +62,11 @@ def default_thresholds(num_labels: int) -> list[float]:
 
 
 def check_thresholds(thresholds: Any, flag: str) -> list[float]:
-    """One number or a list of numbers -> a list of floats >= 0.
+    """Return one number or a list of numbers as a list of floats >= 0.
+
+    Args:
+        thresholds: a value from the user.
+        flag: name of the setting, for messages.
 
     Raises:
         UserError: a value is not a number, below 0, or not finite.
@@ -55,68 +83,102 @@ def check_thresholds(thresholds: Any, flag: str) -> list[float]:
     return [float(value) for value in listed]
 
 
-def ramp_table(record: Record, task: Task) -> list[dict[str, Any]]:
-    """Score of every ramp on all rows, and the cost ratio of stopping there."""
-    return [
-        {
-            "layer": layer,
-            **scored(task, task.predict(record.logits_NLC[:, layer - 1]), record.labels_N),
-            "cost_ratio": layer / record.num_layers,
-        }
-        for layer in range(1, record.num_layers + 1)
-    ]
+def ramp_table(record: Record, task: Task) -> list[RampScore]:
+    """Return the score of each ramp on all rows, and the cost ratio if all rows leave there."""
+    table = []
+    for layer in range(1, record.num_layers + 1):
+        predictions_N = task.predict(record.logits_NLC[:, layer - 1])
+        score, scores = scored(task, predictions_N, record.labels_N)
+        table.append(RampScore(layer, score, scores, layer / record.num_layers))
+    return table
 
 
 def answered(exit_scores: ExitScores, task: Task, layer_N: Tensor) -> Tensor:
-    """What each row is answered with when it leaves at these layers: (N,) -> (N,).
-
-    At the last layer the final classifier answers, alone.
-    """
+    """Return the prediction for each row if it leaves at these layers: (N,) -> (N,)."""
     rows = torch.arange(len(layer_N))
     return task.predict(exit_scores.answer_NLC[rows, layer_N - 1])
 
 
-def outcome(record: Record, task: Task, layer_N: Tensor, predictions_N: Tensor) -> dict[str, Any]:
-    """Score, cost and exits of rows that left at these layers with these predictions.
-
-    Returns:
-        `score` (None without labels), `scores` (all metrics), `cost_ratio`, `expected_saving`,
-        `speed_up`, `exit_counts` (L numbers), and for a task with a group column `mean_exit_layer`
-        by group.
-    """
+def outcome(record: Record, task: Task, layer_N: Tensor, predictions_N: Tensor) -> Outcome:
+    """Return score, cost and exits of rows that leave at these layers with these predictions."""
+    score, scores = scored(task, predictions_N, record.labels_N)
     cost_ratio = layer_N.double().mean().item() / record.num_layers
-    found = {
-        **scored(task, predictions_N, record.labels_N),
-        "cost_ratio": cost_ratio,
-        "expected_saving": 1 - cost_ratio,
-        "speed_up": 1 / cost_ratio,
-        "exit_counts": layer_N.bincount(minlength=record.num_layers + 1)[1:].tolist(),
-    }
+    mean_exit_layer = None
     if record.group_N is not None:
-        found["mean_exit_layer"] = {
+        mean_exit_layer = {
             str(group): layer_N[record.group_N == group].double().mean().item()
             for group in record.group_N.unique().tolist()
         }
-    return found
+    return Outcome(
+        score=score,
+        scores=scores,
+        cost_ratio=cost_ratio,
+        expected_saving=1 - cost_ratio,
+        speed_up=1 / cost_ratio,
+        exit_counts=layer_N.bincount(minlength=record.num_layers + 1)[1:].tolist(),
+        mean_exit_layer=mean_exit_layer,
+    )
 
 
-def curve(
-    record: Record, task: Task, rule: Rule, thresholds: list[Thresholds]
-) -> list[dict[str, Any]]:
-    """An `outcome` for each threshold, which stands in it as `threshold`."""
+def measured(record: Record, task: Task, layer_N: Tensor, predictions_N: Tensor) -> Measured:
+    """Return an `outcome`, and how it differs from full depth."""
+    full_N = task.predict(record.logits_NLC[:, -1])
+    disagreement = excess = None
+    if not task.is_regression:
+        disagreement = (predictions_N != full_N).double().mean().item()
+        if (labels_N := record.labels_N) is not None:
+            wrong = (predictions_N != labels_N).double() - (full_N != labels_N).double()
+            excess = wrong.mean().item()
+    return Measured(
+        **vars(outcome(record, task, layer_N, predictions_N)),
+        full_depth_score=scored(task, full_N, record.labels_N)[0],
+        disagreement=disagreement,
+        excess=excess,
+    )
+
+
+def expected(record: Record, task: Task, operating_point: OperatingPoint, num_new: int) -> Measured:
+    """Return what an operating point should show on unseen rows, from its calibration rows.
+
+    Args:
+        record: the calibration rows.
+        task: the task of the rows.
+        operating_point: rule and thresholds.
+        num_new: number of unseen rows that the intervals are for.
+
+    Returns:
+        What `measured` gives on the calibration rows, with 95 % intervals.
+    """
+    layer_N, predictions_N = operating_point(record, task)
+    result = measured(record, task, layer_N, predictions_N)
+    deviation = (layer_N.double() / record.num_layers).std(correction=0).item()
+    saving = result.expected_saving
+    interval = risk_control.mean_interval(saving, deviation, len(record), num_new)
+    result = replace(result, interval=within(*interval, 0, 1 - 1 / record.num_layers))
+    if record.labels_N is None or result.score is None:
+        return result
+    labels_N = record.labels_N.to(task.target_dtype())
+    deviation = score_deviation(task, predictions_N, labels_N)
+    interval = risk_control.mean_interval(result.score, deviation, len(record), num_new)
+    return replace(result, score_interval=within(*interval, task.lowest_score, 1))
+
+
+def curve(record: Record, task: Task, rule: Rule, thresholds: list[Thresholds]) -> list[Point]:
+    """Return an `outcome` for each threshold."""
     exit_scores = exit_scores_of(rule, record)
-    found = []
+    points = []
     for threshold in thresholds:
         layer_N = exit_layer(exit_scores.score_NL, threshold)
         predictions_N = answered(exit_scores, task, layer_N)
-        found.append({"threshold": threshold, **outcome(record, task, layer_N, predictions_N)})
-    return found
+        at_threshold = outcome(record, task, layer_N, predictions_N)
+        points.append(Point(threshold=threshold, **vars(at_threshold)))
+    return points
 
 
 def exit_scores_of(rule: Rule, record: Record) -> ExitScores:
-    """The rule's verdict, with the final classifier's own answer at full depth, whatever the rule.
+    """Return the exit scores of a record, with the final classifier's answer at the last layer.
 
-    So that full depth is the same for all rules, and what a promise is measured against.
+    So full depth is the same for all rules, and guarantees refer to it.
     """
     exit_scores = rule(record.logits_NLC, record.learned_score_NL)
     answers = torch.cat([exit_scores.answer_NLC[:, :-1], record.logits_NLC[:, -1:]], 1)
@@ -124,18 +186,25 @@ def exit_scores_of(rule: Rule, record: Record) -> ExitScores:
 
 
 def savings(exit_scores: ExitScores, thresholds: Thresholds) -> Tensor:
-    """The saving of each row: (N,) between 0 and 1 - 1/L."""
+    """Return the saving of each row: (N,) between 0 and 1 - 1/L."""
     num_layers = exit_scores.score_NL.shape[1]
     return 1 - exit_layer(exit_scores.score_NL, thresholds).double() / num_layers
 
 
 def thresholds_for(score_NL: Tensor, savings: list[float]) -> list[float]:
-    """Global thresholds that save these shares of the layers on these rows, and hardly more.
+    """Return global thresholds that save these shares of the layers on these rows, or little more.
 
-    A row with threshold t saves a layer for each ramp up to which the smallest score is under t, so
-    the saving is the distribution function of these running minima. A threshold lies in the middle
-    of the widest gap between two of them that costs a thousandth of saving at most, so that
-    rounding elsewhere (another batch, other kernels) turns no exit.
+    With threshold t, a row leaves at the first ramp at which the running minimum of its scores is
+    under t. So the saving is the distribution function of all running minima. A threshold lies in
+    the middle of the widest gap between two of these that costs a thousandth of saving at most:
+    rounding errors (another batch, other kernels) change no exit.
+
+    Args:
+        score_NL: exit scores.
+        savings: shares of the layers.
+
+    Returns:
+        A threshold for each saving, 0 for a saving of 0.
     """
     num_rows, num_layers = score_NL.shape
     least_NL = score_NL[:, :-1].nan_to_num(nan=torch.inf, posinf=torch.inf).cummin(1).values
@@ -151,18 +220,18 @@ def thresholds_for(score_NL: Tensor, savings: list[float]) -> list[float]:
         i += int(gaps[i : max(allowed, i + 1)].argmax())
         return between(steps[i].item(), (steps[i] + gaps[i]).item())
 
-    found = []
+    thresholds = []
     for saving in savings:
         needed = math.ceil(saving * num_rows * num_layers - 1e-6)
         i = int(torch.searchsorted(reached, needed)) if needed > 0 else -1
-        found.append(above(min(i, len(steps) - 1)) if i >= 0 and len(steps) else 0.0)
-    return found
+        thresholds.append(above(min(i, len(steps) - 1)) if i >= 0 and len(steps) else 0.0)
+    return thresholds
 
 
 def between(low: float, high: float) -> float:
-    """A threshold that `low` is under and `high` is not, near their middle, as short as it can be.
+    """Return a threshold that `low` is under and `high` is not, near their middle.
 
-    Short, so that the one that is printed is the one that was found.
+    It has as few digits as possible, so that the printed number is the threshold itself.
     """
     middle = (low + high) / 2
     for digits in range(2, 10):
@@ -172,23 +241,26 @@ def between(low: float, high: float) -> float:
     return high
 
 
-MOST_DRAWN = 100  # labels
-
-
 def score_deviation(task: Task, predictions_N: Tensor, labels_N: Tensor, draws: int = 400) -> float:
-    """Standard error of the headline metric, by the bootstrap, times sqrt(N).
+    """Return the standard error of the task's score, times sqrt(N).
 
-    Classification metrics depend on the table of labels and predictions only, so whole tables are
-    drawn from a multinomial; a correlation's error is Fisher's.
+    A classification metric depends only on the table of labels and predictions, so the bootstrap
+    draws whole tables from a multinomial. The error of a correlation is Fisher's.
+
+    Args:
+        task: the task; its first metric is the score.
+        predictions_N: predictions (N,).
+        labels_N: labels (N,).
+        draws: number of tables.
     """
     if task.is_regression:
         correlation = min(abs(task.score(predictions_N, labels_N)), 0.9999)
         return 1 - correlation**2
     kinds = task.num_labels
-    if kinds > MOST_DRAWN:  # tables take memory by its square; accuracy is a share
+    if kinds > MOST_DRAWN:  # a table has kinds^2 cells; the error of a share is known
         share = (predictions_N == labels_N).double().mean().item()
         return math.sqrt(share * (1 - share))
-    # One more row, spread over the table: a perfect score on a few rows is not a sure one.
+    # One more row, spread over the table: a perfect score on a few rows has an error, too.
     cells = confusion(predictions_N, labels_N, kinds).flatten() + 1 / kinds**2
     drawn = np.random.default_rng(0).multinomial(len(labels_N), cells / cells.sum(), draws)
     scores = TABLE_METRICS[task.metrics[0]](drawn.reshape(draws, kinds, kinds).astype(float))
@@ -196,53 +268,60 @@ def score_deviation(task: Task, predictions_N: Tensor, labels_N: Tensor, draws: 
 
 
 def within(low: float, high: float, least: float, most: float) -> list[float]:
-    """An interval cut to what is possible."""
+    """Return the part of an interval that lies between `least` and `most`."""
     return [max(low, least), min(high, most)]
 
 
-def trade_off(record: Record, task: Task, rule: Rule) -> dict[str, Any]:
-    """Points evenly spread over the saving, with an interval and the mean exit by input length.
+def trade_off(record: Record, task: Task, rule: Rule) -> tuple[list[Point], list[LengthBin]]:
+    """Return points that are spread evenly over the saving, and the bins of input lengths.
 
-    Returns:
-        `trade_off`: the points; `length_bins`: dicts of `low`, `high` (tokens) and `count`.
+    Each point has the mean exit layer for each bin and, with labels, a 95 % interval of the score.
     """
     exit_scores = exit_scores_of(rule, record)
     edges = record.length_N.double().quantile(torch.linspace(0, 1, LENGTH_BINS + 1).double())
     edges = edges.round().unique()
     bin_N = torch.bucketize(record.length_N.double(), edges[1:-1], right=True)
     bins = [
-        {
-            "low": int(edges[i].item()),
-            "high": int(edges[min(i + 1, len(edges) - 1)].item()),
-            "count": int((bin_N == i).sum().item()),
-        }
+        LengthBin(
+            low=int(edges[i].item()),
+            high=int(edges[min(i + 1, len(edges) - 1)].item()),
+            count=int((bin_N == i).sum().item()),
+        )
         for i in range(max(1, len(edges) - 1))
     ]
     most = savings(exit_scores, math.inf).mean().item()
-    wanted = [most * step / TRADE_OFF_POINTS for step in range(TRADE_OFF_POINTS + 1)]
-    points: list[dict[str, Any]] = []
-    for threshold in sorted(set(thresholds_for(exit_scores.score_NL, wanted))):
+    evenly = [most * step / TRADE_OFF_POINTS for step in range(TRADE_OFF_POINTS + 1)]
+    points = []
+    for threshold in sorted(set(thresholds_for(exit_scores.score_NL, evenly))):
         layer_N = exit_layer(exit_scores.score_NL, threshold)
         predictions_N = answered(exit_scores, task, layer_N)
-        found = {"threshold": threshold, **outcome(record, task, layer_N, predictions_N)}
-        found["mean_exit_layer_by_length"] = [
-            layer_N[bin_N == i].double().mean().item() if bins[i]["count"] else None
-            for i in range(len(bins))
-        ]
-        if record.labels_N is not None:
+        at_threshold = outcome(record, task, layer_N, predictions_N)
+        interval = None
+        if record.labels_N is not None and (score := at_threshold.score) is not None:
             labels_N = record.labels_N.to(task.target_dtype())
             width = 1.96 * score_deviation(task, predictions_N, labels_N)
             width /= math.sqrt(len(record))
-            found["score_interval"] = within(
-                found["score"] - width, found["score"] + width, task.lowest_score, 1
+            interval = within(score - width, score + width, task.lowest_score, 1)
+        by_length = [
+            layer_N[bin_N == i].double().mean().item() if length_bin.count else None
+            for i, length_bin in enumerate(bins)
+        ]
+        points.append(
+            Point(
+                threshold=threshold,
+                **vars(at_threshold),
+                mean_exit_layer_by_length=by_length,
+                score_interval=interval,
             )
-        points.append(found)
-    return {"trade_off": points, "length_bins": bins}
+        )
+    return points, bins
 
 
-def scored(task: Task, predictions_N: Tensor, labels_N: Tensor | None) -> dict[str, Any]:
-    """`score` (the headline metric) and `scores` (all), None and {} without labels."""
+def scored(
+    task: Task, predictions_N: Tensor, labels_N: Tensor | None
+) -> tuple[float | None, dict[str, float]]:
+    """Return the score (the task's first metric) and all metrics; None and {} without labels."""
     if labels_N is None:
-        return {"score": None, "scores": {}}
+        return None, {}
     scores = task.scores(predictions_N, labels_N.to(task.target_dtype()))
-    return {"score": scores[task.metrics[0]], "scores": scores}
+    return scores[task.metrics[0]], scores

@@ -1,7 +1,6 @@
-"""A record: the logits of every ramp for the rows of one split. What every analysis feeds on.
+"""A record: the logits of every ramp for the rows of one split. Every analysis works on records.
 
-A saved record is one safetensors file with a JSON header that says which weights and which data it
-came from. Knows nothing of models or tasks: arithmetic on it needs neither.
+The module knows nothing of models, tasks or files (`hub.record_files` reads and writes records).
 """
 
 from dataclasses import dataclass, fields, replace
@@ -21,9 +20,9 @@ class Record:
         split: name of the split.
         logits_NLC: (N, L, C) float32; the last ramp is the final classifier.
         labels_N: (N,) class ids or values; None where the split carries no labels.
-        index_N: (N,) position of the row in its split.
+        index_N: (N,) position of each row in its split.
         length_N: (N,) number of tokens.
-        group_N: (N,) the task's group column (difficulty grade), or None.
+        group_N: (N,) values of the task's group column (difficulty grade), or None.
         learned_score_NL: (N, L) learned exit scores, or None where the ramps have none.
     """
 
@@ -43,17 +42,20 @@ class Record:
         return len(self.index_N)
 
     def rows(self, chosen: Tensor) -> "Record":
-        """The record of some rows only: indices or a mask (N,)."""
+        """Return a record of some of the rows, which indices or a mask (N,) select."""
         changes: Any = {name: values[chosen] for name, values in self.tensors().items()}
         return replace(self, **changes)
 
     def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that are not None, by the names of their attributes."""
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: values for name, values in columns.items() if isinstance(values, Tensor)}
 
     def check(self) -> None:
-        """Raises:
-        UserError: logits are not finite.
+        """Check that all logits are finite.
+
+        Raises:
+            UserError: logits are not finite.
         """
         if not (finite := self.logits_NLC.isfinite().flatten(1).all(1)).all():
             raise UserError(
@@ -63,9 +65,14 @@ class Record:
 
     @classmethod
     def from_batches(cls, split: str, batches: list[dict[str, Tensor]]) -> "Record":
-        """Join the outputs of evaluation steps (of every process), in row order, each row once.
+        """Join the outputs of the evaluation steps of all processes, in row order, each row once.
 
-        A row may come twice: processes that share a split are given equally many batches.
+        A row may come twice, because processes that share a split get equally many batches.
+
+        Args:
+            split: name of the split.
+            batches: `logits`, `index` and `length` of each batch, and where they exist `labels`,
+                `group` and `learned_score`.
         """
         joined = {key: torch.cat([batch[key].cpu() for batch in batches]) for key in batches[0]}
         order = joined["index"].argsort(stable=True)

@@ -1,40 +1,43 @@
-"""Promises that hold on unseen rows: tests of a risk, and the thresholds that pass them.
+"""Guarantees for unseen rows: tests of a risk, and the number of thresholds that pass them.
 
-Learn then Test (Angelopoulos et al. 2021) with fixed-sequence testing: thresholds are tried from
-conservative to aggressive, each tested at the full delta, up to the first that fails; the last one
-that passed has a risk above the limit with probability delta at most. Conformal risk control
-(Angelopoulos et al. 2022) bounds the risk on average instead.
+Learn then Test (Angelopoulos et al. 2021) with fixed-sequence testing: thresholds are tested from
+conservative to aggressive, each at the full delta, up to the first that fails. The last one that
+passed has a risk above the limit with probability delta at most. Conformal risk control
+(Angelopoulos et al. 2022) bounds the average risk instead. Both hold for rows that are exchangeable
+with the calibration rows, and on average over samples of calibration rows.
 
-Both hold for rows that are exchangeable with the calibration rows, and on average over calibration
-samples. Knows nothing of ramps, tasks or files: arithmetic on losses, (N rows, T thresholds).
-scipy.stats is imported where it is used: it takes a second, and who only gives a threshold needs
-none of it.
+The module knows nothing of ramps, tasks or files: arithmetic on losses of N rows at T thresholds.
+Functions import scipy.stats: the import takes a second, and a given threshold does not need it.
 """
 
 import math
 
 import numpy as np
 
-# Share of delta for bounding the gains, which the limit says nothing of (Berger and Boos 1994).
+# Share of delta for a bound on the gains, which the limit leaves open (Berger and Boos 1994).
 NUISANCE = 0.04
-# From so many losses on expected at the limit, gains balance losses: with as many gains several
-# times the losses pass, without a gain a few less than Clopper-Pearson would let pass. Under it
-# that price is too high. Decided by n and the limit, before any loss is seen: the test stays valid.
-# (Both tests at half the level each were tried: worse than either on MRPC, SST-2 and CoLA.)
+# With so many losses expected at the limit, or more, gains balance losses. Then several times the
+# losses pass if there are as many gains, and a few losses less than by Clopper-Pearson if there is
+# no gain. With fewer expected losses that price is too high. The number of rows and the limit
+# decide before any loss is seen, so the test stays valid.
+# (Two tests at half the level each were worse than either alone on MRPC, SST-2 and CoLA.)
 BALANCE_FROM = 18.0
 
 
 def p_value(losses: int, gains: int | None, num_rows: int, limit: float, delta: float) -> float:
-    """P-value of "the mean of -1 (gain), 0 and 1 (loss) is above `limit`"; small: it is not.
+    """Return the p-value of "the mean of -1 (gain), 0 and 1 (loss) is above `limit`".
 
-    Of losses alone this is the exact binomial test, the dual of the Clopper-Pearson bound. With
-    gains, and rows enough, it is the test of the trinomial difference losses - gains, exact for a
-    given chance of gains, which is taken for the worst of three inside a confidence set for it (its
-    tail grows towards the set's end).
+    With losses alone this is the exact binomial test, the dual of the Clopper-Pearson bound. With
+    gains, and enough rows, it is the test of the trinomial difference losses - gains. That test is
+    exact for a given probability of a gain. The largest p-value of three probabilities inside a
+    confidence set is taken, since the tail grows towards the end of the set.
 
     Args:
-        gains: None where the loss knows none.
-        delta: the level that the test is made for; only says how wide that set is.
+        losses: number of rows with a loss.
+        gains: number of rows with a gain; None if the loss function has no gains.
+        num_rows: number of rows.
+        limit: the risk that is tested.
+        delta: the level of the test; it sets the width of the confidence set.
     """
     from scipy import stats
 
@@ -51,10 +54,10 @@ def p_value(losses: int, gains: int | None, num_rows: int, limit: float, delta: 
 
 
 def _difference_cdf(value: int, num_rows: int, loss: float, gain: float) -> float:
-    """P(losses - gains <= value) for num_rows trials with these chances of each."""
+    """Return P(losses - gains <= value) for num_rows trials with these probabilities of each."""
     from scipy import stats
 
-    tail = 1e-9  # left out on either side, and added, so that the p-value stays one
+    tail = 1e-9  # left out on either side, and added, so that the result is still a p-value
     low, high = stats.binom.ppf([tail, 1 - tail], num_rows, gain)
     gains = np.arange(int(low), int(high) + 1)
     given = stats.binom.cdf(value + gains, num_rows - gains, loss / (1 - gain))
@@ -62,10 +65,11 @@ def _difference_cdf(value: int, num_rows: int, loss: float, gain: float) -> floa
 
 
 def smallest_limit(num_rows: int, delta: float | None) -> float:
-    """The smallest limit that so many rows can promise: without a single loss among them.
+    """Return the smallest limit that can be guaranteed with so many rows, if none has a loss.
 
     Args:
-        delta: one minus the confidence; None for a promise on average.
+        num_rows: number of rows.
+        delta: 1 - confidence; None for a guarantee on average.
     """
     if delta is None:
         return 1 / (num_rows + 1)
@@ -80,25 +84,31 @@ def smallest_limit(num_rows: int, delta: float | None) -> float:
 def learn_then_test(
     losses_T: np.ndarray, gains_T: np.ndarray | None, num_rows: int, limit: float, delta: float
 ) -> int:
-    """How many thresholds, in this order, are certified: the last of them is the one to take.
+    """Count the first thresholds that all pass the test; the last of these is the one to take.
 
     Args:
-        losses_T, gains_T: (T,) numbers of losses and gains among num_rows rows at each threshold.
+        losses_T: (T,) numbers of losses at each threshold, from conservative to aggressive.
+        gains_T: (T,) numbers of gains; None if the loss function has no gains.
+        num_rows: number of rows.
+        limit: largest risk.
+        delta: 1 - confidence.
     """
-    for tried, losses in enumerate(losses_T):
-        gains = None if gains_T is None else int(gains_T[tried])
+    for index, losses in enumerate(losses_T):
+        gains = None if gains_T is None else int(gains_T[index])
         if p_value(int(losses), gains, num_rows, limit, delta) > delta:
-            return tried
+            return index
     return len(losses_T)
 
 
 def conformal_risk(largest_T: np.ndarray, num_rows: int, limit: float) -> int:
-    """How many thresholds, in this order, keep the expected risk under the limit.
+    """Count the first thresholds that all keep the expected risk at the limit or under it.
 
     Args:
         largest_T: (T,) sums over the rows of the largest loss at any threshold up to this one,
-            full depth (0) among them: conformal risk control needs losses that never fall. So a
-            gain never balances a loss here.
+            full depth (0) included. Conformal risk control needs losses that never fall, so a gain
+            never balances a loss here.
+        num_rows: number of rows.
+        limit: largest expected risk.
     """
     within = (largest_T + 1) / (num_rows + 1) <= limit
     return int(within.argmin()) if not within.all() else len(within)
@@ -107,10 +117,14 @@ def conformal_risk(largest_T: np.ndarray, num_rows: int, limit: float) -> int:
 def mean_interval(
     mean: float, deviation: float, num_seen: int, num_new: int, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Where the mean over num_new unseen rows will lie, by Student's t.
+    """Return an interval for the mean over num_new unseen rows, by Student's t.
 
     Args:
-        deviation: of single rows, among the num_seen that gave the mean.
+        mean: mean over the rows that were seen.
+        deviation: standard deviation of single rows among these.
+        num_seen: number of rows that were seen.
+        num_new: number of unseen rows.
+        confidence: probability that the interval holds the mean.
     """
     from scipy import stats
 

@@ -1,4 +1,7 @@
-"""A target: what the user asks for."""
+"""A target: a saving, a speed-up or a limit on the loss that the user wants.
+
+The module checks the values of a target. It does not know rules, records or thresholds.
+"""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,23 +15,24 @@ LOSSES = ("excess", "disagreement")
 
 @dataclass(frozen=True)
 class Target:
-    """What the user asks for: a `target_saving`, a `target_speedup` or a `max_drop`.
+    """What the user wants: a `target_saving`, a `target_speedup` or a `max_drop`.
 
     Attributes:
         target_saving: share of the layers to save.
-        target_speedup: how many times faster than full depth, on the clock.
-        costs: for `target_speedup`, measured: what leaving at each of the L layers costs, as a
-            share of the time at full depth.
-        max_drop: largest risk to promise, e.g. 0.01 for one point of accuracy.
-        confidence: that the promise holds; None: it holds on average (conformal risk control).
-        loss: what is promised: `excess`, errors that full depth does not make less those that only
-            full depth makes (= the drop in accuracy), or `disagreement`, answers that differ from
-            full depth's (needs no labels).
-        per_ramp: look for a threshold per ramp, instead of one for all.
+        target_speedup: time at full depth / time.
+        costs: for `target_speedup`: measured time of an input that leaves at each of the L layers,
+            as a share of its time at full depth.
+        max_drop: largest risk to guarantee, e.g. 0.01 for one point of accuracy.
+        confidence: probability that the guarantee holds; None: it holds on average (conformal risk
+            control).
+        loss: the risk that is limited. `excess` is the share of errors that full depth does not
+            make minus the share of errors that only full depth makes (= the drop in accuracy).
+            `disagreement` is the share of answers that differ from full depth; it needs no labels.
+        per_ramp: search a threshold per ramp, instead of one for all ramps.
         temperature: fit a temperature per ramp first.
 
     Raises:
-        UserError: a value is outside its range, or two contradict each other.
+        UserError: a value is outside its range, or two values contradict each other.
     """
 
     target_saving: float | None = None
@@ -59,13 +63,13 @@ class Target:
             )
 
     def plain(self) -> dict[str, Any]:
-        """The target as results.json holds it."""
+        """Return the target as plain values for results.json."""
         values = asdict(self)
-        told = {name: values[name] for name in ("per_ramp", "temperature") if values[name]}
+        switches = {name: values[name] for name in ("per_ramp", "temperature") if values[name]}
         for name in ("target_saving", "target_speedup"):
             if values[name] is not None:
-                return {name: values[name], **told}
-        return {name: values[name] for name in ("max_drop", "confidence", "loss")} | told
+                return {name: values[name], **switches}
+        return {name: values[name] for name in ("max_drop", "confidence", "loss")} | switches
 
 
 def _number(

@@ -1,12 +1,7 @@
-"""The command `python -m deebert.export`."""
+"""The old name of the command `deebert export`."""
 
-from deebert.export.onnx_folder import ExportOptions, run
-from deebert.options import main
+from deebert.errors import UserError
+from deebert.options import refuse
 
-if __name__ == "__main__":  # a worker process imports this file, too
-    main(
-        ExportOptions,
-        run,
-        "python -m deebert.export",
-        "python -m deebert.export model=runs/RUN output=exported target_saving=0.4",
-    )
+if __name__ == "__main__":
+    refuse(UserError("python -m deebert.export is now: deebert export key=value ..."))

@@ -1,11 +1,14 @@
-"""A trained model as a folder of ONNX graphs that needs no torch: `python -m deebert.export ...`
+"""The export of a trained model as a folder of ONNX graphs: `deebert export ...`.
 
-    embeddings.onnx              ids -> states
-    layer_1.onnx, ...            states -> states and the ramp's logits; the last one: logits alone
-    tokenizer.json, deebert.json how texts are cut, the exit rule, thresholds of targets
-    runner.py, README.md         what runs it: a copy of `onnx_runner`
+    embeddings.onnx     token ids -> states
+    layer_1.onnx, ...   states -> states and the ramp's logits; the last layer gives logits only
+    exit_rule.onnx      logits of the ramps -> exit scores
+    tokenizer.json      the tokenizer, with the length that texts are cut to
+    deebert.json        the task, the name of the exit rule and the thresholds of some targets
+    runner.py           the program that answers with the folder: a copy of `onnx_runner`
+    README.md           how to use it
 
-Knows nothing of training, nor of how the graphs are run.
+The folder needs no torch. This module knows neither training nor how the graphs are run.
 """
 
 import json
@@ -15,6 +18,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +26,29 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from deebert.classifier import CalibratedPoint, EarlyExitClassifier
+from deebert.classifier import EarlyExitClassifier
 from deebert.data.tasks import Task
 from deebert.errors import UserError, unknown
+from deebert.exits.calibration import CalibratedPoint
+from deebert.exits.rules import Rule
+from deebert.export import readme
+from deebert.export.rule_graph import rule_graph
 from deebert.inference import onnx_graphs
 from deebert.inference.onnx_layer import PRECISIONS
 from deebert.models.architectures import ARCHITECTURES
 from deebert.models.early_exit import EarlyExitModel
-from deebert.options import TargetOptions, option, target_of
-from deebert.reporting import markdown
-from deebert.reporting.markdown import code
+from deebert.options import MODULES, TargetOptions, import_modules, option, target_of
 from deebert.untrusted import plain_files
 
 log = logging.getLogger(__name__)
 
 RUNNER = Path(__file__).with_name("onnx_runner.py")
 FORMAT, SCHEMA = "deebert-onnx", 3  # of deebert.json
-SAVINGS = [tenth / 10 for tenth in range(1, 10)]  # asked for, as far as the records meet them
-EXPECTED = ("expected_saving", "interval", "score", "score_interval")  # of what is told of a target
-CLOSE = 1e-4  # of logits, to the engine's
-# What an export is tried on before it is kept: short and long, and what tokenizers are odd about.
-TRIED = (
+SAVINGS = [tenth / 10 for tenth in range(1, 10)]  # exported as far as the exit rule reaches them
+EXPECTED = ("expected_saving", "interval", "score", "score_interval")  # exported for each target
+CLOSE = 1e-4  # the largest difference of the runner's logits from the engine's
+# The texts that an export is tested on before it is kept. They are short, long, and hard to cut.
+SAMPLE_TEXTS = (
     "x", "Two words.", "a fine film, and a long one", "naïve café 北京 \U0001f600 don't [SEP] <s>",
     "  spaces \t and\nlines ", "the plot thickens, " * 12, "1,234.56 % of everything, " * 60,
 )  # fmt: skip
@@ -52,30 +58,32 @@ TRIED = (
 class _Files:
     model: str = option("???", "a run folder, a folder of save_pretrained, or a hub id")
     output: str = option("???", "the folder to write")
-    task: str | None = option(None, "what a published checkpoint was trained for: mrpc, ...")
-    precision: str = option("float32", "of the layers: float32 or int8")
+    task: str | None = option(None, "the task of a checkpoint that does not state it: mrpc, ...")
+    precision: str = option("float32", "number format of the layers: float32 or int8")
     overwrite: bool = option(False, "replace an export that is there")
+    modules: Any = option(None, MODULES)
 
 
 @dataclass
 class ExportOptions(TargetOptions, _Files):
-    """What is exported, to where, and what it answers by where nothing else is asked."""
+    """The options of the command. The target is the export's default."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """An export that was written.
 
     Attributes:
-        megabytes: of all files.
-        asked: what it answers by.
-        savings: that the runner can be asked for.
-        difference: the largest to the engine's logits, on made-up texts.
+        folder: the folder.
+        megabytes: the size of all files.
+        operating_point: the operating point that the runner uses by default.
+        savings: the values of `target_saving` that the runner offers.
+        difference: the largest difference from the engine's logits, on the sample texts.
     """
 
     folder: Path
     megabytes: float
-    asked: CalibratedPoint
+    operating_point: CalibratedPoint
     savings: list[float]
     difference: float
 
@@ -88,48 +96,58 @@ def export(
     overwrite: bool = False,
     **target: Any,
 ) -> Exported:
-    """Write a folder, in whole or not at all.
+    """Write the folder of an export. A failure leaves no half-written folder.
 
     Args:
-        classifier: float32, on the processor.
-        precision: of the layers, float32 or int8.
-        overwrite: replace an export that is there.
-        **target: as `EarlyExitClassifier.calibrate` takes it.
+        classifier: the model, in float32 and on the processor.
+        output: the folder to write.
+        precision: the precision of the exported layers: float32 or int8.
+        overwrite: whether an existing export is replaced.
+        **target: the default target, as `EarlyExitClassifier.calibrate` takes it.
 
     Raises:
-        UserError: the model or the target cannot be exported, or something is there.
+        UserError: the model or the target cannot be exported, or the folder exists.
     """
     folder = Path(output)
     check(classifier.model, precision)
-    _check_place(folder, overwrite)
-    asked, savings = _asked(classifier, target), []
+    _check_output(folder, overwrite)
+    point, savings = _calibrated_point(classifier, target), []
+    rule_graph(point.rule, classifier.num_layers)  # it is kept; a rule may have none
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"output={folder} cannot be written: {error.strerror}") from error
     try:
-        about = described(classifier.model, classifier.task, asked, precision)
-        about["token_type_ids"] = "token_type_ids" in classifier.encode(_tried(classifier))[0]
+        about = described(classifier.model, classifier.task, point, precision)
+        about["token_type_ids"] = "token_type_ids" in classifier.encode(_sample(classifier))[0]
         about["max_length"] = classifier.max_length
-        about["savings"] = savings = _savings(classifier, asked)
-        write(part, classifier.model, about)
+        about["savings"] = savings = _savings(classifier, point)
+        write(part, classifier.model, about, point.rule)
         write_tokenizer(part, classifier.tokenizer, classifier.max_length)
-        _write_readme(part, about)
+        (part / "README.md").write_text(readme.text(about), "utf-8")
         difference_L = _difference(part, classifier)
         if precision == "float32":
             _check_close(folder, difference_L, classifier.model)
-        _put(part, folder)
+        _move(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     return Exported(
-        folder, size, asked, [each["target_saving"] for each in savings], max(difference_L)
+        folder, size, point, [each["target_saving"] for each in savings], max(difference_L)
     )
 
 
-def write(folder: Path, model: EarlyExitModel, about: Mapping[str, Any]) -> None:
-    """Graphs, deebert.json and runner.py: all but the tokenizer, for whoever has token ids."""
+def write(folder: Path, model: EarlyExitModel, about: Mapping[str, Any], rule: Rule) -> None:
+    """Write the graphs, deebert.json and runner.py. Inputs that are token ids need no other file.
+
+    Args:
+        folder: an existing folder.
+        model: the model.
+        about: the content of deebert.json.
+        rule: the exit rule.
+    """
+    (folder / "exit_rule.onnx").write_bytes(rule_graph(rule, about["num_layers"]))
     for name, content in graphs(model, about["precision"]):
         (folder / f"{name}.onnx").write_bytes(content)
     (folder / "deebert.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
@@ -137,13 +155,13 @@ def write(folder: Path, model: EarlyExitModel, about: Mapping[str, Any]) -> None
 
 
 def graphs(model: EarlyExitModel, precision: str) -> Iterator[tuple[str, bytes]]:
-    """Each block's name and content; as the engine has them (`onnx_layer`)."""
+    """Yield the name and the graph of each block, as the engine runs them (`onnx_layer`)."""
     backbone, int8 = model.backbone, precision == "int8"
     first_int8 = int8 and model.ramp_kind.reads_tokens
     yield "embeddings", onnx_graphs.embeddings(backbone.embedding_parts)
     for layer, ramp in enumerate(model.all_ramps, 1):
         parts, heads = backbone.parts(layer - 1), backbone.num_heads
-        assert parts is not None  # checked
+        assert parts is not None  # see `check`
         if layer == len(model.all_ramps):
             yield f"layer_{layer}", onnx_graphs.last_layer(parts, heads, first_int8, ramp)
         else:
@@ -151,9 +169,16 @@ def graphs(model: EarlyExitModel, precision: str) -> Iterator[tuple[str, bytes]]
 
 
 def described(
-    model: EarlyExitModel, task: Task, asked: CalibratedPoint, precision: str
+    model: EarlyExitModel, task: Task, point: CalibratedPoint, precision: str
 ) -> dict[str, Any]:
-    """What deebert.json says of a model; a tokenizer's and the targets' are to be added."""
+    """Return the content of deebert.json, without the values of a tokenizer and other targets.
+
+    Args:
+        model: the model.
+        task: its task.
+        point: the default operating point.
+        precision: the precision of the layers.
+    """
     return {
         "format": FORMAT,
         "schema": SCHEMA,
@@ -164,58 +189,75 @@ def described(
         "num_labels": model.num_labels,
         "longest_input": model.backbone.longest_input,
         "pad_token_id": model.backbone.pad_token_id,
-        "sep_token_id": model.backbone.separator,  # known if a ramp asks
-        "rule": {"name": asked.rule.name, "options": dict(asked.rule.options)},
-        "operating_point": {"target": dict(asked.target), **_calibrated(asked)},
+        "sep_token_id": model.backbone.separator,  # not None if a ramp reads the second text
+        "rule": {"name": point.rule.name, "options": dict(point.rule.options)},
+        "operating_point": {"target": dict(point.target), **_point_values(point)},
         "savings": [],
         "token_type_ids": False,
         "made_with": {name: version(name) for name in ("deebert", "onnx", "onnxruntime")},
     }
 
 
-def _calibrated(asked: CalibratedPoint) -> dict[str, Any]:
-    expected = asked.expected or {}
+def _point_values(point: CalibratedPoint) -> dict[str, Any]:
+    """Return the values of an operating point for deebert.json."""
+    values = {name: getattr(point.expected, name, None) for name in EXPECTED}
     return {
-        "thresholds": asked.thresholds,
-        **asked.rule.fit,
-        **{name: expected[name] for name in EXPECTED if expected.get(name) is not None},
+        "thresholds": point.thresholds,
+        **point.rule.fit,
+        **{name: value for name, value in values.items() if value is not None},
     }
 
 
-def _asked(classifier: EarlyExitClassifier, target: Mapping[str, Any]) -> CalibratedPoint:
-    wanted = dict(target) or dict(classifier.saved.target)
-    if "target_speedup" in wanted:
-        speedup = wanted["target_speedup"]
+def _calibrated_point(
+    classifier: EarlyExitClassifier, target: Mapping[str, Any]
+) -> CalibratedPoint:
+    """Return the operating point of a target.
+
+    Raises:
+        UserError: the target is a speed-up, or cannot be met.
+    """
+    values = dict(target) or dict(classifier.saved.target)
+    if "target_speedup" in values:
         raise UserError(
-            f"target_speedup={speedup}: what layers cost is known of the engine, not of the "
-            "runner, which pays for each layer alike; give target_saving="
+            f"target_speedup={values['target_speedup']}: what layers cost is measured for the "
+            "engine, not for the exported runner; give target_saving="
         )
     return classifier.calibrate(**target)
 
 
-def _savings(classifier: EarlyExitClassifier, asked: CalibratedPoint) -> list[dict[str, Any]]:
-    """What the runner can be asked for: with the same rule, in tenths and as it was asked."""
-    same = {n: v for n, v in asked.target.items() if n in ("exit", "per_ramp", "temperature")}
-    wished = asked.target.get("target_saving")
-    found: list[dict[str, Any]] = []
-    for saving in sorted({*SAVINGS, *([] if wished is None else [float(wished)])}):
+def _savings(classifier: EarlyExitClassifier, point: CalibratedPoint) -> list[dict[str, Any]]:
+    """Return the operating points that the runner offers, one for each saving.
+
+    They use the exit rule of the default operating point. The savings are all tenths and the
+    default target's.
+    """
+    options = {n: v for n, v in point.target.items() if n in ("exit", "per_ramp", "temperature")}
+    default = point.target.get("target_saving")
+    points: list[dict[str, Any]] = []
+    for saving in sorted({*SAVINGS, *([] if default is None else [float(default)])}):
         try:
-            calibrated = classifier.calibrate(target_saving=saving, **same)
-        except UserError as error:  # no record, or more than the rule can save, as all larger ones
-            if not found:
+            calibrated = classifier.calibrate(target_saving=saving, **options)
+        except UserError as error:  # there is no record, or the rule cannot save as much or more
+            if not points:
                 log.warning("target_saving= cannot be asked of the export: %s", error)
             break
-        found.append({"target_saving": saving, **_calibrated(calibrated)})
-    return found
+        points.append({"target_saving": saving, **_point_values(calibrated)})
+    return points
 
 
 def check(model: EarlyExitModel, precision: str) -> None:
-    """Raises:
-    UserError: this model cannot be exported, or not so, or not without more packages.
+    """Check that a model can be exported.
+
+    Raises:
+        UserError: it cannot, there is no such precision, or a package is missing.
     """
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS, "precision")
     onnx_graphs.check("export")
+    if find_spec("onnxscript") is None:
+        raise UserError(
+            'export needs onnxscript, which is not installed: pip install "deebert[onnx]"'
+        )
     parts = model.backbone.parts(0)
     if parts is None:
         able = ", ".join(name for name, kind in ARCHITECTURES.items() if kind.parts is not None)
@@ -223,10 +265,15 @@ def check(model: EarlyExitModel, precision: str) -> None:
             f"a model of type {model.config['model_type']!r} cannot be exported, its layers cannot "
             f"be split; supported: {able}"
         )
-    onnx_graphs.check_layer(parts)
+    onnx_graphs.check_layer(parts, model.all_ramps[0])
 
 
-def _check_place(folder: Path, overwrite: bool) -> None:
+def _check_output(folder: Path, overwrite: bool) -> None:
+    """Check that the folder can be written.
+
+    Raises:
+        UserError: it exists and must not be replaced, or it is a path without a name.
+    """
     if not folder.name:
         raise UserError(f"output={folder} has no name of its own; give a folder to write")
     if not folder.exists():
@@ -241,8 +288,8 @@ def _check_place(folder: Path, overwrite: bool) -> None:
         raise UserError(f"output={folder} is no export; overwrite=true replaces nothing else")
 
 
-def _put(part: Path, folder: Path) -> None:
-    """Into place; an export that is there goes when the new one is complete."""
+def _move(part: Path, folder: Path) -> None:
+    """Rename the finished folder. An existing export is removed after that."""
     if not folder.exists():
         part.rename(folder)
         return
@@ -252,29 +299,32 @@ def _put(part: Path, folder: Path) -> None:
     shutil.rmtree(old)
 
 
-def write_tokenizer(folder: Path, given: PreTrainedTokenizerBase, max_length: int) -> None:
-    """One file that also says how texts are cut, as `tokenization.encode` does."""
-    tokenizer = Tokenizer.from_str(given.backend_tokenizer.to_str())
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(
-        max_length, strategy="longest_first", direction=given.truncation_side
+def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Write tokenizer.json, which also holds how texts are cut (as `tokenization.encode` does)."""
+    exported = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    exported.no_padding()
+    exported.enable_truncation(
+        max_length, strategy="longest_first", direction=tokenizer.truncation_side
     )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    exported.save(str(folder / "tokenizer.json"))
 
 
-def _tried(classifier: EarlyExitClassifier) -> list[Any]:
+def _sample(classifier: EarlyExitClassifier) -> list[Any]:
+    """Return the sample texts, or for a task of two columns pairs of them."""
     if len(classifier.task.columns) == 1:
-        return list(TRIED)
-    return list(zip(TRIED, TRIED[::-1], strict=True))
+        return list(SAMPLE_TEXTS)
+    return list(zip(SAMPLE_TEXTS, SAMPLE_TEXTS[::-1], strict=True))
 
 
 def _check_close(folder: Path, difference_L: list[float], model: EarlyExitModel) -> None:
-    """Raises:
-    UserError: a ramp says something else than in the engine.
+    """Check that the runner's logits equal the engine's, to rounding.
+
+    Raises:
+        UserError: a ramp's logits differ by more.
     """
     for layer, (ramp, difference) in enumerate(zip(model.all_ramps, difference_L, strict=True), 1):
-        # A standardized ramp multiplies the rounding of what it reads, too: by a thousand where
-        # the first token hardly differs between inputs.
+        # A standardized ramp multiplies the rounding of its features, by up to a thousand if the
+        # first token hardly differs between inputs.
         close = CLOSE * max(1.0, ramp.scale.max().item())
         if not difference <= close:
             raise UserError(
@@ -284,14 +334,14 @@ def _check_close(folder: Path, difference_L: list[float], model: EarlyExitModel)
 
 
 def _difference(folder: Path, classifier: EarlyExitClassifier) -> list[float]:
-    """The largest between the logits of the runner and of the engine, of each ramp.
+    """Return each ramp's largest difference between the logits of the runner and the engine.
 
     Raises:
-        UserError: tokens differ.
+        UserError: the runner's tokens differ from the tokenizer's.
     """
     from deebert.export.onnx_runner import Runner
 
-    runner, texts = Runner(folder), _tried(classifier)
+    runner, texts = Runner(folder), _sample(classifier)
     inputs = runner.encode([runner.checked(text) for text in texts])
     if inputs != classifier.encode(texts):
         raise UserError(
@@ -300,57 +350,20 @@ def _difference(folder: Path, classifier: EarlyExitClassifier) -> list[float]:
         )
     expected_NLC = classifier.engine.at(0.0).run(inputs, all_ramps=True).ramps_NLC
     assert expected_NLC is not None
-    found_NLC = torch.from_numpy(runner.run(inputs, 0.0).ramps_NLC)
-    return (found_NLC - expected_NLC).abs().amax((0, 2)).tolist()
-
-
-def _write_readme(folder: Path, about: Mapping[str, Any]) -> None:
-    task = about["task"]
-    text = '"a text"' if len(task["columns"]) == 1 else '["a text", "and another"]'
-    reads = " and ".join(map(code, task["columns"]))
-    classes = task["labels"]
-    answer = "a number" if classes is None else f"one of: {', '.join(map(markdown.text, classes))}"
-    savings = [each["target_saving"] for each in about["savings"]]
-    target = "threshold=0.1" if not savings else f"target_saving={savings[len(savings) // 2]}"
-    lines = [
-        f"# An early-exit {about['model_type']} for {task['name']}, in ONNX",
-        "",
-        f"Written by `python -m deebert.export`. It reads {reads} and answers",
-        f"with {answer}. Easy inputs leave after a few of its {about['num_layers']} layers.",
-        "",
-        "    pip install numpy onnxruntime tokenizers",
-        f"    echo '{text}' | python runner.py . {target}",
-        "",
-        "A line in is a text (or a pair of texts) in JSON, a line out an answer. From Python, with",
-        "`runner.py` copied to where you need it:",
-        "",
-        "    from runner import Runner",
-        f'    Runner("THIS_FOLDER").predict([{text}], {target})',
-        "",
-        "Without a target it answers as it was exported: "
-        f"`{json.dumps(about['operating_point']['target'] or 'full depth')}`.",
-    ]
-    if savings:
-        lines += [
-            "",
-            "| target_saving | expected saving of layers | expected score |",
-            "|---|---|---|",
-        ]
-    for each in about["savings"]:
-        score = f"{each['score']:.4f}" if "score" in each else ""
-        lines.append(f"| {each['target_saving']} | {each['expected_saving']:.3f} | {score} |")
-    (folder / "README.md").write_text("\n".join(lines) + "\n", "utf-8")
+    ramps_NLC = torch.from_numpy(runner.run(inputs, 0.0).ramps_NLC)
+    return (ramps_NLC - expected_NLC).abs().amax((0, 2)).tolist()
 
 
 def run(options: ExportOptions) -> None:
-    """What the command does.
+    """Run the command.
 
     Raises:
-        UserError: as `export`, or there is no such model.
+        UserError: there is no such model, or it cannot be exported (`export`).
     """
-    _check_place(Path(options.output), options.overwrite)  # before a large model is loaded
+    _check_output(Path(options.output), options.overwrite)  # before a large model is loaded
+    import_modules(options.modules)
     classifier = EarlyExitClassifier.from_pretrained(options.model, task=options.task)
-    found = export(
+    exported = export(
         classifier,
         options.output,
         precision=options.precision,
@@ -358,10 +371,10 @@ def run(options: ExportOptions) -> None:
         **target_of(options),
     )
     print(
-        f"{found.folder}: {found.megabytes:.1f} MB in {options.precision}; on made-up texts its "
-        f"logits differ by {found.difference:.1g} from the engine's"
+        f"{exported.folder}: {exported.megabytes:.1f} MB in {options.precision}; on made-up texts "
+        f"its logits differ by {exported.difference:.1g} from the engine's"
     )
-    expected = found.asked.expected
-    saving = f", about {expected['expected_saving']:.1%} of the layers saved" if expected else ""
-    print(f"answers by {dict(found.asked.target) or 'full depth'}{saving}")
-    print(f"can be asked for target_saving={', '.join(map(str, found.savings)) or 'none'}")
+    expected = exported.operating_point.expected
+    saving = f", about {expected.expected_saving:.1%} of the layers saved" if expected else ""
+    print(f"answers by {dict(exported.operating_point.target) or 'full depth'}{saving}")
+    print(f"can be asked for target_saving={', '.join(map(str, exported.savings)) or 'none'}")

@@ -1,7 +1,8 @@
-"""What is taken from the configuration in a checkpoint, a saved folder or a record: one table.
+"""The table of the keys that are taken from the configuration in a checkpoint, folder or record.
 
-Such a file may be somebody else's, so only the keys of this table are taken, each if its value is
-of the kind that the table says. Nothing in it is instantiated, interpolated or called.
+Somebody else may have written such a file. So only the keys of this table are taken, and each value
+must have the kind that the table states. Nothing in the file is instantiated, interpolated or
+called. This module does not know how the configuration is used: it returns a `RunConfig`.
 """
 
 import re
@@ -9,24 +10,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deebert.data.tasks import HUB, Task
+from deebert.data.tasks import HUB
 from deebert.errors import UserError, is_number, is_whole
+from deebert.hub.run_config import RunConfig
 from deebert.untrusted import plain_files
 
-# Of a run's configuration: what makes a checkpoint self-describing, and a run resumable.
-KEYS = (
-    "task", "backbone", "ramp", "data", "stage", "stages", "objective", "seed", "trainer",
-    "callbacks", "thresholds", "teacher",
-)  # fmt: skip
-NEEDED = ("task", "backbone", "data", "stage", "stages", "seed")  # the others came later
-LENIENT = ("trainer", "callbacks")  # a value of another kind is left out, and told
+NEEDED = ("task", "backbone", "data", "stage", "stages", "seed")  # older files lack the others
+LENIENT = ("trainer", "callbacks")  # a value of another kind is left out, and reported
 LONGEST_TEXT = 10_000  # characters
 MOST_WORKERS = 64
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of plain value; null fits every kind, as it does in the configuration."""
+    """A kind of plain value.
+
+    `accepted` takes null for every kind, because null is a value of every key in a configuration.
+
+    Attributes:
+        name: how an error message calls the kind.
+        fits: says whether a value is of this kind.
+    """
 
     name: str
     fits: Callable[[Any], bool]
@@ -36,7 +40,7 @@ class Kind:
 
 
 def _is_text(value: Any) -> bool:
-    # OmegaConf takes three question marks for a value that is still to come.
+    # OmegaConf reads three question marks as a missing value.
     return isinstance(value, str) and len(value) <= LONGEST_TEXT and value != "???"
 
 
@@ -56,7 +60,7 @@ def _one_of(*choices: str) -> Kind:
 
 
 TEXT = Kind("a text", _is_text)
-# A name that is too long for a file system is an error of its own there.
+# A file system raises an error of its own for a name that is too long.
 PATH = Kind(
     "a path",
     lambda v: (
@@ -67,7 +71,7 @@ NAME = Kind(
     "a name of at most 200 printable characters",
     lambda v: _is_text(v) and len(v) <= 200 and v.isprintable(),
 )
-# No "${": Hydra resolves what it instantiates twice.
+# "${" is excluded, because Hydra resolves the values that it instantiates a second time.
 WORD = Kind(
     "a word of letters, digits and _./:,%[]+-",
     lambda v: isinstance(v, str) and re.fullmatch(r"[\w./:,%\[\]+-]{0,200}", v) is not None,
@@ -97,10 +101,11 @@ def _is_hub(value: Any) -> bool:
     )
 
 
-# Never a path.
+# A repository is never a path.
 REPOSITORY = Kind("a data set of the hub and its configuration", _is_hub)
 
-# A block's keys. `REST` says what all others may be; without it they are not taken.
+# The tables of the blocks. The kind at `REST` is the kind of all keys that a table does not name.
+# A table without `REST` takes no such keys.
 REST = "*"
 TASK = {
     "name": NAME, "columns": _list_of(TEXT), "labels": _list_of(TEXT | NUMBER),
@@ -121,8 +126,8 @@ DATA = {
     "calibration_rows": WORD, "limit_train": COUNT, "unlabelled": _list_of(WORD),
     "eval_batch_size": _whole(1, 2**16), "num_workers": _whole(0, MOST_WORKERS),
 }  # fmt: skip
-# Lightning's, but for what names code, files or places, and for what starts processes: `devices`,
-# `num_nodes` and `strategy` (`STARTS`).
+# The arguments of Lightning's Trainer, except those that name code, files or places, and those that
+# start processes: `devices`, `num_nodes` and `strategy` (`STARTS`).
 TRAINER = {
     "accelerator": _one_of("auto", "cpu", "gpu", "cuda", "mps", "tpu"),
     "gradient_clip_algorithm": WORD,
@@ -172,42 +177,59 @@ TABLE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def accepted(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Choose what is taken of a run's configuration, also of one from before some of its keys.
+def accepted(config: Any) -> tuple[RunConfig, dict[str, Any]]:
+    """Take the accepted keys of a run's configuration.
+
+    A configuration of an older version, which lacks some keys, is accepted too.
 
     Args:
         config: plain values (`plain_files.plain`).
 
     Returns:
-        What is taken, and by flag ("trainer.plugins") what is not, of `trainer` and `callbacks`.
+        The accepted values, typed; and the values of `trainer` and `callbacks` that were left out,
+        by flag ("trainer.plugins").
 
     Raises:
-        UserError: a key is missing, or its value is of another kind than the table says, or it is
-            of no task.
+        UserError: a key is missing, a value has another kind than the table states, or the task is
+            invalid.
     """
     rest: dict[str, Any] = {}
-    found = _taken(config, TABLE, "", rest)
-    if missing := [key for key in NEEDED if found.get(key) is None]:
+    values = _taken(config, TABLE, "", rest)
+    if missing := [key for key in NEEDED if values.get(key) is None]:
         raise UserError(f"its configuration says no {missing[0]}")
     for key in ("task", "backbone"):
-        if found[key].get("name") is None:
+        if values[key].get("name") is None:
             raise UserError(f"its configuration says no {key}.name")
-    recipe = found["stages"].get(str(found["stage"]))
+    recipe = values["stages"].get(str(values["stage"]))
     if recipe is None:
-        raise UserError(f"its configuration says no stages.{found['stage']}")
-    if found["stage"] == 2 and recipe.get("cache") is None:
+        raise UserError(f"its configuration says no stages.{values['stage']}")
+    if values["stage"] == 2 and recipe.get("cache") is None:
         raise UserError("its configuration says no stages.2.cache")
-    if found["data"].get("max_length") is None:
+    if values["data"].get("max_length") is None:
         raise UserError("its configuration says no data.max_length")
-    Task.from_config(found["task"])
-    found.setdefault("objective", {"name": recipe.get("objective")})
-    return {"ramp": {}, "teacher": None, "thresholds": None} | found, rest
+    values.setdefault("objective", {"name": recipe.get("objective")})
+    values = {"ramp": {}, "teacher": None, "thresholds": None} | values
+    return RunConfig.from_checked(values), rest
 
 
 def _taken(given: Any, table: Mapping[str, Any], flag: str, rest: dict[str, Any]) -> dict[str, Any]:
+    """Take the values of one block that its table accepts.
+
+    Args:
+        given: the block.
+        table: kinds, or tables of inner blocks, by key.
+        flag: name of the block, "" for the whole configuration.
+        rest: receives the values that are left out of the `LENIENT` blocks, by flag.
+
+    Returns:
+        The accepted values.
+
+    Raises:
+        UserError: the block is no mapping, or a value has another kind than the table states.
+    """
     if not isinstance(given, dict):
         raise UserError(f"its {flag or 'configuration'} is no mapping")
-    found: dict[str, Any] = {}
+    taken: dict[str, Any] = {}
     for key, value in given.items():
         kind, inner = table.get(key, table.get(REST)), f"{flag}.{key}".lstrip(".")
         is_lenient = inner.partition(".")[0] in LENIENT
@@ -221,11 +243,11 @@ def _taken(given: Any, table: Mapping[str, Any], flag: str, rest: dict[str, Any]
         elif not fits:
             raise UserError(f"its {inner} must be {_kind(kind).name}, not {_short(value)}")
         elif value is None:
-            if isinstance(kind, Kind) or flag in LENIENT:  # a callback that was taken out
-                found[key] = None
+            if isinstance(kind, Kind) or flag in LENIENT:  # null removes a callback
+                taken[key] = None
         else:
-            found[key] = value if isinstance(kind, Kind) else _taken(value, kind, inner, rest)
-    return found
+            taken[key] = value if isinstance(kind, Kind) else _taken(value, kind, inner, rest)
+    return taken
 
 
 def _kind(kind: Any) -> Kind:
@@ -233,7 +255,7 @@ def _kind(kind: Any) -> Kind:
 
 
 def _flat(value: Any, flag: str) -> dict[str, Any]:
-    """Return the values of a tree of mappings by flag."""
+    """Return the values of nested mappings, by flag."""
     if not isinstance(value, dict):
         return {flag: value}
     parts = (_flat(inner, f"{flag}.{key}") for key, inner in value.items())
@@ -241,11 +263,14 @@ def _flat(value: Any, flag: str) -> dict[str, Any]:
 
 
 def left_out(rest: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """List the flags of what was not taken and is set otherwise in this run.
+    """List the flags of the values that were left out and that this run sets differently.
 
     Args:
-        rest: as `accepted` returns it.
-        ours: this run's `trainer` and `callbacks`, plain values.
+        rest: the values that were left out, as `accepted` returns them.
+        ours: this run's `trainer` and `callbacks`, as plain values.
+
+    Returns:
+        Flags of `trainer` and `callbacks`.
     """
     here = {name: each for key in LENIENT for name, each in _flat(ours.get(key), key).items()}
     return [flag for flag, value in rest.items() if value is not None and here.get(flag) != value]

@@ -1,11 +1,12 @@
-"""Checkpoints: found by file or run folder, read without trusting them, rebuilt without a hub.
+"""Find checkpoints by file or run folder, read them without trusting them, and rebuild the model.
 
-A checkpoint is Lightning's, with the run's configuration, the backbone's shape and the tokenizer as
-plain values beside the weights; it loads with `weights_only=True`. Knows nothing of training.
+A checkpoint is a file of Lightning's. Beside the weights it holds the run's configuration, the
+backbone's shape and the tokenizer as plain values. It loads with `weights_only=True`, without
+Lightning and without a network. This module knows nothing of training.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from os.path import exists
 from pathlib import Path
@@ -15,75 +16,89 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from deebert.data import tokenization
-from deebert.data.tasks import Task
 from deebert.errors import UserError, first_line
 from deebert.hub import checkpoint_config
+from deebert.hub.run_config import RunConfig
 from deebert.models import architectures
 from deebert.models.early_exit import EarlyExitModel
-from deebert.models.trained_ramps import trains_ramps
 from deebert.untrusted import plain_files, tensor_files
 
-WEIGHTS_FINGERPRINT = "weights_fingerprint"  # in a checkpoint; those of before have none
+WEIGHTS_FINGERPRINT = "weights_fingerprint"  # a key in a checkpoint; older ones lack it
 READ = ("hyper_parameters", "state_dict", "epoch", WEIGHTS_FINGERPRINT)
-MOST_GROWTH = 2  # bytes of a model for each in the file, where 16 bits become 32
-SLACK = 2**20  # bytes: of what is no weight, the numbers of positions
-TRIED = 3  # tokens
+MOST_GROWTH = 2  # bytes of the model for each byte in the file: 16 bits may become 32
+SLACK = 2**20  # bytes of a model that are no weights, such as position numbers
+TRIED = 3  # tokens in the input of the trial run
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a run starts from: a checkpoint, or a record of one."""
+    """The source that a run starts from: a checkpoint, or a folder of its records.
+
+    Attributes:
+        path: the file or folder.
+        config: the configuration of the run that wrote it.
+    """
 
     path: Path
-    config: dict[str, Any]  # of the run that wrote it, as `checkpoint_config.accepted` has it
+    config: RunConfig
 
     @property
     def ramps_trained(self) -> bool:
-        """Do the ramps before the last say anything?"""
-        return trains_ramps(self.config["objective"]["name"])
+        """Say whether the ramps before the last one were trained."""
+        return self.config.objective.trains_ramps
 
 
 @dataclass(frozen=True)
 class Checkpoint(Source):
-    """What a checkpoint says of itself, and its weights."""
+    """A source with weights: a checkpoint file, a saved folder or a Transformers folder.
+
+    Attributes:
+        architecture: the backbone's shape, as `architectures.settings` returns it.
+        tokenizer_files: texts by file name.
+        weights: tensors by name, with or without Lightning's prefix "model.".
+        epochs_done: number of epochs that this program has trained; 0 if others trained the model.
+        not_taken: values of its configuration that were left out, by flag
+            (`checkpoint_config.accepted`).
+    """
 
     architecture: dict[str, Any]
     tokenizer_files: dict[str, str]
     weights: dict[str, torch.Tensor]
     epochs_done: int
-    not_taken: Mapping[str, Any] = field(default_factory=dict)  # `checkpoint_config.accepted` tells
+    not_taken: Mapping[str, Any] = field(default_factory=dict)
 
     def model(self) -> EarlyExitModel:
-        """The trained model, in eval mode.
+        """Rebuild the trained model, in eval mode.
 
         Raises:
-            UserError: the weights are not those of such a model, or not finite.
+            UserError: the weights do not fit the shape, or are not finite.
         """
         try:
             return self._model()
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from error
-        except Exception as error:  # the library checks its sizes in many ways
+        except Exception as error:  # the library raises many types for sizes that it refuses
             reason = first_line(error)
             raise UserError(f"{self.path}: its shape is that of no model ({reason})") from error
 
     def _model(self) -> EarlyExitModel:
-        weights, ramp = self._by_name, self.config["ramp"]
+        weights = self._by_name
         tensor_files.check_finite(weights)
-        if ramp.get("reads") == "pair" and self.architecture.get("sep_token_id") is None:
+        kind = self.config.ramp_kind
+        if kind.reader.needs_second_text and self.architecture.get("sep_token_id") is None:
             raise UserError(
                 "its configuration has no sep_token_id, by which its ramps tell two texts apart"
             )
-        shape = self.architecture, Task.from_config(self.config["task"]).num_labels, ramp
+        shape = self.architecture, self.config.task.num_labels, asdict(kind)
         there = {name: tuple(value.shape) for name, value in weights.items()}
-        # Before the model is made: of a hostile size it would take all memory.
+        # Checked before the model is made: a model of a hostile size would take all memory.
         expected, num_bytes = EarlyExitModel.shapes(*shape)
         for name, wanted in expected.items():
-            # Of weights that share their values one is kept, under any of their names.
-            found = there.get(name, wanted if wanted in there.values() else None)
-            if found != wanted:
+            # If weights share their values, the file holds one of them, under any of their names.
+            size = there.get(name, wanted if wanted in there.values() else None)
+            if size != wanted:
                 raise UserError(
-                    f"its weights do not fit its shape ({name} is {found or 'missing'}, not "
+                    f"its weights do not fit its shape ({name} is {size or 'missing'}, not "
                     f"{wanted})"
                 )
         storages = [value.untyped_storage() for value in weights.values()]
@@ -101,48 +116,48 @@ class Checkpoint(Source):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Says which weights these are; records carry it."""
+        """The hash of the weights. A record carries it, to name the model that it was made with."""
         return tensor_files.fingerprint(self._by_name)
 
     def check_fingerprint(self, kept: Any) -> None:
-        """Compare the weights with what was noted when they were written.
+        """Check that the weights are those that were written.
 
         Args:
-            kept: the fingerprint; None in files from before it was noted.
+            kept: the fingerprint in the file; None if an older version wrote the file.
 
         Raises:
-            UserError: these are other weights.
+            UserError: the weights have another fingerprint.
         """
         if kept is not None and kept != self.fingerprint:
             raise UserError("its weights are not those that were written: the file is damaged")
 
     @property
     def _by_name(self) -> dict[str, torch.Tensor]:
-        """The weights as `EarlyExitModel` calls them."""
+        """The weights under the names that `EarlyExitModel` gives them."""
         return by_name(self.weights)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer it was trained with.
+        """Rebuild the tokenizer that the model was trained with.
 
         Raises:
-            UserError: the files make none, or it has ids that the model has not.
+            UserError: the files make no tokenizer, or it gives ids that the model does not have.
         """
         try:
-            found = tokenization.from_files(self.tokenizer_files)
-            tokenization.check(found, self.architecture)
+            tokenizer = tokenization.from_files(self.tokenizer_files)
+            tokenization.check(tokenizer, self.architecture)
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from error
-        return found
+        return tokenizer
 
 
 def by_name(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the weights as `EarlyExitModel` calls them."""
+    """Return the weights of a state dict under the names that `EarlyExitModel` gives them."""
     return {name.removeprefix("model."): value for name, value in state_dict.items()}
 
 
 @torch.inference_mode()
 def _try(model: EarlyExitModel) -> None:
-    """Run a model once: the library finds some settings wrong only then.
+    """Run a model once, because the library finds some wrong settings only then.
 
     Raises:
         UserError: its logits are not finite.
@@ -153,16 +168,24 @@ def _try(model: EarlyExitModel) -> None:
 
 
 def find(path: str, flag: str, name: str) -> Path:
-    """A checkpoint file, or `checkpoints/<name>` of a run folder.
+    """Find a checkpoint file, or `checkpoints/<name>` of a run folder.
+
+    Args:
+        path: the file or the folder, as the user gave it.
+        flag: the flag that the user gave it with, for error messages.
+        name: file name of the checkpoint in a run folder.
+
+    Returns:
+        The path of the file.
 
     Raises:
-        UserError: neither is there, or it is a link that leads out of the folder.
+        UserError: there is no such file, or it is a link that leads out of the folder.
     """
     given = Path(path)
     if not exists(given):
         raise UserError(f"{flag}={path}: no such file or folder; give a run folder or a .ckpt file")
     if not given.is_dir():
-        return given  # a link that the user names may lead anywhere
+        return given  # a link that the user names may lead to any place
     for file in (f"checkpoints/{name}", name):
         try:
             return plain_files.inside(given, file)
@@ -174,16 +197,22 @@ def find(path: str, flag: str, name: str) -> Path:
 
 
 def lasting(given: str) -> str:
-    """A path that holds from another working directory, too; what is none here, an id on the hub,
-    as it is."""
+    """Return the absolute path of a file or folder.
+
+    A text that is no path here, such as an id on the hub, is returned unchanged.
+    """
     return str(Path(given).absolute()) if exists(given) else given
 
 
 def read(path: Path, flag: str) -> Checkpoint:
-    """Read a checkpoint written by `train.py`. Nothing in it is executed.
+    """Read a checkpoint that `train.py` wrote. Nothing in it is executed.
+
+    Args:
+        path: the file.
+        flag: the flag that the user named it with, for error messages.
 
     Raises:
-        UserError: it is no checkpoint, not one of this program's, or damaged.
+        UserError: the file is no checkpoint of this program, or is damaged.
     """
     try:
         return _read(path)

@@ -1,8 +1,9 @@
-"""Published classifiers -> checkpoints of this program: the DeeBERT authors' own
-(`ji-xin/bert_base-MRPC-two_stage`), and fine-tuned ones of transformers whose head is made like our
-final classifier: linear, tanh, linear, on the first token.
+"""Convert published classifiers into checkpoints of this program.
 
-Knows what their weights and labels are called. How a folder is read without trusting it: `foreign`.
+Two kinds are converted: the checkpoints of the DeeBERT authors (`ji-xin/bert_base-MRPC-two_stage`),
+and fine-tuned classifiers of Transformers whose head computes the same as the final classifier here
+(linear, tanh, linear, on the first token). This module knows the names of their weights and labels.
+It does not know how a folder is read safely: `transformers_folder` does.
 """
 
 import logging
@@ -19,23 +20,23 @@ from deebert.data.tasks import Task
 from deebert.errors import UserError, first_line, unknown
 from deebert.hub import checkpoints, transformers_folder
 from deebert.hub.checkpoints import Checkpoint
+from deebert.hub.run_config import RunConfig, RunDefaults
 from deebert.models import ramps
 from deebert.models.architectures import architecture, longest_input, settings
 from deebert.models.early_exit import EarlyExitModel
 
 log = logging.getLogger(__name__)
 
-TASKS = Path(__file__).parent.parent / "conf" / "task"  # in a checkout; no part of the package
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
-# How the authors' code numbers MNLI's labels, which their checkpoints do not say; those of
-# their other tasks are in the order of the data (castorini/DeeBERT: examples/run_highway_glue.py,
+# The order of MNLI's labels in the authors' code. Their checkpoints do not state it. The labels of
+# their other tasks have the order of the data (castorini/DeeBERT: examples/run_highway_glue.py,
 # transformers/data/processors/glue.py).
 MNLI = {
     "bert": ("contradiction", "entailment", "neutral"),
     "roberta": ("contradiction", "neutral", "entailment"),
 }
-# What a config.json may say where it speaks of these: with anything else, the same weights compute
-# something that this program does not.
+# The values that config.json may have for these keys. With another value, the same weights compute
+# something that this program does not compute.
 ONLY = {
     "position_embedding_type": ("absolute",),
     "is_decoder": (False,),
@@ -49,12 +50,14 @@ DATA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Head:
-    """Where a published classifier keeps what we call its final classifier.
+    """The place of the final classifier among the weights of a published classifier.
 
     Attributes:
-        encoder: what the names of the encoder's weights begin with.
-        pooler, classifier: its two linear layers.
-        between: the values of config.json -> what is computed between the two.
+        encoder: prefix of the names of the encoder's weights.
+        pooler: prefix of the first linear layer's weights.
+        classifier: prefix of the second linear layer's weights.
+        between: returns the name of the function that is computed between the two layers, given the
+            values of config.json.
     """
 
     encoder: str
@@ -80,15 +83,23 @@ HEADS = {
         lambda values: values.get("pooler_hidden_act", "gelu"),
     ),
 }
-# The authors': RoBERTa's too has the encoder's pooler and one linear layer.
+# The authors' models. Their RoBERTa has the encoder's pooler and one linear layer, too.
 DEEBERT = {kind: Head(kind, f"{kind}.pooler.dense", "classifier") for kind in ("bert", "roberta")}
 
 
 def our_name(name: str, head: Head, last: int) -> str | None:
-    """The published name of a weight -> ours; None: it takes no part in what is computed.
+    """Translate the published name of a weight into the name that it has here.
 
-    The authors' ramp on the last layer, number `last` from 0, is one of those: nothing has trained
-    it, and the final classifier answers there.
+    The authors' ramp on the last layer is left out: it was never trained, and the final classifier
+    answers there.
+
+    Args:
+        name: the published name.
+        head: the place of the final classifier.
+        last: 0-based number of the last layer.
+
+    Returns:
+        The name here; None if the weight takes no part in the computation.
     """
     for theirs, ours in ((head.pooler, "pooler"), (head.classifier, "classifier")):
         if name.startswith(f"{theirs}."):
@@ -98,57 +109,60 @@ def our_name(name: str, head: Head, last: int) -> str | None:
         number, part, _, rest = ramp.groups()
         return None if number == str(last) else f"ramps.{number}.{part}{rest}"
     if inner.startswith("pooler.") or name.startswith(("cls.", "lm_head.")):
-        return None  # of the pretraining
-    inner = inner.replace("LayerNorm.gamma", "LayerNorm.weight")  # of before 2019
+        return None  # used by the pretraining only
+    inner = inner.replace("LayerNorm.gamma", "LayerNorm.weight")  # names from before 2019
     return f"backbone.encoder.{inner.replace('LayerNorm.beta', 'LayerNorm.bias')}"
 
 
 def task_values(name: str) -> dict[str, Any]:
-    """What `conf/task/NAME.yaml` says, where this is a checkout.
+    """Read the values of `conf/task/NAME.yaml`.
 
     Raises:
-        UserError: it is not there.
+        UserError: there is no such file.
     """
-    there = sorted(file.stem for file in TASKS.glob("*.yaml"))
-    if not there:
-        raise UserError(
-            f"task={name}: conf/task/ is no part of the installed package; give from_pretrained "
-            'what its file holds: task={"name": ..., "columns": [...], "labels": [...], '
-            '"metrics": [...]}'
-        )
-    if name not in there:
-        raise unknown("task", name, there, "task")
+    # Imported here, because a saved folder is used without OmegaConf.
     from omegaconf import OmegaConf
 
-    values: Any = OmegaConf.to_container(OmegaConf.load(TASKS / f"{name}.yaml"))
+    from deebert.options import conf_folder
+
+    folder = conf_folder() / "task"
+    names = sorted(file.stem for file in folder.glob("*.yaml"))
+    if name not in names:
+        raise unknown("task", name, names, "task")
+    values: Any = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"))
     return dict(values)
 
 
-def read(folder: Path, flag: str, source: str, said: Mapping[str, Any]) -> Checkpoint:
-    """Read a published classifier: the authors' as of stage 2, a plain one as of stage 1.
+def read(folder: Path, flag: str, source: str, defaults: RunDefaults) -> Checkpoint:
+    """Read a published classifier.
+
+    A model of the DeeBERT authors becomes a checkpoint of stage 2. A plain classifier becomes one
+    of stage 1. Its ramps, which stage 2 will train, get the final classifier's pooler and random
+    linear layers, which depend on the seed.
 
     Args:
+        folder: where the files lie.
+        flag: the flag that the user named it with, for error messages.
         source: how the user named the folder.
-        said: what it does not say itself: `task` (plain values, or None), `data`, `stages`, `seed`,
-            as a run's configuration has them. Ramps that stage 2 is to train start from the final
-            classifier's pooler, and random classifiers that depend on the seed.
+        defaults: the part of a run's configuration that the folder does not state.
 
     Raises:
-        UserError: something is missing, damaged or hostile, or it cannot be an early-exit model.
+        UserError: something is missing, damaged or hostile, or no early-exit model has this shape.
     """
     try:
-        return _read(folder, source, said)
+        return _read(folder, source, defaults)
     except UserError as error:
         raise UserError(f"{flag}={source}: {error}") from error
 
 
-def _read(folder: Path, source: str, said: Mapping[str, Any]) -> Checkpoint:
+def _read(folder: Path, source: str, defaults: RunDefaults) -> Checkpoint:
     values, weights = transformers_folder.values(folder), transformers_folder.weights(folder)
     guessed = [kind for kind in DEEBERT if any(name.startswith(f"{kind}.") for name in weights)]
-    kind = values.get("model_type") or (guessed[0] if guessed else None)  # older ones do not say
+    # Older files do not state the type.
+    kind = values.get("model_type") or (guessed[0] if guessed else None)
     if not isinstance(kind, str):
         raise UserError("its config.json says no model_type")
-    architecture(kind)  # refuses one that is not supported
+    architecture(kind)  # raises if the type is not supported
     for name, fits in ONLY.items():
         if values.get(name) is not None and values[name] not in fits:
             raise UserError(f"its config.json says {name}={values[name]!r}, not {fits[0]!r}")
@@ -165,58 +179,76 @@ def _read(folder: Path, source: str, said: Mapping[str, Any]) -> Checkpoint:
     num_layers = _num_layers(values, weights)
     named = {our_name(name, head, num_layers - 1): value for name, value in weights.items()}
     ours = {name: value for name, value in named.items() if name is not None}
-    task = _task(values, said)
+    task_block = _task_block(values, defaults.task)
+    task = Task.from_config(task_block)
     num_labels = _num_labels(ours.get(f"ramps.{num_layers - 1}.classifier.weight"), task, source)
     shape = settings({**values, "model_type": kind})
-    seed = said.get("seed", 42)
+    seed = defaults.seed
     ours = _complete(ours, shape, num_labels, num_layers, None if of_authors else seed)
-    if order := _order(values, MNLI[kind] if of_authors else None, Task.from_config(task)):
+    if order := _order(values, MNLI[kind] if of_authors else None, task):
         for name in [name for name in ours if re.match(r"ramps\.\d+\.classifier\.", name)]:
             ours[name] = ours[name][order]
-    data = DATA | {"max_length": min(128, longest_input(shape))} | dict(said.get("data", {}))
+    data = DATA | {"max_length": min(128, longest_input(shape))} | dict(defaults.data)
     config = {
-        "task": task,
+        "task": task_block,
         "backbone": {
             "name": Path(source).name or folder.resolve().name,
             "path": checkpoints.lasting(source),
             "layers": None,
-            "epochs": 10 if kind == "roberta" else 3,  # as conf/backbone/ has it
+            "epochs": 10 if kind == "roberta" else 3,  # as in conf/backbone/
         },
         "ramp": asdict(ramps.PAPER),
-        # It may have seen all training rows: none are left to choose thresholds on.
+        # The model may have seen all training rows, so none are left as calibration rows.
         "data": data | {"calibration_size": 0, "calibration_rows": None},
         "stage": 2 if of_authors else 1,
-        "stages": {"1": {}, "2": {"cache": False}} | dict(said.get("stages", {})),
+        "stages": {"1": {}, "2": {"cache": False}} | dict(defaults.stages),
         "objective": {"name": "ramps" if of_authors else "final"},
         "seed": seed,
         "thresholds": None,
         "teacher": None,
     }
     files = transformers_folder.tokenizer_files(folder, shape)
-    return Checkpoint(folder, config, shape, files, ours, epochs_done=0)
+    run_config = RunConfig.from_checked(config)
+    return Checkpoint(folder, run_config, shape, files, ours, epochs_done=0)
 
 
 def _num_layers(values: Mapping[str, Any], weights: Mapping[str, Tensor]) -> int:
+    """Return the number of layers.
+
+    Raises:
+        UserError: config.json and the weights disagree on it.
+    """
     numbers = {int(n) for key in weights for n in re.findall(r"\.encoder\.layer\.(\d{1,4})\.", key)}
-    told = values.get("num_hidden_layers")
-    if not numbers or told != len(numbers):
+    stated = values.get("num_hidden_layers")
+    if not numbers or stated != len(numbers):
         raise UserError(
-            f"its config.json says num_hidden_layers={told}, and its weights are of {len(numbers)}"
+            f"its config.json says num_hidden_layers={stated}, and its weights are of "
+            f"{len(numbers)}"
         )
     return len(numbers)
 
 
-def _num_labels(classifier: Tensor | None, values: Mapping[str, Any], source: str) -> int:
+def _num_labels(classifier: Tensor | None, task: Task, source: str) -> int:
+    """Return the number of labels.
+
+    Args:
+        classifier: weight of the last linear layer; None if there is none.
+        task: the task.
+        source: how the user named the folder.
+
+    Raises:
+        UserError: there is no classifier, or the task has another number of labels.
+    """
     if classifier is None:
         raise UserError(
             "it holds no trained classifier; train one on its encoder: python train.py stage=1 "
             f"backbone.path={source}"
         )
-    task, found = Task.from_config(values), classifier.shape[0] if classifier.ndim else 0
-    if found != task.num_labels:
+    num_rows = classifier.shape[0] if classifier.ndim else 0
+    if num_rows != task.num_labels:
         named = ", ".join(task.labels) if task.labels else "a regression"
         raise UserError(
-            f"it has {found} labels, and task {task.name} has {task.num_labels} ({named}); give "
+            f"it has {num_rows} labels, and task {task.name} has {task.num_labels} ({named}); give "
             "the task it was trained for (task=...)"
         )
     return task.num_labels
@@ -225,10 +257,20 @@ def _num_labels(classifier: Tensor | None, values: Mapping[str, Any], source: st
 def _complete(
     ours: dict[str, Tensor], shape: dict[str, Any], num_labels: int, num_layers: int, seed: Any
 ) -> dict[str, Tensor]:
-    """All weights of the model, each of them of the right shape.
+    """Check the shapes of the weights, and add the weights that a published classifier lacks.
 
     Args:
-        seed: of the ramps that stage 2 is to train and that are not there; None: all must be.
+        ours: the weights, under the names that they have here.
+        shape: the backbone's shape.
+        num_labels: number of outputs of each ramp.
+        num_layers: number of layers, and of ramps.
+        seed: seed of the ramps that stage 2 will train; None if all ramps must be there.
+
+    Returns:
+        All weights of the model.
+
+    Raises:
+        UserError: a weight is missing, unknown or of another shape, or no model has this shape.
     """
     try:
         expected, _ = EarlyExitModel.shapes(shape, num_labels)
@@ -255,27 +297,35 @@ def _complete(
         _, _, part = name.partition(".")
         untrained = seed is not None and not f"ramps.{name}".startswith(last)
         if untrained and part.startswith("pooler."):
-            # Stage 1's ramps start from the pretrained pooler; this is the nearest to it.
+            # Ramps start from the pretrained pooler in stage 1. This pooler is the nearest to it.
             value = ours.get(last + part, value).clone()
         if untrained or part in ("shift", "scale"):
             fresh[f"ramps.{name}"] = value
     return fresh | ours
 
 
-def _task(values: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
-    """The task it was trained for, as the user says or as it says itself (`finetuning_task`)."""
-    given, told = said.get("task"), values.get("finetuning_task")
-    name = str(told).lower().replace("-", "").removesuffix("mm")  # sst-2, mnli-mm
+def _task_block(values: Mapping[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the task's values, from the user or from `finetuning_task` in config.json.
+
+    Args:
+        values: of config.json.
+        given: the values of the user's task, or None.
+
+    Raises:
+        UserError: neither names a task, or they contradict each other.
+    """
+    stated = values.get("finetuning_task")
+    name = str(stated).lower().replace("-", "").removesuffix("mm")  # sst-2, mnli-mm
     if given is None:
         if name not in GLUE:
             raise UserError("it does not say what it was trained for: give task=mrpc, or another")
         return task_values(name)
-    if given.get("checkpoint_task"):  # AX is scored with a model of MNLI
+    if given.get("checkpoint_task"):  # a model of MNLI scores AX
         given = task_values(given["checkpoint_task"])
     if name in GLUE and given.get("name") in GLUE and given["name"] != name:
         raise UserError(
-            f"task={given['name']} contradicts its config.json, which says finetuning_task={told}; "
-            "leave task= out, or give another checkpoint"
+            f"task={given['name']} contradicts its config.json, which says "
+            f"finetuning_task={stated}; leave task= out, or give another checkpoint"
         )
     return dict(given)
 
@@ -283,19 +333,30 @@ def _task(values: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
 def _order(
     values: Mapping[str, Any], authors: Sequence[str] | None, task: Task
 ) -> list[int] | None:
-    """For each of the task's labels, its number in the checkpoint; None: the same.
+    """Return the number that each label of the task has in the checkpoint.
 
-    Names in config.json say so; LABEL_0, LABEL_1, ... say nothing, and are taken in the task's
-    order.
+    The names in config.json decide. Names without a meaning (LABEL_0, LABEL_1, ...) are taken in
+    the order of the task's labels.
+
+    Args:
+        values: of config.json.
+        authors: the order in the authors' code, if it differs from the data's; None otherwise.
+        task: the task.
+
+    Returns:
+        The numbers, in the order of the task's labels; None if the checkpoint has the same order.
+
+    Raises:
+        UserError: the checkpoint has other labels than the task.
     """
     if task.labels is None:
         return None
     alike = len(set(map(_plain, task.labels))) < len(task.labels)
     plain = str.strip if alike else _plain
     wanted = [plain(label) for label in task.labels]
-    said = values.get("id2label")
-    said = said if isinstance(said, dict) else {}
-    names = [str(said.get(str(i), f"LABEL_{i}")) for i in range(len(wanted))]
+    id2label = values.get("id2label")
+    id2label = id2label if isinstance(id2label, dict) else {}
+    names = [str(id2label.get(str(i), f"LABEL_{i}")) for i in range(len(wanted))]
     theirs = [plain(name) for name in names]
     if set(theirs) == set(wanted):
         return [theirs.index(label) for label in wanted]
@@ -316,4 +377,5 @@ def _order(
 
 
 def _plain(label: str) -> str:
+    """Return a label in lower case, with one underscore for each run of separators."""
     return re.sub(r"[\s_-]+", "_", label.strip().casefold())

@@ -1,7 +1,8 @@
-"""What a user names as a model -> what lies there: a run, a checkpoint file, a folder of
-save_pretrained, a published classifier, or a hub repository that holds one of the last two.
+"""Find the model that a user names, on this machine or on the hub.
 
-Knows no weights; `checkpoints`, `saved` and `published` read them.
+A name leads to a run folder, a checkpoint file, a folder of `save_pretrained`, a published
+classifier, or a hub repository that holds one of the last two. This module knows no weights:
+`checkpoints`, `saved_folder` and `conversion` read them.
 """
 
 import re
@@ -21,6 +22,7 @@ from deebert.hub import (
     transformers_folder,
 )
 from deebert.hub.checkpoints import Checkpoint
+from deebert.hub.run_config import RunConfig, RunDefaults
 from deebert.hub.saved_folder import Saved
 from deebert.untrusted import plain_files
 
@@ -28,74 +30,77 @@ FLAG = "model"
 BEST = "best.ckpt"
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 HUB_FILES = ("config.json", saved_folder.FILE, *tokenization.FILES, "records/*.safetensors")
-PATIENCE = 10.0  # seconds until the hub must have answered
+PATIENCE = 10.0  # seconds that the hub has to answer
 
 
 def find(given: str | Path, task: str | Mapping[str, Any] | None = None, flag: str = FLAG) -> Saved:
-    """A model and the records that lie with it.
+    """Find a model and its records.
 
     Args:
-        given: a run folder, or what `checkpoint` finds. Also the run folder of an evaluation, which
-            holds records, and names the model that they are of.
-        task: what a published classifier was trained for, where it does not say: a name in
-            conf/task/, or what such a file holds.
+        given: a run folder, or a name that `checkpoint` takes, or the run folder of an evaluation,
+            which holds records and the name of the model that they were made with.
+        task: the task of a published classifier that does not state it: a name in conf/task/, or
+            the values of such a file.
+        flag: the flag that the user named the model with, for error messages.
 
     Raises:
-        UserError: nothing that can be loaded is there.
+        UserError: there is nothing that can be loaded.
     """
     place = _place(given, flag)
     if saved_folder.is_saved(place):
-        found = saved_folder.read(place, flag)
+        saved = saved_folder.read(place, flag)
     elif scored := _scored(place):
         ckpt, config = scored
-        # Whoever wrote results.json may name a file here, but nothing to be fetched.
-        model = checkpoint(ckpt, f"{flag}={given}: ckpt", said=config, fetch=False)
-        found = Saved(model, saved_folder.records_of(place, model))
+        # results.json may name a file on this machine. Nothing that it names is fetched.
+        defaults = RunDefaults.of(config)
+        model = checkpoint(ckpt, f"{flag}={given}: ckpt", defaults=defaults, fetch=False)
+        saved = Saved(model, saved_folder.records_of(place, model))
     else:
         values = conversion.task_values(task) if isinstance(task, str) else task
-        model = _checkpoint(place, str(given), flag, BEST, {"task": values})
+        model = _checkpoint(place, str(given), flag, BEST, RunDefaults(values))
         run = model.path.parent
         run = run.parent if run.name == "checkpoints" else run
         is_run = model.path.is_file()
-        found = Saved(model, saved_folder.records_of(run, model) if is_run else {})
-    told = task.get("name") if isinstance(task, Mapping) else task
-    if told not in (None, name := found.checkpoint.config["task"]["name"]):
-        raise UserError(f"task={told}: {given} was trained for task={name}; leave task= out")
-    return found
+        saved = Saved(model, saved_folder.records_of(run, model) if is_run else {})
+    wanted = task.get("name") if isinstance(task, Mapping) else task
+    if wanted not in (None, name := saved.checkpoint.config.task.name):
+        raise UserError(f"task={wanted}: {given} was trained for task={name}; leave task= out")
+    return saved
 
 
 def checkpoint(
     given: str | Path,
     flag: str,
     name: str = BEST,
-    said: Mapping[str, Any] | None = None,
+    defaults: RunDefaults | None = None,
     *,
     fetch: bool = True,
 ) -> Checkpoint:
-    """A model alone.
+    """Find a model, without its records.
 
     Args:
-        given: a run folder, a checkpoint file, a folder of `save_pretrained`, that of a published
-            classifier, or the id of a hub repository with one of the last two.
-        name: of the checkpoint in a run folder.
-        said: what a published classifier does not say itself (`conversion.read`).
-        fetch: may the hub be asked for an id? If not, what was downloaded before is found.
+        given: a run folder, a checkpoint file, a folder of `save_pretrained`, the folder of a
+            published classifier, or the id of a hub repository with one of the last two.
+        flag: the flag that the user named it with, for error messages.
+        name: file name of the checkpoint in a run folder.
+        defaults: the values of a run that a published classifier does not state.
+        fetch: True if the hub may be queried for an id. If False, only an earlier download is used.
 
     Raises:
-        UserError: nothing that can be loaded is there.
+        UserError: there is nothing that can be loaded.
     """
-    return _checkpoint(_place(given, flag, fetch), str(given), flag, name, said or {})
+    return _checkpoint(
+        _place(given, flag, fetch), str(given), flag, name, defaults or RunDefaults()
+    )
 
 
-def _checkpoint(
-    place: Path, given: str, flag: str, name: str, said: Mapping[str, Any]
-) -> Checkpoint:
+def _checkpoint(place: Path, given: str, flag: str, name: str, defaults: RunDefaults) -> Checkpoint:
     if saved_folder.is_saved(place):
         return saved_folder.read(place, flag).checkpoint
     is_run = exists(place / "checkpoints" / name) or exists(place / name)
     if place.is_dir() and not is_run:
         if exists(place / "config.json"):
-            return conversion.read(place, flag, given, said)
+            return conversion.read(place, flag, given, defaults)
         raise UserError(
             f"{flag}={given}: the folder holds no checkpoints/{name} (give a run folder), no "
             f"{saved_folder.FILE} (one of save_pretrained) and no config.json (a published "
@@ -104,8 +109,11 @@ def _checkpoint(
     return checkpoints.read(checkpoints.find(str(place), flag, name), flag)
 
 
-def _scored(folder: Path) -> tuple[str, dict[str, Any]] | None:
-    """The checkpoint that evaluate.py has scored here, as it was named, and its configuration."""
+def _scored(folder: Path) -> tuple[str, RunConfig] | None:
+    """Return the name and configuration of the checkpoint that evaluate.py scored in a folder.
+
+    None if the folder holds no such evaluation, or the checkpoint itself.
+    """
     files = record_files.files(folder) if folder.is_dir() else []
     if not files or (folder / "checkpoints").exists():
         return None
@@ -115,18 +123,23 @@ def _scored(folder: Path) -> tuple[str, dict[str, Any]] | None:
         return None
     if ckpt is None or not checkpoint_config.PATH.fits(ckpt):
         return None
-    return ckpt, record_files.load(files[0])[1]["config"]
+    return ckpt, record_files.load(files[0])[1].config
 
 
 def _place(given: str | Path, flag: str, fetch: bool = True) -> Path:
-    """Where it lies on this machine; what is no path here may be a hub's id."""
+    """Return the local path of a model. A text that is no path here may be an id on the hub."""
     path, text = Path(given), str(given)
     is_id = re.fullmatch(HUB_ID, text) and ".." not in text and path.suffix != ".ckpt"
     return _downloaded(text, flag, fetch) if is_id and not exists(path) else path
 
 
 def _downloaded(repo_id: str, flag: str, fetch: bool) -> Path:
-    """What is needed of a hub repository; without a network, what was downloaded before."""
+    """Download the needed files of a hub repository, or find those of an earlier download.
+
+    Raises:
+        UserError: the repository does not exist, or the hub cannot be reached and no earlier
+            download is there.
+    """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -134,7 +147,8 @@ def _downloaded(repo_id: str, flag: str, fetch: bool) -> Path:
     failure = "it is named in a file, so it is not fetched"
     try:
         if fetch:
-            info = HfApi().model_info(repo_id, timeout=PATIENCE)  # snapshot_download waits for ever
+            # This query comes first, because snapshot_download has no time limit.
+            info = HfApi().model_info(repo_id, timeout=PATIENCE)
             there = {file.rfilename for file in info.siblings or ()}
             weights = next(
                 (name for name in transformers_folder.WEIGHTS if name in there),

@@ -1,9 +1,13 @@
-"""Saved records: one safetensors file a split, with a JSON header."""
+"""Write and read saved records: one safetensors file for each split, with a JSON header.
+
+A file may be somebody else's, so all its values are checked before use. This module does not know
+how records are made or used.
+"""
 
 import json
 import os
 import re
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +15,65 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deebert.data.tasks import SPLIT
+from deebert.data.tasks import MOST_GROUPS, SPLIT
 from deebert.errors import UserError
 from deebert.exits.records import Record
 from deebert.hub import checkpoint_config
+from deebert.hub.checkpoints import Source
+from deebert.hub.run_config import RunConfig
 from deebert.untrusted import plain_files, tensor_files
 
 SCHEMA = 1
-FOLDER = "records"  # of a run or saved folder
-MOST_GROUPS = 500  # each has a figure at each threshold
+FOLDER = "records"  # in a run folder or saved folder
 LONGEST = 2**20  # tokens of an input
-COLUMNS = {  # name in the file -> types, number of dimensions
+COLUMNS = {  # name in the file -> allowed types, number of dimensions
     "logits_NLC": ((torch.float32,), 3), "labels_N": ((torch.int64, torch.float32), 1),
     "index_N": ((torch.int64,), 1), "length_N": ((torch.int64,), 1),
     "group_N": ((torch.int64,), 1), "learned_score_NL": ((torch.float32,), 2),
 }  # fmt: skip
-OLD_NAMES = {"unsure_NL": "learned_score_NL"}  # of columns, in records from before
+OLD_NAMES = {"unsure_NL": "learned_score_NL"}  # column in older files -> its name now
+
+
+@dataclass(frozen=True)
+class Header:
+    """The facts about a record that stand in its file.
+
+    Attributes:
+        checkpoint: the fingerprint of the weights that the record was made with.
+        data: the fingerprint of the rows, or None.
+        config: the configuration of the run that made the weights.
+    """
+
+    checkpoint: str
+    data: str | None
+    config: RunConfig
+
+
+@dataclass(frozen=True)
+class RecordFolder(Source):
+    """The records of one checkpoint, as the source of an evaluation.
+
+    Attributes:
+        fingerprint: the fingerprint of the checkpoint's weights.
+        records: the records, one for each split.
+    """
+
+    fingerprint: str
+    records: list[Record]
 
 
 def files(folder: Path, place: str = FOLDER) -> list[Path]:
-    """The saved records in a folder of a run or saved folder.
+    """List the saved records of a run folder or saved folder.
+
+    Args:
+        folder: the run folder or saved folder.
+        place: the folder in it that holds the records.
+
+    Returns:
+        Paths, in alphabetical order.
 
     Raises:
-        UserError: one is a link that leads out of the run or saved folder, or no file.
+        UserError: a record is no file, or a link that leads out of `folder`.
     """
     names = sorted(file.name for file in (folder / place).glob("*.safetensors"))
     try:
@@ -42,23 +82,34 @@ def files(folder: Path, place: str = FOLDER) -> list[Path]:
         raise UserError(f"{folder}: {error}") from error
 
 
-def save(record: Record, folder: Path, header: Mapping[str, Any]) -> None:
-    """Write `<split>.safetensors`; a reader never sees half of it.
+def save(record: Record, folder: Path, header: Header) -> None:
+    """Write `<split>.safetensors` in one step: a reader never sees a file that is partly written.
 
     Args:
-        header: plain values: `checkpoint` and `data` (fingerprints) and `config` (of the run).
+        record: the logits of every ramp for a split.
+        folder: where the file is written; it is made if it is missing.
+        header: the facts about the record.
     """
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{record.split}.part"
     tensors = {name: values.contiguous() for name, values in record.tensors().items()}
-    facts = {"schema": SCHEMA, "split": record.split, "values": tensor_files.fingerprint(tensors)}
-    text = json.dumps(facts | dict(header))
-    save_file(tensors, part, {"deebert": text})
+    facts = {
+        "schema": SCHEMA,
+        "split": record.split,
+        "values": tensor_files.fingerprint(tensors),
+        "checkpoint": header.checkpoint,
+        "data": header.data,
+        "config": header.config.plain(),
+    }
+    save_file(tensors, part, {"deebert": json.dumps(facts)})
     os.replace(part, folder / f"{record.split}.safetensors")
 
 
-def load(file: Path) -> tuple[Record, dict[str, Any]]:
-    """A saved record and its header, whose `config` is as `checkpoint_config.accepted` has it.
+def load(file: Path) -> tuple[Record, Header]:
+    """Read a saved record.
+
+    Returns:
+        The record, and the facts about it.
 
     Raises:
         UserError: the file is missing, is no record of this program, or is damaged.
@@ -70,15 +121,17 @@ def load(file: Path) -> tuple[Record, dict[str, Any]]:
     except UserError as error:
         raise UserError(f"record={file}: not a record of this program: {error}") from error
     try:
-        header = plain_files.json_mapping(metadata["deebert"], "its header")
-        header["config"], _ = checkpoint_config.accepted(header["config"])
-        if "values" in header and header["values"] != tensor_files.fingerprint(tensors):
+        facts = plain_files.json_mapping(metadata["deebert"], "its header")
+        config, _ = checkpoint_config.accepted(facts["config"])
+        if "values" in facts and facts["values"] != tensor_files.fingerprint(tensors):
             raise UserError("its values are not those that were written: it is damaged")
         tensors = {OLD_NAMES.get(name, name): values for name, values in tensors.items()}
-        _check(header, tensors, file)
+        _check_split(facts, file)
+        _check(tensors, config.task.num_labels)
         columns: dict[str, Any] = {"labels_N": None} | tensors
-        record = Record(header["split"], **columns)
+        record = Record(facts["split"], **columns)
         record.check()
+        header = Header(facts["checkpoint"], facts.get("data"), config)
     except UserError as error:
         raise UserError(
             f"record={file}: {error}; record again with evaluate.py ckpt=RUN"
@@ -88,20 +141,53 @@ def load(file: Path) -> tuple[Record, dict[str, Any]]:
     return record, header
 
 
-def _check(header: dict[str, Any], tensors: dict[str, Tensor], file: Path) -> None:
-    """Check that header and columns are those of one record.
+def read_folder(given: str) -> RecordFolder:
+    """Read all records of a run folder, or of a folder of records.
+
+    Args:
+        given: the folder, as the user gave it with `record=`.
 
     Raises:
-        UserError: they are not.
+        UserError: there is no record, or one is damaged or of another checkpoint than the others.
     """
-    config, logits = header["config"], tensors["logits_NLC"]
+    folder = Path(given)
+    paths = files(folder, FOLDER if (folder / FOLDER).is_dir() else ".")
+    if not paths:
+        raise UserError(f"record={given}: no records there; give a run folder that has some")
+    loaded = [load(path) for path in paths]
+    _, first = loaded[0]
+    if any((h.checkpoint, h.config) != (first.checkpoint, first.config) for _, h in loaded):
+        raise UserError(f"record={given}: its records are of different checkpoints")
+    records = [record for record, _ in loaded]
+    return RecordFolder(paths[0].parent, first.config, first.checkpoint, records)
+
+
+def _check_split(facts: dict[str, Any], file: Path) -> None:
+    """Check the schema and the split of a file.
+
+    Raises:
+        UserError: a value is invalid, or the split is not the file's name.
+    """
+    if facts["schema"] != SCHEMA:
+        raise UserError(f"its schema is {facts['schema']!a}, not {SCHEMA}")
+    if not isinstance(facts["split"], str) or not re.fullmatch(SPLIT, facts["split"]):
+        raise UserError(f"its split {facts['split']!r} is no name of one")
+    if facts["split"] != file.stem:
+        raise UserError(f"the file was renamed, it is of split {facts['split']!a}")
+
+
+def _check(tensors: dict[str, Tensor], num_labels: int) -> None:
+    """Check that the columns of a file fit together.
+
+    Args:
+        tensors: the columns by name.
+        num_labels: the number of outputs of a ramp.
+
+    Raises:
+        UserError: a value is invalid, or contradicts another.
+    """
+    logits = tensors["logits_NLC"]
     labels, learned_score = tensors.get("labels_N"), tensors.get("learned_score_NL")
-    if header["schema"] != SCHEMA:
-        raise UserError(f"its schema is {header['schema']!a}, not {SCHEMA}")
-    if not isinstance(header["split"], str) or not re.fullmatch(SPLIT, header["split"]):
-        raise UserError(f"its split {header['split']!r} is no name of one")
-    if header["split"] != file.stem:
-        raise UserError(f"the file was renamed, it is of split {header['split']!a}")
     for name, values in tensors.items():
         dtypes, num_dims = COLUMNS[name]
         if values.ndim != num_dims or values.dtype not in dtypes:
@@ -110,7 +196,6 @@ def _check(header: dict[str, Any], tensors: dict[str, Tensor], file: Path) -> No
         raise UserError(f"it has {logits.shape[1]} ramps, more than {plain_files.LAYERS}")
     if not len(logits) or not logits.shape[1]:
         raise UserError(f"its logits are {tuple(logits.shape)}, not (rows, ramps, labels)")
-    num_labels = len(config["task"]["labels"] or "1")  # a regression has one output
     if logits.shape[2] != num_labels:
         raise UserError(f"it has {logits.shape[2]} outputs a ramp, and its task {num_labels}")
     if learned_score is not None and (

@@ -1,52 +1,46 @@
-"""A trained model as a folder, or a hub repository, that answers without Lightning, Hydra or data.
+"""Write and read a saved folder: a trained model that runs without Lightning, Hydra or data.
 
     config.json, model.safetensors   the model (`EarlyExitModel.save_pretrained`)
     tokenizer.json, ...              its tokenizer, where the library looks for it
-    deebert.json                     what it was trained for and how, its exit rule and target
-    records/SPLIT.safetensors        every ramp's logits for some rows: what targets are met from
+    deebert.json                     its task, training configuration, exit rule and target
+    records/SPLIT.safetensors        every ramp's logits for some rows, to choose thresholds on
     README.md                        the model card
 
-Nothing that such a folder says is executed, and no name or link in it leads out of it.
+A hub repository may hold the same files. Nothing in such a folder is executed, and no name or link
+in it leads out of it. This module does not know how a target is met or a model is run.
 """
 
 import json
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from os.path import exists
 from pathlib import Path
 from typing import Any
 
 from deebert.data import tokenization
-from deebert.data.tasks import Task
 from deebert.errors import UserError, is_whole
 from deebert.exits.records import Record
 from deebert.hub import checkpoint_config, record_files
 from deebert.hub.checkpoints import Checkpoint
 from deebert.models import architectures
 from deebert.models.early_exit import EarlyExitModel
+from deebert.options import TARGET
 from deebert.untrusted import plain_files, tensor_files
 
 FILE = "deebert.json"
-SAVING = ".saving"  # beside it until all is written
+SAVING = ".saving"  # exists beside `FILE` until all is written
 SCHEMA = 1
-TARGET = (
-    "threshold", "target_saving", "target_speedup", "max_drop", "confidence", "loss", "per_ramp",
-    "temperature", "exit",
-)  # fmt: skip
-# Of a run's configuration: all but what lies on the machine that it was trained on, or names code.
-KEPT = ("task", "backbone", "ramp", "data", "stage", "stages", "objective", "seed", "thresholds")
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A model to be used: what it is, and what its ramps have said of rows that were labelled.
+    """A model that is ready for use, with the records that its thresholds are chosen on.
 
     Attributes:
-        records: by split; targets need one.
+        checkpoint: the model.
+        records: records by split. A target needs a record with labels.
         exit: name of its exit rule; None for the task's default.
-        target: its default target, as `EarlyExitClassifier.calibrate` takes it; {} for full
-            depth.
+        target: its default target, as `EarlyExitClassifier.calibrate` takes it; {} for full depth.
     """
 
     checkpoint: Checkpoint
@@ -56,52 +50,62 @@ class Saved:
 
 
 def is_saved(folder: Path) -> bool:
-    """Was this folder written by `write`?"""
+    """Say whether `write` has written this folder."""
     return (folder / FILE).is_file()
 
 
-def write(saved: Saved, model: EarlyExitModel, folder: Path, card: str) -> None:
-    """Write everything but what lies on this machine alone.
+def write(saved: Saved, model: EarlyExitModel, folder: Path, model_card: str) -> None:
+    """Write a saved folder, without the paths of this machine.
+
+    Args:
+        saved: the model's checkpoint, records, exit rule and target.
+        model: the model itself.
+        folder: where the files are written; it is made if it is missing.
+        model_card: text of README.md.
 
     Raises:
-        UserError: see `check_place`.
+        UserError: the folder cannot be written, or `check_place` refuses it.
     """
     check_place(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from error
-    config = public(saved.checkpoint.config)
+    config = saved.checkpoint.config.public()
     about = {
         "schema": SCHEMA,
-        "config": config,
+        "config": config.plain(),
         "tokenizer": sorted(Path(name).name for name in saved.checkpoint.tokenizer_files),
         "epochs_done": saved.checkpoint.epochs_done,
         "exit": saved.exit,
         "target": dict(saved.target),
     }
     (folder / SAVING).touch()
-    (folder / FILE).unlink(missing_ok=True)  # until the rest is there: nothing, rather than a mix
+    (folder / FILE).unlink(missing_ok=True)  # a folder that is partly written is not read
     model.save_pretrained(folder)
     for name, text in saved.checkpoint.tokenizer_files.items():
         (folder / Path(name).name).write_text(text, "utf-8")
-    for old in (folder / "records").glob("*.safetensors"):  # of what was saved here before
+    # Records of a model that was saved here before.
+    for old in (folder / "records").glob("*.safetensors"):
         old.unlink()
-    # Of weights that share their values the file keeps one.
+    # Read back, because the file holds only one of the weights that share their values.
     weights, _ = tensor_files.safetensors_file(folder / "model.safetensors")
     fingerprint = tensor_files.fingerprint(weights)
     for record in saved.records.values():
-        header = {"checkpoint": fingerprint, "data": None, "config": config}
+        header = record_files.Header(fingerprint, None, config)
         record_files.save(record, folder / "records", header)
-    (folder / "README.md").write_text(card, "utf-8")
+    (folder / "README.md").write_text(model_card, "utf-8")
     about["weights"] = fingerprint
     (folder / FILE).write_text(json.dumps(about, indent=2, allow_nan=False) + "\n", "utf-8")
     (folder / SAVING).unlink()
 
 
 def check_place(folder: Path) -> None:
-    """Raises:
-    UserError: the folder is a file, or holds something else, whose README.md would be gone.
+    """Check that a saved folder may be written here.
+
+    Raises:
+        UserError: the path is a file, or the folder holds something else, whose README.md would be
+            overwritten.
     """
     if not folder.exists():
         return
@@ -114,10 +118,10 @@ def check_place(folder: Path) -> None:
         if file == folder / record_files.FOLDER:
             fits = stat.S_ISDIR(kind.st_mode)
         elif file.parent == folder and file.name not in ours:
-            continue  # of somebody else, and left alone
+            continue  # not written here, so it is left alone
         else:
             fits = stat.S_ISREG(kind.st_mode) and kind.st_nlink == 1
-        if not fits:  # what is written there would be written where it leads, or not at all
+        if not fits:  # writing to a link would write to the place where it leads
             raise UserError(
                 f"{folder}: {file.name} is a link, or no file of its own; remove it, or name a new "
                 "folder"
@@ -132,30 +136,23 @@ def check_place(folder: Path) -> None:
         )
 
 
-def public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's configuration without this machine's folders."""
-    kept: dict[str, Any] = {name: config[name] for name in KEPT if name in config}
-    kept["task"] = {k: v for k, v in config["task"].items() if k != "root"}
-    kept["data"] = {k: v for k, v in config["data"].items() if k != "root"} | {"root": None}
-    kept["backbone"] = dict(config["backbone"])
-    path = str(kept["backbone"].get("path"))
-    if Path(path).is_absolute() or exists(path):  # no name on the hub
-        del kept["backbone"]["path"]
-    return kept
-
-
 def read(folder: Path, flag: str) -> Saved:
-    """Raises:
-    UserError: something is missing, damaged, or does not fit the rest.
-    """
+    """Read a saved folder.
 
+    Args:
+        folder: the folder.
+        flag: the flag that the user named it with, for error messages.
+
+    Raises:
+        UserError: a file is missing or damaged, or does not fit the others.
+    """
     if (folder / "runner.py").is_file():
         raise UserError(
             f"{flag}={folder}: an ONNX export, which its own runner.py answers with; give the run "
             "or saved folder that it was made of"
         )
     try:
-        found = _read(folder)
+        saved = _read(folder)
     except UserError as error:
         raise UserError(f"{flag}={folder}: {error}; save the model again from its run") from error
     except FileNotFoundError as error:
@@ -164,7 +161,7 @@ def read(folder: Path, flag: str) -> Saved:
     except (LookupError, TypeError, AttributeError) as error:
         reason = f"{FILE} or config.json is damaged ({type(error).__name__})"
         raise UserError(f"{flag}={folder}: {reason}; save the model again from its run") from error
-    return replace(found, records=records_of(folder, found.checkpoint))
+    return replace(saved, records=records_of(folder, saved.checkpoint))
 
 
 def _read(folder: Path) -> Saved:
@@ -186,7 +183,8 @@ def _read(folder: Path) -> Saved:
     epochs_done = about["epochs_done"]
     if not is_whole(epochs_done) or epochs_done < 0:
         raise UserError(f"{FILE}: epochs_done={epochs_done!a} is no number of epochs")
-    rule, target = about["exit"], about["wish" if "wish" in about else "target"]  # its old name
+    # Older files call the target "wish".
+    rule, target = about["exit"], about["wish" if "wish" in about else "target"]
     if not isinstance(rule, str | None):
         raise UserError(f"{FILE}: exit={rule!a} is no name")
     if (
@@ -198,7 +196,7 @@ def _read(folder: Path) -> Saved:
     config, _ = checkpoint_config.accepted(about["config"])
     checkpoint = Checkpoint(
         folder,
-        public(config),
+        config.public(),
         architectures.settings(shape["config"]),
         files,
         weights,
@@ -209,14 +207,22 @@ def _read(folder: Path) -> Saved:
 
 
 def records_of(folder: Path, checkpoint: Checkpoint) -> dict[str, Record]:
-    """The records of a run or saved folder, by split.
+    """Read the records of a run folder or saved folder.
+
+    Args:
+        folder: the run folder or saved folder.
+        checkpoint: the model that the records must be made with.
+
+    Returns:
+        Records by split, in the task's order of splits.
 
     Raises:
-        UserError: one is damaged, of other weights, or a link that leads out of the folder.
+        UserError: a record is damaged, was made with other weights, or is a link that leads out of
+            the folder.
     """
-    found, task = {}, Task.from_config(checkpoint.config["task"])
-    for file in sorted(record_files.files(folder), key=lambda file: task.order(file.stem)):
-        found[file.stem], header = record_files.load(file)
-        if header["checkpoint"] != checkpoint.fingerprint:
+    records, order = {}, checkpoint.config.task.order
+    for file in sorted(record_files.files(folder), key=lambda file: order(file.stem)):
+        records[file.stem], header = record_files.load(file)
+        if header.checkpoint != checkpoint.fingerprint:
             raise UserError(f"{file}: a record of other weights than {checkpoint.path}; remove it")
-    return found
+    return records

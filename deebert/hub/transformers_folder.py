@@ -1,7 +1,8 @@
-"""A folder of transformers' kind (config.json, weights, tokenizer), read without trusting it.
+"""Read a folder of Transformers (config.json, weights, tokenizer) without trusting it.
 
-It is somebody's: what it holds is read as plain values, nothing that it names is run, and no name
-in it leads out of it. Knows nothing of what the values mean to this program (`published`).
+Somebody else may have written it: its files are read as plain values and tensors, nothing that it
+names is executed, and no name in it leads out of it. This module does not know what the values mean
+to this program: `conversion` does.
 """
 
 import json
@@ -16,7 +17,7 @@ from deebert.data import tokenization
 from deebert.errors import UserError
 from deebert.untrusted import plain_files, tensor_files
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first one that exists is read
 VOCABULARIES = (
     ("tokenizer.json",),
     ("vocab.txt",),
@@ -24,14 +25,14 @@ VOCABULARIES = (
     ("sentencepiece.bpe.model",),
     ("spm.model",),
 )
-FEWEST_PIECES = 10  # of a vocabulary that texts can be written in
+FEWEST_PIECES = 10  # a smaller vocabulary cannot spell texts
 
 
 def values(folder: Path) -> dict[str, Any]:
-    """What config.json says.
+    """Read the values of config.json.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file is missing or cannot be read.
     """
     try:
         return plain_files.json_file(plain_files.inside(folder, "config.json"))
@@ -40,10 +41,13 @@ def values(folder: Path) -> dict[str, Any]:
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    """All weights in float32, by the names they have there.
+    """Read all weights, in float32.
+
+    Returns:
+        Tensors, under the names that the file gives them.
 
     Raises:
-        UserError: they are missing or damaged, or the file holds anything else.
+        UserError: the file is missing or damaged, or holds anything but weights.
     """
     name = next((name for name in WEIGHTS if exists(folder / name)), None)
     if name is None:
@@ -52,25 +56,34 @@ def weights(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"it holds neither {' nor '.join(WEIGHTS)}{hint}")
     file = plain_files.inside(folder, name)
     if file.suffix == ".bin":
-        found = tensor_files.torch_file(file)
+        tensors = tensor_files.torch_file(file)
     else:
-        found, _ = tensor_files.safetensors_file(file)
-    # Older ones keep the numbers of positions among their weights.
-    whole = {n for n, value in found.items() if isinstance(value, Tensor) and _is_whole(value)}
-    weights = {name: value for name, value in found.items() if name not in whole}
+        tensors, _ = tensor_files.safetensors_file(file)
+    # Older files hold the position numbers among their weights.
+    whole = {n for n, value in tensors.items() if isinstance(value, Tensor) and _is_whole(value)}
+    weights = {name: value for name, value in tensors.items() if name not in whole}
     tensor_files.check_weights(weights)
     return {name: value.float() for name, value in weights.items()}
 
 
 def _is_whole(value: Tensor) -> bool:
+    """Say whether a tensor holds whole numbers or truth values."""
     return not value.is_floating_point() and not value.is_complex()
 
 
 def tokenizer_files(folder: Path, architecture: Mapping[str, Any]) -> dict[str, str]:
-    """Its tokenizer as plain text by file name (`tokenization.files_of`).
+    """Read the tokenizer.
+
+    Args:
+        folder: the folder.
+        architecture: the backbone's shape.
+
+    Returns:
+        Texts by file name (`tokenization.files_of`).
 
     Raises:
-        UserError: there is none, it cannot be loaded, or it has ids that the model has not.
+        UserError: there is no tokenizer, it cannot be loaded, or it gives ids that the model does
+            not have.
     """
     model_type = architecture["model_type"]
     there = [name for name in tokenization.FILES if exists(folder / name)]
@@ -81,10 +94,10 @@ def tokenizer_files(folder: Path, architecture: Mapping[str, Any]) -> dict[str, 
         name: plain_files.content(plain_files.inside(folder, name), plain_files.TOKENIZER_BYTES)
         for name in there
     }
-    kind = json.dumps({"model_type": model_type})  # for folders that say it nowhere else
+    kind = json.dumps({"model_type": model_type})  # some folders state it nowhere else
     tokenizer = tokenization.from_files({**files, "config.json": kind})
     vocabulary = tokenizer.get_vocab()
-    # The library makes up a vocabulary of special tokens where it finds none of the type's own.
+    # If there is no vocabulary of this type, the library makes one up of special tokens.
     if len(set(vocabulary) - set(tokenizer.all_special_tokens)) < FEWEST_PIECES:
         raise UserError(f"its tokenizer knows no words: it holds no vocabulary of a {model_type}")
     tokenization.check(tokenizer, architecture)

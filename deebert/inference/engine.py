@@ -1,18 +1,18 @@
-"""Runs inputs until they exit: the only code that skips layers.
+"""The engine: it runs inputs until they exit. No other module of the package skips layers.
 
-What makes the saving on paper one on the clock, and more:
+The saving comes from five things:
 
-- batches of inputs of similar length, cut to their longest;
-- compaction: after a ramp only the inputs that stay go on;
-- first token first: a ramp reads the first token only, so the other tokens of a layer are computed
-  after its ramp was asked, for the inputs that stay (`split`). An input that leaves at layer k
-  costs about k - 5/6 layers, at the last layer, too. Not for ramps that read all tokens;
-- regrouping: few survivors wait for those of the next batches;
-- a ramp at which nothing can leave is not evaluated.
+- Batches hold inputs of similar length, cut to their longest.
+- Compaction: after a ramp only the inputs that stay go on.
+- First token first: if the ramp reads only the first token, the other tokens of its layer are
+  computed after the ramp, for the inputs that stay (`split_layer`). So an input that leaves at
+  layer k costs about k - 5/6 layers, at the last layer too.
+- Regrouping: a small group of survivors waits for the survivors of the next batches.
+- A ramp at which nothing can leave is not evaluated.
 
-It gives what the record of all ramps gives, to rounding: same exit layer, same answer, whatever the
-batch (but for int8 in ONNX Runtime, where a batch has one scale). Knows nothing of tasks, texts or
-clocks.
+The engine gives what the record of all ramps gives, to rounding: the same exit layer and the same
+answer, whatever the batch. In int8 in ONNX Runtime the answer depends a little on the batch, since
+all its tokens share one scale. The engine knows nothing of tasks, texts or how time is measured.
 Shapes: N inputs, B of them in a group, S tokens, H hidden, L layers (= ramps), C labels.
 """
 
@@ -28,11 +28,11 @@ from torch import Tensor
 
 from deebert.data.batching import by_length, padded
 from deebert.data.tokenization import TOKENS
-from deebert.errors import UserError, first_line, unknown
+from deebert.errors import UserError
 from deebert.exits import rules
 from deebert.exits.rules import Rule
-from deebert.inference import onnx_layer
-from deebert.inference.kernels import check_precision, without_onednn
+from deebert.inference import onnx_layer, settings
+from deebert.inference.kernels import without_onednn
 from deebert.inference.onnx_layer import OnnxEmbeddings, OnnxLayer
 from deebert.inference.split_layer import SplitLayer
 from deebert.inference.survivors import Answers, Group, merge
@@ -42,81 +42,28 @@ from deebert.models.ramps import Ramp
 
 log = logging.getLogger(__name__)
 
-RUNTIMES = ("torch", "onnx")
-WINDOW = 8192  # inputs that are sorted by length together; nothing is kept from one to the next
-
-# Tokens in a batch, measured on 2 CPU cores (benchmarks/speed.md): matrix products are at their
-# fastest from a few hundred rows on, and larger states no longer fit the caches.
-TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
-# Below these a group is too small to be run alone while others may come: with 500 tokens a layer
-# takes 6 % more time a token than with 2,000, with 230 tokens 20 %.
-REGROUP_BELOW = {"cpu": 512, "cuda": 8192}
-# What a layer costs whatever the size of the group, in tokens: so much padding a merger may add.
-GROUP_COSTS = {"cpu": 96, "cuda": 2048}
-# First token first reads a layer's weights twice; below so many tokens that costs more than it can
-# save.
-FIRST_TOKEN_FROM = {"cpu": 64, "cuda": 512}
-
-
-def kind_of(device: torch.device) -> str:
-    """Under which name the plan's numbers above stand for a device."""
-    return "cpu" if device.type == "cpu" else "cuda"
-
-
-def check(
-    model: EarlyExitModel, precision: str, device: torch.device, runtime: str = "torch"
-) -> None:
-    """Raises:
-    UserError: the model cannot run in this precision here.
-    """
-    if runtime not in RUNTIMES:
-        raise unknown("runtime", runtime, RUNTIMES, "runtime")
-    if runtime == "torch":
-        check_precision(precision, device)
-    parts = model.backbone.parts(0)
-    if (precision == "int8" or runtime == "onnx") and parts is None:
-        wanted = "runtime=onnx" if runtime == "onnx" else "precision=int8"
-        raise UserError(
-            f"{wanted} needs layers that can be split, which "
-            f"{model.config['model_type']} has not; use runtime=torch and "
-            "precision=float32 or bfloat16"
-        )
-    if runtime == "onnx" and parts is not None:
-        onnx_layer.check(parts, precision, device)
-
-
-def _device(given: torch.device | str) -> torch.device:
-    """Raises:
-    UserError: there is no such device, or not here.
-    """
-    try:
-        device = torch.device(given)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        there = "cpu, cuda" if torch.cuda.is_available() else "cpu"
-        reason = first_line(error)
-        raise UserError(f"device={given} is not here, as are: {there} ({reason})") from error
-    return device
+WINDOW = 8192  # inputs that are sorted by length together; no input of a window is kept after it
 
 
 class Engine:
     """A trained model, an exit rule and its thresholds, ready to run.
 
     Args:
-        model: put into eval mode and on the device; some of its weights are copied in the layout
-            that runs fastest, so when they change a new engine is needed.
-        rule: how unsure a ramp is.
-        thresholds: one for all ramps, or L-1; an input leaves at the first ramp whose score is
-            strictly under its threshold. 0 never exits.
-        precision: float32, bfloat16 or int8 (of the layers; states, norms and ramps are float32).
-        runtime: what computes the layers: torch, or onnx (ONNX Runtime; not in bfloat16, on the
-            processor only), which is faster in int8 and with one input at a time.
-        device: where to run.
-        token_budget: of a batch, padding included; a longer input is a batch of its own. None: what
-            runs fast on the device.
+        model: the model. It is put into eval mode and on the device. Some of its weights are copied
+            into the layout that runs fastest, so a new engine is needed when the weights change.
+        rule: the exit rule, which computes the exit score of each ramp.
+        thresholds: one number for all ramps, or L-1 numbers. An input leaves at the first ramp
+            whose score is strictly under its threshold, so 0 never exits.
+        precision: the precision of the layers: float32, bfloat16 or int8. States, norms and ramps
+            are float32.
+        runtime: the library that computes the layers: torch, or onnx (ONNX Runtime; on the
+            processor, not in bfloat16). onnx is faster in int8 and with one input at a time.
+        device: the device to run on.
+        token_budget: the largest number of tokens in a batch, padding included. An input that is
+            longer is a batch of its own. None: a number that runs fast on the device.
 
     Raises:
-        UserError: thresholds, precision, runtime or token budget do not fit.
+        UserError: the thresholds, precision, runtime, device or token budget do not fit.
     """
 
     def __init__(
@@ -130,19 +77,19 @@ class Engine:
         device: torch.device | str = "cpu",
         token_budget: int | None = None,
     ) -> None:
-        self.device = _device(device)
-        check(model, precision, self.device, runtime)
+        self.device = settings.device_named(device)
+        settings.check(model, precision, self.device, runtime)
         if token_budget is not None and token_budget < 1:
             raise UserError(f"token_budget={token_budget} must be 1 or more")
         self.model = model.to(self.device).eval()
         self.precision = precision
         self.runtime = runtime
-        kind = kind_of(self.device)
-        self.token_budget = token_budget or TOKEN_BUDGET[kind]
-        self.regroup_below = min(REGROUP_BELOW[kind], self.token_budget)
-        self.group_costs = GROUP_COSTS[kind]
+        kind = settings.kind_of(self.device)
+        self.token_budget = token_budget or settings.TOKEN_BUDGET[kind]
+        self.regroup_below = min(settings.REGROUP_BELOW[kind], self.token_budget)
+        self.group_costs = settings.GROUP_COSTS[kind]
+        self.first_token_from = settings.FIRST_TOKEN_FROM[kind]
         self.longest_input = model.backbone.longest_input
-        self.first_token_from = FIRST_TOKEN_FROM[kind]
         self.ramps, self.kind = model.all_ramps, model.ramp_kind
         backbone = model.backbone
         parts = [backbone.parts(index) for index in range(len(model.ramps))]
@@ -150,30 +97,38 @@ class Engine:
         if runtime == "onnx":
             self.embeddings = OnnxEmbeddings(backbone.embedding_parts)
         self.layers = [
-            None if part is None else self._made(part, ramp)
+            None if part is None else self._layer_runner(part, ramp)
             for part, ramp in zip(parts, self.ramps, strict=True)
         ]
         self._set(rule, thresholds)
 
-    def _made(self, parts: LayerParts, ramp: Ramp) -> SplitLayer | OnnxLayer:
+    def _layer_runner(self, parts: LayerParts, ramp: Ramp) -> SplitLayer | OnnxLayer:
+        """Return a layer that can be run in parts."""
         num_heads, exact_first = self.model.backbone.num_heads, not self.kind.reads_tokens
         if self.runtime == "onnx":
             return OnnxLayer(parts, num_heads, self.precision, ramp, exact_first=exact_first)
         return SplitLayer(parts, num_heads, self.precision, self.device, exact_first=exact_first)
 
     def _set(self, rule: Rule, thresholds: Sequence[float] | float) -> None:
+        """Set the operating point, and find out which ramps it needs (0-based)."""
         self.rule = rule
         self.limits = rules.limits(thresholds, len(self.layers)).unbind()
-        asked = [layer for layer, limit in enumerate(self.limits) if limit > 0]
-        self.exit_ramps = frozenset(asked)  # ramps that an input may leave at
-        # Ramps whose logits something needs: the rule, or the ramp after them.
-        back = rule.looks_back or self.kind.sees_previous
-        self.evaluated = frozenset(range(max(asked) + 1) if asked and back else asked)
-        self.remembers = bool(back and asked)
+        exit_ramps = [layer for layer, limit in enumerate(self.limits) if limit > 0]
+        self.exit_ramps = frozenset(exit_ramps)  # ramps that an input may leave at
+        # The rule, or the next ramp, may need the logits of every ramp so far.
+        needs_earlier = rule.looks_back or self.kind.sees_previous
+        self.evaluated = frozenset(
+            range(max(exit_ramps) + 1) if exit_ramps and needs_earlier else exit_ramps
+        )
+        self.remembers = bool(needs_earlier and exit_ramps)
         self._warned = False
 
     def at(self, thresholds: Sequence[float] | float, rule: Rule | None = None) -> "Engine":
-        """The same engine, on the same weights, with other thresholds or another rule."""
+        """Return an engine on the same weights with other thresholds, and another rule if given.
+
+        Raises:
+            UserError: the thresholds do not fit.
+        """
         other = copy.copy(self)
         other._set(rule or self.rule, thresholds)
         return other
@@ -182,9 +137,10 @@ class Engine:
         """Run any number of inputs.
 
         Args:
-            inputs: each with `input_ids` and, where the backbone knows them, `token_type_ids`:
-                lists of whole numbers, unpadded, as a tokenizer gives them.
-            all_ramps: evaluate every ramp that an input comes by, and give their logits, too.
+            inputs: tokens of each input: `input_ids` and, if the backbone knows them,
+                `token_type_ids`. They are lists of whole numbers, unpadded, as a tokenizer gives
+                them.
+            all_ramps: evaluate every ramp up to an input's exit, and return the logits of them.
 
         Raises:
             UserError: there are no inputs, or one has no tokens.
@@ -197,43 +153,57 @@ class Engine:
     def stream(
         self, inputs: Iterable[Mapping[str, Any]], *, all_ramps: bool = False
     ) -> Iterator[Answers]:
-        """The same for inputs without end: answers to 8,192 of them at a time, in their order."""
+        """Run inputs that may never end, and yield the answers of 8,192 at a time, in their order.
+
+        Args:
+            inputs: as `run` takes them.
+            all_ramps: as `run` takes it.
+
+        Raises:
+            UserError: An input has no tokens.
+        """
         self._warned = False
-        left = iter(inputs)
-        while window := list(islice(left, WINDOW)):
-            # Not around the `yield`: the caller's own code runs in between.
-            threads = onnx_layer.alone() if self.runtime == "onnx" else contextlib.nullcontext()
+        iterator = iter(inputs)
+        while window := list(islice(iterator, WINDOW)):
+            # The context does not span the `yield`, since the caller's own code runs there.
+            threads = (
+                onnx_layer.one_torch_thread()
+                if self.runtime == "onnx"
+                else contextlib.nullcontext()
+            )
             with torch.inference_mode(), threads:
                 answers = self._run(window, all_ramps)
-            if bad := int(answers.not_finite_N.sum()):
+            if not_finite := int(answers.not_finite_N.sum()):
                 log.warning(
-                    "%d of %d inputs came out as NaN or infinity, at full depth (are the weights?)",
-                    bad,
+                    "%d of %d inputs came out as NaN or infinity, at full depth (are the "
+                    "model's weights damaged?)",
+                    not_finite,
                     len(window),
                 )
-            del window  # or it would be there beside the next
+            del window  # two windows would be in memory at the same time otherwise
             yield answers
 
     def _run(self, window: list[Mapping[str, Any]], all_ramps: bool) -> Answers:
+        """Run one window of inputs."""
         num_layers = len(self.layers)
         num_labels = self.rule.num_labels
         out = Answers.empty(len(window), num_layers, num_labels, all_ramps)
-        # Groups that wait at a layer (0-based) for more to come.
+        # The groups that wait at each layer (0-based) for more inputs.
         waiting: list[list[Group]] = [[] for _ in range(num_layers)]
-        window = [self._cut(given) for given in window]
-        for rows in by_length([len(given["input_ids"]) for given in window], self.token_budget):
+        window = [self._cut(tokens) for tokens in window]
+        for rows in by_length([len(tokens["input_ids"]) for tokens in window], self.token_budget):
             self._advance(
                 0, self._embed([window[row] for row in rows], rows, all_ramps), waiting, out
             )
-        for layer in range(num_layers):  # no more will come
+        for layer in range(num_layers):  # no new input can join the groups that wait now
             for group in merge(waiting[layer], self.group_costs):
-                left = self._layer(layer, group, out)
-                if left is not None:
-                    waiting[layer + 1].append(left)
+                survivors = self._layer(layer, group, out)
+                if survivors is not None:
+                    waiting[layer + 1].append(survivors)
         return out
 
     def _advance(self, layer: int, group: Group, waiting: list[list[Group]], out: Answers) -> None:
-        """Run a group from this layer (0-based) on, until all have left or it waits for others."""
+        """Run a group from this layer (0-based) on, until all inputs have left or it must wait."""
         groups = [group]
         if layer and group.num_tokens < self.regroup_below:
             waiting[layer].append(group)
@@ -241,45 +211,54 @@ class Engine:
                 return
             groups, waiting[layer] = merge(waiting[layer], self.group_costs), []
         for each in groups:
-            left = self._layer(layer, each, out)
-            if left is not None:
-                self._advance(layer + 1, left, waiting, out)
+            survivors = self._layer(layer, each, out)
+            if survivors is not None:
+                self._advance(layer + 1, survivors, waiting, out)
 
-    def _cut(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """As the tokenizer does: the text is cut, the token that closes it stays."""
-        num_tokens, most = len(given["input_ids"]), self.longest_input
+    def _cut(self, tokens: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Cut an input that is too long, as the tokenizer does: the closing token stays.
+
+        Raises:
+            UserError: the input has no tokens.
+        """
+        num_tokens, longest = len(tokens["input_ids"]), self.longest_input
         if not num_tokens:
             raise UserError("an input has no tokens (input_ids=[])")
-        if num_tokens <= most:
-            return given
+        if num_tokens <= longest:
+            return tokens
         if not self._warned:
             log.warning(
                 "an input has %d tokens, the model takes %d: it is cut (as others may be, too)",
                 num_tokens,
-                most,
+                longest,
             )
             self._warned = True
-        there = [name for name in TOKENS if name in given]
-        return {name: [*given[name][: most - 1], given[name][-1]] for name in there}
+        names = [name for name in TOKENS if name in tokens]
+        return {name: [*tokens[name][: longest - 1], tokens[name][-1]] for name in names}
 
     def _embed(self, inputs: list[Mapping[str, Any]], rows: list[int], all_ramps: bool) -> Group:
+        """Return a group with the states before layer 1."""
         tokens = padded(inputs, self.model.backbone.pad_token_id)
-        there = {name: values.to(self.device) for name, values in tokens.items()}
-        hidden_BSH = self.embeddings(**there)
+        on_device = {name: values.to(self.device) for name, values in tokens.items()}
+        hidden_BSH = self.embeddings(**on_device)
         size = (len(rows), len(self.layers), self.rule.num_labels)
         return Group(
             torch.tensor(rows),
             tokens["attention_mask"].sum(1),
             hidden_BSH,
             torch.full(size, torch.nan) if all_ramps or self.remembers else None,
-            self.model.second_text(there["input_ids"]),
+            self.model.second_text(on_device["input_ids"]),
         )
 
     def _layer(self, layer: int, group: Group, out: Answers) -> Group | None:
-        """Run one layer (0-based) and its ramp; the inputs that go on, or None."""
+        """Run one layer (0-based), and its ramp if it is needed.
+
+        Returns:
+            The inputs that go on, or None if all have left.
+        """
         run, hidden_BSH, mask = self.layers[layer], group.hidden_BSH, group.key_mask_B11S
         last = layer == len(self.layers) - 1
-        asks = last or layer in self.evaluated or out.ramps_NLC is not None
+        evaluates = last or layer in self.evaluated or out.ramps_NLC is not None
         ramp_output: tuple[Tensor, Tensor | None] | None = None
         if run is None:
             group.hidden_BSH = self._whole_layer(layer, group)
@@ -291,14 +270,14 @@ class Engine:
             and group.num_tokens >= self.first_token_from
         ):
             return self._first_token_first(layer, run, group, out)
-        elif asks and isinstance(run, OnnxLayer):
+        elif evaluates and isinstance(run, OnnxLayer):
             previous_BC = self._previous(layer, group)
             group.hidden_BSH, ramp_output = run.with_ramp(
                 hidden_BSH, mask, previous_BC, group.second_B
             )
         else:
             group.hidden_BSH = run(hidden_BSH, mask)
-        if not asks:
+        if not evaluates:
             return group
         if ramp_output is None:
             ramp_output = self._ramp_output(layer, group, hidden_BSH, group.hidden_BSH)
@@ -308,7 +287,7 @@ class Engine:
         return group.kept(stay_B)[0] if stay_B.any() else None
 
     def _whole_layer(self, layer: int, group: Group) -> Tensor:
-        """A layer that cannot be split, by the library."""
+        """Run a layer that cannot be split, with the library's own code."""
         backbone, hidden_BSH = self.model.backbone, group.hidden_BSH
         if group.context is None:
             real_BS = torch.ones(hidden_BSH.shape[:2], dtype=torch.long, device=self.device)
@@ -316,13 +295,18 @@ class Engine:
                 real_BS = group.mask_BS.long()
             group.context = backbone.context(hidden_BSH, real_BS)
         bfloat16 = self.precision == "bfloat16"
-        few_sizes = contextlib.nullcontext() if bfloat16 else without_onednn()
-        with few_sizes, torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+        onednn = contextlib.nullcontext() if bfloat16 else without_onednn()
+        with onednn, torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
             return backbone.run_layer(layer, hidden_BSH, group.context).float()
 
     def _first_token_first(
         self, layer: int, run: SplitLayer | OnnxLayer, group: Group, out: Answers
     ) -> Group | None:
+        """Run a layer for the first token, then its ramp, then the layer's other tokens.
+
+        Returns:
+            The inputs that go on, or None if all have left.
+        """
         mask = group.key_mask_B11S
         keys, values = run.keys_values(group.hidden_BSH)
         first_B1H = run.first(group.hidden_BSH, keys, values, mask)
@@ -341,14 +325,23 @@ class Engine:
     def _ramp_output(
         self, layer: int, group: Group, before_BSH: Tensor, after_BTH: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """What a ramp says of the states before and after its layer (of the first token at
-        least): logits and, where it is learned, an exit score."""
+        """Evaluate a ramp on the states before and after its layer.
+
+        Args:
+            layer: the ramp's layer, 0-based.
+            group: the inputs.
+            before_BSH: the states before the layer.
+            after_BTH: the states after the layer, of the first token at least.
+
+        Returns:
+            Logits (B, C), and learned exit scores (B,) or None.
+        """
         ramp = self.ramps[layer]
         features_BF = ramp.read(before_BSH, after_BTH, group.mask_BS, group.second_B).float()
         return ramp.logits_and_score(features_BF, self._previous(layer, group))
 
     def _previous(self, layer: int, group: Group) -> Tensor | None:
-        """The logits of the ramp before, where this one sees them."""
+        """Return the logits of the previous ramp, or None if this ramp does not see them."""
         if not self.ramps[layer].kind.sees_previous or layer == 0:
             return None
         assert group.ramps_BLC is not None
@@ -362,16 +355,16 @@ class Engine:
         learned_score_B: Tensor | None,
         out: Answers,
     ) -> Tensor | None:
-        """Decide by what a ramp has said, and write down the answers of the inputs that leave.
+        """Decide which inputs leave at a ramp, and write their answers into `out`.
 
         Returns:
-            Which inputs stay, (B,); None for all.
+            The inputs that stay, as a mask (B,), or None if all stay.
         """
-        # The one decision that a GPU is waited for.
+        # The one result that the program waits for on a GPU.
         logits_BC = logits_BC.cpu()
         if group.ramps_BLC is not None:
             group.ramps_BLC[:, layer] = logits_BC
-        if layer == len(self.layers) - 1:  # the final classifier answers, alone
+        if layer == len(self.layers) - 1:  # the final classifier answers all inputs, by no rule
             leave_B, answer_BC = torch.ones(len(logits_BC), dtype=torch.bool), logits_BC
         elif layer in self.exit_ramps:
             if self.rule.looks_back:
@@ -384,7 +377,7 @@ class Engine:
                 exit_scores = self.rule(logits_BC[:, None], learned_score_BL, first=layer)
             score_B, answer_BC = exit_scores.score_NL[:, -1], exit_scores.answer_NLC[:, -1]
             leave_B = score_B < self.limits[layer].to(score_B.dtype)
-            # A rule that counts votes has a score for NaN, too; it is nobody's answer.
+            # A rule that counts votes gives NaN logits a score, too. No input is answered by them.
             if leave_B.any():
                 leave_B &= answer_BC.isfinite().all(-1)
         else:

@@ -1,7 +1,7 @@
-"""Linear maps in the precisions that the engine runs in: float32, bfloat16, int8; and GELU.
+"""Linear maps in the engine's precisions (float32, bfloat16 and int8), and GELU.
 
-A linear map is a callable (..., in) -> (..., out) made once from an `nn.Linear`, its weights laid
-out for the device. Knows nothing of layers or exits.
+A linear map is a callable (..., in) -> (..., out). It is made once from an `nn.Linear`, with the
+weights in the layout that the device runs fastest. This module knows nothing of layers or exits.
 """
 
 import logging
@@ -24,8 +24,10 @@ LinearMap = Callable[[Tensor], Tensor]
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Raises:
-    UserError: there is no such precision, or not on this machine.
+    """Check that layers can be computed in this precision on this device.
+
+    Raises:
+        UserError: the device cannot compute in it, or there is no such precision.
     """
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS, "precision")
@@ -41,7 +43,10 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 
 def linear_map(linear: nn.Linear, precision: str, device: torch.device) -> LinearMap:
-    """The linear map of `linear` in this precision; the result is float32, or bfloat16 for that."""
+    """Return the linear map of `linear` in a precision.
+
+    The map returns bfloat16 in the precision bfloat16, else float32.
+    """
     weight_OI, bias_O = linear.weight.detach(), linear.bias.detach()
     if precision == "int8":
         return Int8Linear(weight_OI, bias_O)
@@ -53,17 +58,21 @@ def linear_map(linear: nn.Linear, precision: str, device: torch.device) -> Linea
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(..., in) -> (N, in): a slice of each input (all but its first token) would otherwise be one
-    product for each, which takes up to twice as long."""
+    """Return the rows of a tensor as a matrix: (..., in) -> (N, in).
+
+    A slice of each input (all tokens but the first) would otherwise be multiplied input by input,
+    which takes up to twice as long.
+    """
     return x.to(dtype).reshape(-1, x.shape[-1])
 
 
 def _as(x: Tensor, y: Tensor) -> Tensor:
-    """The rows of y, laid out as those of x."""
+    """Return the rows of y in the leading shape of x."""
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _packs(precision: str) -> bool:
+    """Say whether oneDNN computes in this precision on this processor."""
     if not torch.backends.mkldnn.is_available():
         return False
     return precision == "float32" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -72,12 +81,13 @@ def _packs(precision: str) -> bool:
 def in_few_sizes(
     activation: Callable[[Tensor], Tensor], device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """The activation as the engine runs it: may change what it is given.
+    """Return an activation whose use of memory does not grow. It may change its input.
 
-    oneDNN computes GELU on the CPU, and keeps what it prepared for each number of tokens that it
-    sees. Between batches that come and go, these small things pin the heap: with 8,192 short texts
-    at a time its peak was 1.3 GB, then 2.0 GB after five times as many. In steps of 64 tokens there
-    are few sizes: .9 GB, flat. In place it is as fast as in one piece.
+    On the CPU, oneDNN computes GELU. It keeps a small prepared object for each number of tokens
+    that it has seen. These objects lie between the batches and keep the heap from shrinking: with
+    8,192 short texts at a time the peak was 1.3 GB, and 2.0 GB after five times as many texts. In
+    steps of 64 tokens there are few sizes, and the peak stays at .9 GB. The steps work in place, so
+    they are as fast as one piece.
     """
     is_gelu = isinstance(activation, GELUActivation) and activation.act is functional.gelu
     return _gelu_in_steps if is_gelu and device.type == "cpu" else activation
@@ -85,8 +95,12 @@ def in_few_sizes(
 
 @contextmanager
 def without_onednn() -> Iterator[None]:
-    """For whole layers of the library, whose GELU is out of reach: torch's own is a few percent of
-    the layer slower and keeps nothing. In float32 nothing else there is oneDNN's."""
+    """Switch oneDNN off while the context lasts.
+
+    This is for whole layers of the library, whose GELU cannot be replaced (see `in_few_sizes`).
+    torch's own GELU keeps nothing and makes the layer a few percent slower. In float32 oneDNN
+    computes nothing else in such a layer.
+    """
     onednn = torch.backends.mkldnn
     before = onednn.enabled
     onednn.enabled = False  # type: ignore[assignment]  # a property of the module
@@ -97,6 +111,7 @@ def without_onednn() -> Iterator[None]:
 
 
 def _gelu_in_steps(x: Tensor, step: int = 64) -> Tensor:
+    """Compute GELU in place, `step` rows at a time."""
     rows = x.flatten(0, -2)
     whole = len(rows) - len(rows) % step
     for part in rows[:whole], rows[whole:]:
@@ -106,13 +121,14 @@ def _gelu_in_steps(x: Tensor, step: int = 64) -> Tensor:
 
 
 class PackedLinear:
-    """For a few tokens, weights that lie as oneDNN wants them and are not laid out in each call.
+    """A linear map for a few tokens, with weights in oneDNN's own layout.
 
-    25 tokens x 384 x 1536: 260 us against 369 us of `functional.linear` (2 threads of an AVX2
-    processor). With more than about 200 tokens `functional.linear` is faster, by 9 % at 1,000.
+    So a call does not have to convert the weights: 25 tokens x 384 x 1536 take 260 us, and 369 us
+    with `functional.linear` (2 threads of an AVX2 processor). With more than about 200 tokens
+    `functional.linear` is faster, by 9 % at 1,000 tokens, and is called instead.
 
-    oneDNN keeps what it prepares for each number of tokens that it sees, about 0.2 MB a time: from
-    16 on they are rounded up to a multiple of 16.
+    oneDNN keeps a prepared object of about 0.2 MB for each number of tokens that it has seen. So
+    numbers above 16 are rounded up to a multiple of 16.
     """
 
     FEW = 200
@@ -120,11 +136,12 @@ class PackedLinear:
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor) -> None:
         self.weight_OI = weight_OI
-        # What torch.compile calls when it freezes a model; the public way to it is that compiler.
+        # torch.compile calls this function when it freezes a model. It has no other public caller.
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), None)
         self.bias_O = bias_O
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Apply the map: (..., in) -> (..., out)."""
         rows = _rows(x, self.bias_O.dtype)
         if len(rows) > self.FEW:
             return _as(x, functional.linear(rows, self.weight_OI, self.bias_O))
@@ -138,16 +155,16 @@ class PackedLinear:
 
 
 class Int8Linear:
-    """8-bit weights with a scale for each output, 8-bit inputs with a scale for each token.
+    """A linear map with 8-bit weights and inputs, with a scale for each output and each token.
 
-    torch's kernels (fbgemm) take one scale for all tokens, by default the range of whatever else is
-    in the batch. So each token is brought to [0, 1] first, and its range put back: an answer does
-    not depend on the batch, and a token that is NaN spoils no other.
+    torch's kernels (fbgemm) take one scale for all tokens, by default from the range of the whole
+    batch. So each token is scaled to [0, 1] before the kernel and scaled back after it. An answer
+    then does not depend on the batch, and a token that is NaN does not change the others.
     """
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor) -> None:
         scale_O = weight_OI.abs().amax(1).clamp_min(1e-12) / 127
-        with warnings.catch_warnings():  # the tensor type is on its way out, its kernels are not
+        with warnings.catch_warnings():  # torch deprecates the tensor type, but not its kernels
             warnings.simplefilter("ignore")
             quantized = torch.quantize_per_channel(
                 weight_OI.contiguous(),
@@ -157,15 +174,16 @@ class Int8Linear:
                 dtype=torch.qint8,
             )
             self.weight = torch.ops.quantized.linear_prepack(quantized, None)
-            self.sum_O = quantized.dequantize().sum(1)  # of the weights as the kernel has them
+            self.sum_O = quantized.dequantize().sum(1)  # of the rounded weights
         self.bias_O = bias_O
-        # Without VNNI the kernel adds products in 16 bits, which 7-bit inputs cannot overflow.
+        # Without VNNI the kernel adds products in 16 bits. 7-bit inputs cannot overflow them.
         self.step = 1 / (255 if torch.cpu._is_vnni_supported() else 127)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Apply the map: (..., in) -> (..., out)."""
         least, largest = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
         span = (largest - least).clamp_min(1e-12)
-        # With scale and zero point given; what torch.export makes of a quantized model calls it.
+        # torch.export calls this kernel in quantized models. It takes the scale and zero point.
         y: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             (x - least).div_(span), self.step, 0, self.weight
         )

@@ -1,7 +1,8 @@
-"""A model's blocks as ONNX graphs, made of ONNX Runtime's fused operators.
+"""ONNX graphs of a model's blocks, made of ONNX Runtime's fused operators.
 
-Embeddings; a layer, whole or in the parts that `SplitLayer` is run in; a layer with its ramp. Knows
-nothing of running them, nor of exits.
+A block is the embeddings, a whole layer, one of the parts that `SplitLayer` runs, or a layer with
+its ramp. What a ramp reads, its reader adds itself (`readers`). This module knows neither how
+graphs are run nor what an exit is.
 Shapes: B batch, S tokens, T of them that are computed, H hidden, C labels.
 """
 
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from deebert.errors import UserError
 from deebert.models.architectures import EmbeddingParts, LayerParts
 from deebert.models.ramps import Ramp
+from deebert.models.readers import MASK, SECOND
 
 FUSED = "com.microsoft"  # the domain of ONNX Runtime's own operators
-MANY = 2**62  # tokens: to the end
-# By the class's name: the operator, its domain and attributes.
+MANY = 2**62  # end of a slice of all tokens: more than any input has
+# The operator, its domain and its attributes, by the name of the activation's class.
 ACTIVATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "GELUActivation": ("Gelu", FUSED, {}),
     "GELU": ("Gelu", FUSED, {}),
@@ -25,48 +27,64 @@ ACTIVATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ReLU": ("Relu", "", {}),
     "Tanh": ("Tanh", "", {}),
 }
-# What goes in and out by name: its axes, and its type where that is not float.
-AXES = {"input_ids": "BS", "token_type_ids": "BS", "mask": "BS", "previous": "BC", "second": "B",
+# The axes of inputs and outputs whose shape is not (B, T, H), and the types that are not FLOAT.
+AXES = {"input_ids": "BS", "token_type_ids": "BS", MASK: "BS", "previous": "BC", SECOND: "B",
         "logits": "BC", "learned_score": "B1"}  # fmt: skip
-TYPES = {"input_ids": "INT64", "token_type_ids": "INT64", "mask": "INT32", "second": "INT64"}
+TYPES = {"input_ids": "INT64", "token_type_ids": "INT64", MASK: "INT32", SECOND: "INT64"}
 
 
 def embeddings(parts: EmbeddingParts) -> bytes:
-    """`input_ids` and, where `parts.typed`, `token_type_ids` (B, S) -> `hidden` (B, S, H)."""
-    graph = _Graph()
+    """Return the graph of the embeddings.
+
+    Inputs: `input_ids` (B, S) and, if `parts.typed`, `token_type_ids` (B, S). Output: `hidden`
+    (B, S, H).
+    """
+    graph = Graph()
     hidden = graph.embeddings(parts)
     typed = ["token_type_ids"] if parts.typed else []
-    return graph.made(["input_ids", *typed], {"hidden": hidden})
+    return graph.serialized(["input_ids", *typed], {"hidden": hidden})
 
 
 def keys_values(parts: LayerParts, int8: bool) -> bytes:
-    """`hidden` (B, S, H) -> `keys`, `values` (B, S, H)."""
-    graph = _Graph()
+    """Return the graph of a layer's keys and values.
+
+    Input: `hidden` (B, S, H). Outputs: `keys` and `values` (B, S, H).
+    """
+    graph = Graph()
     keys, values = graph.keys_values("hidden", parts, int8)
-    return graph.made(["hidden"], {"keys": keys, "values": values})
+    return graph.serialized(["hidden"], {"keys": keys, "values": values})
 
 
 def tokens(parts: LayerParts, num_heads: int, int8: bool) -> bytes:
-    """`hidden` of some tokens (B, T, H), `keys`, `values`, `mask` (B, S) -> `new` (B, T, H)."""
-    graph = _Graph()
+    """Return the graph of a layer for some of the tokens.
+
+    Inputs: `hidden` of these tokens (B, T, H); `keys` and `values` (B, S, H) and `mask` (B, S) of
+    all tokens. Output: `new` (B, T, H).
+    """
+    graph = Graph()
     new = graph.tokens("hidden", "keys", "values", parts, num_heads, int8)
-    return graph.made(["hidden", "keys", "values", "mask"], {"new": new})
+    return graph.serialized(["hidden", "keys", "values", MASK], {"new": new})
 
 
 def layer(
     parts: LayerParts, num_heads: int, int8: bool, first_int8: bool, ramp: Ramp | None = None
 ) -> bytes:
-    """A layer, with its ramp where one is given.
+    """Return the graph of a layer, with its ramp if one is given.
 
-    `hidden` (B, S, H), `mask` (B, S) and, for a ramp that asks, `second` (B,), where the second
-    texts begin, and `previous` (B, C), the logits of the ramp before (zeros for the first) ->
-    `new` (B, S, H), `logits` (B, C) and, where it is learned, `learned_score` (B, 1).
+    Inputs: `hidden` (B, S, H) and `mask` (B, S). If the ramp reads them, also `second` (B,), the
+    positions at which the second texts begin, and `previous` (B, C), the logits of the previous
+    ramp (zeros for the first ramp).
+    Outputs: `new` (B, S, H); with a ramp also `logits` (B, C) and, if the ramp has a learned exit
+    score, `learned_score` (B, 1).
 
     Args:
-        int8: compute the tokens but the first in 8 bits.
-        first_int8: the first token and all keys and values, too.
+        parts: the layer's modules.
+        num_heads: the number of attention heads.
+        int8: whether all tokens but the first are computed in 8 bits.
+        first_int8: whether the first token and all keys and values are, too.
+        ramp: the ramp after the layer.
     """
-    graph = _Graph()
+    graph = Graph()
     keys, values = graph.keys_values("hidden", parts, first_int8)
     if int8 == first_int8:
         new = graph.tokens("hidden", keys, values, parts, num_heads, int8)
@@ -76,45 +94,57 @@ def layer(
         others = graph.cut("hidden", 1, MANY)
         others = graph.tokens(others, keys, values, parts, num_heads, int8=True)
         new = graph.op("Concat", first, others, axis=1)
-    given, found = ["hidden", "mask"], {"new": new}
+    inputs, outputs = ["hidden", MASK], {"new": new}
     if ramp is not None:
-        given += ["second"] if ramp.kind.reads == "pair" else []
-        given += ["previous"] if ramp.kind.sees_previous else []
-        found |= graph.ramp(ramp, "hidden", new)
-    return graph.made(given, found)
+        inputs += [SECOND] if ramp.reader.needs_second_text else []
+        inputs += ["previous"] if ramp.kind.sees_previous else []
+        outputs |= graph.ramp(ramp, "hidden", new)
+    return graph.serialized(inputs, outputs)
 
 
 def last_layer(parts: LayerParts, num_heads: int, first_int8: bool, ramp: Ramp) -> bytes:
-    """The last layer's first token alone, and the final classifier.
+    """Return the graph of the last layer for the first token only, with the final classifier.
 
-    `hidden` (B, S, H), `mask` (B, S) -> `logits` (B, C).
+    Inputs: `hidden` (B, S, H) and `mask` (B, S). Output: `logits` (B, C).
     """
-    graph = _Graph()
+    graph = Graph()
     keys, values = graph.keys_values("hidden", parts, first_int8)
     first = graph.cut("hidden", 0, 1)
     new = graph.tokens(first, keys, values, parts, num_heads, first_int8)
-    return graph.made(["hidden", "mask"], graph.ramp(ramp, "hidden", new))
+    return graph.serialized(["hidden", MASK], graph.ramp(ramp, "hidden", new))
 
 
-def check(asked: str) -> None:
-    """Raises:
-    UserError: what makes and runs graphs is not installed.
+def check(option: str) -> None:
+    """Check that the packages that make and run graphs are installed.
+
+    Args:
+        option: the option that needs them, for the message.
+
+    Raises:
+        UserError: one of them is missing.
     """
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
     except ImportError as error:
-        raise UserError(f'{asked}: {error}; pip install "deebert[onnx]"') from error
+        raise UserError(f'{option}: {error}; pip install "deebert[onnx]"') from error
 
 
-def check_layer(parts: LayerParts) -> None:
-    """Raises:
-    UserError: its activation is not known here.
+def check_layer(parts: LayerParts, ramp: Ramp) -> None:
+    """Check that a layer and its ramp have a graph.
+
+    Raises:
+        UserError: there is no operator for the activation, or the ramp's reader adds no nodes.
     """
+    if not ramp.reader.has_onnx:
+        raise UserError(
+            f"ramp.reads={ramp.kind.reads} has no ONNX graph, as its class has no method `onnx`; "
+            "use runtime=torch"
+        )
     if type(parts.activation).__name__ not in ACTIVATIONS:
         raise UserError(
-            f"the activation {type(parts.activation).__name__} has no ONNX graph here, as have "
-            f"{', '.join(ACTIVATIONS)}; use runtime=torch"
+            f"the activation {type(parts.activation).__name__} has no ONNX graph here, only these "
+            f"have one: {', '.join(ACTIVATIONS)}; use runtime=torch"
         )
 
 
@@ -122,28 +152,32 @@ def _values(weights: Tensor) -> np.ndarray:
     return weights.detach().cpu().numpy()
 
 
-class _Graph:
-    """What a block computes, operator by operator; each gives its output's name."""
+class Graph:
+    """A graph that is being built.
+
+    Each method adds operators and returns the name of their output.
+    """
 
     def __init__(self) -> None:
         self.nodes: list[Any] = []
         self.constants: dict[str, np.ndarray] = {}
 
     def embeddings(self, parts: EmbeddingParts) -> str:
+        """Add the embeddings: `input_ids` (B, S) -> (B, S, H)."""
         states = self.op("Gather", self.constant(_values(parts.words.weight)), "input_ids")
         if parts.types is not None:
             types = self.constant(_values(parts.types.weight))
-            given = "token_type_ids" if parts.typed else self.whole(0)
-            states = self.op("Add", states, self.op("Gather", types, given))
+            type_ids = "token_type_ids" if parts.typed else self.integer(0)
+            states = self.op("Add", states, self.op("Gather", types, type_ids))
         positions = self.constant(_values(parts.positions.weight))
         if parts.padding is None:
-            size = self.op("Gather", self.op("Shape", "input_ids"), self.whole([1]))
-            places = self.op("Slice", positions, self.whole([0]), size, self.whole([0]))
-        else:  # RoBERTa counts from behind the padding's id, and padding not at all
-            real = self.op("Not", self.op("Equal", "input_ids", self.whole(parts.padding)))
+            size = self.op("Gather", self.op("Shape", "input_ids"), self.integer([1]))
+            places = self.op("Slice", positions, self.integer([0]), size, self.integer([0]))
+        else:  # RoBERTa's positions start after the padding's id, and padding has none
+            real = self.op("Not", self.op("Equal", "input_ids", self.integer(parts.padding)))
             real = self.op("Cast", real, to=7)  # to int64
-            place = self.op("Mul", self.op("CumSum", real, self.whole(1)), real)
-            place = self.op("Add", place, self.whole(parts.padding))
+            place = self.op("Mul", self.op("CumSum", real, self.integer(1)), real)
+            place = self.op("Add", place, self.integer(parts.padding))
             places = self.op("Gather", positions, place)
         gain, bias = (
             self.constant(_values(parts.norm.weight)),
@@ -155,91 +189,53 @@ class _Graph:
         return states if parts.projection is None else self.linear(states, parts.projection)
 
     def keys_values(self, hidden: str, parts: LayerParts, int8: bool) -> tuple[str, str]:
+        """Add the keys and values of all tokens: (B, S, H) -> two of (B, S, H)."""
         return self.linear(hidden, parts.key, int8), self.linear(hidden, parts.value, int8)
 
     def tokens(
         self, hidden: str, keys: str, values: str, parts: LayerParts, num_heads: int, int8: bool
     ) -> str:
-        """The new states of the tokens that `hidden` holds: (B, T, H) -> (B, T, H)."""
+        """Add the new states of the tokens that `hidden` holds: (B, T, H) -> (B, T, H)."""
         context = self.op(
-            "MultiHeadAttention", self.linear(hidden, parts.query, int8), keys, values, "", "mask",
+            "MultiHeadAttention", self.linear(hidden, parts.query, int8), keys, values, "", MASK,
             domain=FUSED, num_heads=num_heads,
         )  # fmt: skip
         between = self.norm(self.linear(context, parts.output, int8), hidden, parts.attention_norm)
-        name, domain, more = ACTIVATIONS[type(parts.activation).__name__]
-        wide = self.op(name, self.linear(between, parts.up, int8), domain=domain, **more)
+        name, domain, attributes = ACTIVATIONS[type(parts.activation).__name__]
+        wide = self.op(name, self.linear(between, parts.up, int8), domain=domain, **attributes)
         return self.norm(self.linear(wide, parts.down, int8), between, parts.norm)
 
     def ramp(self, ramp: Ramp, before: str, after: str) -> dict[str, str]:
-        """Add a ramp: `logits` and, where it is learned, `learned_score`, from the states."""
-        features = self.features(ramp, before, after)
+        """Add a ramp: the states before and after its layer (B, S, H) -> outputs by their names.
+
+        The outputs are `logits` (B, C) and, if the ramp has one, `learned_score` (B, 1).
+        """
+        features = ramp.reader.onnx(self, before, after, ramp)
         features = self.op("Sub", features, self.constant(_values(ramp.shift)))
         features = self.op("Mul", features, self.constant(_values(ramp.scale)))
         pooled = self.op("Tanh", self.linear(features, ramp.pooler))
-        found = {}
+        learned = {}
         if ramp.kind.predicts is not None:
-            found["learned_score"] = self.op("Sigmoid", self.linear(pooled, ramp.exit_head))
+            learned["learned_score"] = self.op("Sigmoid", self.linear(pooled, ramp.exit_head))
         if ramp.kind.sees_previous:
-            one = ramp.classifier.out_features == 1  # a regression's value is seen as it is
+            one = ramp.classifier.out_features == 1  # the ramp sees a regression's value itself
             seen = "previous" if one else self.op("Softmax", "previous", axis=-1)
             pooled = self.op("Concat", pooled, seen, axis=1)
-        return {"logits": self.linear(pooled, ramp.classifier)} | found
-
-    def features(self, ramp: Ramp, before: str, after: str) -> str:
-        """What `Ramp.read` gives: (B, F)."""
-        reads = ramp.kind.reads
-        if reads in ("first", "first_and_mean"):
-            first = self.op("Gather", after, self.whole(0), axis=1)
-            return (
-                first if reads == "first" else self.op("Concat", first, self.mean(before), axis=1)
-            )
-        if reads == "mean":
-            return self.mean(after)
-        if reads == "pair":
-            return self.pair(after)
-        score = self.linear(after, ramp.attention)  # (B, S, 1)
-        padding = self.op("Sub", self.real(), self.constant(np.array(1, np.float32)))
-        padding = self.op("Mul", padding, self.constant(np.array(1e30, np.float32)))
-        weights = self.op("Softmax", self.op("Add", score, padding), axis=1)
-        weighted = self.op("Mul", after, weights)
-        return self.op("ReduceSum", weighted, self.whole([1]), keepdims=0)
-
-    def mean(self, states: str, over: str | None = None) -> str:
-        """Over the real tokens, or those where `over` (B, S, 1) is 1: (B, S, H) -> (B, H)."""
-        over = over or self.real()
-        total = self.op("ReduceSum", self.op("Mul", states, over), self.whole([1]), keepdims=0)
-        return self.op("Div", total, self.op("ReduceSum", over, self.whole([1]), keepdims=0))
-
-    def pair(self, states: str) -> str:
-        """As `ramps` has it: (B, S, H) -> (B, 3 H)."""
-        real, begins = self.real(), self.op("Unsqueeze", "second", self.whole([1, 2]))
-        number = self.op("CumSum", self.op("Cast", real, to=7), self.whole(1))  # from 1, int64
-        first = self.op("Cast", self.op("LessOrEqual", number, begins), to=1)
-        first = self.op("Mul", first, real)
-        second = self.op("Sub", real, first)
-        there = self.op("ReduceMax", second, self.whole([1]), keepdims=1)
-        second = self.op("Where", self.op("Cast", there, to=9), second, first)  # to bool
-        u, v = self.mean(states, first), self.mean(states, second)
-        half = self.constant(np.array(0.5, np.float32))
-        apart = self.op("Sub", u, v)
-        middle = self.op("Mul", self.op("Add", u, v), half)
-        return self.op("Concat", middle, apart, self.op("Abs", apart), axis=1)
-
-    def real(self) -> str:
-        """1 at real tokens, 0 elsewhere: (B, S, 1)."""
-        return self.op("Unsqueeze", self.op("Cast", "mask", to=1), self.whole([2]))  # to float
+        return {"logits": self.linear(pooled, ramp.classifier)} | learned
 
     def linear(self, x: str, linear: nn.Linear, int8: bool = False) -> str:
+        """Add a linear map: (..., in) -> (..., out)."""
         if int8:
             return self._linear_int8(x, linear)
         product = self.op("MatMul", x, self.constant(_values(linear.weight).T))
         return self.op("Add", product, self.constant(_values(linear.bias)))
 
     def _linear_int8(self, x: str, linear: nn.Linear) -> str:
-        """8-bit weights with a scale for each output, 8-bit inputs with one for all tokens.
+        """Add a linear map in 8 bits, with a scale for each output and one for all inputs.
 
-        Without VNNI the products of 8-bit inputs with signed weights overflow the 16 bits that they
-        are added in. With unsigned weights another kernel is taken, which is exact.
+        The weights are unsigned. With signed weights and without VNNI, ONNX Runtime adds products
+        in 16 bits, which they overflow. With unsigned weights it takes another kernel, which is
+        exact.
         """
         weight_OI = _values(linear.weight)
         scale_O = (np.abs(weight_OI).max(1) / 127).clip(1e-12)
@@ -255,40 +251,49 @@ class _Graph:
         )
 
     def norm(self, x: str, residual: str, norm: nn.LayerNorm) -> str:
+        """Add the residual and a layer norm: two of (B, T, H) -> (B, T, H)."""
         gain, bias = self.constant(_values(norm.weight)), self.constant(_values(norm.bias))
         return self.op(
             "SkipLayerNormalization", x, residual, gain, bias, domain=FUSED, epsilon=norm.eps
         )
 
     def cut(self, x: str, start: int, end: int) -> str:
-        """Some of the tokens."""
-        return self.op("Slice", x, *(self.whole([number]) for number in (start, end, 1)))
+        """Add the selection of the tokens from `start` to before `end`: (B, S, H) -> (B, T, H)."""
+        return self.op("Slice", x, *(self.integer([number]) for number in (start, end, 1)))
 
-    def whole(self, numbers: int | list[int]) -> str:
+    def integer(self, numbers: int | list[int]) -> str:
+        """Add a constant of int64."""
         return self.constant(np.array(numbers, np.int64))
 
     def constant(self, values: Any) -> str:
+        """Add a constant."""
         name = f"c{len(self.constants)}"
         self.constants[name] = np.ascontiguousarray(values).reshape(np.shape(values))
         return name
 
-    def op(self, name: str, *inputs: str, domain: str = "", **more: Any) -> str:
+    def op(self, name: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
+        """Add an operator."""
         from onnx import helper
 
         output = f"n{len(self.nodes)}"
-        self.nodes.append(helper.make_node(name, inputs, [output], domain=domain, **more))
+        self.nodes.append(helper.make_node(name, inputs, [output], domain=domain, **attributes))
         return output
 
-    def made(self, inputs: list[str], outputs: dict[str, str]) -> bytes:
-        """The graph as a file's content; outputs by the names that they are to have."""
+    def serialized(self, inputs: list[str], outputs: dict[str, str]) -> bytes:
+        """Return the graph as the content of a file.
+
+        Args:
+            inputs: the names of the inputs.
+            outputs: for the name of each output, the name that it has inside of the graph.
+        """
         from onnx import TensorProto, helper, numpy_helper
 
         def info(name: str) -> Any:
             kind = getattr(TensorProto, TYPES.get(name, "FLOAT"))
             return helper.make_tensor_value_info(name, kind, list(AXES.get(name, "BTH")))
 
-        for name, found in outputs.items():
-            self.nodes.append(helper.make_node("Identity", [found], [name]))
+        for name, inner in outputs.items():
+            self.nodes.append(helper.make_node("Identity", [inner], [name]))
         graph = helper.make_graph(
             self.nodes,
             "block",

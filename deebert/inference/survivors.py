@@ -1,4 +1,8 @@
-"""Inputs that have come equally far, and how survivors are merged."""
+"""Groups of inputs that run together, how groups are merged, and the answers of all inputs.
+
+This module knows neither layers and ramps nor which inputs exit.
+Shapes: N inputs, B of them in a group, S tokens, H hidden, L layers (= ramps), C labels.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,13 +14,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Answers:
-    """What came out, in the order of the inputs.
+    """The engine's answers, in the order of the inputs.
 
     Attributes:
-        logits_NC: of the ramp that each input left at, as the exit rule answers with them.
-        layer_N: where it left, 1-based.
-        ramps_NLC: the logits of every ramp that was evaluated for it, NaN elsewhere; None unless
-            they were asked for.
+        logits_NC: the logits that the exit rule answers with at each input's exit layer.
+        layer_N: the exit layer of each input, 1-based.
+        ramps_NLC: the logits of every ramp that was evaluated for an input, NaN elsewhere. None
+            unless the caller of the engine requested them.
     """
 
     logits_NC: Tensor
@@ -25,11 +29,13 @@ class Answers:
 
     @classmethod
     def empty(cls, num: int, num_layers: int, num_labels: int, all_ramps: bool) -> "Answers":
+        """Return answers to be filled in, with room for the logits of all ramps or without."""
         ramps = torch.full((num, num_layers, num_labels), torch.nan) if all_ramps else None
         return cls(torch.empty(num, num_labels), torch.empty(num, dtype=torch.long), ramps)
 
     @classmethod
     def cat(cls, parts: list["Answers"]) -> "Answers":
+        """Join the answers of several parts, in their order."""
         ramps = [part.ramps_NLC for part in parts if part.ramps_NLC is not None]
         return cls(
             torch.cat([part.logits_NC for part in parts]),
@@ -39,21 +45,24 @@ class Answers:
 
     @property
     def not_finite_N(self) -> Tensor:
-        """Which inputs came out as NaN or infinity: (N,) bool."""
+        """The inputs whose logits hold NaN or infinity: (N,) bool."""
         return ~self.logits_NC.isfinite().all(-1)
 
 
 @dataclass
 class Group:
-    """Inputs that have come equally far.
+    """Inputs that have passed the same number of layers and run together.
 
     Attributes:
-        rows_B: their place in the answers.
-        length_B: their tokens.
-        hidden_BSH: states after the layers so far.
-        ramps_BLC: logits of the ramps so far, NaN elsewhere; None where nobody needs them again.
-        second_B: where their second texts begin; None where no ramp asks.
-        context: what layers that cannot be split take beside the states, once it is known.
+        rows_B: the row of each input in the answers.
+        length_B: the number of tokens of each input.
+        hidden_BSH: the states after the last layer that was run.
+        ramps_BLC: the logits of the ramps that were evaluated, NaN elsewhere. None if nothing needs
+            them again.
+        second_B: the position at which the second text of each input begins. None if no ramp reads
+            it.
+        context: what a layer that cannot be split takes beside the states. None until the first of
+            them has run.
     """
 
     rows_B: Tensor
@@ -65,11 +74,12 @@ class Group:
 
     @property
     def num_tokens(self) -> int:
+        """The number of tokens, padding included."""
         return self.hidden_BSH.shape[0] * self.hidden_BSH.shape[1]
 
     @cached_property
     def mask_BS(self) -> Tensor | None:
-        """True at real tokens; None: all are."""
+        """True at real tokens. None if the group has no padding."""
         longest = self.hidden_BSH.shape[1]
         if self.length_B.min() == longest:
             return None
@@ -77,34 +87,48 @@ class Group:
 
     @cached_property
     def key_mask_B11S(self) -> Tensor | None:
-        """Which tokens may be attended to; None for all."""
+        """True at tokens that may be attended to. None if the group has no padding."""
         return None if self.mask_BS is None else self.mask_BS[:, None, None]
 
     def kept(self, keep_B: Tensor) -> tuple["Group", Tensor, int]:
-        """Those of the inputs, their number in this group, and how many tokens the longest has."""
+        """Select some of the inputs and cut the padding that they no longer need.
+
+        Args:
+            keep_B: True for the inputs to keep, (B,).
+
+        Returns:
+            The new group, the positions of its inputs in this group, and the number of tokens of
+            its longest input.
+        """
         index = keep_B.nonzero().squeeze(1)
         length_B = self.length_B[index]
         longest = int(length_B.max())
-        index_there = index.to(self.hidden_BSH.device)
+        index_on_device = index.to(self.hidden_BSH.device)
         group = Group(
             self.rows_B[index],
             length_B,
-            self.hidden_BSH[:, :longest].index_select(0, index_there),
+            self.hidden_BSH[:, :longest].index_select(0, index_on_device),
             None if self.ramps_BLC is None else self.ramps_BLC[index],
-            None if self.second_B is None else self.second_B[index_there],
+            None if self.second_B is None else self.second_B[index_on_device],
         )
-        return group, index_there, longest
+        return group, index_on_device, longest
 
 
 def merge(groups: list[Group], group_costs: int) -> list[Group]:
-    """Merged into few, where the padding that it adds costs less than a group of its own."""
+    """Merge groups where the added padding costs less than running one more group.
+
+    Args:
+        groups: groups before the same layer.
+        group_costs: the fixed cost of running a layer once, as a number of tokens.
+    """
     merged: list[list[Group]] = []
     for group in sorted(groups, key=lambda group: group.hidden_BSH.shape[1]):
         if merged:
             together = [*merged[-1], group]
             num_rows = sum(len(each.rows_B) for each in together)
-            own = sum(each.num_tokens for each in together)
-            if num_rows * group.hidden_BSH.shape[1] - own <= group_costs * len(merged[-1]):
+            num_tokens = sum(each.num_tokens for each in together)
+            padding = num_rows * group.hidden_BSH.shape[1] - num_tokens
+            if padding <= group_costs * len(merged[-1]):
                 merged[-1] = together
                 continue
         merged.append([group])
@@ -112,6 +136,7 @@ def merge(groups: list[Group], group_costs: int) -> list[Group]:
 
 
 def _cat(groups: list[Group]) -> Group:
+    """Join groups into one, padded to its longest input."""
     if len(groups) == 1:
         return groups[0]
     longest = max(group.hidden_BSH.shape[1] for group in groups)

@@ -1,7 +1,7 @@
-"""The one file that knows how Hugging Face model types look inside: one row of a table each.
+"""A table of the structure of Hugging Face encoders, with one row for each model type.
 
-Knows nothing of weights, tokenizers, ramps or exits. `encoder` is the library's own model.
-Shapes: B batch, S tokens, H hidden.
+No other module knows this structure. The module knows nothing of weights, tokenizers, ramps or
+exits. `encoder` is the library's own model. Shapes: B batch, S tokens, H hidden.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,13 +20,13 @@ from deebert.errors import UserError, first_line, is_whole
 from deebert.untrusted import plain_files
 from deebert.untrusted.plain_files import LAYERS
 
-# Of every model type. The separator is ours: ramps tell two texts apart by it.
+# Settings of every model type. Ramps need the separator: it stands between two texts.
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 
 
 @dataclass(frozen=True)
 class LayerParts:
-    """What a BERT layer is made of; dropout, which is off where layers are run in parts, aside.
+    """The parts of a BERT layer, without dropout, which is off where layers are run in parts.
 
     x = attention_norm(h + output(attention(query(h), key(h), value(h)))), then
     norm(x + down(activation(up(x)))).
@@ -45,14 +45,18 @@ class LayerParts:
 
 @dataclass(frozen=True)
 class EmbeddingParts:
-    """What the states before layer 1 are made of: projection(norm(words + types + positions)).
+    """The parts of the states before layer 1: projection(norm(words + types + positions)).
 
     Attributes:
-        types: of tokens; None where there are none.
-        typed: are types taken from the inputs? All are the first type where not.
-        padding: RoBERTa counts positions from behind this id, and skips tokens that are it; None:
-            from 0.
-        projection: ELECTRA's, where words are embedded in another size than the layers'.
+        words: embeddings of token ids.
+        types: embeddings of token types; None where the model has none.
+        typed: True if the inputs give the types; if False, all tokens have the first type.
+        positions: embeddings of positions.
+        padding: the padding id, for RoBERTa: positions start after this number, and padding tokens
+            have no position. None: positions start at 0.
+        norm: layer norm of the sum.
+        projection: from the size of the embeddings to that of the layers (ELECTRA); None where
+            these are equal.
     """
 
     words: nn.Embedding
@@ -65,16 +69,19 @@ class EmbeddingParts:
 
 
 def embedding_parts(encoder: Any) -> EmbeddingParts:
-    """Of encoders whose layers have parts; all of them name theirs alike."""
-    kind, made_of = architecture(encoder.config.model_type), encoder.embeddings
+    """Return the parts of the embeddings of an encoder whose layers have parts.
+
+    All these encoders have the same names for them.
+    """
+    kind, embeddings = architecture(encoder.config.model_type), encoder.embeddings
     first = kind.first_position(encoder.config.to_dict())
     return EmbeddingParts(
-        words=made_of.word_embeddings,
-        types=getattr(made_of, "token_type_embeddings", None),
+        words=embeddings.word_embeddings,
+        types=getattr(embeddings, "token_type_embeddings", None),
         typed=kind.embed is not _embed,
-        positions=made_of.position_embeddings,
+        positions=embeddings.position_embeddings,
         padding=first - 1 if first else None,
-        norm=made_of.LayerNorm,
+        norm=embeddings.LayerNorm,
         projection=getattr(encoder, "embeddings_project", None),
     )
 
@@ -120,7 +127,7 @@ def _embed_electra(
     encoder: Any, ids_BS: Tensor, mask_BS: Tensor, types_BS: Tensor | None
 ) -> Tensor:
     words_BSE = _embed_typed(encoder, ids_BS, mask_BS, types_BS)
-    # There only where words are embedded in another size than the layers'.
+    # The projection exists only where embeddings and layers have different sizes.
     return getattr(encoder, "embeddings_project", nn.Identity())(words_BSE)
 
 
@@ -152,7 +159,7 @@ def _deberta_context(encoder: Any, hidden_BSH: Tensor, mask_BS: Tensor) -> dict[
 
 
 def _modernbert_context(encoder: Any, hidden_BSH: Tensor, mask_BS: Tensor) -> dict[str, Any]:
-    """What a layer takes, by its type of attention."""
+    """Return the arguments of a layer for each type of attention."""
     positions = torch.arange(hidden_BSH.shape[1], device=hidden_BSH.device)[None]
     masks = {
         "full_attention": create_bidirectional_mask,
@@ -174,7 +181,7 @@ def _run(layer: Any, hidden_BSH: Tensor, context: Any) -> Tensor:
 
 
 def _first_of_bert(layer: Any, hidden_BSH: Tensor, context: Any) -> Tensor:
-    # Contiguous, or a linear map takes the slice input by input.
+    # Contiguous, because a linear map processes a slice one input after the other.
     mixed_B1H = layer.attention.self(hidden_BSH, context)[0][:, :1].contiguous()
     hidden_B1H = layer.attention.output(mixed_B1H, hidden_BSH[:, :1])
     return layer.output(layer.intermediate(hidden_B1H), hidden_B1H)
@@ -217,20 +224,22 @@ def _final_norm(
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one model type looks inside; what isn't said is as in BERT, without token types.
+    """The structure of one model type. The defaults are BERT's, without token types.
 
-    layers: path of its ModuleList of layers.
-    pooler: does the pretrained model bring a pooler (then it can be told to leave it out).
-    parts: layer -> its parts; None: its layers cannot be run in parts.
-    embed: encoder, ids, mask, token types or None -> the states before layer 1.
-    context: encoder, states, mask -> what a layer takes besides the states.
-    run: layer, states, context -> states.
-    run_for_first: the same for the first token alone, (B, S, H) -> (B, 1, H), with dropout and
-        gradients; None: only whole layers can be run, or `after` looks at other tokens.
-    after: encoder, layer's number, states before and after it, context -> the states handed on.
-    first_position: configuration -> the number of the first token's position.
-    first_is_special: is layer 1 made differently from the others?
-    more_settings: that the library reads if they are there, beside those that it has defaults for.
+    Attributes:
+        layers: path of the ModuleList of layers.
+        pooler: True if the pretrained model has a pooler, which an argument can leave out.
+        parts: layer -> its parts; None if its layers cannot be run in parts.
+        embed: encoder, ids, mask, token types or None -> the states before layer 1.
+        context: encoder, states, mask -> the arguments of a layer besides the states.
+        run: layer, states, context -> states.
+        run_for_first: `run` for the first token alone, (B, S, H) -> (B, 1, H), with dropout and
+            gradients. None if only whole layers can be run, or if `after` reads other tokens.
+        after: encoder, index of the layer, states before and after it, context -> the states that
+            the next layer and the ramp get.
+        first_position: configuration -> the position number of the first token.
+        first_is_special: True if the structure of layer 1 differs from that of the other layers.
+        more_settings: settings without a default that the library reads if they exist.
     """
 
     layers: str = "encoder.layer"
@@ -267,9 +276,9 @@ ARCHITECTURES = {
         pooler=True,
         context=_mpnet_context,
         run=_run_first_of_tuple,
-        first_position=lambda config: 2,  # the library has RoBERTa's rule with its padding id, 1
+        first_position=lambda config: 2,  # RoBERTa's rule in the library, for padding id 1
     ),
-    "deberta-v2": Architecture(  # DeBERTa-v3 goes by this name too
+    "deberta-v2": Architecture(  # DeBERTa-v3 has this model type, too
         embed=_embed_deberta,
         context=_deberta_context,
         run=_run_first_of_tuple,
@@ -303,7 +312,7 @@ ARCHITECTURES = {
 
 
 def architecture(model_type: str) -> Architecture:
-    """Look up a model type.
+    """Return the structure of a model type.
 
     Raises:
         UserError: the type is not in the table.
@@ -317,20 +326,20 @@ def architecture(model_type: str) -> Architecture:
 
 
 def settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a model type that `given` has, completed with the defaults.
+    """Return the settings of the model type in `given`, completed with the defaults.
 
-    Nothing else is taken: neither code nor kernels, a precision, labels or a place.
+    Other values are left out: code, kernels, a precision, labels, paths.
 
     Args:
         given: plain values of a configuration that somebody else may have written.
 
     Raises:
-        UserError: they are not what this model type can be.
+        UserError: the values do not fit the model type.
     """
     model_type = given.get("model_type")
     if not isinstance(model_type, str):
         raise UserError("its configuration says no model_type")
-    more = architecture(model_type).more_settings  # refuses a type that is not in the table
+    more = architecture(model_type).more_settings  # an error for a type that is not in the table
     default = AutoConfig.for_model(model_type)
     known = {*default.to_dict(), *default.attribute_map, *more, *TOKEN_IDS}
     known -= set(PreTrainedConfig().to_dict())
@@ -340,42 +349,47 @@ def settings(given: Mapping[str, Any]) -> dict[str, Any]:
         if is_whole(count := chosen.get(name, 1)) and not 1 <= count <= LAYERS:
             raise UserError(f"{name}={count!a} must be a whole number from 1 to {LAYERS}")
     try:
-        found = AutoConfig.for_model(model_type, **chosen).to_dict()
-        longest_input(found)
+        completed = AutoConfig.for_model(model_type, **chosen).to_dict()
+        longest_input(completed)  # an error if a setting that it reads is missing
     except Exception as error:  # the library checks its settings in many ways
         raise UserError(f"its configuration is of no {model_type} ({first_line(error)})") from error
-    return found
+    return completed
 
 
 def keep_layers(encoder: Any, layers: list[int], flag: str) -> None:
-    """Leave only these of the layers, from 1, and change the configuration to match.
+    """Remove all other layers, and change the configuration to match.
 
-    What belongs to a place and not to a layer stays there: a norm after the last layer
-    (ModernBERT), a convolution after the first (DeBERTa).
+    A norm after the last layer (ModernBERT) and a convolution after the first layer (DeBERTa)
+    belong to the place and not to the layer: they stay there.
+
+    Args:
+        encoder: the library's model; it is changed.
+        layers: the layers to keep, from 1.
+        flag: name of the setting, for messages.
 
     Raises:
-        UserError: these are not some of its layers in their order, or it cannot be cut like that.
+        UserError: these are not some of its layers in their order, or layer 1 cannot be removed.
     """
     config, kind = encoder.config, architecture(encoder.config.model_type)
-    there = encoder.get_submodule(kind.layers)
+    existing = encoder.get_submodule(kind.layers)
     given = layers if isinstance(layers, list) else []
-    kept = [index for index in range(len(there)) if index + 1 in given]
+    kept = [index for index in range(len(existing)) if index + 1 in given]
     if not kept or [index + 1 for index in kept] != given:
         raise UserError(
-            f"{flag}={layers} must be a list of layers from 1 to {len(there)}, in their order "
-            f"(every other one: {flag}=[{','.join(map(str, range(1, len(there) + 1, 2)))}])"
+            f"{flag}={layers} must be a list of layers from 1 to {len(existing)}, in their order "
+            f"(every other one: {flag}=[{','.join(map(str, range(1, len(existing) + 1, 2)))}])"
         )
     if kind.first_is_special and kept[0] != 0:
         raise UserError(
             f"{flag}={layers}: layer 1 of a {config.model_type} is unlike the others and must stay"
         )
-    encoder.set_submodule(kind.layers, nn.ModuleList(there[index] for index in kept))
+    encoder.set_submodule(kind.layers, nn.ModuleList(existing[index] for index in kept))
     config.num_hidden_layers = len(kept)
-    if types := getattr(config, "layer_types", None):  # ModernBERT: how far each layer looks
+    if types := getattr(config, "layer_types", None):  # ModernBERT: the attention of each layer
         config.layer_types = [types[index] for index in kept]
 
 
 def longest_input(config: Mapping[str, Any]) -> int:
-    """Tokens that a backbone takes at most, from the plain values of its configuration."""
+    """Return the largest number of tokens of an input, from the plain values of a configuration."""
     first = architecture(config["model_type"]).first_position(config)
     return int(config["max_position_embeddings"]) - first

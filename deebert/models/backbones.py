@@ -1,16 +1,17 @@
-"""Where a backbone comes from (hub, folder, package, random weights), with its tokenizer; and the
-class that runs it layer by layer.
+"""Backbones: encoders that run layer by layer, loaded with their tokenizers.
 
-Knows nothing of ramps, tasks or exits, nor of how a model type looks inside (architectures.py).
+A backbone comes from the hub, a folder or a package, or has random weights. The module knows
+nothing of ramps, tasks or exits, and not the structure of a model type (`architectures` does).
 Shapes: B batch, S tokens, H hidden.
 """
 
 import hashlib
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from string import ascii_lowercase, digits, punctuation
-from typing import Any
+from typing import Any, Self
 
 import transformers
 from torch import Tensor, nn
@@ -34,10 +35,47 @@ from deebert.models.architectures import (
 )
 
 
-class Backbone(nn.Module):
-    """A pretrained encoder, run layer by layer.
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The place of a backbone: the block `backbone` of the configuration.
 
-    `embed` and then `run_layer` 0, 1, ... equals the library's own forward pass exactly.
+    Attributes:
+        name: the name, for messages and results.
+        path: a local folder, or an id on the hub. None for random weights, or if it is not public.
+        package: the folder with the weights inside of an installed package.
+        sha256: the hash of the weights in the package.
+        epochs: the paper's number of epochs, which `experiment=deebert_paper` reads.
+        layers: the layers to keep, counted from 1; None for all.
+        config: settings of a backbone with random weights.
+    """
+
+    name: str = "?"
+    path: str | None = None
+    package: str | None = None
+    sha256: str | None = None
+    epochs: int | None = None
+    layers: list[int] | None = None
+    config: Mapping[str, Any] | None = None
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> Self:
+        """Build it from the values of a file in `conf/backbone/`; other keys are passed over."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+
+Spec = BackboneConfig | Mapping[str, Any]  # what names a backbone: typed, or a file's plain values
+
+
+def typed(spec: Spec) -> BackboneConfig:
+    """Return the typed form of what names a backbone."""
+    return spec if isinstance(spec, BackboneConfig) else BackboneConfig.from_plain(spec)
+
+
+class Backbone(nn.Module):
+    """An encoder that is run layer by layer.
+
+    `embed` followed by `run_layer` 0, 1, ... gives exactly the library's own forward pass.
     """
 
     def __init__(self, encoder: PreTrainedModel) -> None:
@@ -45,27 +83,30 @@ class Backbone(nn.Module):
         self.encoder = encoder
 
     @property
-    def architecture(self) -> Architecture:  # looked up: functions of a table cannot be pickled
+    def architecture(self) -> Architecture:
+        """The structure of the model type; not an attribute, as lambdas cannot be pickled."""
         return architecture(self.encoder.config.model_type)
 
     @property
     def layers(self) -> nn.ModuleList:
+        """The encoder's layers."""
         layers = self.encoder.get_submodule(self.architecture.layers)
         assert isinstance(layers, nn.ModuleList)
         return layers
 
     @property
     def config(self) -> dict[str, Any]:
-        """The Hugging Face configuration as plain values: what rebuilds this shape."""
+        """The Hugging Face configuration as plain values, from which `from_config` builds."""
         return self.encoder.config.to_dict()
 
     @property
     def hidden_size(self) -> int:
+        """H, the size of a token's state."""
         return int(self.encoder.config.hidden_size)
 
     @property
     def classifier_dropout(self) -> float:
-        """Dropout before a classifier, as the library's own classification heads have it."""
+        """Dropout before a classifier, the same as in the library's own classification heads."""
         values = self.encoder.config.to_dict()
         names = (
             "classifier_dropout",
@@ -77,15 +118,17 @@ class Backbone(nn.Module):
 
     @property
     def num_heads(self) -> int:
+        """Number of attention heads."""
         return int(self.encoder.config.num_attention_heads)
 
     @property
     def pad_token_id(self) -> int:
+        """Id of the padding token."""
         return int(self.encoder.config.pad_token_id or 0)
 
     @property
     def separator(self) -> int | None:
-        """Id of the token behind the first of two texts, kept with the configuration."""
+        """Id of the token after the first of two texts; the configuration holds it."""
         return getattr(self.encoder.config, "sep_token_id", None)
 
     @separator.setter
@@ -94,39 +137,41 @@ class Backbone(nn.Module):
 
     @property
     def longest_input(self) -> int:
-        """Tokens that it takes at most."""
+        """Largest number of tokens of an input."""
         return longest_input(self.config)
 
     def keep_layers(self, layers: list[int], flag: str) -> None:
-        """Leave only these layers, from 1 (`architectures.keep_layers`)."""
+        """Remove all other layers (`architectures.keep_layers`)."""
         architectures.keep_layers(self.encoder, layers, flag)
 
     def embed(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, Any]:
-        """(B, S) ids and mask -> (B, S, H) states before layer 0, and the layers' context."""
+        """Compute the states before layer 0 and the layers' context: (B, S) -> (B, S, H)."""
         hidden_BSH = self.embeddings(input_ids, attention_mask, token_type_ids)
         return hidden_BSH, self.context(hidden_BSH, attention_mask)
 
     def embeddings(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        """(B, S) ids and mask -> (B, S, H) states before layer 0."""
+        """Compute the states before layer 0: (B, S) ids and mask -> (B, S, H)."""
         return self.architecture.embed(self.encoder, input_ids, attention_mask, token_type_ids)
 
     def context(self, hidden_BSH: Tensor, attention_mask_BS: Tensor) -> Any:
-        """What the layers take besides the states; of these it reads the shape and type only."""
+        """Return the layers' other arguments; of the states it reads the shape and type only."""
         return self.architecture.context(self.encoder, hidden_BSH, attention_mask_BS)
 
     def run_layer(self, index: int, hidden_BSH: Tensor, context: Any) -> Tensor:
-        """Layer number `index`, from 0, on all tokens: (B, S, H) -> (B, S, H)."""
+        """Run layer number `index`, from 0, on all tokens: (B, S, H) -> (B, S, H)."""
         after_BSH = self.architecture.run(self.layers[index], hidden_BSH, context)
         return self.architecture.after(self.encoder, index, hidden_BSH, after_BSH, context)
 
     def run_layer_for_first(self, index: int, hidden_BSH: Tensor, context: Any) -> Tensor:
-        """What `run_layer` makes of the first token, for whoever reads no other: (B, S, H) ->
-        (B, 1, H). About a third of its work, where layers can be run in parts; the same numbers but
-        for rounding."""
+        """Compute the first token of `run_layer` alone: (B, S, H) -> (B, 1, H).
+
+        It is about a third of the work where layers can be run in parts. The numbers are equal up
+        to rounding.
+        """
         run = self.architecture.run_for_first
         if run is None:
             return self.run_layer(index, hidden_BSH, context)[:, :1]
@@ -134,52 +179,60 @@ class Backbone(nn.Module):
         return self.architecture.after(self.encoder, index, hidden_BSH[:, :1], after_B1H, context)
 
     def skip_layer(self, index: int, hidden_BSH: Tensor, context: Any) -> Tensor:
-        """What `run_layer` gives if the layer does nothing: a norm after the last layer remains."""
+        """Return the states that `run_layer` gives if the layer itself does nothing.
+
+        A norm after the last layer remains.
+        """
         return self.architecture.after(self.encoder, index, hidden_BSH, hidden_BSH, context)
 
     @property
     def embedding_parts(self) -> EmbeddingParts:
-        """What `embeddings` is made of, where layers can be split."""
+        """The parts of `embeddings`, where layers can be run in parts."""
         return architectures.embedding_parts(self.encoder)
 
     def parts(self, index: int) -> LayerParts | None:
-        """What layer number `index` is made of, or None where it can only be run as a whole."""
+        """Return the parts of layer number `index`, from 0; None if it only runs as a whole."""
         parts = self.architecture.parts
         return None if parts is None else parts(self.layers[index])
 
 
 def from_config(config: Mapping[str, Any]) -> Backbone:
-    """A backbone with random weights from the plain values of its configuration.
+    """Build a backbone with random weights from the plain values of its configuration.
 
-    Its own pooler, where it has one, is left out: each ramp has a pooler of its own.
+    The model type's own pooler, if it has one, is left out, since each ramp has a pooler.
     """
     with_pooler = {"add_pooling_layer": False} if architecture(config["model_type"]).pooler else {}
     return Backbone(AutoModel.from_config(AutoConfig.for_model(**config), **with_pooler))
 
 
-def pretrained(spec: Mapping[str, Any]) -> tuple[Backbone, nn.Linear | None]:
-    """The backbone that `conf/backbone/` names, with its pretrained weights.
+def pretrained(spec: Spec) -> tuple[Backbone, nn.Linear | None]:
+    """Load a backbone with its pretrained weights.
+
+    Args:
+        spec: the place of the backbone, typed or as the values of a file in `conf/backbone/`.
 
     Returns:
-        The backbone without a pooler, and the pretrained pooler's linear layer (H -> H) to start
-        the ramps from, or None where there is none (DistilBERT, random weights).
+        The backbone without a pooler, and the linear layer (H -> H) of the pretrained pooler, from
+        which the ramps start. It is None where there is none (DistilBERT, random weights).
 
     Raises:
-        UserError: it cannot be loaded, or its weights are not the ones promised.
+        UserError: it cannot be loaded, or the sha256 of its weights is wrong.
     """
-    if "config" in spec:
+    spec = typed(spec)
+    if spec.config is not None:
         try:
             return from_config(random_config(spec)), None
         except UserError:
             raise
         except Exception as error:  # the library checks its sizes in many ways
             reason = first_line(error)
-            raise UserError(f"backbone {spec['name']}: {reason} (backbone.config.*)") from error
+            raise UserError(f"backbone {spec.name}: {reason} (backbone.config.*)") from error
     path = _locate(spec)
     config = _load(AutoConfig.from_pretrained, path, spec)
-    architecture(config.model_type)  # refuse before anything is downloaded
+    architecture(config.model_type)  # an error for an unknown type comes before a download
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # its table of unused heads frightens, to no purpose
+    # Without this the library prints a table of unused heads, which would only worry users.
+    transformers.logging.set_verbosity_error()
     try:
         encoder = _load(AutoModel.from_pretrained, path, spec)
     finally:
@@ -191,51 +244,59 @@ def pretrained(spec: Mapping[str, Any]) -> tuple[Backbone, nn.Linear | None]:
     return Backbone(encoder), pooler
 
 
-def tokenizer(spec: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer of the backbone that `conf/backbone/` names."""
-    if "config" in spec:
+def tokenizer(spec: Spec) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a backbone."""
+    spec = typed(spec)
+    if spec.config is not None:
         return _character_tokenizer()
     return _load(AutoTokenizer.from_pretrained, _locate(spec), spec)
 
 
-def random_config(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The full configuration of a randomly initialised backbone (`backbone=tiny`)."""
-    architecture(spec["config"]["model_type"])
+def random_config(spec: Spec) -> dict[str, Any]:
+    """Return the full configuration of a backbone with random weights (`backbone=tiny`)."""
+    settings = typed(spec).config or {}
+    architecture(settings["model_type"])
     tokens = _character_tokenizer()
-    # All of them: the library warns of a type's own defaults that lie beyond this vocabulary.
+    # All special ids are set: the library warns if a default of the type is not in the vocabulary.
     names = [f"{kind}_token_id" for kind in ("pad", "bos", "eos", "cls", "sep")]
     special = {name: getattr(tokens, name) for name in names}
-    return {"vocab_size": len(tokens), **special, **spec["config"]}
+    return {"vocab_size": len(tokens), **special, **settings}
 
 
 def _character_tokenizer() -> PreTrainedTokenizerBase:
+    """Make a tokenizer that needs no file: its tokens are single ASCII characters."""
     characters = [*ascii_lowercase, *digits, *punctuation]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     pieces = [*special, *characters, *(f"##{character}" for character in characters)]
     return BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
 
 
-def _locate(spec: Mapping[str, Any]) -> str:
-    """The packaged copy where it is installed (checked against its sha256), else path or hub id."""
-    package = spec.get("package")
-    if not package or Path(spec["path"]).is_dir():  # a folder of the user's goes first
-        return str(spec["path"])
-    name, _, inside = str(package).partition("/")
-    found = importlib.util.find_spec(name)  # finds a top-level package without importing it
-    if found is None or not found.submodule_search_locations:
-        return str(spec["path"])
-    folder = Path(found.submodule_search_locations[0]) / inside
+def _locate(spec: BackboneConfig) -> str:
+    """Return the folder of an installed package, else the path or hub id.
+
+    Raises:
+        UserError: the weights in the package do not have the sha256 of the configuration.
+    """
+    # A user's folder comes before the package.
+    if not spec.package or Path(str(spec.path)).is_dir():
+        return str(spec.path)
+    name, _, inside = spec.package.partition("/")
+    module = importlib.util.find_spec(name)  # does not import a top-level package
+    if module is None or not module.submodule_search_locations:
+        return str(spec.path)
+    folder = Path(module.submodule_search_locations[0]) / inside
     with open(folder / "model.safetensors", "rb") as weights:
         digest = hashlib.file_digest(weights, "sha256").hexdigest()
-    if digest != spec["sha256"]:
+    if digest != spec.sha256:
         raise UserError(
-            f"backbone {spec['name']}: {folder / 'model.safetensors'} has sha256 {digest}, not "
-            f"{spec['sha256']}: the package was changed; reinstall it or use another backbone="
+            f"backbone {spec.name}: {folder / 'model.safetensors'} has sha256 {digest}, not "
+            f"{spec.sha256}: the package was changed; reinstall it or use another backbone="
         )
     return str(folder)
 
 
-def _load(loader: Any, path: str, spec: Mapping[str, Any]) -> Any:
+def _load(loader: Any, path: str, spec: BackboneConfig) -> Any:
+    """Call a `from_pretrained` of the library, and turn its errors into a `UserError`."""
     try:
         return loader(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -243,6 +304,6 @@ def _load(loader: Any, path: str, spec: Mapping[str, Any]) -> Any:
             raise
         reason = first_line(error)
         raise UserError(
-            f"backbone {spec['name']}: cannot load {path!r} ({reason}). Without a network use "
+            f"backbone {spec.name}: cannot load {path!r} ({reason}). Without a network use "
             "backbone=minilm (from the package installer) or backbone.path=a local folder"
         ) from error

@@ -1,8 +1,8 @@
-"""DeeBERT: a backbone with an off-ramp after each layer (paper, section 3.1).
+"""DeeBERT: a backbone with a ramp after each layer (paper, section 3.1).
 
-Knows nothing of training or tasks.
-Shapes: B batch, S tokens, H hidden, L layers (= ramps), C labels; F features that a ramp reads (H,
-unless `conf/ramp/` says otherwise) and R, those of all ramps together.
+The module knows nothing of training, tasks or exit rules.
+Shapes: B batch, S tokens, H hidden, L layers (= ramps), C labels; F features that a ramp reads (H
+for most kinds of ramp) and R features of all ramps together.
 """
 
 from collections.abc import Collection, Mapping
@@ -20,11 +20,11 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class Flow(NamedTuple):
-    """What becomes of the gradients where layer k's states go two ways: factors, k = 1..L.
+    """Factors on the gradients that flow back into the states of layer k, k = 1..L.
 
     Attributes:
-        ramp_L: of the gradient that comes back from ramp k.
-        onward_L: of the one that comes back from the layers and ramps above (the last is unused).
+        ramp_L: factor on the gradient from ramp k.
+        onward_L: factor on the gradient from the layers and ramps above (the last is unused).
     """
 
     ramp_L: list[float]
@@ -32,15 +32,15 @@ class Flow(NamedTuple):
 
 
 class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
-    """A backbone and a ramp per layer; the last ramp is the final classifier.
+    """A backbone with a ramp after each layer; the last ramp is the final classifier.
 
     `save_pretrained(folder)` writes safetensors and config.json, `from_pretrained(folder or id)`
-    reads them back. A folder of somebody else's is better read by `EarlyExitClassifier`, which
-    also checks sizes and links before it builds anything.
+    reads them. For a folder from somebody else use `EarlyExitClassifier`, which also checks sizes
+    and links before it builds a model.
 
     Args:
-        config: plain values of the backbone's Hugging Face configuration, `model_type` among them.
-        num_labels: number of classes, 1 for regression.
+        config: plain values of the backbone's Hugging Face configuration, with `model_type`.
+        num_labels: number of classes, 1 for a regression.
         ramp: plain values of the kind of the ramps before the last (`ramps.RampKind`); None for
             the paper's.
     """
@@ -54,16 +54,19 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
         ramp: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        # Of a file that somebody else may have written.
+        # Somebody else may have written the file that the values come from.
         self.backbone = backbones.from_config(architectures.settings(config))
         self.num_labels = num_labels
         self.new_ramps(RampKind.from_config(ramp or {}))
 
     @classmethod
     def shapes(cls, *args: Any) -> tuple[dict[str, tuple[int, ...]], int]:
-        """The shapes of all weights of such a model, and the bytes that they would take.
+        """Return the shapes of all weights of a model, and the bytes that they would take.
 
-        Takes no memory, however large they are.
+        The call takes no memory, however large the weights are.
+
+        Args:
+            *args: arguments of the class.
         """
         with torch.device("meta"):
             model = cls(*args)
@@ -72,27 +75,41 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
 
     @classmethod
     def from_backbone(
-        cls, spec: Mapping[str, Any], num_labels: int, ramp: Mapping[str, Any] | None = None
+        cls, spec: backbones.Spec, num_labels: int, ramp: Mapping[str, Any] | None = None
     ) -> "EarlyExitModel":
-        """Start from the pretrained backbone that `conf/backbone/` names.
+        """Build a model from a pretrained backbone.
 
-        The pooler of every ramp on the first token starts as a copy of the *pretrained* pooler,
-        also in stage 2: stage 1 does not touch it (original: init_highway_pooler). One that reads
-        something else starts from small random weights.
+        The pooler of each ramp that reads the first token (`Reader.takes_pooler`) starts as a copy
+        of the *pretrained* pooler, in stage 2 as well, as stage 1 does not change it
+        (init_highway_pooler in the original code). The pooler of any other ramp starts with small
+        random weights.
+
+        Args:
+            spec: the place of the backbone, typed or as the values of a file in `conf/backbone/`.
+            num_labels: number of classes, 1 for a regression.
+            ramp: plain values of the kind of the ramps before the last; None for the paper's.
+
+        Raises:
+            UserError: the backbone cannot be loaded, or does not have the layers to keep.
         """
-        backbone, pooler = backbones.pretrained(spec)
-        if spec.get("layers") is not None:
-            backbone.keep_layers(spec["layers"], "backbone.layers")
+        config = backbones.typed(spec)
+        backbone, pooler = backbones.pretrained(config)
+        if config.layers is not None:
+            backbone.keep_layers(config.layers, "backbone.layers")
         model = cls(backbone.config, num_labels, ramp)
         model.backbone = backbone
         if pooler is not None:
             for each in model.all_ramps:
-                if each.kind.reads == "first":
+                if each.reader.takes_pooler:
                     each.pooler.load_state_dict(pooler.state_dict())
         return model
 
     def new_ramps(self, kind: RampKind) -> None:
-        """Put untrained ramps of this kind after each layer; an existing final classifier stays."""
+        """Put new ramps of this kind after each layer.
+
+        An existing final classifier stays. If the new ramps read the same as the existing ones,
+        they take over all weights that fit, trained or pretrained.
+        """
         before = self.all_ramps if hasattr(self, "ramps") else []
         backbone = self.backbone
         self.ramps = ramps.make(
@@ -103,28 +120,32 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
             kind,
         )
         for new, old in zip(self.all_ramps, before, strict=bool(before)):
-            if new.kind.reads == old.kind.reads:  # what fits stays: trained, or pretrained
-                there = new.state_dict()
-                fits = {
+            if new.kind.reads == old.kind.reads:
+                weights = new.state_dict()
+                fitting = {
                     name: values
                     for name, values in old.state_dict().items()
-                    if name in there and there[name].shape == values.shape
+                    if name in weights and weights[name].shape == values.shape
                 }
-                new.load_state_dict(there | fits)
+                new.load_state_dict(weights | fitting)
         if before:
             self.ramps[-1] = before[-1]
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> Any:
-        """Write safetensors, and config.json of what the model is now: `new_ramps` and
-        `keep_layers` change it after it was made."""
+        """Write safetensors and config.json.
+
+        config.json holds the model's current values, since `new_ramps` and `keep_layers` change it.
+        """
         options["config"] = {
             "config": self.config, "num_labels": self.num_labels, "ramp": asdict(self.ramp_kind)
         }  # fmt: skip
         return super().save_pretrained(save_directory, **options)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """As `load_state_dict`, also from a file that holds shared parameters once, under one of
-        their names (safetensors).
+        """Load weights, also from a file that holds a shared parameter once (safetensors).
+
+        Args:
+            weights: tensors by parameter name; one name of a shared parameter is enough.
 
         Raises:
             RuntimeError: a weight is missing, unknown or of another shape.
@@ -134,17 +155,21 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
             shared.setdefault(id(parameter), []).append(name)
         filled = dict(weights)
         for names in shared.values():
-            there = next((weights[name] for name in names if name in weights), None)
-            filled |= {name: there for name in names if there is not None and name not in filled}
+            value = next((weights[name] for name in names if name in weights), None)
+            filled |= {name: value for name in names if value is not None and name not in filled}
         self.load_state_dict(filled)
 
     def keep_layers(self, layers: list[int], flag: str) -> None:
-        """Leave only these layers, from 1: a shallower model with the weights of this one.
+        """Remove all other layers, for a shallower model with the same weights.
 
-        The ramps stay with their layers, but on the last one that is left is the final classifier.
+        The ramps stay with their layers, except that the last layer gets the final classifier.
+
+        Args:
+            layers: the layers to keep, from 1.
+            flag: name of the setting, for messages.
 
         Raises:
-            UserError: these are not some of its layers in their order; `flag` said so.
+            UserError: these are not some of its layers in their order.
         """
         self.backbone.keep_layers(layers, flag)
         ramps = self.all_ramps
@@ -152,17 +177,17 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
 
     @property
     def all_ramps(self) -> list[Ramp]:
-        """The ramps, the final classifier at the end."""
+        """The ramps; the last one is the final classifier."""
         return cast(list[Ramp], list(self.ramps))
 
     @property
     def ramp_kind(self) -> RampKind:
-        """What the ramps before the last are made of."""
+        """The kind of the ramps before the last."""
         return self.all_ramps[0].kind
 
     @property
     def config(self) -> dict[str, Any]:
-        """The backbone's configuration as plain values: what rebuilds this model's shape."""
+        """The backbone's configuration as plain values; an argument of the class."""
         return self.backbone.config
 
     def states(
@@ -174,12 +199,15 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
         flow: Flow | None = None,
         skipped: Collection[int] = (),
     ) -> Tensor:
-        """What the ramps read, one after the other: (B, S) ids and mask -> (B, R).
+        """Compute the features that the ramps read, joined: (B, S) ids and mask -> (B, R).
 
         Args:
-            flow: what becomes of gradients on their way back; None: they flow as they are.
-            skipped: layers, from 0, that do nothing; their ramps read the states of the layer
-                before, unchanged.
+            input_ids: (B, S).
+            attention_mask: (B, S), 1 at real tokens.
+            token_type_ids: (B, S), or None.
+            flow: factors on the gradients; None for 1.
+            skipped: layers, from 0, that do nothing; their ramps read the unchanged states of the
+                layer before.
         """
         hidden_BSH, context = self.backbone.embed(input_ids, attention_mask, token_type_ids)
         second_B, features = self.second_text(input_ids), []
@@ -201,19 +229,24 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
         return torch.cat(features, -1)
 
     def second_text(self, input_ids: Tensor) -> Tensor | None:
-        """Where the second texts begin (`ramps.second_text`): (B, S) -> (B,), if a ramp asks."""
-        if self.ramp_kind.reads != "pair":
+        """Find the start of each second text: (B, S) -> (B,); None if no ramp needs it.
+
+        See `ramps.second_text`.
+        """
+        if not self.ramp_kind.reader.needs_second_text:
             return None
         assert self.backbone.separator is not None, "the configuration has no sep_token_id"
         return ramps.second_text(input_ids, self.backbone.separator)
 
     def ramp_logits(self, states_BR: Tensor) -> Tensor:
-        """Each ramp on what it reads: (B, R) -> (B, L, C)."""
+        """Compute the logits of each ramp from the features of all ramps: (B, R) -> (B, L, C)."""
         return self.logits_and_scores(states_BR)[0]
 
     def logits_and_scores(self, states_BR: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The same, and the learned exit scores (B, L), 0 for the final classifier; None where the
-        ramps learn none."""
+        """Compute the logits (B, L, C) and the learned exit scores (B, L) from features (B, R).
+
+        The score of the final classifier is 0. The scores are None if the ramps learn none.
+        """
         logits: list[Tensor] = []
         scores: list[Tensor] = []
         for ramp, features_BF in zip(self.all_ramps, self.features(states_BR), strict=True):
@@ -228,7 +261,7 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
         return torch.stack(logits, 1), torch.stack([*scores, torch.zeros_like(scores[0])], 1)
 
     def features(self, states_BR: Tensor) -> tuple[Tensor, ...]:
-        """What `states` gave, apart: (B, R) -> (B, F) for each ramp."""
+        """Split the result of `states` into the features of each ramp: (B, R) -> (B, F) each."""
         return states_BR.split([ramp.num_features for ramp in self.all_ramps], -1)
 
     def forward(
@@ -237,12 +270,12 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
         attention_mask: Tensor,
         token_type_ids: Tensor | None = None,
     ) -> Tensor:
-        """Logits of every ramp: (B, S) ids and mask -> (B, L, C)."""
+        """Compute the logits of each ramp: (B, S) ids and mask -> (B, L, C)."""
         return self.ramp_logits(self.states(input_ids, attention_mask, token_type_ids))
 
 
 def _scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """x itself, whose gradient is multiplied on its way back."""
+    """Return x unchanged, and multiply its gradient by `factor`."""
     if factor == 1:
         return x
     if factor == 0:
@@ -252,6 +285,8 @@ def _scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 
 class _ScaledGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a factor."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
         ctx.factor = factor

@@ -1,7 +1,8 @@
-"""Ramps: what they read of a layer's tokens, and the classifier on it.
+"""Ramps: the classifiers on the features that a reader takes from a layer's tokens.
 
-The default is the paper's off-ramp (section 3.1): pooler (linear and tanh) on the first token, and
-a linear classifier. `conf/ramp/` names the others. Knows nothing of the backbone or of training.
+The default is the paper's ramp (section 3.1): a pooler (linear and tanh) on the first token, and a
+linear classifier. `conf/ramp/` holds the other kinds, and `readers` the readers. The module knows
+nothing of the backbone or of training.
 Shapes: B batch, S tokens, H hidden, F features that a ramp reads, C labels.
 """
 
@@ -13,35 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from deebert.errors import UserError, unknown
+from deebert.models import readers
+from deebert.models.readers import LayerStates, Reader
 
-READS = ("first", "mean", "pair", "first_and_mean", "attention")
 PREDICTS = ("wrong", "disagrees")
 
 
 @dataclass(frozen=True)
 class RampKind:
-    """What the ramps before the last are made of; the last one is always the paper's.
+    """The kind of the ramps before the last; the last ramp is always the paper's.
 
     Attributes:
-        reads: what a ramp reads after layer k.
-            first: layer k's first token, as the paper.
-            mean: the mean of layer k's tokens. They must all be there before the ramp is asked, so
-                an input that leaves at layer k costs k layers, not about k - 5/6 (`engine`).
-            pair: of the means u and v of the two texts' tokens: (u + v) / 2, u - v and |u - v|, for
-                tasks that ask how two texts stand to each other. These are the features of
-                Sentence-BERT (Reimers and Gurevych, EMNLP 2019), u and v turned by 45 degrees, so
-                that a text alone, which is its own pair, is read as by `mean`: tasks of one text
-                get that. Costs as mean.
-            first_and_mean: layer k's first token, and the mean of layer k-1's tokens (of the
-                embeddings for k = 1), which are there anyway: k - 5/6 layers.
-            attention: layer k's tokens, weighted by a softmax over a learned score of each
-                (costs as mean; it is trained, so stage 2 cannot read it from its cache).
-        shared_pooler: do they share one pooler (PABEE, Zhou et al., NeurIPS 2020)?
-        sees_previous: does a ramp's classifier also read the probabilities of the ramp before it
-            (after sledgehammer, Schwartz et al., ACL 2020)? No gradient goes back on that way.
-        predicts: a learned exit score: `wrong`, how likely the ramp is wrong (BERxiT's learning to
-            exit, Xin et al., EACL 2021), or `disagrees`, with the final classifier (CATs, Schuster
-            et al., EMNLP 2021); None: none is learned. For a regression see `objectives.exit_loss`.
+        reads: name of the reader, which computes the features (`readers`).
+        shared_pooler: True if these ramps share one pooler (PABEE, Zhou et al., NeurIPS 2020).
+        sees_previous: True if the classifier of a ramp also reads the probabilities of the ramp
+            before it (after sledgehammer, Schwartz et al., ACL 2020). They carry no gradient.
+        predicts: the learned exit score. `wrong` is the probability that the ramp is wrong
+            (BERxiT's learning to exit, Xin et al., EACL 2021). `disagrees` is the probability that
+            it disagrees with the final classifier (CATs, Schuster et al., EMNLP 2021). None: no
+            score is learned. For a regression see `losses.exit_loss`.
     """
 
     reads: str = "first"
@@ -51,16 +42,15 @@ class RampKind:
 
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> "RampKind":
-        """From plain values.
+        """Build a kind from plain values.
 
         Raises:
-            UserError: there is no such way to read, or a switch is none.
+            UserError: a key is unknown, or a value is not one of its choices.
         """
         if unknown_keys := set(values) - set(cls.__dataclass_fields__):
             raise unknown("ramp setting", min(unknown_keys), cls.__dataclass_fields__, "ramp.*")
         kind = cls(**values)
-        if kind.reads not in READS:
-            raise unknown("ramp.reads", kind.reads, READS, "ramp.reads")
+        readers.named(kind.reads)
         if kind.predicts is not None and kind.predicts not in PREDICTS:
             raise unknown("ramp.predicts", kind.predicts, (*PREDICTS, "null"), "ramp.predicts")
         for name in ("shared_pooler", "sees_previous"):
@@ -69,14 +59,14 @@ class RampKind:
         return kind
 
     @property
-    def reads_tokens(self) -> bool:
-        """Must all tokens of the layer be there before the ramp is asked?"""
-        return self.reads in ("mean", "pair", "attention")
+    def reader(self) -> Reader:
+        """The reader, which computes the features of a ramp."""
+        return readers.named(self.reads)
 
     @property
-    def num_parts(self) -> int:
-        """Of how many vectors (H,) are the features that a ramp reads put together?"""
-        return {"first_and_mean": 2, "pair": 3}.get(self.reads, 1)
+    def reads_tokens(self) -> bool:
+        """True if all tokens of the layer must be computed before the ramp."""
+        return self.reader.reads_tokens
 
 
 PAPER = RampKind()
@@ -85,7 +75,7 @@ PAPER = RampKind()
 class Ramp(nn.Module):
     """Pooler (linear and tanh), dropout, linear: features (B, F) -> logits (B, C).
 
-    `shift` and `scale` are applied to the features first. They are 0 and 1, the paper's ramp,
+    `shift` and `scale` are applied to the features first. They are 0 and 1, as in the paper's ramp,
     unless `standardize` sets them.
     """
 
@@ -97,15 +87,16 @@ class Ramp(nn.Module):
     ) -> None:
         super().__init__()
         self.kind = kind
-        self.num_features = kind.num_parts * hidden_size
+        self.reader = kind.reader
+        self.num_features = self.reader.num_parts * hidden_size
         self.pooler = nn.Linear(self.num_features, hidden_size)
         self.dropout = nn.Dropout(dropout)
-        seen = num_labels if kind.sees_previous else 0
-        self.classifier = nn.Linear(hidden_size + seen, num_labels)
+        num_previous = num_labels if kind.sees_previous else 0
+        self.classifier = nn.Linear(hidden_size + num_previous, num_labels)
         linears = [self.pooler, self.classifier]
-        if kind.reads == "attention":
-            self.attention = nn.Linear(hidden_size, 1)
-            linears.append(self.attention)
+        for name, module in self.reader.weights(hidden_size).items():
+            self.add_module(name, module)
+            linears += [part for part in module.modules() if isinstance(part, nn.Linear)]
         if kind.predicts is not None:
             self.exit_head = nn.Linear(hidden_size, 1)
             linears.append(self.exit_head)
@@ -113,7 +104,8 @@ class Ramp(nn.Module):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
         self.register_buffer("shift", torch.zeros(self.num_features))
-        self.register_buffer("scale", torch.ones(() if kind.num_parts == 1 else self.num_features))
+        num_scales = self.num_features if self.reader.num_parts > 1 else ()
+        self.register_buffer("scale", torch.ones(num_scales))
 
     def read(
         self,
@@ -122,40 +114,35 @@ class Ramp(nn.Module):
         mask_BS: Tensor | None,
         second_B: Tensor | None = None,
     ) -> Tensor:
-        """What the ramp takes from its layer: -> (B, F).
+        """Compute the features of the ramp from the states of its layer: -> (B, F).
 
         Args:
-            before_BSH: the states that went into the layer.
-            after_BTH: those that came out; the first token is enough unless `kind.reads_tokens`.
-            mask_BS: True or 1 at real tokens; None: all are.
-            second_B: where each input's second text begins (`second_text`); for `pair`.
+            before_BSH: input of the layer.
+            after_BTH: output of the layer; the first token is enough unless `kind.reads_tokens`.
+            mask_BS: True or 1 at real tokens; None: all tokens are real.
+            second_B: start of the second text of each input (`second_text`); None if the reader
+                does not need it.
         """
-        reads = self.kind.reads
-        if reads == "first":
-            return after_BTH[:, 0]
-        if reads == "mean":
-            return _mean(after_BTH, mask_BS)
-        if reads == "pair":
-            assert second_B is not None
-            return _pair(after_BTH, mask_BS, second_B)
-        if reads == "first_and_mean":
-            return torch.cat([after_BTH[:, 0], _mean(before_BSH, mask_BS)], -1)
-        score_BT = self.attention(after_BTH).squeeze(-1)
-        if mask_BS is not None:
-            score_BT = score_BT.masked_fill(~mask_BS.bool(), -torch.inf)
-        return (score_BT.softmax(-1)[:, None] @ after_BTH).squeeze(1)
+        return self.reader.read(LayerStates(before_BSH, after_BTH, mask_BS, second_B), self)
 
     @torch.no_grad()
     def standardize(self, features_NF: Tensor) -> None:
-        """Make what this ramp will read vary around 0 with a variance of 1.
+        """Set `shift` and `scale` so that the features have a mean of 0 and a variance of 1.
 
-        In early layers the first token of different inputs is almost the same vector (MiniLM, layer
-        1: entries of about 1 that vary by 0.001): what tells inputs apart is there, but too faint
-        for the optimizer. One scale for all features of a token, so that none that is mere rounding
-        noise is blown up. shift and scale could be folded into the pooler: it stays the same ramp.
+        In early layers the first token is almost the same vector for all inputs (MiniLM, layer 1:
+        entries of about 1 that vary by 0.001). The differences between inputs are there, but too
+        small for the optimizer. All features of a token have one scale, so that a feature that is
+        only rounding noise does not grow. The pooler could absorb shift and scale, so this is the
+        same function class as the paper's ramp.
+
+        Args:
+            features_NF: features of the training rows.
+
+        Raises:
+            UserError: the features do not vary.
         """
-        scales = []
-        for part_NH in features_NF.chunk(self.kind.num_parts, -1):
+        scales, num_parts = [], self.reader.num_parts
+        for part_NH in features_NF.chunk(num_parts, -1):
             deviation = part_NH.var(0, correction=0).mean().sqrt()
             if not deviation > 0:
                 raise UserError(
@@ -165,27 +152,30 @@ class Ramp(nn.Module):
                 )
             scales.append(1 / deviation)
         self.shift.copy_(features_NF.mean(0))
-        if self.kind.num_parts == 1:
+        if num_parts == 1:
             self.scale.copy_(scales[0])
         else:
-            width = self.num_features // self.kind.num_parts
+            width = self.num_features // num_parts
             self.scale.copy_(torch.stack(scales).repeat_interleave(width))
 
     def forward(self, features_BF: Tensor, previous_BC: Tensor | None = None) -> Tensor:
-        """Logits (B, C).
+        """Compute the logits (B, C).
 
         Args:
-            features_BF: what `read` gave.
-            previous_BC: logits of the ramp before; only where `kind.sees_previous`, and None for
-                the first ramp, which sees equal probabilities.
+            features_BF: the result of `read`.
+            previous_BC: logits of the ramp before, if `kind.sees_previous`. None for the first
+                ramp, which sees equal probabilities.
         """
         return self._logits(self._pooled(features_BF), previous_BC)
 
     def logits_and_score(
         self, features_BF: Tensor, previous_BC: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits as `forward`, and the learned exit score (B,), between 0 and 1, or None where
-        `kind.predicts` none. It learns from what the ramp pools, and the ramp nothing from it."""
+        """Compute the logits (B, C) and the learned exit score (B,), between 0 and 1.
+
+        The score is None if `kind.predicts` is None. It reads the pooled features of the ramp, and
+        no gradient flows from it into these. For the arguments see `forward`.
+        """
         pooled_BH = self._pooled(features_BF)
         learned_score_B = None if self.kind.predicts is None else self._learned_score(pooled_BH)
         return self._logits(pooled_BH, previous_BC), learned_score_B
@@ -206,37 +196,16 @@ class Ramp(nn.Module):
 
 
 def _share(logits_BC: Tensor) -> Tensor:
-    """Probabilities, or a regression's value. No gradient: each ramp answers for itself."""
+    """Return probabilities, or the value of a regression, without a gradient."""
     logits_BC = logits_BC.detach().float()
     return logits_BC if logits_BC.shape[-1] == 1 else logits_BC.softmax(-1)
 
 
-def _mean(states_BSH: Tensor, mask_BS: Tensor | None) -> Tensor:
-    """The mean over the real tokens: (B, S, H) -> (B, H)."""
-    if mask_BS is None:
-        return states_BSH.mean(1)
-    mask_BS1 = mask_BS[..., None].to(states_BSH.dtype)
-    return (states_BSH * mask_BS1).sum(1) / mask_BS1.sum(1)
-
-
-def _pair(states_BSH: Tensor, mask_BS: Tensor | None, second_B: Tensor) -> Tensor:
-    """(B, S, H) -> (B, 3 H), as `RampKind` says."""
-    place_S = torch.arange(states_BSH.shape[1], device=states_BSH.device)
-    first_BS = place_S < second_B[:, None]
-    second_BS = ~first_BS
-    if mask_BS is not None:
-        first_BS, second_BS = first_BS & mask_BS.bool(), second_BS & mask_BS.bool()
-    second_BS = torch.where(second_BS.any(1, keepdim=True), second_BS, first_BS)
-    first_BH, second_BH = _mean(states_BSH, first_BS), _mean(states_BSH, second_BS)
-    apart_BH = first_BH - second_BH
-    return torch.cat([(first_BH + second_BH) / 2, apart_BH, apart_BH.abs()], -1)
-
-
 def second_text(input_ids_BS: Tensor, separator: int) -> Tensor:
-    """Where the second text of each input begins, behind the first separator: (B, S) ids -> (B,).
+    """Find the start of each second text, after the first separator: (B, S) ids -> (B,).
 
-    Where there is none it is where the text ends, or S. A separator that a text itself contains
-    ("[SEP]") is taken for one.
+    Without a second text it is the end of the text, or S if there is no separator. A separator
+    inside of a text ("[SEP]") counts as well.
     """
     separates_BS = input_ids_BS == separator
     first_B = separates_BS.int().argmax(1) + 1
@@ -246,11 +215,11 @@ def second_text(input_ids_BS: Tensor, separator: int) -> Tensor:
 def make(
     hidden_size: int, num_labels: int, dropout: float, num_layers: int, kind: RampKind
 ) -> nn.ModuleList:
-    """A ramp for each layer; the last one, the final classifier, is the paper's."""
+    """Make a ramp for each layer; the last one, the final classifier, is the paper's."""
     ramps = [Ramp(hidden_size, num_labels, dropout, kind) for _ in range(num_layers - 1)]
     for ramp in ramps[1:]:
         if kind.shared_pooler:
             ramp.pooler = ramps[0].pooler
-        if kind.predicts is not None:  # one for all, as BERxiT
+        if kind.predicts is not None:  # one head for all ramps, as in BERxiT
             ramp.exit_head = ramps[0].exit_head
     return nn.ModuleList([*ramps, Ramp(hidden_size, num_labels, dropout)])

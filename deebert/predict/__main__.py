@@ -1,12 +1,7 @@
-"""The command `python -m deebert.predict`."""
+"""The old name of the command `deebert predict`."""
 
-from deebert.options import main
-from deebert.predict.command import PredictOptions, predict
+from deebert.errors import UserError
+from deebert.options import refuse
 
-if __name__ == "__main__":  # a worker process imports this file, too
-    main(
-        PredictOptions,
-        predict,
-        "python -m deebert.predict",
-        "python -m deebert.predict model=RUN input=reviews.csv output=out.csv target_saving=0.4",
-    )
+if __name__ == "__main__":
+    refuse(UserError("python -m deebert.predict is now: deebert predict key=value ..."))

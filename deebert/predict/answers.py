@@ -1,9 +1,10 @@
-"""Rows -> answers, and why some have none: the same wherever it runs, here or on another machine.
+"""The answers to rows, the reasons why rows have none, and the counts of both.
 
-Knows what a row has to hold; nothing of files.
+A block of rows gives the same answers in this process and on another machine. Knows what a row
+has to hold; knows nothing of files.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +13,23 @@ from deebert.predict.rows import Row
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deebert.classifier import CalibratedPoint, EarlyExitClassifier, Predictions
+    from deebert.classifier import EarlyExitClassifier
+    from deebert.exits.calibration import CalibratedPoint
+    from deebert.inference.predictions import Predictions
 
 LONGEST_TEXT = 1_000_000  # characters: a tokenizer holds 100 bytes and more for each token
-NOT_FINITE = "the model's answer is NaN or infinite (are the weights?)"
+NOT_FINITE = "the model's answer is NaN or infinite (are its weights damaged?)"
+COUNTED = ("rows", "bad", "layers", "more")  # the counts of a block: see `summary`
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What is taken from a row, and what is written of it.
+    """The columns that are read from a row and written for it.
 
     Attributes:
-        texts: where its text is, or its two texts.
-        kept: what is written again; None for all that the row has.
-        probabilities: write those of all classes?
+        texts: the columns that hold its text, or its two texts.
+        kept: the columns that are written again; None for all that the row has.
+        probabilities: whether the probabilities of all classes are written.
     """
 
     texts: tuple[str, ...]
@@ -35,14 +39,14 @@ class Columns:
 
 @dataclass(frozen=True)
 class Answered:
-    """What became of some rows, in their order.
+    """The results for some rows, in their order.
 
     Attributes:
-        rows: as they are written: `row` (its number), what is kept of it, `label`, `probability`
-            (of that label; not for a regression), `probability_CLASS` where asked for, and
-            `exit_layer`. A kept column that is called like one of these becomes `input_NAME`.
-        bad: `row`, `line` (where there are lines) and `reason` of those without an answer.
-        layers: sum of the exit layers.
+        rows: the rows of the output: `row` (the number), the kept columns, `label`, `probability`
+            (of that label; not for a regression), `probability_CLASS` if `Columns.probabilities`
+            is true, and `exit_layer`. A kept column with one of these names becomes `input_NAME`.
+        bad: `row`, `line` (if the input has lines) and `reason` of the rows without an answer.
+        layers: the sum of the exit layers.
     """
 
     rows: list[dict[str, Any]]
@@ -52,25 +56,32 @@ class Answered:
 
 def answered(
     classifier: "EarlyExitClassifier",
-    asked: "CalibratedPoint",
+    point: "CalibratedPoint",
     rows: Sequence[Row],
     columns: Columns,
 ) -> Answered:
-    """Answer rows."""
+    """Answer rows.
+
+    Args:
+        classifier: the model.
+        point: the exit rule and the thresholds.
+        rows: the rows; those with a fault get no answer.
+        columns: the columns that are read and written.
+    """
     faults = {row.number: fault for row in rows if (fault := _fault(row, columns.texts))}
     good = [row for row in rows if row.number not in faults]
     own = own_columns(classifier.labels, columns.probabilities)
-    found: list[dict[str, Any]] = []
+    written: list[dict[str, Any]] = []
     if good:
         texts = [tuple(row.values[name] for name in columns.texts) for row in good]
-        predictions = classifier.answer(classifier.encode(texts), asked)
+        predictions = classifier.answer(classifier.encode(texts), point)
         for row, values in zip(good, _values(predictions, own), strict=True):
             if values is None:
                 faults[row.number] = NOT_FINITE
                 continue
             names = out_names(row.values if columns.kept is None else columns.kept, own)
             kept = {out: row.values.get(name) for name, out in names.items()}
-            found.append({"row": row.number, **kept, **values})
+            written.append({"row": row.number, **kept, **values})
     bad = [
         {"row": row.number}
         | ({} if row.line is None else {"line": row.line})
@@ -78,11 +89,16 @@ def answered(
         for row in rows
         if row.number in faults
     ]
-    return Answered(found, bad, sum(row["exit_layer"] for row in found))
+    return Answered(written, bad, sum(row["exit_layer"] for row in written))
 
 
 def own_columns(labels: Sequence[str] | None, probabilities: bool) -> tuple[str, ...]:
-    """The columns of the output beside those that are kept, in their order."""
+    """Return the columns of the output that are not kept ones, in their order.
+
+    Args:
+        labels: the names of the classes; None for a regression.
+        probabilities: whether the probabilities of all classes are written.
+    """
     if labels is None:
         return "row", "label", "exit_layer"
     more = [f"probability_{label}" for label in labels] if probabilities else []
@@ -90,19 +106,24 @@ def own_columns(labels: Sequence[str] | None, probabilities: bool) -> tuple[str,
 
 
 def out_names(kept: Iterable[str], own: Sequence[str]) -> dict[str, str]:
-    """What columns that are kept are called in the output."""
+    """Return the names that kept columns have in the output, by their names in the input.
+
+    Args:
+        kept: the kept columns.
+        own: the columns of `own_columns`, whose names are taken.
+    """
     names = dict.fromkeys(kept)
-    found = {}
+    by_name = {}
     for name in names:
         out = name
         while out in own or (out != name and out in names):
             out = f"input_{out}"
-        found[name] = out
-    return found
+        by_name[name] = out
+    return by_name
 
 
 def _fault(row: Row, names: Sequence[str]) -> str | None:
-    """Why a row cannot be answered, or None."""
+    """Return the reason why a row cannot be answered, or None."""
     if row.fault:
         return row.fault
     for name in names:
@@ -126,7 +147,7 @@ def _short(value: Any) -> str:
 
 
 def _values(predictions: "Predictions", own: Sequence[str]) -> list[dict[str, Any] | None]:
-    """What is written of each prediction, in the order of `own`; None where it is not finite."""
+    """Return the values of each prediction, in the order of `own`; None if it is not finite."""
     import torch
 
     columns: dict[str, Sequence[Any]] = {"exit_layer": predictions.exit_layers}
@@ -150,5 +171,45 @@ def _values(predictions: "Predictions", own: Sequence[str]) -> list[dict[str, An
 
 
 def _short_floats(values_N: "Tensor") -> list[float]:
-    """With as few digits as tell a float32 from its neighbours."""
+    """Round to as few digits as distinguish a float32 from its neighbours."""
     return [float(str(value)) for value in values_N.float().numpy()]
+
+
+def num_cut_rows(rows: Sequence[Row], known: frozenset[str] | None) -> int:
+    """Return how many of the rows have columns that are not kept.
+
+    Args:
+        rows: the rows.
+        known: the columns that can be kept; None if all are.
+    """
+    return 0 if known is None else sum(not known.issuperset(row.values) for row in rows)
+
+
+def summary(
+    counts: Mapping[str, int], num_layers: int, rate: float | None = None
+) -> dict[str, Any]:
+    """Return the counts of answered rows with the saving and the rate.
+
+    Args:
+        counts: `rows` (all), `bad` (rows without an answer), `layers` (the sum of the exit layers),
+            `more` (rows with columns that are not kept), and possibly others.
+        num_layers: the number of layers of the model.
+        rate: rows a second, if it is known.
+    """
+    good = counts["rows"] - counts["bad"]
+    saving = 1 - counts["layers"] / (good * num_layers) if good else None
+    return {**counts, "saving": saving, "rate": rate}
+
+
+def summary_line(summary: Mapping[str, Any]) -> str:
+    """Write a summary as one line of text."""
+    line = f"{summary['rows']:,} rows"
+    if summary["bad"]:
+        line += f", {summary['bad']:,} of them bad"
+    if summary["more"]:
+        line += f", {summary['more']:,} with columns that the first ones lack (not kept)"
+    if summary["rate"]:
+        line += f", {summary['rate']:,.0f} rows/s"
+    if summary["saving"] is not None:
+        line += f", {summary['saving']:.1%} of the layers saved"
+    return line

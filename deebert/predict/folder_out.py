@@ -1,13 +1,13 @@
-"""A folder of parts that many processes write, in any order; goes on where it was killed.
+"""An output folder of parts that many processes write in any order. A killed job can go on.
 
-    OUTPUT/part-00002-000000.csv      answers to the first block of rows of the third file
-    OUTPUT/_errors.jsonl              rows without an answer, and why
-    OUTPUT/_job.json                  what is done here; at its end, what there is to say of it
-    OUTPUT/_part-00002-000000.json    while it lasts: that block is done, and what is known of it
-    OUTPUT/_part-00002-000000.jsonl   while it lasts: the rows of that block without an answer
+    OUTPUT/part-00002-000000.csv      the answers to the first block of rows of the third file
+    OUTPUT/_errors.jsonl              the rows without an answer, and the reasons
+    OUTPUT/_job.json                  the job; in the end its summary, too
+    OUTPUT/_part-00002-000000.json    until the end: the counts of that block, which is done
+    OUTPUT/_part-00002-000000.jsonl   until the end: the rows of that block without an answer
 
-What begins with an underscore is passed over by those who read the folder as one table. Every file
-comes whole or not at all. Knows nothing of models, or how the work is dealt out.
+Programs that read the folder as one table skip the files that begin with an underscore. Every file
+is whole or missing. Knows nothing of models and of how the work is distributed.
 """
 
 import os
@@ -20,35 +20,36 @@ from pathlib import Path
 from typing import Any
 
 from deebert.errors import UserError
-from deebert.predict import disk, rows_out
+from deebert.predict import long_job, rows_out
 from deebert.predict.rows_out import Layout
 
 JOB, LOCK, ERRORS = "_job.json", "_lock", "_errors.jsonl"
-# What may lie in the folder, and may be removed from it.
+# The files that this module makes in the folder, and that it may remove from it.
 OWN = re.compile(r"[_.]?part-\d{5,}-\d{6,}\.\w+|[_.](job\.json|errors\.jsonl)|_lock")
 
 
 @dataclass(frozen=True)
 class Folder:
-    """Where the parts lie.
+    """The folder of the parts.
 
     Attributes:
-        kind: of the parts: csv, jsonl or parquet.
+        path: its absolute path.
+        kind: the format of the parts: csv, jsonl or parquet.
     """
 
     path: Path
     kind: str
 
     def check(self) -> None:
-        """What can be said before any work is done.
+        """Check all about the folder that can be checked before any work is done.
 
         Raises:
-            UserError: this is no place for the parts.
+            UserError: the parts cannot be written there.
         """
         if self.path.is_file():
             raise UserError(f"output={self.path} is a file; engine=ray writes a folder of parts")
         if not self.path.parent.is_dir():
-            raise disk.no_folder(self.path)
+            raise long_job.no_folder_error(self.path)
         others = [p.name for p in self.path.glob("*") if not OWN.fullmatch(p.name)]
         if others:
             raise UserError(
@@ -57,8 +58,8 @@ class Folder:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Around all that is written: one job at a time."""
-        lock = disk.locked(self.path / LOCK, self.path)
+        """Lock the folder for one job, inside the `with` block."""
+        lock = long_job.locked(self.path / LOCK, self.path)
         try:
             yield
         finally:
@@ -75,51 +76,55 @@ class Folder:
         """Begin a job, or go on with it.
 
         Args:
-            job: what it is, in plain values; parts are of use to the same job only.
-            overwrite: begin anew.
-            find: finds out what has to stay as it was at the first start.
+            job: the description of the job, in plain values. Only the same job can use its parts.
+            overwrite: whether to begin anew.
+            find: computes the values that have to stay the same in all processes of the job.
 
         Returns:
-            What was found then.
+            These values, as they were computed when the job began.
 
         Raises:
-            UserError: another job has left its parts here, or this one is finished.
+            UserError: the parts of another job are here, or this job is finished.
         """
-        job = disk.plain(job)
+        job = long_job.plain(job)
         if (self.path / JOB).exists() and not overwrite:
-            before = disk.read(self.path / JOB)
+            before = long_job.read(self.path / JOB)
             if "told" in before:
-                self._clear("_part-*", ".part-*")  # if it was killed over this
-                raise disk.is_there(self.path)
+                self._clear("_part-*", ".part-*")  # left if the process was killed while it cleared
+                raise long_job.exists_error(self.path)
             for key in {**before["job"], **job}:
                 if before["job"].get(key) != job.get(key):
                     raise UserError(
                         f"output={self.path} was begun as another job, with another {key}; finish "
                         "that one, or begin anew (overwrite=true)"
                     )
-            found: dict[str, Any] = before["found"]
-            return found
+            fixed: dict[str, Any] = before["found"]
+            return fixed
         if not overwrite and any(self.path.glob("part-*")):
-            raise disk.is_there(self.path)
-        found = find()  # may take a while, or fail: only then is anything removed
+            raise long_job.exists_error(self.path)
+        fixed = find()  # may take a while or fail, so nothing is removed before it
         self._clear("_part-*", ".part-*", "part-*", ERRORS, JOB)
-        self._write(JOB, {"job": job, "found": found, "key": secrets.token_hex(8)})
-        return found
+        self._write(JOB, {"job": job, "found": fixed, "key": secrets.token_hex(8)})
+        return fixed
 
     def key(self) -> str | None:
-        """Of the job that was begun here, another for each; None where this folder is not the one
-        where it was begun, on whatever machine this is."""
+        """Return the key of the job that was begun here; every job has another one.
+
+        Returns:
+            The key, or None if no job was begun here. On another machine, None means that this is
+            not the folder in which the job was begun.
+        """
         job = self.path / JOB
-        return str(disk.read(job).get("key")) if job.exists() else None
+        return str(long_job.read(job).get("key")) if job.exists() else None
 
     def done(self) -> dict[tuple[int, int], dict[str, int]]:
-        """What is known of the blocks that are done, by file and block."""
-        found = {}
+        """Return the counts of the blocks that are done, by file and block."""
+        counts = {}
         for path in self.path.glob("_part-*.json"):
             _, number, block = path.stem.split("-")
             if (self.path / f"{path.stem[1:]}.{self.kind}").exists():
-                found[int(number), int(block)] = disk.read(path)
-        return found
+                counts[int(number), int(block)] = long_job.read(path)
+        return counts
 
     def keep(
         self,
@@ -131,47 +136,51 @@ class Folder:
         about: Mapping[str, int],
         key: str | None,
     ) -> None:
-        """Write what became of a block: from here on it is done.
+        """Write the results of a block. When this returns, the block is done.
 
         Args:
+            file: the number of the input file.
+            block: the number of the block in the file.
+            layout: how the rows are written.
+            rows: the rows of the output.
             bad: the rows that have no answer.
-            about: what `done` says of it.
-            key: of the job that the answers are of.
+            about: the counts of the block, which `done` returns.
+            key: the key of the job that the answers belong to.
 
         Raises:
             UserError: another job was begun here meanwhile.
         """
-        if self.key() != key:  # whoever began this one was killed, and its workers not yet
+        if self.key() != key:  # a killed process may leave workers behind for a while
             raise UserError(f"output={self.path}: another job was begun here")
         stem = f"part-{file:05}-{block:06}"
         if bad:
             self._replace(f"_{stem}.jsonl", "".join(map(rows_out.json_line, bad)).encode())
         own = f".{stem}.{secrets.token_hex(4)}"  # a killed job's worker may be at the same block
         rest, whole = self.path / f"{own}_rows", self.path / own
-        with disk.told(self.path):
+        with long_job.write_errors(self.path):
             rest.write_bytes(layout.part(rows))
-            layout.join([rest], whole)  # a file of its own, with all that goes with it
+            layout.join([rest], whole)  # a complete file of its format, such as CSV with a header
             rest.unlink()
-            disk.sync(whole)
+            long_job.sync(whole)
             os.replace(whole, self.path / f"{stem}.{self.kind}")
         self._write(f"_{stem}.json", about)
 
-    def finish(self, told: Mapping[str, Any]) -> None:
-        """Say that all is done, and what there is to say of it."""
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Note that the job is finished, with its summary, and remove the notes on its blocks."""
         bad = b"".join(path.read_bytes() for path in sorted(self.path.glob("_part-*.jsonl")))
         if bad:
             self._replace(ERRORS, bad)
-        self._write(JOB, {**disk.read(self.path / JOB), "told": dict(told)})
+        self._write(JOB, {**long_job.read(self.path / JOB), "told": dict(summary)})
         self._clear("_part-*", ".part-*", LOCK)
 
     def _clear(self, *patterns: str) -> None:
-        with disk.told(self.path):
+        with long_job.write_errors(self.path):
             for pattern in patterns:
                 for path in self.path.glob(pattern):
                     path.unlink(missing_ok=True)
 
     def _write(self, name: str, values: Mapping[str, Any]) -> None:
-        self._replace(name, disk.content(values))
+        self._replace(name, long_job.content(values))
 
     def _replace(self, name: str, content: bytes) -> None:
-        disk.replace(self.path / name, content, self.path / f".{name[1:]}")
+        long_job.replace(self.path / name, content, self.path / f".{name[1:]}")

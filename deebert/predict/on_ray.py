@@ -1,10 +1,9 @@
-"""Answers for a folder of rows from many processes or machines: `engine=ray`, on Ray Data.
+"""Answers from many processes or machines for the files of an input, on Ray Data.
 
-Ray reads files in blocks of rows and deals the blocks out to long-lived workers, which hold the
-model and write what they have answered. A block is the unit of everything: the same rows go through
-the engine together wherever that is, so they are answered as by one process; and a job that was
-killed goes on with the blocks that are not done. Knows nothing of how rows are read (`folder_in`),
-answered (`answers`) or written (`folder_out`).
+Ray reads the files in blocks of rows and hands the blocks to long-lived workers, which hold the
+model and write the parts. The same rows are always in one block, so they get the same answers as
+from one process. Knows nothing of how rows are read (`rows_in`), answered (`answers`) or written
+(`folder_out`).
 """
 
 import logging
@@ -13,80 +12,95 @@ import pickle
 import secrets
 import signal
 import socket
-import sys
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from deebert.errors import UserError, first_line
-from deebert.options import engine_of
-from deebert.predict import answers, disk, folder_in
-from deebert.predict.folder_in import File
-from deebert.predict.folder_out import ERRORS, Folder
-from deebert.predict.progress import Progress
-from deebert.predict.work import COUNTED as OF_A_PART
-from deebert.predict.work import PredictOptions, Work, about, more, told
+from deebert.options import engine_of, import_modules
+from deebert.predict import answers, rows_in
+from deebert.predict.answers import Columns
+from deebert.predict.folder_out import Folder
+from deebert.predict.long_job import GOES_ON
+from deebert.predict.rows import Row
+from deebert.predict.rows_out import Layout
+from deebert.predict.work import PredictOptions
 
 if TYPE_CHECKING:
-    from deebert.classifier import CalibratedPoint, EarlyExitClassifier
+    from deebert.exits.calibration import CalibratedPoint
     from deebert.hub.saved_folder import Saved
 
-COUNTED = (*OF_A_PART, "bytes")
+COUNTED = (*answers.COUNTED, "bytes")  # the counts of a block
 RETRIES = 3  # of a block whose worker has died
+FILE = "file"  # the column of the output that names a row's file, beside its number there
 
 
-def predict(options: PredictOptions) -> None:
-    """The command.
+@dataclass(frozen=True)
+class File:
+    """A file of the input and the work on its rows, in values that can be sent to other machines.
+
+    Attributes:
+        number: its place among the files, in the order of their names.
+        name: its path inside the input.
+        path: its absolute path.
+        kind: its format.
+        size: its size in bytes.
+        wanted: the columns that are read.
+        columns: the columns that are read as texts, and those that are written.
+        layout: how its rows are written.
+        known: the columns that can be kept, if rows may have others; else None.
+        done: the blocks that were answered before.
+    """
+
+    number: int
+    name: str
+    path: str
+    kind: str
+    size: int
+    wanted: frozenset[str]
+    columns: Columns
+    layout: Layout
+    known: frozenset[str] | None
+    done: frozenset[int] = frozenset()
+
+    def blocks(self, part_rows: int) -> Iterator[tuple[int, list[Row], int]]:
+        """Yield the blocks that are not done: their number, rows and share of the file's size."""
+        with rows_in.opened(self.path, self.kind) as source:
+            rows, before = source.rows(self.wanted), 0
+            for number, block in enumerate(rows_in.blocks(rows, part_rows)):
+                position = source.position()
+                share = (position - before) * self.size // (source.size or 1)
+                before = position
+                if number not in self.done:
+                    yield number, block, share
+
+    def named(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a row of the output with the name of the file."""
+        return {FILE: self.name, **{renamed(name, row): value for name, value in row.items()}}
+
+
+def renamed(name: str, names: Sequence[str] | Mapping[str, Any]) -> str:
+    """Return the name of a column, or another name if it is that of the column `file`.
+
+    Args:
+        name: the name of the column.
+        names: the names of all columns, which are taken.
+    """
+    if name == FILE:
+        while name in names:
+            name = f"input_{name}"
+    return name
+
+
+def load_ray() -> Any:
+    """Import Ray, and quiet its log.
 
     Raises:
-        UserError: something that was asked for is not there, or cannot be done.
+        UserError: Ray is not installed.
     """
-    ray = _ray()
-    for name in ("workers", "threads", "part_rows"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value} must be 1 or more")
-    inputs = folder_in.files_of(options)
-    folder = Folder(Path(options.output).absolute(), folder_in.kind_of(options, inputs))
-    if folder.path.resolve().is_relative_to(Path(options.input).resolve()):
-        raise UserError(f"output={options.output} lies in the input; name another folder")
-    folder.check()
-    classifier = _classifier(options)
-    files, work = folder_in.looked_into(options, inputs, classifier, folder.kind)
-    with folder.alone():
-        job = _job(work, options, inputs)
-        asked = work.asked(folder.begin(job, options.overwrite, work.find))
-        done = folder.done()
-        files = [replace(f, done=frozenset(b for n, b in done if n == f.number)) for f in files]
-        sums = {name: sum(part[name] for part in done.values()) for name in COUNTED}
-        began, before = time.monotonic(), sums["rows"]
-        if before:
-            print(f"{before:,} rows were done before; going on with the rest", file=sys.stderr)
-
-        def now() -> dict[str, Any]:
-            rate = (sums["rows"] - before) / (time.monotonic() - began)
-            return told(sums, classifier.num_layers, rate)
-
-        try:
-            size = sum(file.size for file in files)
-            with _session(ray, options), Progress(size, sums["bytes"]) as progress:
-                for part in _answers(ray, options, files, classifier.saved, asked, folder):
-                    sums = {name: sums[name] + part[name] for name in COUNTED}
-                    progress.show(sums["bytes"], about(now()))
-        except KeyboardInterrupt:
-            print(f"\nStopped at {about(now())}; {disk.GOES_ON}", file=sys.stderr)
-            sys.exit(130)
-        folder.finish(now())
-    errors = f"; the bad ones: {Path(options.output, ERRORS)}" if sums["bad"] else ""
-    print(f"{about(now())}: {options.output}{errors}")
-
-
-def _ray() -> Any:
-    # Or Ray would send statistics of its use to its makers.
+    # Without this, Ray sends usage statistics over the network.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -95,7 +109,7 @@ def _ray() -> Any:
         raise UserError(
             f'engine=ray needs Ray ({error}): pip install "deebert[ray]", or use engine=local'
         ) from None
-    # What it does goes to its log files; here only what may be wrong.
+    # Ray has log files for the details. Only warnings are shown here.
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.WARNING)
@@ -103,39 +117,23 @@ def _ray() -> Any:
     return ray
 
 
-def _classifier(options: PredictOptions) -> "EarlyExitClassifier":
-    """The model as this process needs it: to meet the target, and to be handed to the workers."""
-    from deebert.classifier import EarlyExitClassifier
-
-    # Where commands are given there may be no GPU; a target for a speed is met by measuring here.
-    here = options.device == "cpu" or options.target_speedup is not None
-    engine = engine_of(options) if here else {}
-    return EarlyExitClassifier.from_pretrained(options.model, task=options.task, **engine)
-
-
-def _job(work: Work, options: PredictOptions, inputs: Sequence[tuple[str, Path]]) -> dict[str, Any]:
-    """What a job that goes on must have in common with the one that was begun."""
-    stats = [(name, path.stat()) for name, path in inputs]
-    return work.job | {
-        "input": str(Path(options.input).resolve()),
-        "parts": options.parts,
-        "size": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
-    }
-
-
 @contextmanager
-def _session(ray: Any, options: PredictOptions) -> Iterator[None]:
-    """A cluster: the one of RAY_ADDRESS, or processes of this machine that end with this one."""
-    if ray.is_initialized():  # by the program that this is called from
+def session(ray: Any, options: PredictOptions) -> Iterator[None]:
+    """Connect to the cluster of RAY_ADDRESS, or start processes that end with this one.
+
+    Raises:
+        UserError: no cluster answers at RAY_ADDRESS.
+    """
+    if ray.is_initialized():  # the program that calls this one has done it
         yield
         return
     address = _address()
     here: dict[str, Any] = {}
     if address == "local":
-        # Counted, not measured: as many as the workers take.
+        # The cores that the workers need, whether or not this machine has as many.
         cores = options.workers * _threads(options)
         here = {"num_cpus": cores, "include_dashboard": False}
-        # Or it would keep one for all times in the user's home.
+        # Without this, Ray leaves a token in the user's home for ever.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         ray.init(address, logging_level="ERROR", log_to_driver=False, **here)
@@ -143,7 +141,7 @@ def _session(ray: Any, options: PredictOptions) -> Iterator[None]:
         reason = first_line(error)
         raise UserError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({reason})") from None
     is_main = threading.current_thread() is threading.main_thread()
-    if is_main:  # Ray would end this process in the middle of whatever it does, with a core dump
+    if is_main:  # Ray's own handler ends the process at once, with a core dump
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -158,24 +156,39 @@ def _address() -> str:
 
 
 def _threads(options: PredictOptions) -> int:
-    """Of each worker: on this machine alone, its cores are shared out."""
+    """Return the threads of each worker. On this machine alone, its cores are shared equally."""
     if options.threads is not None:
         return options.threads
     return max(1, (os.cpu_count() or 1) // options.workers) if _address() == "local" else 1
 
 
-def _answers(
+def answer_blocks(
     ray: Any,
     options: PredictOptions,
     files: Sequence[File],
     saved: "Saved",
-    asked: "CalibratedPoint",
+    point: "CalibratedPoint",
     folder: Folder,
 ) -> Iterator[dict[str, int]]:
-    """Have all blocks answered that are not done; what is to be counted of each as it comes."""
+    """Have all blocks answered that are not done.
+
+    Args:
+        ray: the module of `load_ray`, inside a `session`.
+        options: the options of the command.
+        files: the files of the input.
+        saved: the model.
+        point: the exit rule and the thresholds.
+        folder: the output.
+
+    Yields:
+        The counts of each block as soon as it is done.
+
+    Raises:
+        UserError: a worker met a mistake of the user, or died again and again.
+    """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.target_max_block_size = 1  # every block of rows is dealt out by itself
+    context.target_max_block_size = 1  # every block of rows is handed out by itself
     packed = [{"file": pickle.dumps(file)} for file in files]
     threads = _threads(options)
     blocks = ray.data.from_items(packed, override_num_blocks=len(packed)).map_batches(
@@ -183,12 +196,13 @@ def _answers(
         fn_kwargs={"part_rows": options.part_rows},
         batch_size=1,
         batch_format="pyarrow",
-        num_cpus=0,  # they mostly wait for the workers, which may have taken all that there are
+        num_cpus=0,  # they mostly wait for the workers, which may have taken all cores
         compute=ray.data.TaskPoolStrategy(size=options.workers),
     )
     done = blocks.map_batches(
         Worker,
-        fn_constructor_args=(ray.put(saved), asked, folder, threads, engine_of(options)),
+        fn_constructor_args=(ray.put(saved), point, folder, threads),
+        fn_constructor_kwargs={"engine": engine_of(options), "modules": options.modules},
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=threads,
@@ -205,13 +219,13 @@ def _answers(
         if mistake is None and isinstance(error, died):
             mistake = UserError(
                 f"a worker has died {RETRIES + 1} times over the same rows (is there memory enough "
-                f"for workers={options.workers} and part_rows={options.part_rows}?); {disk.GOES_ON}"
+                f"for workers={options.workers} and part_rows={options.part_rows}?); {GOES_ON}"
             )
         raise mistake or error from None
 
 
 def _mistake(error: BaseException | None) -> UserError | None:
-    """The user's mistake behind what Ray says, if it is one."""
+    """Return the user's mistake that caused an error of Ray, or None."""
     while error is not None:
         if type(error) is UserError:
             return error
@@ -220,31 +234,35 @@ def _mistake(error: BaseException | None) -> UserError | None:
 
 
 def _blocks(batch: Any, part_rows: int) -> Iterator[Any]:
-    """A file -> blocks of its rows: what a reading task of Ray's does."""
+    """Yield the blocks of a file's rows; the work of Ray's tasks that read."""
     import pyarrow as pa
 
     [packed] = batch["file"].to_pylist()
     for number, rows, share in pickle.loads(packed).blocks(part_rows):
-        given = {"file": packed, "block": number, "rows": pickle.dumps(rows), "bytes": share}
-        yield pa.table({name: [value] for name, value in given.items()})
+        values = {"file": packed, "block": number, "rows": pickle.dumps(rows), "bytes": share}
+        yield pa.table({name: [value] for name, value in values.items()})
 
 
 class Worker:
-    """A process of Ray's that holds the model, answers blocks and writes their parts.
+    """A process of Ray that holds the model, answers blocks and writes their parts.
 
     Args:
-        saved: the model, in Ray's object store: this machine needs no copy of its folder.
-        threads: of the processor that it may use.
-        engine: as `EarlyExitClassifier` takes it.
+        saved: the model in Ray's object store: this machine needs no copy of its folder.
+        point: the exit rule and the thresholds.
+        folder: the output.
+        threads: the number of threads that it may use.
+        engine: the precision, runtime and device, as `EarlyExitClassifier` takes them.
+        modules: the user's modules to import first.
     """
 
     def __init__(
         self,
         saved: Any,
-        asked: "CalibratedPoint",
+        point: "CalibratedPoint",
         folder: Folder,
         threads: int,
         engine: dict[str, Any],
+        modules: Any,
     ) -> None:
         import ray
         import torch
@@ -252,26 +270,28 @@ class Worker:
         from deebert.classifier import EarlyExitClassifier
 
         torch.set_num_threads(threads)
+        import_modules(modules)
         self.key = folder.key()
         if self.key is None:
             raise UserError(
                 f"output={folder.path} cannot be seen on {socket.gethostname()}: input and output "
                 "must lie on a file system that all machines share"
             )
-        self.asked, self.folder = asked, folder
+        self.point, self.folder = point, folder
         self.classifier = EarlyExitClassifier(ray.get(saved), **engine)
 
     def __call__(self, batch: Any) -> Any:
-        """A block -> what is to be counted of it."""
+        """Answer a block and write its part; return its counts."""
         import pyarrow as pa
 
-        [given] = batch.to_pylist()
-        file: File = pickle.loads(given["file"])
-        rows = pickle.loads(given["rows"])
-        found = answers.answered(self.classifier, self.asked, rows, file.columns)
-        counts = (len(rows), len(found.bad), found.layers, more(rows, file.known), given["bytes"])
-        counted = dict(zip(COUNTED, counts, strict=True))
-        said, bad = map(file.named, found.rows), map(file.named, found.bad)
-        block = given["block"]
-        self.folder.keep(file.number, block, file.layout, [*said], [*bad], counted, self.key)
-        return pa.table({name: [value] for name, value in counted.items()})
+        [block] = batch.to_pylist()
+        file: File = pickle.loads(block["file"])
+        rows = pickle.loads(block["rows"])
+        result = answers.answered(self.classifier, self.point, rows, file.columns)
+        cut = answers.num_cut_rows(rows, file.known)
+        values = (len(rows), len(result.bad), result.layers, cut, block["bytes"])
+        counts = dict(zip(COUNTED, values, strict=True))
+        written, bad = [*map(file.named, result.rows)], [*map(file.named, result.bad)]
+        number = block["block"]
+        self.folder.keep(file.number, number, file.layout, written, bad, counts, self.key)
+        return pa.table({name: [value] for name, value in counts.items()})

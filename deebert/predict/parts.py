@@ -1,13 +1,13 @@
-"""A long piece of work, kept part by part, that goes on where it was killed.
+"""The parts of a long job with one output file. A killed job goes on after its last part.
 
-    OUTPUT.parts/job.json        what is done here, and what was found out when it began
-    OUTPUT.parts/000000.rows     a part's rows
-    OUTPUT.parts/000000.bad      and those that could not be answered
-    OUTPUT.parts/000000.json     what is known of both; a part counts once this is there
-    OUTPUT.parts/finished.json   all is joined, and only has to be moved to its place
+    OUTPUT.parts/job.json        the job, and the values that were computed when it began
+    OUTPUT.parts/000000.rows     the rows of a part
+    OUTPUT.parts/000000.bad      the rows of a part that have no answer
+    OUTPUT.parts/000000.json     the counts of a part; the part is done once this file exists
+    OUTPUT.parts/finished.json   all parts are joined, and only have to be moved to their place
 
-Every file comes whole or not at all, whenever the process or the machine stops. Knows nothing of
-models, and of rows only that they are bytes.
+Every file is whole or missing, whenever the process or the machine stops. Knows nothing of models;
+rows are bytes to it.
 """
 
 import os
@@ -21,47 +21,47 @@ from typing import Any, Self
 from filelock import FileLock
 
 from deebert.errors import UserError
-from deebert.predict import disk
+from deebert.predict import long_job
 
 JOB, FINISHED, LOCK = "job.json", "finished.json", "lock"
 JOINED, ERRORS = "joined", "errors"
-# What may lie in the folder, and may be removed from it.
+# The files that this module makes in the folder, and that it may remove from it.
 OWN = re.compile(r"(\d{6,}\.(rows|bad|json)|job\.json|finished\.json)(\.tmp)?|joined|errors|lock")
 
 
 def errors_of(output: Path) -> Path:
-    """Where the rows that could not be answered are reported."""
+    """Return the file that reports the rows without an answer."""
     return output.with_name(f"{output.name}.errors.jsonl")
 
 
 def parts_of(output: Path) -> Path:
-    """The folder of an output that is not finished."""
+    """Return the folder of the parts of an output that is not finished."""
     return output.with_name(f"{output.name}.parts")
 
 
 def check(output: Path, overwrite: bool) -> None:
-    """What can be said before any work is done.
+    """Check all about an output that can be checked before any work is done.
 
     Raises:
-        UserError: the output cannot be written there, or is there already.
+        UserError: the output cannot be written there, or exists already.
     """
     folder = parts_of(output)
-    with disk.told(output):
+    with long_job.write_errors(output):
         if not output.parent.is_dir():
-            raise disk.no_folder(output)
+            raise long_job.no_folder_error(output)
         if output.is_dir():
             raise UserError(f"output={output} is a folder; name a file")
         if folder.exists() and not (folder.is_dir() and all(map(_is_own, folder.iterdir()))):
             raise UserError(f"{folder} is in the way: not made by this program; move it away")
         if output.exists() and not overwrite and not folder.exists():
-            raise disk.is_there(output)
+            raise long_job.exists_error(output)
 
 
 class Parts:
     """The parts of an output; a context in which no other process can write them.
 
     Attributes:
-        done: what is known of the parts that are there, in their order.
+        done: the counts of the parts that are done, in their order.
     """
 
     def __init__(self, output: Path) -> None:
@@ -70,7 +70,7 @@ class Parts:
         self.lock: FileLock
 
     def __enter__(self) -> Self:
-        self.lock = disk.locked(self._file(LOCK), self.output)
+        self.lock = long_job.locked(self._file(LOCK), self.output)
         return self
 
     def __exit__(
@@ -84,12 +84,16 @@ class Parts:
             self.folder.rmdir()
 
     def ended(self, job: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Bring an end to its end that was interrupted; if it was this job's, what it had told."""
+        """Complete a `finish` that was interrupted in an earlier process.
+
+        Returns:
+            The summary of that process if it did the same job, else None.
+        """
         if not self._file(FINISHED).exists():
             return None
         finished = self._read(FINISHED)
         self._move()
-        return finished["told"] if finished["job"] == disk.plain(job) else None
+        return finished["told"] if finished["job"] == long_job.plain(job) else None
 
     def begin(
         self, job: Mapping[str, Any], overwrite: bool, find: Callable[[], Mapping[str, Any]]
@@ -97,74 +101,82 @@ class Parts:
         """Begin a job, or go on with it.
 
         Args:
-            job: what it is, in plain values; parts are of use to the same job only.
-            overwrite: begin anew, and replace the output in the end.
-            find: finds out what has to stay as it was at the first start.
+            job: the description of the job, in plain values. Only the same job can use its parts.
+            overwrite: whether to begin anew, and to replace the output in the end.
+            find: computes the values that have to stay the same in all processes of the job.
 
         Returns:
-            What was found then.
+            These values, as they were computed when the job began.
 
         Raises:
-            UserError: another job has left its parts here, or the output is there.
+            UserError: the parts of another job are here, or the output exists.
         """
         before = self._read(JOB) if self._file(JOB).exists() else None
-        # Who began by agreeing to that need not say it again to go on.
+        # A job that began with overwrite=true goes on without it.
         if self.output.exists() and not (overwrite or (before and before["overwrite"])):
-            raise disk.is_there(self.output)
+            raise long_job.exists_error(self.output)
         if before and not overwrite:
-            self._check_same(before["job"], disk.plain(job))
+            self._check_same(before["job"], long_job.plain(job))
             self._count()
             return before["found"]
-        found = dict(find())  # may take a while, or fail: only then is anything removed
+        fixed = dict(find())  # may take a while or fail, so nothing is removed before it
         self._clear()
-        self._write(JOB, disk.content({"job": job, "found": found, "overwrite": overwrite}))
-        return found
+        self._write(JOB, long_job.content({"job": job, "found": fixed, "overwrite": overwrite}))
+        return fixed
 
     def add(self, rows: bytes, bad: bytes, about: Mapping[str, Any]) -> None:
-        """Keep the next part: from here on it is done."""
+        """Write the next part. When this returns, the part is done.
+
+        Args:
+            rows: the rows.
+            bad: the rows without an answer.
+            about: the counts of the part.
+        """
         name = f"{len(self.done):06}"
-        told = {**about, "bytes": [len(rows), len(bad)]}
+        counts = {**about, "bytes": [len(rows), len(bad)]}
         self._write(f"{name}.rows", rows)
         self._write(f"{name}.bad", bad)
-        self._write(f"{name}.json", disk.content(told))
-        self.done.append(told)
+        self._write(f"{name}.json", long_job.content(counts))
+        self.done.append(counts)
 
     def finish(
         self,
         job: Mapping[str, Any],
         join: Callable[[Sequence[Path], Path], None],
-        told: Mapping[str, Any],
+        summary: Mapping[str, Any],
     ) -> None:
         """Join the parts, put the output and its errors in their places, and remove the parts.
 
         Args:
+            job: the description of the job.
             join: makes one file of many.
-            told: what `ended` gives to a process that finds all but the last step done.
+            summary: the values that `ended` returns to a process for which only the last step is
+                left.
         """
         names = [f"{number:06}" for number in range(len(self.done))]
-        with disk.told(self.folder):
+        with long_job.write_errors(self.folder):
             join([self._file(f"{name}.rows") for name in names], self._file(JOINED))
             with self._file(ERRORS).open("wb") as out:
                 for name in names:
                     with self._file(f"{name}.bad").open("rb") as content:
                         shutil.copyfileobj(content, out)
             for made in (JOINED, ERRORS):
-                disk.sync(self._file(made))
-        self._write(FINISHED, disk.content({"job": job, "told": told}))
+                long_job.sync(self._file(made))
+        self._write(FINISHED, long_job.content({"job": job, "told": summary}))
         self._move()
 
     def _move(self) -> None:
-        """The last step, which whoever finds `FINISHED` can take again."""
+        """Take the last step. Any process that sees `FINISHED` can take it again."""
         joined, errors, reported = self._file(JOINED), self._file(ERRORS), errors_of(self.output)
-        with disk.told(self.output):
+        with long_job.write_errors(self.output):
             if errors.exists() and errors.stat().st_size:
                 os.replace(errors, reported)
             elif errors.exists():
-                reported.unlink(missing_ok=True)  # of an output that is replaced now
+                reported.unlink(missing_ok=True)  # it belongs to the output that is replaced
                 errors.unlink()
             if joined.exists():
                 os.replace(joined, self.output)
-            disk.sync(self.output.parent)
+            long_job.sync(self.output.parent)
             self._clear()
             self._file(FINISHED).unlink()
 
@@ -177,19 +189,20 @@ class Parts:
                 )
 
     def _count(self) -> None:
+        """Read the counts of the parts that are done, up to the first damaged one."""
         self.done = []
         while self._file(f"{len(self.done):06}.json").exists():
             name = f"{len(self.done):06}"
-            told = self._read(f"{name}.json")
-            files = [self._file(f"{name}.{ending}") for ending in ("rows", "bad")]
-            if [file.stat().st_size if file.exists() else -1 for file in files] != told["bytes"]:
-                break  # somebody was here: it is done again
-            self.done.append(told)
+            counts = self._read(f"{name}.json")
+            files = [self._file(f"{name}.{suffix}") for suffix in ("rows", "bad")]
+            if [file.stat().st_size if file.exists() else -1 for file in files] != counts["bytes"]:
+                break  # a file was changed from outside: this part is done again
+            self.done.append(counts)
 
     def _clear(self) -> None:
-        """The job goes last: what is left when this is interrupted still says whose it is."""
+        """Remove the parts, the job's file last: it says whose the other files are."""
         self.done = []
-        with disk.told(self.folder):
+        with long_job.write_errors(self.folder):
             files = [file for file in self.folder.iterdir() if _is_own(file)]
             for file in sorted(files, key=lambda file: file.name == JOB):
                 if file.name not in (LOCK, FINISHED):
@@ -199,10 +212,10 @@ class Parts:
         return self.folder / name
 
     def _read(self, name: str) -> dict[str, Any]:
-        return disk.read(self._file(name))
+        return long_job.read(self._file(name))
 
     def _write(self, name: str, content: bytes) -> None:
-        disk.replace(self._file(name), content, self._file(f"{name}.tmp"))
+        long_job.replace(self._file(name), content, self._file(f"{name}.tmp"))
 
 
 def _is_own(file: Path) -> bool:

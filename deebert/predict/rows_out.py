@@ -1,6 +1,6 @@
-"""Rows -> CSV, JSON lines or Parquet: part by part, and the parts joined into one file.
+"""Rows written as CSV, JSON lines or Parquet: part by part, and the parts joined into one file.
 
-The same rows give the same bytes. Knows nothing of what the rows say, or where the parts lie.
+The same rows give the same bytes. Knows nothing of what the rows mean and of where the parts are.
 """
 
 import base64
@@ -18,12 +18,14 @@ from deebert.errors import UserError
 
 ENDINGS = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 SPECIAL = re.compile('[",\r\n]')
-JSON = {b"deebert": b"json"}  # a column of Parquet whose texts are JSON
+JSON = {b"deebert": b"json"}  # marks a column of a Parquet part whose texts are JSON
 
 
 def format_of(output: Path) -> str:
-    """Raises:
-    UserError: the ending says no format.
+    """Return the format that the ending of a file says.
+
+    Raises:
+        UserError: the ending is not one of a format.
     """
     if output.suffix.lower() not in ENDINGS:
         raise UserError(f"output={output}: its ending must be one of {', '.join(ENDINGS)}")
@@ -31,18 +33,18 @@ def format_of(output: Path) -> str:
 
 
 def is_free(kind: str) -> bool:
-    """May every row have columns of its own?"""
+    """Say whether every row of a format may have columns of its own."""
     return kind == "jsonl"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows are written.
+    """The way in which rows are written.
 
     Attributes:
         kind: csv, jsonl or parquet.
-        names: the columns, in their order; JSON lines write what a row has.
-        types: pyarrow's types of those columns whose types are known (for Parquet).
+        names: the columns in their order. In JSON lines a row has its own columns instead.
+        types: the pyarrow types of the columns whose types are known (for Parquet).
     """
 
     kind: str
@@ -50,7 +52,7 @@ class Layout:
     types: Mapping[str, Any]
 
     def part(self, rows: Sequence[Mapping[str, Any]]) -> bytes:
-        """Some rows; not yet a file of their own, but what `join` takes."""
+        """Return some rows as a part: not yet a complete file, but an input of `join`."""
         if self.kind == "parquet":
             return self._parquet_part(rows)
         if self.kind == "jsonl":
@@ -58,7 +60,7 @@ class Layout:
         return "".join(_csv_line(row.get(name) for name in self.names) for row in rows).encode()
 
     def join(self, parts: Sequence[Path], file: Path) -> None:
-        """One file of all parts, in their order; never more than a part in memory."""
+        """Join the parts, in their order, into one file. At most one part is in memory."""
         if self.kind == "parquet":
             self._join_parquet(parts, file)
             return
@@ -94,7 +96,7 @@ class Layout:
             with part.open("rb") as content:
                 schemas.append(parquet.read_schema(content))
         fields = [_common(name, [schema.field(name) for schema in schemas]) for name in self.names]
-        # What marks JSON texts is for us alone.
+        # The mark of JSON texts is of use for joining only.
         plain = pa.schema([field.remove_metadata() for field in fields])
         with file.open("wb") as sink, parquet.ParquetWriter(sink, plain) as out:
             for part in parts:
@@ -106,12 +108,12 @@ class Layout:
 
 
 def json_line(row: Mapping[str, Any]) -> str:
-    """A row as a line of JSON lines."""
+    """Write a row as a line of JSON lines."""
     return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:
-    """What JSON says of a value: bytes in base64, dates in ISO 8601, NaN and infinity as null."""
+    """Convert a value for JSON: bytes to base64, dates to ISO 8601, NaN and infinity to null."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -126,7 +128,7 @@ def _plain(value: Any) -> Any:
 
 
 def _csv_line(values: Any) -> str:
-    # Not csv.writer: before Python 3.13 it leaves a lone \r unquoted, which no reader takes.
+    # Before Python 3.13, csv.writer leaves a lone \r without quotes, which no reader accepts.
     return ",".join(_cell(value) for value in values) + "\n"
 
 
@@ -140,7 +142,7 @@ def _cell(value: Any) -> str:
 
 
 def _field(name: str, known: Any, values: Sequence[Any]) -> Any:
-    """A column of a part: of the type that is known, or that all its values have."""
+    """Return the field of a column of a part: of its known type, or of the type of its values."""
     import pyarrow as pa
 
     if known is not None:
@@ -158,7 +160,7 @@ def _field(name: str, known: Any, values: Sequence[Any]) -> Any:
 
 
 def _common(name: str, fields: Sequence[Any]) -> Any:
-    """A column of the whole: of the type that all parts have, else of JSON texts."""
+    """Return the field of a joined column: of the type of all parts, or else of JSON texts."""
     import pyarrow as pa
 
     kinds = {(field.type, field.metadata == JSON) for field in fields} - {(pa.null(), False)}
@@ -173,13 +175,13 @@ def _common(name: str, fields: Sequence[Any]) -> Any:
 
 
 def _fitted(table: Any, field: Any) -> Any:
-    """A part's column as the whole has it."""
+    """Convert a column of a part to the field of the joined file."""
     import pyarrow as pa
 
     column = table.column(field.name)
     if field.metadata == JSON and table.schema.field(field.name).metadata != JSON:
         return pa.chunked_array([[_as_json(v) for v in column.to_pylist()]], field.type)
-    # Whole numbers beyond 2^53 among fractions are rounded, as JSON's other readers do.
+    # Integers beyond 2^53 in a column of floats are rounded, as by other readers of JSON.
     return column.cast(field.type, safe=False)
 
 

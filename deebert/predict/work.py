@@ -1,8 +1,8 @@
-"""One run of `python -m deebert.predict`: what is asked for, and how it is done.
+"""The options of `deebert predict`, its job, and the work on one input and one output.
 
-Reads a block of rows, has it answered and keeps the answers as a part, block after block; a run
-that was killed goes on after its last part. Knows neither formats nor models: `rows_in` reads,
-`answers` answers, `rows_out` writes, and `parts` knows what lies on the disk meanwhile.
+Reads a block of rows, has the rows answered and keeps the answers as a part, block after block. A
+run that was killed goes on after its last part. Knows neither formats nor models: `rows_in` reads,
+`answers` answers, `rows_out` writes, and `parts` manages the files on the disk.
 """
 
 import hashlib
@@ -16,38 +16,47 @@ from typing import TYPE_CHECKING, Any
 
 from deebert.errors import UserError
 from deebert.options import ModelOptions, TargetOptions, engine_of, option, target_of
-from deebert.predict import disk, parts, rows_in, rows_out
-from deebert.predict.answers import Answered, Columns, answered, out_names, own_columns
+from deebert.predict import long_job, rows_in, rows_out
+from deebert.predict.answers import (
+    COUNTED,
+    Answered,
+    Columns,
+    answered,
+    num_cut_rows,
+    out_names,
+    own_columns,
+    summary,
+    summary_line,
+)
 from deebert.predict.parts import Parts
-from deebert.predict.progress import Progress
 from deebert.predict.rows import Row, Source
 
 if TYPE_CHECKING:  # torch takes seconds, and --help and most mistakes need none of it
-    from deebert.classifier import CalibratedPoint, EarlyExitClassifier
+    from deebert.classifier import EarlyExitClassifier
+    from deebert.exits.calibration import CalibratedPoint
 
-COUNTED = ("rows", "bad", "layers", "more")  # of a part
-VERSION = 1  # of what is written; parts of another one are not gone on with
+VERSION = 1  # of the files of the parts; parts of another version cannot be used
 
 
 @dataclass
 class PredictOptions(TargetOptions, ModelOptions):
-    """What is read, what is written, and how."""
+    """The options of `deebert predict`: the input, the output, and how the work is done."""
 
     input: str = option("???", "a .csv, .tsv, .jsonl or .parquet file, - for stdin; or a folder")
     output: str = option("???", "a .csv, .jsonl or .parquet file; with engine=ray a folder")
-    format: str | None = option(None, "of stdin, or of a file of another ending: csv, tsv, jsonl")
-    columns: Any = option(None, "which hold the texts: [a,b]; if not said, those of the task")
+    format: str | None = option(None, "format of stdin, or of a file of another ending: csv, ...")
+    columns: Any = option(None, "columns that hold the texts: [a,b]; null: those of the task")
     keep: Any = option("all", "columns of the input to write again: all, none or [a,b]")
-    probabilities: bool = option(False, "write those of all classes")
+    probabilities: bool = option(False, "write the probabilities of all classes")
     part_rows: int = option(8192, "rows that are answered and kept at a time")
     overwrite: bool = option(False, "begin anew, and replace an output that is there")
     engine: str = option("local", "local, or ray for many processes or machines")
-    workers: int = option(2, "of engine=ray: processes that hold the model")
-    threads: int | None = option(None, "of engine=ray: of each worker; null: a share of the cores")
-    parts: str | None = option(None, "of engine=ray: csv, jsonl or parquet; null: as the input is")
+    workers: int = option(2, "with engine=ray: processes that hold the model")
+    threads: int | None = option(None, "with engine=ray: threads of each worker; null: its share")
+    parts: str | None = option(None, "with engine=ray: csv, jsonl or parquet; null: as the input")
 
 
-# Blocks of rows -> what became of them, in their order; it may take some blocks ahead.
+# Takes blocks of rows and gives their results, in their order. It may take some blocks ahead.
 Answer = Callable[
     ["EarlyExitClassifier", "CalibratedPoint", Columns, Iterator[list[Row]]], Iterator[Answered]
 ]
@@ -55,46 +64,26 @@ Answer = Callable[
 
 def locally(
     classifier: "EarlyExitClassifier",
-    asked: "CalibratedPoint",
+    point: "CalibratedPoint",
     columns: Columns,
     blocks: Iterator[list[Row]],
 ) -> Iterator[Answered]:
-    """Block after block, in this process."""
+    """Answer block after block in this process; an `Answer`."""
     for rows in blocks:
-        yield answered(classifier, asked, rows, columns)
-
-
-def run(options: PredictOptions, answer: Answer) -> None:
-    """Read, have it answered, and write.
-
-    Args:
-        answer: answers the blocks of rows, as `locally` does.
-    """
-    output = Path(options.output)
-    kind = rows_out.format_of(output)
-    if options.part_rows < 1:
-        raise UserError(f"part_rows={options.part_rows} must be 1 or more")
-    from_file = options.input != rows_in.STDIN and Path(options.input).exists()
-    if from_file and output.exists() and output.samefile(options.input):
-        raise UserError(f"output={output} is the input; name another file")
-    parts.check(output, options.overwrite)
-    with rows_in.opened(options.input, options.format) as source:
-        from deebert.classifier import EarlyExitClassifier
-
-        classifier = EarlyExitClassifier.from_pretrained(
-            options.model, task=options.task, **engine_of(options)
-        )
-        columns = chosen_columns(options, source, classifier.task.columns, rows_out.is_free(kind))
-        work = Work(options, source, classifier, columns)
-        with Parts(output) as kept:
-            done = kept.ended(work.job) or work.do(kept, answer)
-    errors = f"; the bad ones: {parts.errors_of(output)}" if done["bad"] else ""
-    print(f"{about(done)}: {output}{errors}")
+        yield answered(classifier, point, rows, columns)
 
 
 @dataclass
 class Work:
-    """What one run of the command does."""
+    """The work on one input.
+
+    Attributes:
+        options: the options of the command.
+        source: the input.
+        classifier: the model.
+        columns: the columns that are read and written.
+        pending: the notes on the blocks that are read and not yet answered.
+    """
 
     options: PredictOptions
     source: Source
@@ -104,7 +93,10 @@ class Work:
 
     @property
     def job(self) -> dict[str, Any]:
-        """What parts must have in common; not the time of the input, whose rows are compared."""
+        """The values that all parts have in common.
+
+        The time of the input is not among them: its rows are compared instead.
+        """
         options, saved, stdin = self.options, self.classifier.saved, rows_in.STDIN
         return {
             "version": VERSION,
@@ -128,52 +120,63 @@ class Work:
 
     @property
     def known(self) -> frozenset[str] | None:
-        """The columns that can be kept, where rows may have more, which are left out."""
+        """The columns that can be kept, if rows may have others; else None."""
         cut = self.options.keep == "all" and self.columns.kept is not None and self.source.free
         return frozenset(self.source.names) if cut else None
 
     def do(self, kept: Parts, answer: Answer) -> dict[str, Any]:
-        """Go on after the parts that are there, to the end; what there is to say of it."""
-        asked = self.asked(kept.begin(self.job, self.options.overwrite, self.find))
+        """Answer all rows that are not done yet, and finish the output.
+
+        Args:
+            kept: the parts, of which some may be done.
+            answer: answers the blocks of rows.
+
+        Returns:
+            The summary of all rows.
+        """
+        point = self.point(kept.begin(self.job, self.options.overwrite, self.find))
         layout = self.layout(rows_out.format_of(kept.output))
         blocks = rows_in.blocks(self.source.rows(self.wanted), self.options.part_rows)
         before = self._pass_over(blocks, kept)
         num_layers = self.classifier.num_layers
-        began, now = time.monotonic(), told(_counted(kept), num_layers)
+        began, now = time.monotonic(), summary(_sums(kept), num_layers)
         try:
-            with Progress(self.source.size, self.source.position()) as progress:
-                for each in answer(self.classifier, asked, self.columns, self._noted(blocks)):
-                    noted = self.pending.popleft()
-                    position = noted.pop("position")
-                    noted |= {"bad": len(each.bad), "layers": each.layers}
+            with long_job.Progress(self.source.size, self.source.position()) as progress:
+                for each in answer(self.classifier, point, self.columns, self._noted(blocks)):
+                    note = self.pending.popleft()
+                    position = note.pop("position")
+                    note |= {"bad": len(each.bad), "layers": each.layers}
                     bad = "".join(map(rows_out.json_line, each.bad))
-                    kept.add(layout.part(each.rows), bad.encode(), noted)
-                    sums = _counted(kept)
+                    kept.add(layout.part(each.rows), bad.encode(), note)
+                    sums = _sums(kept)
                     rate = (sums["rows"] - before) / (time.monotonic() - began)
-                    now = told(sums, num_layers, rate)
-                    progress.show(position, about(now))
+                    now = summary(sums, num_layers, rate)
+                    progress.show(position, summary_line(now))
         except KeyboardInterrupt:
-            print(f"\nStopped at {about(now)}; {disk.GOES_ON}", file=sys.stderr)
+            print(f"\nStopped at {summary_line(now)}; {long_job.GOES_ON}", file=sys.stderr)
             sys.exit(130)
         kept.finish(self.job, layout.join, now)
         return now
 
     def find(self) -> dict[str, Any]:
-        """The rule and thresholds: a target met by measuring is never met twice the same."""
-        asked = self.classifier.calibrate(**target_of(self.options))
-        return {"rule": asked.rule.name, **asked.rule.fit, "thresholds": asked.thresholds}
+        """Return the rule and the thresholds for the target, in plain values.
 
-    def asked(self, found: Mapping[str, Any]) -> "CalibratedPoint":
-        """What was found at the first start, as the classifier takes it."""
-        from deebert.classifier import CalibratedPoint
+        They are kept with the parts: a target that needs measuring gives others every time.
+        """
+        point = self.classifier.calibrate(**target_of(self.options))
+        return {"rule": point.rule.name, **point.rule.fit, "thresholds": point.thresholds}
+
+    def point(self, values: Mapping[str, Any]) -> "CalibratedPoint":
+        """Return the rule and the thresholds that `find` gave in plain values."""
         from deebert.exits import rules
+        from deebert.exits.calibration import CalibratedPoint
 
-        rule = rules.named(found["rule"], self.classifier.task.num_labels)
-        rule = rule.fitted(found["temperatures"], found.get("prior"))
-        return CalibratedPoint(rule, found["thresholds"], self.job["target"])
+        rule = rules.named(values["rule"], self.classifier.task.num_labels)
+        rule = rule.fitted(values["temperatures"], values.get("prior"))
+        return CalibratedPoint(rule, values["thresholds"], self.job["target"])
 
     def layout(self, kind: str) -> rows_out.Layout:
-        """What is written in a format."""
+        """Return the layout of the output in a format."""
         labels, of_input = self.classifier.labels, self.source.types
         own = own_columns(labels, self.columns.probabilities)
         kept = out_names(self.columns.kept or (), own)
@@ -187,10 +190,15 @@ class Work:
         return rows_out.Layout(kind, ("row", *kept.values(), *own[1:]), types)
 
     def _pass_over(self, blocks: Iterator[list[Row]], kept: Parts) -> int:
-        """Read what is done: a hundredth of the work, and it shows whether the rows are the same.
+        """Read the blocks that are done, to check that their rows are still the same.
+
+        This takes a hundredth of the time that answering them took.
 
         Returns:
-            How many rows there were.
+            The number of rows in these blocks.
+
+        Raises:
+            UserError: the rows have changed.
         """
         for part in kept.done:
             if _digest(next(blocks, [])) != part["digest"]:
@@ -198,52 +206,45 @@ class Work:
                     f"input={self.options.input} has changed: {kept.folder} holds answers to other "
                     "rows; begin anew (overwrite=true)"
                 )
-        before = _counted(kept)["rows"]
+        before = _sums(kept)["rows"]
         if before:
             print(f"{before:,} rows were done before; going on from there", file=sys.stderr)
         return before
 
     def _noted(self, blocks: Iterator[list[Row]]) -> Iterator[list[Row]]:
-        """The blocks, with what is to be known of each when its answers come."""
+        """Yield the blocks, and add a note on each to `pending`."""
         known = self.known
         for rows in blocks:
-            noted = {"rows": len(rows), "digest": _digest(rows), "more": more(rows, known)}
-            self.pending.append(noted | {"position": self.source.position()})
+            note = {"rows": len(rows), "digest": _digest(rows), "more": num_cut_rows(rows, known)}
+            self.pending.append(note | {"position": self.source.position()})
             yield rows
 
 
-def more(rows: Sequence[Row], known: frozenset[str] | None) -> int:
-    """How many of the rows have columns that are left out."""
-    return 0 if known is None else sum(not known.issuperset(row.values) for row in rows)
-
-
-def _counted(kept: Parts) -> dict[str, int]:
+def _sums(kept: Parts) -> dict[str, int]:
+    """Add the counts of all parts."""
     return {name: sum(part[name] for part in kept.done) for name in COUNTED}
 
 
-def told(counted: Mapping[str, int], num_layers: int, rate: float | None = None) -> dict[str, Any]:
-    """What there is to say of rows.
-
-    Args:
-        counted: COUNTED, and more.
-        rate: rows a second.
-    """
-    good = counted["rows"] - counted["bad"]
-    saving = 1 - counted["layers"] / (good * num_layers) if good else None
-    return {**counted, "saving": saving, "rate": rate}
+def _digest(rows: Sequence[Row]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
 
 
 def chosen_columns(
     options: PredictOptions, source: Source, of_task: Sequence[str], free: bool
 ) -> Columns:
-    """Which columns are read and written.
+    """Choose the columns that are read and written.
 
     Args:
-        of_task: what they were called in training.
-        free: may every row of the output have columns of its own?
+        options: the options of the command.
+        source: the input.
+        of_task: the names that the columns of the texts had in training.
+        free: whether every row of the output may have columns of its own.
 
     Raises:
-        UserError: a column is not there, or holds no texts, or they are not as many as needed.
+        UserError: a column does not exist or holds no texts, or the number of columns is wrong.
     """
     where = f"input={options.input}"
     has = f"it has: {', '.join(source.names[:20]) or 'none'}{', ...' * (len(source.names) > 20)}"
@@ -280,24 +281,3 @@ def chosen_columns(
 
 def _listed(given: Any) -> list[str]:
     return [str(each) for each in (given if isinstance(given, list) else [given])]
-
-
-def _digest(rows: Sequence[Row]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for row in rows:
-        digest.update(repr(row).encode())
-    return digest.hexdigest()
-
-
-def about(told: Mapping[str, Any]) -> str:
-    """A line of what `told` gives."""
-    found = f"{told['rows']:,} rows"
-    if told["bad"]:
-        found += f", {told['bad']:,} of them bad"
-    if told["more"]:
-        found += f", {told['more']:,} with columns that the first ones lack (not kept)"
-    if told["rate"]:
-        found += f", {told['rate']:,.0f} rows/s"
-    if told["saving"] is not None:
-        found += f", {told['saving']:.1%} of the layers saved"
-    return found

@@ -1,20 +1,25 @@
-"""The W&B dashboard as code: python -m deebert.dashboard ENTITY/PROJECT saves it as a view.
+"""Define the W&B dashboard as code, and save it as a view of a project.
 
-Needs the extra `dashboard` and, to save, the W&B service. Knows the names that callbacks.py and
-tracking.py log, nothing else.
+`deebert dashboard project=ENTITY/PROJECT` needs the extra `dashboard` and the W&B
+service. The module knows the names of the logged values. It does not know how they are computed.
 """
 
-import argparse
-import sys
+from dataclasses import dataclass
 from typing import Any
 
 from deebert.errors import UserError, first_line
+from deebert.options import option
 
 EXTRA = "pip install 'deebert[dashboard]'"
 
 
 def workspace(entity: str, project: str) -> Any:
-    """The view: trade-off first, then the ramps over training, thresholds, exits and pictures."""
+    """Make the view: trade-off, ramps over training, thresholds, exits and plots.
+
+    Args:
+        entity: the user or team at W&B.
+        project: the name of the project.
+    """
     from wandb_workspaces.reports.v2 import LinePlot, MediaBrowser, ScatterPlot, SummaryMetric
     from wandb_workspaces.workspaces import Section, Workspace
 
@@ -38,7 +43,7 @@ def workspace(entity: str, project: str) -> Any:
         "Score against saving": [
             curve("Every run", "score"),
             curve("Every sweep, mean and deviation", "score", **grouped),
-            ScatterPlot(title="What a target gave", x=target[0], y=target[1]),
+            ScatterPlot(title="Score and saving measured for a target", x=target[0], y=target[1]),
         ],
         "Ramps over training": [
             training("Score of every ramp", metric_regex=r"val/ramp_[0-9]+/score"),
@@ -60,7 +65,7 @@ def workspace(entity: str, project: str) -> Any:
                 max_runs_to_show=1,
             )
         ],
-        "Pictures": [MediaBrowser(title="curve.png", media_keys=["curve"])],
+        "Plots": [MediaBrowser(title="curve.png", media_keys=["curve"])],
     }
     return Workspace(
         entity=entity,
@@ -70,20 +75,25 @@ def workspace(entity: str, project: str) -> Any:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns the exit code."""
-    parser = argparse.ArgumentParser("python -m deebert.dashboard", description="Save the view.")
-    parser.add_argument("place", metavar="ENTITY/PROJECT", help="e.g. my-team/deebert")
-    place = parser.parse_args(arguments).place
-    try:
-        entity, _, project = place.partition("/")
-        if not entity or not project or "/" in project:
-            raise UserError(f"{place} is no project; give ENTITY/PROJECT, e.g. my-team/deebert")
-        _save(entity, project)
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    return 0
+@dataclass
+class DashboardOptions:
+    """The options of `deebert dashboard`."""
+
+    project: str = option("???", "ENTITY/PROJECT of W&B: my-team/deebert")
+
+
+def run(options: DashboardOptions) -> None:
+    """Save the view of a project.
+
+    Raises:
+        UserError: the project has no such name, the extra is missing, or W&B does not save it.
+    """
+    entity, _, project = options.project.partition("/")
+    if not entity or not project or "/" in project:
+        raise UserError(
+            f"project={options.project} is no project; give ENTITY/PROJECT: my-team/deebert"
+        )
+    _save(entity, project)
 
 
 def _save(entity: str, project: str) -> None:
@@ -92,11 +102,7 @@ def _save(entity: str, project: str) -> None:
     except ImportError as error:
         raise UserError(f"{error}; it comes with {EXTRA}") from error
     try:
-        view.save()  # says where the view is
-    except Exception as error:  # W&B's own, gql's and requests' have no common ancestor
+        view.save()  # it prints the address of the view
+    except Exception as error:  # the errors of W&B, gql and requests have no common base class
         reason = first_line(error)
         raise UserError(f"the view was not saved, W&B says: {reason}") from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())

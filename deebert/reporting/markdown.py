@@ -1,19 +1,22 @@
-"""Texts that somebody else chose, written into Markdown as they are. Imports nothing heavy."""
+"""Write texts that somebody else chose into Markdown, so that they stay plain text or code.
+
+The module does not know what the texts mean, and imports nothing heavy.
+"""
 
 import html
 import re
 
-# What begins code, a table's cell or emphasis, and what makes a link or an image.
+# Characters that begin code, a table cell or emphasis, and the bracket of a link or an image.
 MARKS = re.compile(r"([\\`|*]|\](?=[(\[]))")
 
 
 def text(value: object) -> str:
-    """Return a text that is shown as it stands, on one line, and is never HTML or Markdown."""
+    """Return a text on one line that Markdown shows unchanged, never as HTML or Markdown."""
     one_line = " ".join(str(value).split())
     return MARKS.sub(r"\\\1", html.escape(one_line, quote=False))
 
 
 def code(value: object) -> str:
-    """Return a text as code, on one line; its own back quotes become apostrophes."""
+    """Return a text on one line as Markdown code. Its back quotes become apostrophes."""
     one_line = " ".join(str(value).split()).replace("`", "'").replace("|", "\\|")
     return f"`{one_line}`"

@@ -1,12 +1,14 @@
-"""results.json, and what is made of it: tables (terminal, Markdown), pictures and the page.
+"""Write results.json, and make the tables, the plots and the HTML report from it.
 
-Everything here can be made again from results.json alone. Knows nothing of models or data.
+Tables are for the terminal and for Markdown. All of these can be made again from results.json
+alone. The module does not know models or data.
 """
 
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,11 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from deebert.reporting import plots
-from deebert.reporting.html import page
+from deebert.reporting.html import html_report
 from deebert.reporting.markdown import text
+from deebert.reporting.results import SCHEMA, Environment, Results
 from deebert.reporting.tables import more_tables, notes, tables
 
-SCHEMA = 1
 PACKAGES = (
     "deebert",
     "torch",
@@ -34,86 +36,81 @@ PACKAGES = (
 )
 
 
-def header(config: dict[str, Any]) -> dict[str, Any]:
-    """What a run is, from its configuration, and where it ran."""
-    layers = config["backbone"].get("layers")
-    return {
-        "schema": SCHEMA,
-        "task": config["task"]["name"],
-        "backbone": config["backbone"]["name"],
-        **({"layers": layers} if layers else {}),  # only these of the pretrained ones
-        "stage": config["stage"],
-        "objective": config["objective"]["name"],
-        "ramp": config["ramp"],
-        "seed": config["seed"],
-        "metric": config["task"]["metrics"][0],
-        "environment": environment(),
-    }
+def header(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `Results` that describe a run and the machine that it ran on.
+
+    Args:
+        run: the names and numbers of the run, as `RunConfig.summary` returns them.
+    """
+    return {"schema": SCHEMA, **run, "environment": environment()}
 
 
 @cache
-def environment() -> dict[str, Any]:
-    """Versions, device, threads and the code's commit."""
+def environment() -> Environment:
+    """Return the versions, the device, the number of threads and the commit of the code."""
     versions = {}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    versions["torch"] = torch.__version__  # says which build it is, too
+    versions["torch"] = torch.__version__  # this version also names the build
     try:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git on this machine
         commit = ""
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "python": platform.python_version(),
-        "versions": versions,
-        "platform": platform.platform(),
-        "device": cuda or platform.processor() or platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "git_commit": commit or None,
-    }
+    return Environment(
+        python=platform.python_version(),
+        versions=versions,
+        platform=platform.platform(),
+        device=cuda or platform.processor() or platform.machine(),
+        cpus=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        git_commit=commit or None,
+    )
 
 
-def save_json(results: dict[str, Any], folder: Path) -> None:
+def save_json(results: Results, folder: Path) -> None:
     """Write results.json."""
-    replace_text(folder / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+    text = json.dumps(results.to_json(), indent=2, allow_nan=False)
+    replace_text(folder / "results.json", text + "\n")
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a file; a reader never sees half of it."""
+    """Write a file in one step, so that a reader never sees a part of it."""
     part = file.with_name(f"{file.name}.part")
     part.write_text(text)
     part.replace(file)
 
 
-def save(results: dict[str, Any], folder: Path) -> None:
-    """Write results.json, results.md, curve.png, report.html and, if layers were left out one by
-    one, layers.png."""
+def save(results: Results, folder: Path) -> None:
+    """Write results.json, results.md, report.html and curve.png, and layers.png if it applies.
+
+    layers.png needs the scores of the model without each of its layers.
+    """
     save_json(results, folder)
     (folder / "results.md").write_text(markdown(results))
-    (folder / "report.html").write_text(page(results), encoding="utf-8")
+    (folder / "report.html").write_text(html_report(results.to_json()), encoding="utf-8")
     plots.curve(results, title(results), folder / "curve.png")
-    if "layers" in results["analysis"]:
+    if results.headline.analysis.layers:
         plots.layers(results, title(results), folder / "layers.png")
 
 
-def show(results: dict[str, Any], folder: Path) -> None:
-    """Print the tables to the terminal."""
+def show(results: Results, folder: Path) -> None:
+    """Print the tables and notes to the terminal, and name the run folder at the end."""
     console = Console(width=None if os.isatty(1) else 140, highlight=False)
-    endless = console.options.update(max_width=1000)
+    unlimited = console.options.update(max_width=1000)
     console.print(title(results), markup=False)
-    listed = list(tables(results))
-    if "layers" in results["analysis"]:
-        listed += more_tables(results)
-    for heading, columns, rows in listed:
-        # As the table's own title it would be folded.
+    shown = list(tables(results))
+    if results.headline.analysis.layers:
+        shown += more_tables(results)
+    for heading, columns, rows in shown:
+        # rich would fold this line if it were the title of the table.
         console.print(heading, style="bold", markup=False)
         table = _table(columns, rows)
-        if console.measure(table, options=endless).maximum > console.width:
+        if console.measure(table, options=unlimited).maximum > console.width:
             table = _table(columns, rows, narrow=True)
         console.print(table)
     for note in notes(results):
@@ -122,7 +119,13 @@ def show(results: dict[str, Any], folder: Path) -> None:
 
 
 def _table(columns: list[str], rows: list[list[str]], narrow: bool = False) -> Table:
-    """A table for the terminal; narrow: its headings are folded, where rich would cut cells."""
+    """Make a table for the terminal.
+
+    Args:
+        columns: the headings.
+        rows: the cells.
+        narrow: true to fold the headings, so that rich does not cut the cells.
+    """
     table = Table(collapse_padding=narrow)
     for column, *cells in zip(columns, *rows, strict=True):
         width = max(map(len, [*column.split(), *cells])) if narrow else len(column) + 1
@@ -133,8 +136,8 @@ def _table(columns: list[str], rows: list[list[str]], narrow: bool = False) -> T
     return table
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The same tables as Markdown."""
+def markdown(results: Results) -> str:
+    """Return all tables and notes as Markdown."""
     lines = [f"# {text(title(results))}", ""]
     for heading, columns, rows in (*tables(results), *more_tables(results)):
         lines += [f"## {text(heading)}", "", _row(columns), f"|{'---:|' * len(columns)}"]
@@ -148,10 +151,7 @@ def _row(cells: list[str]) -> str:
     return f"| {' | '.join(map(text, cells))} |"
 
 
-def title(results: dict[str, Any]) -> str:
-    """What was run, in a line."""
-    cut = f" (layers {', '.join(map(str, results['layers']))})" if "layers" in results else ""
-    return (
-        f"{results['task']}, {results['backbone']}{cut}, stage {results['stage']}, "
-        f"seed {results['seed']}"
-    )
+def title(results: Results) -> str:
+    """Return one line that names the task, backbone, stage and seed of a run."""
+    kept = f" (layers {', '.join(map(str, results.layers))})" if results.layers else ""
+    return f"{results.task}, {results.backbone}{kept}, stage {results.stage}, seed {results.seed}"

@@ -1,65 +1,80 @@
-"""A multirun folder -> sweep.csv, sweep.md, sweep.png: every job in one table and one picture.
+"""Write sweep.csv, sweep.md and sweep.png, which show every job of a multirun folder.
 
-Reads only what the jobs left behind (results.json, .hydra/overrides.yaml), so it also works on an
-old folder (`python -m deebert.sweep FOLDER`) and after a failed job, when Hydra doesn't call
-`on_multirun_end`. Knows nothing of models; imports nothing heavy, as every command loads it.
+The module reads only files of the jobs (results.json, .hydra/overrides.yaml). So it also works on
+an old folder (`deebert sweep folder=FOLDER`) and after a failed job, when Hydra does
+not call `on_multirun_end`. It does not know models, and imports nothing heavy, as every command
+loads it.
 """
 
-import argparse
 import csv
 import io
 import logging
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deebert.errors import UserError
+from deebert.options import option
 from deebert.reporting.markdown import text
-from deebert.reporting.sweep_rows import COLUMNS, SOURCES, Job, Mean, jobs_of, over_seeds, rows_of
+from deebert.reporting.sweep_rows import (
+    COLUMNS,
+    SOURCE_COLUMNS,
+    Job,
+    Mean,
+    jobs_of,
+    over_seeds,
+    rows_of,
+)
 
 log = logging.getLogger(__name__)
 
-FEW = 16  # points: so many can carry their threshold in the picture and still be read
+FEW = 16  # up to this number of points, each point of the plot is labelled with its threshold
 
 
 def write(folder: Path) -> None:
-    """Write sweep.csv, sweep.md and sweep.png; a reader never sees half of one."""
+    """Write sweep.csv, sweep.md and sweep.png, each in one step.
+
+    Args:
+        folder: the multirun folder.
+    """
     from filelock import FileLock
 
-    # Jobs may end at once in several processes: the last one to write must have seen all.
+    # Jobs may end in several processes at once. With the lock, the last one to write reads all.
     with FileLock(folder / ".sweep.lock", timeout=60):
         jobs = jobs_of(folder)
-        found = rows_of(jobs)
-        _replace(folder / "sweep.csv", _csv(found).encode())
-        _replace(folder / "sweep.md", _markdown(folder.name, jobs, found).encode())
-        if drawn := [mean for mean in over_seeds(found) if mean.score is not None]:
-            _replace(folder / "sweep.png", _picture(drawn))
+        rows = rows_of(jobs)
+        _replace(folder / "sweep.csv", _csv(rows).encode())
+        _replace(folder / "sweep.md", _markdown(folder.name, jobs, rows).encode())
+        if points := [mean for mean in over_seeds(rows) if mean.score is not None]:
+            _replace(folder / "sweep.png", _plot(points))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command for a folder that is there already; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        "python -m deebert.sweep", description="Write sweep.csv, sweep.md and sweep.png."
-    )
-    parser.add_argument("folder", type=Path, help="a multirun folder, or any folder of runs")
-    folder = parser.parse_args(arguments).folder.absolute()
-    try:
-        if not folder.is_dir():
-            raise UserError(f"{folder} is not a folder; give a multirun folder (multirun/...)")
-        jobs = jobs_of(folder)
-        if all(job.results is None for job in jobs):
-            raise UserError(
-                f"{folder} holds no results: {len(jobs)} jobs, none of them finished; give a "
-                "multirun folder (multirun/...) with a results.json in each job's folder"
-            )
-        write(folder)
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+@dataclass
+class SweepOptions:
+    """The options of `deebert sweep`."""
+
+    folder: str = option("???", "a multirun folder, or any folder of runs")
+
+
+def run(options: SweepOptions) -> None:
+    """Write the summary of an existing folder.
+
+    Raises:
+        UserError: it is no folder, or no job in it has finished.
+    """
+    folder = Path(options.folder).absolute()
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give a multirun folder (folder=multirun/...)")
+    jobs = jobs_of(folder)
+    if all(job.results is None for job in jobs):
+        raise UserError(
+            f"{folder} holds no results: {len(jobs)} jobs, none of them finished; give a "
+            "multirun folder (folder=multirun/...) with a results.json in each job's folder"
+        )
+    write(folder)
     print(f"Sweep: {folder / 'sweep.md'}")
-    return 0
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
@@ -94,7 +109,7 @@ def _markdown(title: str, jobs: list[Job], rows: list[dict[str, Any]]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> Iterable[str]:
-    """Markdown, without the columns that say nothing in any row."""
+    """Yield the lines of a Markdown table, without the columns that are empty in every row."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     columns = [key for key in columns if any(row.get(key) not in (None, "") for row in rows)]
     yield f"| {' | '.join(text(column.replace('_', ' ')) for column in columns)} |"
@@ -116,10 +131,13 @@ def _cell(column: str, value: Any) -> str:
     return text(value)
 
 
-def _picture(means: list[Mean]) -> bytes:
-    """Score against saving: a line a group, with error bars where there are several seeds.
+def _plot(means: list[Mean]) -> bytes:
+    """Draw score against saving, with a line for each group and error bars over several seeds.
 
-    Against the time saved, too, where that was measured: the same line, dashed.
+    Where the time saving was measured, a dashed line shows the score against it.
+
+    Returns:
+        The content of a PNG file.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -129,7 +147,7 @@ def _picture(means: list[Mean]) -> bytes:
     lines = defaultdict(list)
     for mean in means:
         differing = (key for key in keys if len(values[key]) > 1 and mean.line.get(key, "") != "")
-        lines[", ".join(_named(key, mean.line[key]) for key in differing)].append(mean)
+        lines[", ".join(_label(key, mean.line[key]) for key in differing)].append(mean)
 
     figure = Figure(figsize=(9 if len(lines) > 1 else 7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -140,7 +158,7 @@ def _picture(means: list[Mean]) -> bytes:
         colour = colours(i if len(lines) <= 10 else i / (len(lines) - 1))
         axes.errorbar(
             savings := [100 * point.expected_saving for point in points],
-            scores := [point.score for point in points if point.score is not None],  # all have one
+            scores := [point.score for point in points if point.score is not None],  # none is None
             xerr=[100 * (p.expected_saving_spread or 0) for p in points] if several else None,
             yerr=[p.score_spread or 0 for p in points] if several else None,
             marker="osD^v"[i % 5],
@@ -163,12 +181,11 @@ def _picture(means: list[Mean]) -> bytes:
                 axes.annotate(text, (x, y), (4, 4), textcoords="offset points", fontsize=7)
     line = means[0].line
     shared = [key for key in ("task", "backbone", "stage", "exit") if len(values[key]) == 1]
-    latency_measurement = any(mean.time_saving is not None for mean in means)
+    any_timed = any(mean.time_saving is not None for mean in means)
     axes.set(
-        xlabel="expected saving (% of layers)"
-        + ("; dashed: time saving (%)" if latency_measurement else ""),
+        xlabel="expected saving (% of layers)" + ("; dashed: time saving (%)" if any_timed else ""),
         ylabel=" or ".join(dict.fromkeys(mean.line["metric"] for mean in means)),
-        title=", ".join(_named(key, line[key]) for key in shared if line[key]),
+        title=", ".join(_label(key, line[key]) for key in shared if line[key]),
     )
     axes.grid(alpha=0.3)
     if len(lines) > 1:
@@ -178,9 +195,9 @@ def _picture(means: list[Mean]) -> bytes:
     return image.getvalue()
 
 
-def _named(key: str, value: Any) -> str:
-    if key in SOURCES and len(value) > 30:
-        value = f"...{value[-27:]}"  # the end of a path tells more
+def _label(key: str, value: Any) -> str:
+    if key in SOURCE_COLUMNS and len(value) > 30:
+        value = f"...{value[-27:]}"  # the end of a path differs most
     if key in ("task", "backbone", "objective", "exit", "target_kind"):
         return str(value)
     return f"stage {value}" if key == "stage" else f"{key}={value}"
@@ -190,7 +207,3 @@ def _replace(file: Path, content: bytes) -> None:
     part = file.with_name(f".{file.name}.part")
     part.write_bytes(content)
     part.replace(file)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,7 @@
-"""The Trainer, its callbacks and loggers, the data module: built from the configuration.
+"""Building the Trainer, its callbacks and loggers, and the data module from the configuration.
 
-The only place that instantiates what a configuration names. Runs nothing.
+This is the only module that instantiates objects that a configuration names. It trains and
+evaluates nothing.
 """
 
 import logging
@@ -8,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -21,96 +21,108 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from omegaconf import DictConfig
 
 from deebert.data.datamodule import TextDataModule
-from deebert.data.tasks import HELD_OUT, Task
+from deebert.data.tasks import HELD_OUT
 from deebert.errors import UserError, first_line
 from deebert.hub.checkpoints import Checkpoint
-from deebert.models import backbones, trained_ramps
+from deebert.hub.run_config import RunConfig
+from deebert.models import backbones
 from deebert.models.early_exit import EarlyExitModel
+from deebert.models.trained_ramps import ObjectiveConfig
+from deebert.runs.config import JobConfig
 from deebert.runs.job import Job
 from deebert.training.checkpoint_io import SafeCheckpointIO
 
 log = logging.getLogger(__name__)
 
-# Lightning's advice that does not apply here.
+# Warnings of Lightning that do not apply here.
 ADVICE = (
-    "The dirpath has changed from .*",  # a resumed run writes into a folder of its own
+    "The dirpath has changed from .*",  # a resumed run writes into its own folder
     "Found .* module\\(s\\) in eval mode.*",  # module.py sets the modes deliberately
-    ".*does not have many workers.*",  # a fetched batch takes a millisecond
+    ".*does not have many workers.*",  # reading a batch takes a millisecond
     ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning #21326
-    "Be aware that when using `ckpt_path`, callbacks used .*",  # told in one line (job.py)
+    "Be aware that when using `ckpt_path`, callbacks used .*",  # inheritance.py has its own warning
     ".*number of training batches .* is smaller than the logging interval.*",
 )
 
 
 def data_module(
-    task: Task,
-    tokenizer: Any,
-    config: dict[str, Any],
-    architecture: dict[str, Any],
-    batch_size: int,
+    run: RunConfig, tokenizer: Any, architecture: dict[str, Any], batch_size: int
 ) -> TextDataModule:
-    values = config["data"]
-    longest = backbones.longest_input(architecture)
-    if values["max_length"] > longest:
+    """Return the data module for a run.
+
+    Args:
+        run: the configuration of the run.
+        tokenizer: the tokenizer of the model.
+        architecture: the settings of the backbone.
+        batch_size: the number of rows in a training batch.
+
+    Raises:
+        UserError: the inputs would be longer than the backbone allows.
+    """
+    settings, longest = run.data, backbones.longest_input(architecture)
+    if settings.max_length > longest:
         raise UserError(
-            f"data.max_length={values['max_length']}: backbone {config['backbone']['name']} takes "
+            f"data.max_length={settings.max_length}: backbone {run.backbone.name} takes "
             f"{longest} tokens at most (data.max_length)"
         )
-    unlabelled = values.get("unlabelled") or []
-    if not isinstance(unlabelled, list) or len(set(map(str, unlabelled))) < len(unlabelled):
-        raise UserError(
-            f"data.unlabelled={unlabelled} must be a list of different splits: data.unlabelled="
-            "[test]"
-        )
-    # A path that goes into a checkpoint must hold from another working directory too.
-    for place in (values, config["task"]):
-        if place.get("root"):
-            place["root"] = str(Path(place["root"]).absolute())
     return TextDataModule(
-        task,
+        run.task,
         tokenizer,
-        root=values["root"] or config["task"].get("root"),
-        max_length=values["max_length"],
-        limit_train=values["limit_train"],
-        calibration_size=values["calibration_size"],
-        unlabelled=[str(split) for split in unlabelled],
+        root=settings.root or run.task.root,
+        max_length=settings.max_length,
+        limit_train=settings.limit_train,
+        calibration_size=settings.calibration_size,
+        unlabelled=settings.unlabelled,
         batch_size=batch_size,
-        eval_batch_size=values["eval_batch_size"],
-        num_workers=values["num_workers"],
-        seed=config["seed"],
+        eval_batch_size=settings.eval_batch_size,
+        num_workers=settings.num_workers,
+        seed=run.seed,
     )
 
 
-def remember_held_out(config: dict[str, Any], data: TextDataModule) -> None:
-    """Write down which training rows no stage sees; later stages and evaluations hold to it.
+def with_held_out(run: RunConfig, data: TextDataModule) -> RunConfig:
+    """Return the configuration with the fingerprint of the held-out training rows.
+
+    No stage trains on these rows. Later stages and evaluations check that the rows are the same.
 
     Raises:
-        UserError: they are not the rows that an earlier stage left out.
+        UserError: the rows are not those that an earlier stage held out.
     """
-    values = config["data"]
-    size = data.calibration_size
-    found = data.text_fingerprint(HELD_OUT) if size else None
-    expected = values.get("calibration_rows")
-    # Older runs remember the rows by their tokens.
-    if expected and found != expected and data.fingerprint(HELD_OUT) != expected:
+    size, expected = data.calibration_size, run.data.calibration_rows
+    fingerprint = data.text_fingerprint(HELD_OUT) if size else None
+    # Older runs have a fingerprint of the tokens, not of the texts.
+    if expected and fingerprint != expected and data.fingerprint(HELD_OUT) != expected:
         raise UserError(
             f"data.root={data.root}: the training rows have changed since the checkpoint was "
             "trained, so its held-out rows can no longer be told from those it has seen; give the "
             "same data"
         )
-    values |= {"calibration_size": size, "calibration_rows": found}
+    return run.changed(data={"calibration_size": size, "calibration_rows": fingerprint})
 
 
 def trainer(
-    cfg: DictConfig, config: dict[str, Any], job: Job, kind: str, *callbacks: L.Callback
+    cfg: DictConfig, config: JobConfig, job: Job, kind: str, *callbacks: L.Callback
 ) -> L.Trainer:
-    """The Trainer with its callbacks and loggers, all writing into the run folder."""
-    # Lightning's tips and notes on absent devices have no other switch.
+    """Return the Trainer with its callbacks and loggers, all writing into the run folder.
+
+    Args:
+        cfg: the configuration, whose `trainer`, `callbacks` and `logger` blocks are instantiated.
+        config: the same configuration, typed, for the loggers.
+        job: the job that runs.
+        kind: the part of the W&B run's name that says what runs, such as `stage1`.
+        callbacks: more callbacks.
+
+    Raises:
+        UserError: an object that the configuration names cannot be made.
+    """
+    # Lightning's tips, and its notes on missing devices, cannot be turned off in another way.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    name = f"{config['task']['name']}-{config['backbone']['name']}-{kind}-seed{config['seed']}"
-    made = [instantiated(f"callbacks.{key}", v) for key, v in (cfg.get("callbacks") or {}).items()]
-    made = [callback for callback in made if callback is not None]
-    for callback in made:
+    configured = [
+        callback
+        for key, values in (cfg.get("callbacks") or {}).items()
+        if (callback := instantiated(f"callbacks.{key}", values)) is not None
+    ]
+    for callback in configured:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(job.folder / "checkpoints")
     loggers = []
@@ -118,41 +130,54 @@ def trainer(
         extra: dict[str, Any] = {"save_dir": str(job.folder)}
         if values and values["_target_"].endswith("WandbLogger"):
             group = values.get("group") or (job.sweep.name if job.sweep else None)
-            extra |= {"name": name, "group": group}
+            extra |= {"name": config.name(kind), "group": group}
         if (logger := instantiated(f"logger.{key}", values, **extra)) is not None:
             loggers.append(logger)
     if not loggers:  # LearningRateMonitor would fail
-        made = [c for c in made if not isinstance(c, LearningRateMonitor)]
+        configured = [c for c in configured if not isinstance(c, LearningRateMonitor)]
     trainer = instantiated(
         "trainer",
         {key: value for key, value in cfg.trainer.items() if key != "plugins"},
         plugins=_plugins(cfg.trainer.get("plugins")),
-        callbacks=[*made, *callbacks],
+        callbacks=[*configured, *callbacks],
         logger=loggers,
         default_root_dir=str(job.folder),
         enable_progress_bar=sys.stderr.isatty(),
     )
-    for logger in loggers:  # after all that may fail: this opens the W&B run
-        logger.log_hyperparams(config)
+    for logger in loggers:  # this opens the W&B run, so it comes after everything that may fail
+        logger.log_hyperparams(config.plain())
     return trainer
 
 
 def _plugins(given: Any) -> list[Any]:
-    """The user's, and what reads and writes checkpoints unless one of them does."""
+    """Return the user's plugins, with SafeCheckpointIO unless one of them handles checkpoints."""
     if given is None or isinstance(given, str):
-        found = [given] if given else []
+        plugins = [given] if given else []
     else:
-        made = instantiated("trainer.plugins", given) or []
-        found = made if isinstance(made, list) else [made]
-    own = [plugin for plugin in found if isinstance(plugin, CheckpointIO)]
-    for plugin in own:  # one that wraps another, as AsyncCheckpointIO
+        instances = instantiated("trainer.plugins", given) or []
+        plugins = instances if isinstance(instances, list) else [instances]
+    checkpoint_plugins = [plugin for plugin in plugins if isinstance(plugin, CheckpointIO)]
+    for plugin in checkpoint_plugins:
+        # AsyncCheckpointIO and its like wrap another plugin, which may be missing.
         if getattr(plugin, "checkpoint_io", plugin) is None:
             plugin.checkpoint_io = SafeCheckpointIO()  # type: ignore[attr-defined]
-    return found if own else [*found, SafeCheckpointIO()]
+    return plugins if checkpoint_plugins else [*plugins, SafeCheckpointIO()]
 
 
 def instantiated(flag: str, values: Any, **extra: Any) -> Any:
-    """What a block of the configuration names, or None where the user took it out."""
+    """Return the object that a block of the configuration names.
+
+    Args:
+        flag: the block's key, for error messages.
+        values: the block; empty where the user has removed it.
+        extra: more keyword arguments of the object.
+
+    Returns:
+        The object, or None if the block is empty.
+
+    Raises:
+        UserError: the object cannot be made.
+    """
     if not values:
         return None
     try:
@@ -162,8 +187,14 @@ def instantiated(flag: str, values: Any, **extra: Any) -> Any:
 
 
 def refuse_unsafe_sweep(trainer: L.Trainer, job: Job) -> None:
-    """Lightning's launcher re-runs the command line in each child, `-m` and all: every process
-    would do a sweep of its own, with other values (Lightning #16694, #18175)."""
+    """Refuse a sweep in which Lightning would start several processes by the command line.
+
+    Lightning's launcher runs the whole command line in each child process, with `-m`. Every process
+    would do its own sweep, with other values (Lightning #16694, #18175).
+
+    Raises:
+        UserError: the job is such a sweep.
+    """
     launcher = trainer.strategy.launcher
     if job.sweep and trainer.world_size > 1 and isinstance(launcher, _SubprocessScriptLauncher):
         raise UserError(
@@ -175,7 +206,11 @@ def refuse_unsafe_sweep(trainer: L.Trainer, job: Job) -> None:
 
 @contextmanager
 def closing() -> Iterator[None]:
-    """Around everything that runs: quiet, and closed whatever happens."""
+    """Silence needless warnings while the Trainer runs, and close the W&B run at the end.
+
+    Raises:
+        UserError: Lightning refuses a value of the configuration.
+    """
     with warnings.catch_warnings():
         for message in ADVICE:
             warnings.filterwarnings("ignore", message=message)
@@ -184,16 +219,16 @@ def closing() -> Iterator[None]:
         except MisconfigurationException as error:  # a wrong trainer.* or callbacks.* value
             raise UserError(first_line(error)) from error
         finally:
-            # One W&B run per job: without this all jobs of a sweep would share the first one's.
+            # Without this, all jobs of a sweep would write into the W&B run of the first job.
             wandb = sys.modules.get("wandb")
             if wandb is not None and wandb.run is not None:
                 wandb.finish()
 
 
-def warn_of_untrained_ramps(objective: dict[str, Any]) -> None:
-    """Say which ramps, from 1, no loss has reached: whoever wants to leave elsewhere may do so."""
-    if untrained := trained_ramps.untrained(objective):
-        is_last = untrained[-1] == len(objective["weights"])
+def warn_of_untrained_ramps(objective: ObjectiveConfig) -> None:
+    """Warn if the objective has trained some ramps with a weight of 0."""
+    if untrained := objective.untrained:
+        is_last = untrained[-1] == objective.num_weights
         log.warning(
             "objective.weights: nothing has trained ramp %s, so what leaves there is answered by "
             "chance%s",
@@ -203,9 +238,24 @@ def warn_of_untrained_ramps(objective: dict[str, Any]) -> None:
 
 
 def cut_layers(
-    model: EarlyExitModel, config: dict[str, Any], source: Checkpoint, flag: str, layers: list[int]
-) -> None:
-    """Leave only these layers of a checkpoint's, and write down which of the pretrained ones."""
+    model: EarlyExitModel, run: RunConfig, source: Checkpoint, flag: str, layers: list[int]
+) -> RunConfig:
+    """Keep only some layers of a model.
+
+    Args:
+        model: the model of the checkpoint. It is changed in place.
+        run: the configuration of the run.
+        source: the checkpoint that the model comes from.
+        flag: the key that the user has set, for error messages.
+        layers: the layers to keep, counted from 1 in the checkpoint's model.
+
+    Returns:
+        The configuration with the numbers that the layers have in the pretrained backbone.
+
+    Raises:
+        UserError: the layers are not those of the model (`EarlyExitModel.keep_layers`).
+    """
     model.keep_layers(layers, flag)
-    before = source.config["backbone"].get("layers")
-    config["backbone"]["layers"] = [before[layer - 1] for layer in layers] if before else layers
+    pretrained = source.config.backbone.layers
+    numbers = [pretrained[layer - 1] for layer in layers] if pretrained else layers
+    return run.changed(backbone={"layers": numbers})

@@ -1,24 +1,34 @@
-"""evaluate(cfg): score a checkpoint, or the records of one."""
+"""The evaluation of a checkpoint, or of the records of one.
+
+`evaluate` checks the configuration, runs the model over the rows once and saves the results. This
+module does not know how scores and savings are computed; `deebert.evaluation` does that.
+"""
 
 import logging
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
+import lightning as L
 from omegaconf import DictConfig
 
-from deebert.data.tasks import HELD_OUT, Task
-from deebert.errors import UserError
+from deebert.data.datamodule import TextDataModule
+from deebert.data.tasks import HELD_OUT
+from deebert.errors import UserError, unknown
 from deebert.evaluation import evaluate_records
-from deebert.evaluation.evaluate_records import EvaluationConfig
-from deebert.evaluation.run_latency import LatencyMeasurement
+from deebert.evaluation.evaluate_records import NO_ROWS
+from deebert.evaluation.split_latency import LatencyMeasurement
 from deebert.exits import calibration
-from deebert.hub import checkpoints, record_files
-from deebert.hub.checkpoints import Checkpoint, Source
+from deebert.exits.records import Record
+from deebert.hub import checkpoints
+from deebert.hub.checkpoints import Checkpoint
+from deebert.hub.record_files import RecordFolder
+from deebert.models.early_exit import EarlyExitModel
+from deebert.options import import_modules
 from deebert.reporting import report
-from deebert.runs import build, evaluation_config
-from deebert.runs.checks import check
-from deebert.runs.inheritance import complete_evaluation
-from deebert.runs.job import Job, finish, plain
+from deebert.reporting.results import Results
+from deebert.runs import build, sources
+from deebert.runs.config import EvaluateConfig
+from deebert.runs.job import Job, finish
 from deebert.training.callbacks import EarlyExitEvaluation
 from deebert.training.module import EarlyExitModule
 
@@ -26,104 +36,215 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(cfg: DictConfig) -> float | None:
-    """Score a checkpoint on a split, or records of one; returns the score that was asked for.
+    """Score a checkpoint on a split, or the records of one.
+
+    Args:
+        cfg: the configuration of evaluate.py.
+
+    Returns:
+        The score for a sweeper (`job.finish`); None in all processes but the first, and without
+        labels.
 
     Raises:
-        UserError: a mistake in the configuration or the data.
+        UserError: the configuration or the data has a mistake.
     """
     job = Job.current()
     job.refuse_used_folder()
-    source = complete_evaluation(cfg, job)
-    config = plain(cfg)
-    check(config)
-    evaluation_config.check(config, job.said)
-    task = Task.from_config(config["task"])
-    score = None
-    if config.get("exit") and (score := build.instantiated("exit", cfg.exit.score)) is None:
-        raise UserError("exit.score=null must name a function (exit.score._target_=...)")
-    asked = evaluation_config.asked(config, task, score)
-    build.warn_of_untrained_ramps(source.config["objective"])
-    if not isinstance(source, Checkpoint):
-        return _evaluate_records(config, task, asked, source, job)
-    model = source.model()
-    if config["layers"] is not None:
-        build.cut_layers(model, config, source, "layers", config["layers"])
-    learned = model.ramp_kind.predicts is not None
-    trained = source.ramps_trained
-    evaluation_config.check_model(asked, config, len(model.ramps), learned=learned, trained=trained)
-    data = build.data_module(task, source.tokenizer(), config, source.architecture, 1)
-    if config["split"]:
-        data.eval_splits = (config["split"],)
-    elif not data.eval_splits:
-        data.eval_splits = task.test
-    chosen_on = evaluation_config.calibration_split(config, data, source)
-    if chosen_on == HELD_OUT:
-        build.remember_held_out(config, data)
-    if chosen_on:
-        data.eval_splits = (*data.eval_splits, chosen_on)
-    for split in data.eval_splits:
-        data.tokens(split)
-        if split in (task.train, *data.unlabelled):
-            log.warning("split=%s: the model was trained on these rows", split)
-    if asked.target and config["calibration"] != "auto":  # auto may yet choose other rows
-        named = chosen_on or data.eval_splits[0]
-        columns = data.tokens(named)
-        labelled = "label" in columns.column_names
-        calibration.check(len(columns), labelled, named, task, asked.rule, asked.target)
-    kept = source.config | {key: config[key] for key in ("task", "data", "backbone")}
-    module = EarlyExitModule(model, kept, source.tokenizer_files)
-    ckpt = checkpoints.lasting(str(config["ckpt"]))
-    callback = EarlyExitEvaluation(None, asked, chosen_on, config["analysis"], ckpt)
-    protocol = evaluation_config.protocol(config)
-    if protocol and str(config["trainer"]["precision"]) not in ("32-true", "32"):
-        raise UserError(
-            f"trainer.precision={config['trainer']['precision']} with timing=: leave it out; what "
-            "is timed has its own (precision=bfloat16)"
-        )
+    import_modules(cfg.get("modules"))
+    source = sources.complete_evaluation(cfg, job)
+    config = EvaluateConfig.from_hydra(cfg, source.config, job)
+    build.warn_of_untrained_ramps(source.config.objective)
+    at_threshold = config.threshold is not None and source.ramps_trained
+    if isinstance(source, RecordFolder):
+        _evaluate_records(config, source, job)
+        return finish(True, job, at_threshold=at_threshold)
+    assert isinstance(source, Checkpoint)
+    model, config = _model(config, source)
+    data = build.data_module(config.run, source.tokenizer(), source.architecture, 1)
+    calibration_split = _choose_splits(config, data, source)
+    if calibration_split == HELD_OUT:
+        config = replace(config, run=build.with_held_out(config.run, data))
+    _read_rows(config, data, calibration_split)
+    module = EarlyExitModule(model, config.run, source.tokenizer_files)
+    ckpt = checkpoints.lasting(str(config.ckpt))
+    callback = EarlyExitEvaluation(
+        None, config.evaluation, calibration_split, config.analysis, ckpt
+    )
     with build.closing():
         trainer = build.trainer(cfg, config, job, "evaluate", callback)
         build.refuse_unsafe_sweep(trainer, job)
-        for flag, wanted in (("analysis", config["analysis"]), ("timing", protocol)):
-            if wanted and trainer.world_size > 1:
-                raise UserError(f"{flag}= looks at all rows in one process: trainer.devices=1")
-        if protocol:
-            latency_measurement = LatencyMeasurement(
-                model, task, data, protocol, trainer.strategy.root_device
-            )
-            callback.evaluation_config = asked = latency_measurement.with_costs(
-                asked, data.eval_splits[0]
-            )
-            callback.timed = partial(latency_measurement.timed, asked)
+        _check_devices(trainer, config)
+        _add_timing(callback, trainer, config, model, data)
         trainer.test(module, datamodule=data, verbose=False)
-    at_threshold = config["threshold"] is not None and trained
     return finish(trainer.is_global_zero, job, at_threshold=at_threshold)
 
 
-def _evaluate_records(
-    config: dict[str, Any], task: Task, asked: EvaluationConfig, source: Source, job: Job
-) -> float | None:
-    """The same from saved logits: neither model nor data is needed."""
-    if job.said("logger"):
-        log.warning("record= asks without a run that could be logged: logger= is left out")
-    found = [record_files.load(file)[0] for file in record_files.files(source.path, ".")]
-    found.sort(key=lambda record: task.order(record.split))
-    wanted = config["split"]
-    named = HELD_OUT if config["calibration"] in ("auto", "heldout") else config["calibration"]
-    held_out = next((r for r in found if r.split == named and r.split != wanted), None)
+def _model(config: EvaluateConfig, source: Checkpoint) -> tuple[EarlyExitModel, EvaluateConfig]:
+    """Return the model of the checkpoint, cut to `layers=`, and the configuration with its layers.
+
+    Raises:
+        UserError: the evaluation does not fit the model.
+    """
+    model = source.model()
+    if config.layers is not None:
+        run = build.cut_layers(model, config.run, source, "layers", config.layers)
+        config = replace(config, run=run)
+    learned = model.ramp_kind.predicts is not None
+    config.check_model(len(model.ramps), learned=learned, trained=source.ramps_trained)
+    return model, config
+
+
+def _choose_splits(config: EvaluateConfig, data: TextDataModule, source: Checkpoint) -> str | None:
+    """Set the splits that the model runs over.
+
+    Returns:
+        The split that thresholds are chosen on, or None if it is not another one than the reported
+        split.
+
+    Raises:
+        UserError: there is no such split.
+    """
+    if config.split:
+        data.eval_splits = (config.split,)
+    elif not data.eval_splits:
+        data.eval_splits = config.run.task.test
+    calibration_split = _calibration_split(config, data, source)
+    if calibration_split:
+        data.eval_splits = (*data.eval_splits, calibration_split)
+    return calibration_split
+
+
+def _calibration_split(
+    config: EvaluateConfig, data: TextDataModule, source: Checkpoint
+) -> str | None:
+    """Return the split that thresholds are chosen on, if it differs from the reported split.
+
+    Args:
+        config: the configuration.
+        data: the data module; its evaluated splits are the reported ones.
+        source: the checkpoint that is evaluated.
+
+    Returns:
+        The name of the split, or None if there is no target or the thresholds are cross-fitted.
+
+    Raises:
+        UserError: there is no such split, or it is the reported one.
+    """
+    place = config.calibration
+    if place == "crossfit" or config.evaluation.target is None:
+        return None
+    if place not in ("auto", "heldout"):
+        splits = [*data.task.validation, *data.task.test]
+        if place not in splits:  # the training split is left out: ramps were fitted on it
+            choices = ["auto", "heldout", "crossfit", *splits]
+            raise unknown("calibration", place, choices, "calibration")
+        if place in data.eval_splits:
+            raise UserError(
+                f"calibration={place} is the reported split itself: use "
+                "calibration=crossfit, or report another (split=...)"
+            )
+        return place
+    # The rows of another task (ax with an MNLI checkpoint) have no held-out part.
+    is_same_task = config.run.task.name == source.config.task.name
+    if is_same_task and HELD_OUT not in data.eval_splits and data.calibration_size:
+        return HELD_OUT
+    if place == "heldout":
+        raise UserError(NO_ROWS.format(place))
+    return None
+
+
+def _read_rows(config: EvaluateConfig, data: TextDataModule, calibration_split: str | None) -> None:
+    """Read and tokenize the rows of all splits, and check those that thresholds are chosen on.
+
+    Raises:
+        UserError: a split cannot be read, or its rows do not fit the target.
+    """
+    for split in data.eval_splits:
+        data.tokens(split)
+        if split in (data.task.train, *data.unlabelled):
+            log.warning("split=%s: the model was trained on these rows", split)
+    target, rule = config.evaluation.target, config.evaluation.rule
+    if target and config.calibration != "auto":  # auto may choose other rows later
+        split = calibration_split or data.eval_splits[0]
+        columns = data.tokens(split)
+        labelled = "label" in columns.column_names
+        calibration.check(len(columns), labelled, split, data.task, rule, target)
+
+
+def _check_devices(trainer: L.Trainer, config: EvaluateConfig) -> None:
+    """Check that one process sees all rows, if the evaluation needs that.
+
+    Raises:
+        UserError: the Trainer has several processes.
+    """
+    for flag, is_on in (("analysis", config.analysis), ("timing", config.protocol)):
+        if is_on and trainer.world_size > 1:
+            raise UserError(f"{flag}= looks at all rows in one process: trainer.devices=1")
+
+
+def _add_timing(
+    callback: EarlyExitEvaluation,
+    trainer: L.Trainer,
+    config: EvaluateConfig,
+    model: EarlyExitModel,
+    data: TextDataModule,
+) -> None:
+    """Let the callback measure latency, if the configuration asks for it."""
+    if not config.protocol:
+        return
+    measurement = LatencyMeasurement(
+        model, data.task, data, config.protocol, trainer.strategy.root_device
+    )
+    evaluation = measurement.with_costs(config.evaluation, data.eval_splits[0])
+    callback.evaluation_config = evaluation
+    callback.timed = partial(measurement.timed, evaluation)
+
+
+def _evaluate_records(config: EvaluateConfig, source: RecordFolder, job: Job) -> None:
+    """Score the records of a checkpoint. Neither the model nor the data is needed.
+
+    Args:
+        config: the configuration.
+        source: the records.
+        job: the job that runs.
+
+    Raises:
+        UserError: no record fits the configuration, or the records do not fit together.
+    """
+    if job.is_set("logger"):
+        log.warning("record= starts no run that could be logged: logger= is left out")
+    reported, held_out = _choose_records(config, source)
+    learned, trained = reported[0].learned_score_NL is not None, source.ramps_trained
+    config.check_model(reported[0].num_layers, learned=learned, trained=trained)
+    if len({record.logits_NLC.shape[1:] for record in source.records}) > 1:
+        raise UserError(f"record={config.record}: its records have different numbers of ramps")
+    evaluated = evaluate_records.evaluate_records(
+        reported, config.run.task, config.evaluation, held_out, trained=trained
+    )
+    header, record = report.header(source.config.summary()), checkpoints.lasting(str(config.record))
+    report.save(Results(**header, record=record, **vars(evaluated)), job.folder)
+
+
+def _choose_records(
+    config: EvaluateConfig, source: RecordFolder
+) -> tuple[list[Record], Record | None]:
+    """Return the records that are reported, and the one that thresholds are chosen on.
+
+    Raises:
+        UserError: there is no record of the split.
+    """
+    records = sorted(source.records, key=lambda record: config.run.task.order(record.split))
+    split, place = config.split, config.calibration
+    calibration_split = HELD_OUT if place in ("auto", "heldout") else place
+    held_out = None
+    if calibration_split != split:
+        held_out = next((r for r in records if r.split == calibration_split), None)
     reported = [
-        r for r in found if (r.split == wanted if wanted else r.split not in (HELD_OUT, named))
+        record
+        for record in records
+        if (record.split == split if split else record.split not in (HELD_OUT, calibration_split))
     ]
     if not reported:
-        splits = ", ".join(record.split for record in found)
-        raise UserError(f"split={wanted}: {source.path} has records of: {splits} (split=...)")
-    learned, trained = reported[0].learned_score_NL is not None, source.ramps_trained
-    num_layers = reported[0].num_layers
-    evaluation_config.check_model(asked, config, num_layers, learned=learned, trained=trained)
-    if len({record.logits_NLC.shape[1:] for record in found}) > 1:
-        raise UserError(f"record={config['record']}: its records have different numbers of ramps")
-    header = report.header(source.config)
-    answer = evaluate_records.evaluate_records(reported, task, asked, held_out, trained=trained)
-    results = header | {"record": checkpoints.lasting(str(config["record"]))} | answer
-    report.save(results, job.folder)
-    at_threshold = config["threshold"] is not None and trained
-    return finish(True, job, at_threshold=at_threshold)
+        splits = ", ".join(record.split for record in records)
+        raise UserError(f"split={split}: {source.path} has records of: {splits} (split=...)")
+    return reported, held_out

@@ -1,48 +1,59 @@
-"""A job of Hydra: its folder, the keys on its command line, its configuration and its outcome."""
+"""A job of Hydra: its folder, the keys on its command line, and its score.
+
+This module does not know training or evaluation. It reads the score from results.json.
+"""
 
 import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
 
 from deebert.errors import UserError
 from deebert.reporting import report
-from deebert.runs import ranks
+from deebert.reporting.results import Results
+from deebert.runs import signals
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Job:
-    """Where Hydra lets this job write, and what the user said on the command line."""
+    """The folder of a job, and the keys that the user has set on the command line.
+
+    Attributes:
+        folder: the run folder.
+        explicit: the keys of the overrides, such as "task" or "stages.2.lr". An experiment also
+            sets "ramp".
+        sweep: the folder of the multirun, or None in a single run.
+    """
 
     folder: Path
-    explicit: frozenset[str]  # keys of the overrides, "task", "stages.2.lr"; of an experiment ramp
-    sweep: Path | None  # the multirun's folder, None in a single run
+    explicit: frozenset[str]
+    sweep: Path | None
 
     @classmethod
     def current(cls) -> "Job":
+        """Return the job that Hydra runs now."""
         hydra = HydraConfig.get()
         keys = {override.partition("=")[0].lstrip("+~") for override in hydra.overrides.task}
         if "experiment" in keys:
-            keys.add("ramp")  # part of what it stands for, as its stages are
+            keys.add("ramp")  # an experiment names a ramp, which wins over the checkpoint's ramp
         sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
         return cls(Path(hydra.runtime.output_dir), frozenset(keys), sweep)
 
     def refuse_used_folder(self) -> None:
-        """A run folder is never reused: its results would no longer belong to its weights.
+        """Refuse a run folder that another run has used.
+
+        In a reused folder, the results would no longer belong to the weights.
 
         Raises:
             UserError: another run has written here.
         """
-        if not ranks.is_first():
-            return  # another process of the run that has just begun here
+        if not signals.is_first_process():
+            return  # the first process of this run may have written here already
         for name in ("results.json", "checkpoints", "csv"):
             if (self.folder / name).exists():
                 raise UserError(
@@ -50,37 +61,31 @@ class Job:
                     "folder is never reused: choose another hydra.run.dir, or leave it out"
                 )
 
-    def said(self, key: str) -> bool:
-        """Did the user set this key, or something inside it?"""
-        return any(said == key or said.startswith(f"{key}.") for said in self.explicit)
-
-
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as plain values, all references resolved."""
-    config = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(config, dict)
-    if config.get("task") is None:
-        raise UserError(
-            "task= is missing: python train.py task=mrpc stage=1; choose one of: "
-            f"{', '.join(_choices('task'))}"
-        )
-    return {str(key): value for key, value in config.items()}
-
-
-def _choices(group: str) -> list[str]:
-    return GlobalHydra.instance().config_loader().get_group_options(group)
+    def is_set(self, key: str) -> bool:
+        """Say whether the user has set this key, or a key inside it, on the command line."""
+        return any(name == key or name.startswith(f"{key}.") for name in self.explicit)
 
 
 def finish(is_global_zero: bool, job: Job, *, at_threshold: bool = False) -> float | None:
-    """What a sweeper is given: what became of a target, else full depth, or the one threshold."""
+    """Print the results of a job, and return its score for Hydra's sweepers.
+
+    Args:
+        is_global_zero: whether this is the first of all processes of the run.
+        job: the job.
+        at_threshold: whether the score is that of the curve's first threshold.
+
+    Returns:
+        The measured score of the target, if there is one; else the score at the curve's first
+        threshold or at full depth. None in other processes, without results, or without labels.
+    """
     if not is_global_zero:
         return None
-    file = job.folder / "results.json"  # with ddp_spawn all that the processes leave behind
+    file = job.folder / "results.json"  # with ddp_spawn, the processes return nothing but files
     if not file.exists():
         log.warning("nothing was evaluated; run folder: %s", job.folder)
         return None
-    results = json.loads(file.read_text())
+    results = Results.from_json(json.loads(file.read_text()))
     report.show(results, job.folder)
-    told = results["curve"][0] if at_threshold else results["exits"][-1]
-    asked = results.get("calibration", {}).get("measured") or told
-    return None if asked["score"] is None else float(asked["score"])
+    if results.calibration:
+        return results.calibration.measured.score
+    return results.headline.curve[0].score if at_threshold else results.headline.exits[-1].score

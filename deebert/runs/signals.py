@@ -1,7 +1,8 @@
-"""How a job of train.py or evaluate.py ends early: in one line, whatever it is that ends it.
+"""Signals, user errors and ranks: what a process must know before there is a Trainer.
 
-A mistake in what was asked for (exit code 2), Ctrl-C (130), or SIGTERM (143), which schedulers
-send. Imports nothing heavy, to be there before what takes seconds to import.
+A job that ends early prints one line and has its own exit code. It ends early by a user's mistake
+(exit code 2), Ctrl-C (130), or SIGTERM (143), which schedulers send. This module imports nothing
+heavy, so that it works before the slow imports are done. It does not know training or evaluation.
 """
 
 import logging
@@ -24,34 +25,45 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from deebert.errors import UserError
-from deebert.runs import ranks
 
 log = logging.getLogger(__name__)
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
-LAST_WORDS = 10.0  # seconds that processes of our own get to end
+GRACE_PERIOD = 10.0  # seconds that child processes get to end
+# The variables of Lightning, torchrun or SLURM's srun that hold a rank. LOCAL_RANK is 0 also in the
+# first process on a second machine. srun sets only SLURM_PROCID.
+RANKS = ("LOCAL_RANK", "RANK", "NODE_RANK", "SLURM_PROCID")
+
+
+def is_first_process() -> bool:
+    """Say whether this is the only process of a run, or the first one on all machines."""
+    return all(os.environ.get(name, "0") in ("0", "") for name in RANKS)
 
 
 @contextmanager
 def in_one_line(cfg: DictConfig) -> Iterator[None]:
-    """Around a job.
+    """Run a job so that a signal or a user's mistake ends it with one line.
 
-    Lightning alone would end with exit code 0 at SIGTERM, and pass it over while callbacks run.
+    Without this, Lightning would end with exit code 0 at SIGTERM, and ignore SIGTERM while
+    callbacks run.
+
+    Args:
+        cfg: the configuration of the job.
     """
     received: list[int] = []
 
     def stop(number: int, _: FrameType | None) -> None:
         received.append(number)
         if number == signal.SIGTERM and _is_one_of_many():
-            return  # Lightning stops them together, after the step that they are in
-        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once, whatever hangs
+            return  # Lightning stops all processes together, after the current step
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the job at once
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(CODES[signal.SIGTERM])
 
-    before = {number: signal.getsignal(number) for number in CODES if _is_ours(number)}
+    old_handlers = {number: signal.getsignal(number) for number in CODES if _is_ours(number)}
     try:
-        for number in before:
+        for number in old_handlers:
             signal.signal(number, stop)
         yield
     except UserError as error:
@@ -62,28 +74,35 @@ def in_one_line(cfg: DictConfig) -> Iterator[None]:
             raise
         log.debug("while it was stopped", exc_info=True)
     finally:
-        for number, handler in before.items():
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
     if received:
         _end(cfg, signal.Signals(received[0]))
 
 
 def _is_ours(number: int) -> bool:
-    """May this job answer to it? Not where it was started to pass it over (`nohup`, `&`)."""
+    """Say whether this job may handle a signal.
+
+    It may not if the job was started so that it ignores the signal (`nohup`, `&`).
+    """
     if threading.current_thread() is not threading.main_thread():
         return False
     if number == signal.SIGTERM and "SLURM_NTASKS" in os.environ:
-        return False  # Lightning's own: it may have the job queued again
+        return False  # Lightning handles it, and may put the job into the queue again
     return signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
 
 
 def _is_one_of_many() -> bool:
+    """Say whether this process is part of a distributed run."""
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def _refuse(error: UserError) -> NoReturn:
-    """In a multirun the other jobs go on; Hydra prints the line and exits with 1 at the end."""
+    """End the job with the message of a user's mistake.
+
+    In a multirun, the other jobs still run. Hydra prints the message and exits with 1 at the end.
+    """
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         raise CompactHydraException(str(error)) from None
     print(f"Error: {error}", file=sys.stderr)
@@ -91,28 +110,30 @@ def _refuse(error: UserError) -> NoReturn:
 
 
 def _end(cfg: DictConfig, number: signal.Signals) -> NoReturn:
+    """End the child processes, print one line, and exit with the code of the signal."""
     children = multiprocessing.active_children()  # trainer.strategy=ddp_spawn
     for child in children:
         child.terminate()
     for child in children:
-        child.join(LAST_WORDS)
+        child.join(GRACE_PERIOD)
         child.kill()
-    if not ranks.is_first():
-        sys.exit(0)  # at another code the first process would be killed before it has closed
-    print(f"Stopped by {number.name}{_goes_on(cfg)}", file=sys.stderr)
+    if not is_first_process():
+        sys.exit(0)  # with another code, the first process would be killed before it can finish
+    print(f"Stopped by {number.name}{_resume_hint(cfg)}", file=sys.stderr)
     sys.exit(CODES[number])
 
 
-def _goes_on(cfg: DictConfig) -> str:
+def _resume_hint(cfg: DictConfig) -> str:
+    """Return the part of the line that says how to resume the training."""
     if "resume" not in cfg:
-        return ""  # an evaluation
+        return ""  # an evaluation cannot be resumed
     folder = Path(HydraConfig.get().runtime.output_dir)
     if (folder / "checkpoints" / "last.ckpt").exists():
-        found = str(folder)
+        run = str(folder)
     elif cfg.resume:
-        found = str(cfg.resume)
+        run = str(cfg.resume)
     else:
         return "; no epoch has ended, so there is nothing yet to go on with"
-    plain = re.fullmatch(r"[\w/.:%+@-]+", found)
-    word = shlex.quote(f"resume={found}" if plain else f'resume="{found}"')
+    is_plain = re.fullmatch(r"[\w/.:%+@-]+", run)
+    word = shlex.quote(f"resume={run}" if is_plain else f'resume="{run}"')
     return f"; to go on after the last epoch that ended: python train.py {word}"

@@ -1,4 +1,7 @@
-"""Hydra's callback that keeps a multirun's summary up to date."""
+"""The callback of Hydra that writes the summary of a multirun after each job.
+
+`reporting.sweep` makes the summary. This module does not know what is in it.
+"""
 
 import logging
 from pathlib import Path
@@ -9,37 +12,39 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from deebert.reporting.sweep import write
-from deebert.runs import ranks
+from deebert.runs import signals
 
 log = logging.getLogger(__name__)
 
 
 class SweepSummary(Callback):
-    """Keeps the summary of a multirun up to date, as `hydra.callbacks.sweep`.
+    """The callback `hydra.callbacks.sweep`, which keeps the summary of a multirun up to date.
 
-    After each job, in whichever process it ran: the summary is there even if a later job fails.
+    It writes the summary after each job, in the process of the job. The summary therefore exists
+    even if a later job fails.
     """
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
-            _keep(config)
+            _write_summary(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        if _keep(config):
+        if _write_summary(config):
             log.info("sweep: %s", _folder(config) / "sweep.md")
 
 
-def _keep(config: DictConfig) -> bool:
-    """Write the summary if this is the process to do it; did it work?"""
-    if not ranks.is_first():
+def _write_summary(config: DictConfig) -> bool:
+    """Write the summary, and say whether this process has written it."""
+    if not signals.is_first_process():
         return False
     try:
         write(_folder(config))
-    except Exception as error:  # whatever it is, the job itself is well and finished
+    except Exception as error:  # a summary that fails must not fail the job, which is finished
         log.warning("no summary of the sweep: %s: %s", type(error).__name__, error)
         return False
     return True
 
 
 def _folder(config: DictConfig) -> Path:
+    """Return the folder of the multirun."""
     return Path(config.hydra.runtime.cwd) / config.hydra.sweep.dir

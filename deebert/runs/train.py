@@ -1,8 +1,13 @@
-"""train(cfg): run one of the two stages."""
+"""The training of one of the two stages.
+
+`train` reads the configuration, prepares the model and the data, runs the Trainer and validates the
+best epoch. The losses and the parameters of each stage are in `deebert.training`.
+"""
 
 import logging
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import lightning as L
 import torch
@@ -11,132 +16,224 @@ from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig
 
 from deebert.data import tokenization
-from deebert.data.tasks import Task
+from deebert.data.datamodule import TextDataModule
 from deebert.errors import UserError, first_line
-from deebert.hub import checkpoint_config
-from deebert.models import backbones, trained_ramps
+from deebert.hub.checkpoints import Checkpoint
+from deebert.hub.run_config import RunConfig
+from deebert.models import backbones
 from deebert.models.early_exit import EarlyExitModel
-from deebert.models.ramps import RampKind
-from deebert.runs import build
-from deebert.runs.checks import check
-from deebert.runs.inheritance import complete, read_teacher
-from deebert.runs.job import Job, finish, plain
-from deebert.training import objectives
+from deebert.options import import_modules
+from deebert.runs import build, sources
+from deebert.runs.config import TrainConfig
+from deebert.runs.job import Job, finish
 from deebert.training.feature_cache import FeatureCache
 from deebert.training.module import EarlyExitModule
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Start:
+    """The model that a training starts with, and what belongs to it.
+
+    Attributes:
+        model: the model.
+        tokenizer: its tokenizer.
+        tokenizer_files: the text of the tokenizer's files by file name.
+        run: the configuration of the run, with the layers that the model has kept.
+        teacher: the model that a student learns from, or None.
+        trained_ramps: the ramps before the last, counted from 0, that are trained already.
+    """
+
+    model: EarlyExitModel
+    tokenizer: Any
+    tokenizer_files: dict[str, str]
+    run: RunConfig
+    teacher: EarlyExitModel | None = None
+    trained_ramps: frozenset[int] = frozenset()
+
+
 def train(cfg: DictConfig) -> float | None:
-    """Run one stage; returns the full-depth score, for Hydra's sweepers.
+    """Run one stage.
+
+    Args:
+        cfg: the configuration of train.py.
+
+    Returns:
+        The score at full depth, for Hydra's sweepers; None in all processes but the first.
 
     Raises:
-        UserError: a mistake in the configuration or the data.
+        UserError: the configuration or the data has a mistake.
     """
     job = Job.current()
     job.refuse_used_folder()
-    source = complete(cfg, job)
-    config = plain(cfg)
-    check(config)
-    L.seed_everything(config["seed"], workers=True, verbose=False)
-    task = Task.from_config(config["task"])
-    teacher, trained = None, False
-    if source:
-        tokenizer, model = source.tokenizer(), source.model()
-        tokenizer_files = source.tokenizer_files
-        if config["teacher"] and config["resume"]:
-            teacher = read_teacher(cfg).model()
-        elif config["teacher"]:
-            teacher = source.model()
-            build.cut_layers(model, config, source, "backbone.layers", config["backbone"]["layers"])
-        kind = RampKind.from_config(config["ramp"])
-        before = replace(model.ramp_kind, predicts=kind.predicts)
-        trained = source.ramps_trained and kind == before
-        if kind != model.ramp_kind:
-            if source.ramps_trained and not trained:
-                log.info(
-                    "%s: its ramps are replaced by new ones that read %s (ramp=)",
-                    source.path,
-                    kind.reads,
-                )
-            model.new_ramps(kind)
-    else:
-        tokenizer = backbones.tokenizer(config["backbone"])
-        tokenizer_files = tokenization.files_of(tokenizer)
-        model = EarlyExitModel.from_backbone(config["backbone"], task.num_labels, config["ramp"])
+    import_modules(cfg.get("modules"))
+    source = sources.complete(cfg, job)
+    config = TrainConfig.from_hydra(cfg)
+    L.seed_everything(config.run.seed, workers=True, verbose=False)
+    start = _from_checkpoint(cfg, config, source) if source else _from_backbone(config.run)
+    _prepare_model(start, config)
+    data = _read_rows(start)
+    config = replace(config, run=build.with_held_out(start.run, data))
+    module = EarlyExitModule(start.model, config.run, start.tokenizer_files, start.teacher)
+    datamodule = _cache(data, start, config, job) if module.is_cached else data
+    with build.closing():
+        trainer = build.trainer(cfg, config, job, f"stage{config.run.stage}")
+        build.refuse_unsafe_sweep(trainer, job)
+        _check_strategy(trainer, config)
+        _fit(trainer, module, datamodule, config, source)
+        _validate_best(trainer, module, datamodule)
+    return finish(trainer.is_global_zero, job)
+
+
+def _from_backbone(run: RunConfig) -> Start:
+    """Return the start of a training on a pretrained backbone."""
+    tokenizer = backbones.tokenizer(run.backbone)
+    files = tokenization.files_of(tokenizer)
+    model = EarlyExitModel.from_backbone(run.backbone, run.task.num_labels, run.ramp)
+    return Start(model, tokenizer, files, run)
+
+
+def _from_checkpoint(cfg: DictConfig, config: TrainConfig, source: Checkpoint) -> Start:
+    """Return the start of a training on a checkpoint, with the ramps of the configuration."""
+    run, teacher = config.run, None
+    tokenizer, model = source.tokenizer(), source.model()
+    if run.teacher and config.resume:
+        teacher = sources.read_teacher(cfg).model()
+    elif run.teacher:
+        teacher, layers = source.model(), run.backbone.layers
+        assert layers is not None  # a student has no other start
+        run = build.cut_layers(model, run, source, "backbone.layers", layers)
+    kind = run.ramp_kind
+    # A ramp that only predicts something else still reads the same states.
+    is_same = kind == replace(model.ramp_kind, predicts=kind.predicts)
+    if kind != model.ramp_kind:
+        if source.ramps_trained and not is_same:
+            log.info(
+                "%s: its ramps are replaced by new ones that read %s (ramp=)",
+                source.path,
+                kind.reads,
+            )
+        model.new_ramps(kind)
+    trained: set[int] = set()
+    if source.ramps_trained and is_same:
+        untrained = {number - 1 for number in source.config.objective.untrained}
+        trained = {*range(len(model.ramps) - 1)} - untrained
+    return Start(model, tokenizer, source.tokenizer_files, run, teacher, frozenset(trained))
+
+
+def _prepare_model(start: Start, config: TrainConfig) -> None:
+    """Give the model the tokenizer's separator, and check that the objective fits the model.
+
+    Raises:
+        UserError: the tokenizer or the objective does not fit the model.
+    """
+    model, tokenizer, run = start.model, start.tokenizer, start.run
     tokenization.check(tokenizer, model.config)
-    if model.ramp_kind.reads == "pair":
+    if model.ramp_kind.reader.needs_second_text:
         model.backbone.separator = tokenizer.sep_token_id
         if tokenizer.sep_token_id is None:
-            raise UserError("ramp.reads=pair: the tokenizer has no separator; use ramp=mean")
-    wanted = objectives.build(config["objective"], config["stage"]).num_ramps
-    if wanted not in (None, len(model.ramps)):
+            reads = model.ramp_kind.reads
+            raise UserError(f"ramp.reads={reads}: the tokenizer has no separator; use ramp=mean")
+    num_weights = config.objective.num_ramps
+    if num_weights not in (None, len(model.ramps)):
         raise UserError(
-            f"objective.weights={config['objective']['weights']} has {wanted} values; of "
+            f"objective.weights={run.objective.options['weights']} has {num_weights} values; of "
             f"{len(model.ramps)} ramps each needs one"
         )
-    build.warn_of_untrained_ramps(config["objective"])
-    if len(model.ramps) < 2 and trained_ramps.trains_ramps(config["objective"]["name"]):
-        layers = config["backbone"].get("layers")
+    build.warn_of_untrained_ramps(run.objective)
+    if len(model.ramps) < 2 and run.objective.trains_ramps:
+        layers = run.backbone.layers
         cut = f" backbone.layers={layers}" if layers else ""
         raise UserError(
-            f"backbone={config['backbone']['name']}{cut} has one layer: nothing to leave early (it "
+            f"backbone={run.backbone.name}{cut} has one layer: nothing to leave early (it "
             "can be trained with stage=1 objective=final)"
         )
-    recipe = config["stages"][str(config["stage"])]
-    data = build.data_module(task, tokenizer, config, model.config, recipe["batch_size"])
-    data.prepare_data()  # a mistake in the data shows before anything is logged
+
+
+def _read_rows(start: Start) -> TextDataModule:
+    """Return the data module, with the rows read and tokenized.
+
+    Mistakes in the data are found here, before a logger starts.
+    """
+    run = start.run
+    data = build.data_module(run, start.tokenizer, start.model.config, run.recipe.batch_size)
+    data.prepare_data()
     data.train_dataloader()
-    build.remember_held_out(config, data)
-    kept = {key: config[key] for key in checkpoint_config.KEYS}
-    module = EarlyExitModule(model, kept, tokenizer_files, teacher)
-    data_source: L.LightningDataModule = data
-    if module.is_cached:
-        # Not those that are trained: they would read something else than they have learned from.
-        new = {*range(len(model.ramps) - 1)}
-        if source and trained:
-            new &= {number - 1 for number in trained_ramps.untrained(source.config["objective"])}
-            if recipe["standardize"] and not config["resume"]:
-                log.info("stages.2.standardize: ramps that are trained already go on as they are")
-        standardize = new if recipe["standardize"] else ()
-        data_source = FeatureCache(data, model, job.folder, standardize=standardize)
-    resume = str(source.path) if source and config["resume"] else None
-    with build.closing():
-        trainer = build.trainer(cfg, config, job, f"stage{config['stage']}")
-        build.refuse_unsafe_sweep(trainer, job)
-        finds_unused = "find_unused" in str(config["trainer"]["strategy"])
-        if recipe.get("layer_drop") and trainer.world_size > 1 and not finds_unused:
-            raise UserError(
-                f"stages.1.layer_drop={recipe['layer_drop']} with several devices leaves "
-                "parameters unused: say trainer.strategy=ddp_find_unused_parameters_true"
-            )
-        if resume and type(trainer.strategy).load_checkpoint is not Strategy.load_checkpoint:
-            raise UserError(
-                f"resume={config['resume']} with trainer.strategy={config['trainer']['strategy']}, "
-                "which reads checkpoints in a way of its own: use trainer.strategy=auto or ddp"
-            )
-        start = time.perf_counter()
-        try:
-            trainer.fit(module, datamodule=data_source, ckpt_path=resume, weights_only=True)
-        except (UserError, OSError, torch.OutOfMemoryError):
+    return data
+
+
+def _cache(data: TextDataModule, start: Start, config: TrainConfig, job: Job) -> FeatureCache:
+    """Return the cache of the frozen states.
+
+    Trained ramps are not standardized: they would read other features than they were trained on.
+    """
+    new_ramps = set(range(len(start.model.ramps) - 1)) - start.trained_ramps
+    standardize = config.run.recipe.standardize
+    if standardize and start.trained_ramps and not config.resume:
+        log.info("stages.2.standardize: ramps that are trained already go on as they are")
+    return FeatureCache(data, start.model, job.folder, standardize=new_ramps if standardize else ())
+
+
+def _check_strategy(trainer: L.Trainer, config: TrainConfig) -> None:
+    """Check that the Trainer's strategy can do what the configuration needs.
+
+    Raises:
+        UserError: it cannot.
+    """
+    strategy, layer_drop = config.run.trainer["strategy"], config.run.recipe.layer_drop
+    if layer_drop and trainer.world_size > 1 and "find_unused" not in str(strategy):
+        raise UserError(
+            f"stages.1.layer_drop={layer_drop} with several devices leaves "
+            "parameters unused: say trainer.strategy=ddp_find_unused_parameters_true"
+        )
+    reads_alone = type(trainer.strategy).load_checkpoint is not Strategy.load_checkpoint
+    if config.resume and reads_alone:
+        raise UserError(
+            f"resume={config.resume} with trainer.strategy={strategy}, which reads checkpoints in "
+            "a way of its own: use trainer.strategy=auto or ddp"
+        )
+
+
+def _fit(
+    trainer: L.Trainer,
+    module: EarlyExitModule,
+    datamodule: L.LightningDataModule,
+    config: TrainConfig,
+    source: Checkpoint | None,
+) -> None:
+    """Train, from the state of a checkpoint if the run is resumed.
+
+    Raises:
+        UserError: the run cannot be resumed from this checkpoint.
+    """
+    resume = str(source.path) if source and config.resume else None
+    start = time.perf_counter()
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+    except (UserError, OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if resume is None or module.is_restored:
             raise
-        except Exception as error:
-            if resume is None or module.is_restored:
-                raise
-            # What somebody's file says of optimizer, loops and callbacks fails in many ways.
-            raise UserError(
-                f"resume={config['resume']}: the run cannot be gone on with from this checkpoint "
-                f"({first_line(error)})"
-            ) from error
-        log.info("trained in %.1f s", time.perf_counter() - start)
-        best = trainer.checkpoint_callback
-        if isinstance(best, ModelCheckpoint) and best.monitor and best.best_model_path:
-            trainer.validate(
-                module,
-                datamodule=data_source,
-                ckpt_path=best.best_model_path,
-                verbose=False,
-                weights_only=True,
-            )
-    return finish(trainer.is_global_zero, job)
+        # A checkpoint with wrong states of optimizer, loops or callbacks fails in many ways.
+        raise UserError(
+            f"resume={config.resume}: the run cannot be gone on with from this checkpoint "
+            f"({first_line(error)})"
+        ) from error
+    log.info("trained in %.1f s", time.perf_counter() - start)
+
+
+def _validate_best(
+    trainer: L.Trainer, module: EarlyExitModule, datamodule: L.LightningDataModule
+) -> None:
+    """Validate the best epoch, if the checkpoint of the best epoch is kept."""
+    callback = trainer.checkpoint_callback
+    if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
+        trainer.validate(
+            module,
+            datamodule=datamodule,
+            ckpt_path=callback.best_model_path,
+            verbose=False,
+            weights_only=True,
+        )

@@ -1,12 +1,7 @@
-"""The command `python -m deebert.serve`."""
+"""The old name of the command `deebert serve`."""
 
-from deebert.options import main
-from deebert.serve.command import ServeOptions, run
+from deebert.errors import UserError
+from deebert.options import refuse
 
-if __name__ == "__main__":  # a worker process imports this file, too
-    main(
-        ServeOptions,
-        run,
-        "python -m deebert.serve",
-        "python -m deebert.serve model=RUN target_saving=0.4 port=8000",
-    )
+if __name__ == "__main__":
+    refuse(UserError("python -m deebert.serve is now: deebert serve key=value ..."))

@@ -1,6 +1,7 @@
-"""`python -m deebert.serve model=RUN`: an HTTP service that answers texts.
+"""The command `deebert serve model=RUN`: an HTTP service that answers texts.
 
-Its options, and what they contradict; `service` has what runs it.
+Defines the options of the service and checks them. Knows nothing of HTTP and of models: `server`
+runs the service.
 """
 
 import os
@@ -12,34 +13,38 @@ from deebert.options import ModelOptions, TargetOptions, option
 
 HERE = ("127.0.0.1", "::1", "localhost")  # addresses that only this machine reaches
 TOKEN = "DEEBERT_TOKEN"
-LITSERVE_TOKEN = "LIT_SERVER_API_KEY"  # its own name for one; checked by us, or it would be twice
+# LitServe checks a token of its own from this variable. `request_limits` checks it instead.
+LITSERVE_TOKEN = "LIT_SERVER_API_KEY"
 
 
 @dataclass
 class ServeOptions(TargetOptions, ModelOptions):
-    """A service. The target is for requests that say nothing of their own."""
+    """The options of the service. The target is for requests that state none themselves."""
 
     host: str = option(HERE[0], "address to listen at; 0.0.0.0 for all, which needs a token")
     port: int = option(8000, "port to listen at")
-    token: str | None = option(None, f"what requests must bring; better as {TOKEN}= before it all")
+    token: str | None = option(None, f"the secret of all requests; safer in {TOKEN}=")
     no_token: bool = option(False, "listen beyond this machine without a token")
     batch_window_ms: float = option(5.0, "how long a request waits for others to be run with it")
-    max_batch: int = option(32, "requests that are run together, at most")
+    max_batch: int = option(32, "most requests that are run together")
     workers: int = option(1, "processes that hold the model")
-    threads: int | None = option(None, "of torch in each of them")
-    max_texts: int = option(256, "texts of a request, at most")
-    max_length_chars: int = option(20_000, "characters of a text, at most")
-    max_body_bytes: int = option(2**20, "bytes of a request, at most")
-    max_waiting: int = option(1000, "requests under way, at most; others are told to come again")
+    threads: int | None = option(None, "threads of torch in each of these processes")
+    max_texts: int = option(256, "most texts of a request")
+    max_length_chars: int = option(20_000, "most characters of a text")
+    max_body_bytes: int = option(2**20, "most bytes of a request")
+    max_waiting: int = option(1000, "most requests under way; further ones get status 503")
     speedups: bool = option(
-        False, "measure first what layers cost, so that requests may ask for it"
+        False, "measure the cost of layers at the start; requests may then set target_speedup"
     )
     answer_s: float = option(300.0, "seconds that an answer may take")
-    stop_s: float = option(30.0, "seconds that a stop waits for what was taken")
+    stop_s: float = option(30.0, "seconds that a stop waits for accepted requests")
 
 
 def checked(options: ServeOptions) -> ServeOptions:
-    """The same, with the token of the environment.
+    """Check the options, and take the token from the environment if there is none among them.
+
+    Returns:
+        The same object, with its token.
 
     Raises:
         UserError: a number is out of its range, or the service would be open to the network.
@@ -72,14 +77,14 @@ def checked(options: ServeOptions) -> ServeOptions:
 
 
 def run(options: ServeOptions) -> None:
-    """Serve until told to stop (SIGTERM, or Ctrl-C).
+    """Serve until SIGTERM or Ctrl-C.
 
     Raises:
-        UserError: an option, the model or the default target is no good, or the extra is missing.
+        UserError: an option, the model or the default target is wrong, or the extra is missing.
     """
     options = checked(options)
     for package in ("litserve", "prometheus_client"):
-        if find_spec(package) is None:  # imported when it is known where to count
+        if find_spec(package) is None:  # imported later, once the folder of the metrics is set
             raise UserError(
                 f'the service needs {package}, which is not installed: pip install "deebert[serve]"'
             )

@@ -1,8 +1,8 @@
-"""The process of the service that holds the model: takes requests off a queue, and answers them.
+"""The process of the service that holds the model: it takes requests from a queue and answers them.
 
-LitServe's own loop asks its queue a thousand times a second while there is nothing to do (with a
-window of 0: without a pause) and starts a window at any time; `Together` sleeps until a request
-comes, whose window it is. Knows nothing of HTTP.
+The loop of LitServe polls its queue a thousand times a second while there is nothing to do (with a
+window of 0: without a pause), and its windows start at any time. `Together` sleeps until a request
+comes, and the window starts with that request. Knows nothing of HTTP.
 """
 
 import logging
@@ -22,7 +22,8 @@ from litserve.loops import LitLoop
 from litserve.utils import LitAPIStatus, LoopResponseType
 from starlette.responses import Response
 
-from deebert.options import engine_of, target_of
+from deebert.options import engine_of, import_modules, target_of
+from deebert.reporting.split_results import plain
 from deebert.serve.metrics import Metrics
 from deebert.serve.replies import Reply, replies
 from deebert.serve.requests import UNFIT, Answer, Limits, Refused, Request, Work, work
@@ -30,10 +31,10 @@ from deebert.serve.requests import UNFIT, Answer, Limits, Refused, Request, Work
 log = logging.getLogger(__name__)
 
 PATH = "/predict"
-# For a request, at one go. Should this process be killed while it waits, one that comes within this
-# time is handed to nobody.
+# The time of one wait for a request. If this process is killed while it waits, a request that comes
+# within this time is lost.
 WAIT_SECONDS = 1.0
-END = None  # in the queue of requests: no more will come
+END = None  # the last item in the queue of requests
 LOG_FORMAT = "%(asctime)s %(name)s: %(message)s"
 NO_SPEEDUPS = (
     "target_speedup= is not met here, since what layers cost was not measured when the service "
@@ -44,12 +45,19 @@ PACKAGES = ("deebert", "litserve", "torch", "transformers")
 
 @dataclass(frozen=True)
 class About:
-    """What a model is, for those who don't hold it.
+    """A description of the model, for processes that do not hold it.
 
     Attributes:
-        target: of requests that have none.
-        costs: what leaving at each layer costs on this machine; None where nobody may ask for a
-            speed-up, or no record says how long texts are.
+        task: the name of the task.
+        columns: the columns of the task's texts.
+        labels: the names of the classes; None for a regression.
+        layers: the number of layers.
+        exit: the name of the exit rule.
+        target: the target of requests that have none.
+        expected: the expectation for that target; None for given thresholds.
+        costs: the cost of leaving at each layer on this machine; None if requests may not set a
+            speed-up, or if there is no record that tells the lengths of texts.
+        versions: the versions of the packages.
     """
 
     task: str
@@ -64,18 +72,18 @@ class About:
 
 
 def described(options: Any) -> About:
-    """Load the model once, to see that it can be had and meets its target, and measure its costs.
+    """Load the model once to check it and its target, and measure the costs of its layers.
 
     Raises:
-        UserError: it cannot, or does not.
+        UserError: the model cannot be loaded, or cannot meet its target.
     """
     from deebert.errors import UserError
 
     classifier, target = _loaded(options), target_of(options)
-    asked = classifier.calibrate(**target)
+    point = classifier.calibrate(**target)
     if options.speedups:
         try:
-            classifier.costs  # noqa: B018 (kept)
+            classifier.costs  # noqa: B018 (the property keeps its value)
         except UserError as error:
             log.info("no request can ask for target_speedup=: %s", error)
     return About(
@@ -83,9 +91,9 @@ def described(options: Any) -> About:
         classifier.task.columns,
         classifier.labels,
         classifier.num_layers,
-        asked.rule.name,
-        dict(asked.target),
-        None if asked.expected is None else dict(asked.expected),
+        point.rule.name,
+        dict(point.target),
+        None if point.expected is None else plain(point.expected),
         vars(classifier).get("costs"),
         {package: version(package) for package in PACKAGES},
     )
@@ -98,13 +106,14 @@ def _loaded(options: Any) -> Any:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    import_modules(options.modules)
     return EarlyExitClassifier.from_pretrained(
         options.model, task=options.task, **engine_of(options)
     )
 
 
 class Predictor(litserve.LitAPI):
-    """The hooks that LitServe knows, for `Together`."""
+    """The hooks of LitServe, which `Together` calls."""
 
     def __init__(self, options: Any, about: About) -> None:
         super().__init__(
@@ -117,30 +126,35 @@ class Predictor(litserve.LitAPI):
         self.limits = Limits(options.max_texts, options.max_length_chars)
 
     def setup(self, device: str) -> None:
-        """In the process that is to hold the model."""
+        """Load the model, in the process that is to hold it."""
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
-        # Whoever stops the service with all of its processes signals this one, too;
-        # it goes on until the one that talks HTTP has all its answers.
+        # A signal to all processes of the service reaches this one, too. It goes on until the
+        # process that speaks HTTP has all its answers.
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_IGN)
         threading.Thread(target=_end_with_parent, daemon=True).start()
         self.metrics = Metrics(self.about.layers)
         self.classifier = _loaded(self.options)
-        if self.about.costs is not None:  # the same in all processes, and measured undisturbed
+        if self.about.costs is not None:
+            # Measured once for all processes, while nothing else was running.
             self.classifier.costs = self.about.costs
 
     def decode_request(self, request: Request) -> Work | Refused:
-        """The type of its argument is that of the body, for LitServe."""
+        """Check a request. LitServe takes the type of the body from the annotation.
+
+        Returns:
+            The work, or the reason why there is none.
+        """
         try:
-            found = work(request, self.limits, self.about.columns)
-            if "target_speedup" in found.target and self.about.costs is None:
+            checked = work(request, self.limits, self.about.columns)
+            if "target_speedup" in checked.target and self.about.costs is None:
                 raise Refused(UNFIT, NO_SPEEDUPS)
         except Refused as error:
             return error
-        return found
+        return checked
 
     def predict(self, works: list[Work | Refused]) -> Iterator[tuple[int, Reply]]:
-        """Replies by the place of their requests, each as soon as it is there."""
+        """Yield the replies with the places of their requests, each as soon as it is there."""
         texts = sum(len(each.texts) for each in works if isinstance(each, Work))
         self.metrics.batch(len(works), texts)
         for place, reply in replies(self.classifier, works, self.about.target):
@@ -148,13 +162,16 @@ class Predictor(litserve.LitAPI):
             yield place, reply
 
     def encode_response(self, output: Reply) -> Answer:
-        """The type of what it returns is that of the answer, for LitServe; FastAPI passes on what
-        is written already."""
+        """Return the HTTP response of a reply.
+
+        LitServe takes the type of the answer from the annotation. FastAPI passes a finished
+        response on as it is.
+        """
         return Response(output.content, output.status, media_type="application/json")  # type: ignore[return-value]
 
 
 class Together(LitLoop):
-    """Runs requests together that came within a window from the first of them."""
+    """A loop that runs requests together if they come within a window from the first of them."""
 
     def __call__(
         self,
@@ -173,7 +190,7 @@ class Together(LitLoop):
         going = True
         while going:
             taken, going = _taken(request_queue, lit_api.max_batch_size, lit_api.batch_timeout)
-            for request in taken:  # or nobody knew which requests died with this process
+            for request in taken:  # without it, requests that die with this process are unknown
                 send(request, (), LitAPIStatus.START)
             works = [lit_api.decode_request(body) for _, _, _, body in taken]
             for place, reply in lit_api.predict(works) if works else ():
@@ -181,10 +198,13 @@ class Together(LitLoop):
 
 
 def _taken(queue: Any, most: int, window: float) -> tuple[list[Any], bool]:
-    """Requests to run together, and whether more will come. The first is waited for, for a while.
+    """Take requests that are to run together from the queue.
 
-    The window is counted from when the first was sent: if it has waited for others to be run, those
-    that are there are taken, and none is waited for.
+    Waits for a while for the first one. The window starts when the first one was sent: if it had
+    to wait for an earlier batch, the requests that are there are taken at once.
+
+    Returns:
+        The requests, and whether more will come.
     """
     taken: list[Any] = []
     while len(taken) < most:

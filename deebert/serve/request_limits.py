@@ -1,7 +1,7 @@
-"""What stands between the network and the service: the token, the sizes, and what is counted.
+"""The limits on requests: the token, the sizes, the load and the time. Every request is counted.
 
-An ASGI middleware, so that a body is refused before it is read into memory and a request without
-the token before anything else is looked at. Knows nothing of texts or models.
+It is an ASGI middleware: a body that is too large is rejected before it is in memory, and a request
+without the token is rejected before anything else is checked. Knows nothing of texts and models.
 """
 
 import asyncio
@@ -20,23 +20,25 @@ from deebert.serve.requests import noted, trouble
 
 log = logging.getLogger(__name__)
 
-# Without the token: what asks whether the service lives, and the page that tells how to use it.
+# Paths that need no token: the check that the service runs, and its documentation.
 OPEN = ("/health", "/docs", "/openapi.json")
-BODY_SECONDS = 30  # for a body to come
-DROPPED = 16  # times the limit: so much of a body that is too large is read, and thrown away,
-DROP_SECONDS = 5  # for so long
+BODY_SECONDS = 30  # the time in which a body has to come
+# The rest of a body that is too large is read and discarded, up to these limits.
+DROPPED = 16  # times the largest body
+DROP_SECONDS = 5
 
 
 @dataclass(frozen=True)
 class Admission:
-    """What is let in.
+    """The limits that a request has to keep to be accepted.
 
     Attributes:
-        paths: that there are.
-        takes: path that takes a body of JSON.
-        max_body: of it, in bytes.
-        max_waiting: requests at `takes` that may be under way at once.
-        max_seconds: that each of them may take.
+        paths: the paths of the service.
+        takes: the path that takes a body of JSON.
+        max_body: the most bytes of a body.
+        max_waiting: the most requests at `takes` that may be under way at once.
+        max_seconds: the most seconds that such a request may take.
+        token: the token that requests must have; None if they need none.
     """
 
     paths: Sequence[str]
@@ -47,8 +49,8 @@ class Admission:
     token: str | None
 
 
-class TurnedAway(Exception):
-    """A request that is not let in."""
+class Rejected(Exception):
+    """The error for a request that is rejected, with its HTTP status and headers."""
 
     def __init__(self, status: int, reason: str, **headers: str) -> None:
         super().__init__(reason)
@@ -57,11 +59,12 @@ class TurnedAway(Exception):
 
 
 class RequestLimits:
-    """Lets requests in, one by one, and counts them.
+    """The middleware that accepts or rejects requests, and counts them.
 
     Attributes:
-        taken, answered: requests at `admission.takes` that were let in, and those that have all of
-            their answer.
+        taken: the number of requests at `admission.takes` that were accepted.
+        answered: the number of these whose answer was sent completely.
+        waiting: the number of requests at `admission.takes` that are under way.
     """
 
     def __init__(self, app: ASGIApp, admission: Admission, metrics: Metrics) -> None:
@@ -78,7 +81,7 @@ class RequestLimits:
         self.metrics.in_progress.inc()
         try:
             await self._pass(scope, receive, sent)
-        except TurnedAway as error:
+        except Rejected as error:
             if sent.status is None:
                 content = trouble(str(error))
                 response = Response(content, error.status, error.headers, "application/json")
@@ -89,8 +92,10 @@ class RequestLimits:
             self.metrics.request(path, sent.status or 500, time.perf_counter() - start)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises:
-        TurnedAway: it is not let in, or takes too long.
+        """Pass a request on to the application.
+
+        Raises:
+            Rejected: the request is not accepted, or takes too long.
         """
         headers = Headers(scope=scope)
         counts = scope["path"] == self.admission.takes and scope["method"] == "POST"
@@ -101,14 +106,14 @@ class RequestLimits:
             return
         self._check_room()
         _check_kind(headers)
-        self.waiting += 1  # from here on: its body takes memory, too
+        self.waiting += 1  # before the body is read, because the body takes memory, too
         try:
             body = await self._body(headers, receive)
         except BaseException:
             self.waiting -= 1
             raise
         self.taken += 1
-        # LitServe keeps an answer until its handler takes it, so that one runs on in any case.
+        # LitServe keeps an answer until the handler takes it, so the handler always runs on.
         handled = asyncio.ensure_future(self.app(scope, _replayed(body, receive), send))
         handled.add_done_callback(self._handled)
         most = self.admission.max_seconds
@@ -119,14 +124,14 @@ class RequestLimits:
             await asyncio.wait({handled})
             raise
         if not done:
-            raise TurnedAway(504, f"no answer was found within {most} s")
+            raise Rejected(504, f"no answer was found within {most} s")
         handled.result()
         self.answered += 1
 
     def _handled(self, request: asyncio.Future[None]) -> None:
         self.waiting -= 1
         if not request.cancelled():
-            request.exception()  # seen: of one that was given up nobody else asks for it
+            request.exception()  # marks it as seen, as nothing else does after a timeout
 
     def _check_token(self, path: str, headers: Headers) -> None:
         token = self.admission.token
@@ -135,10 +140,10 @@ class RequestLimits:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             given = headers.get("x-api-key", "")
-        # Headers come as Latin-1. The time that comparing takes doesn't tell where they differ.
+        # Headers are Latin-1. The time of this comparison does not depend on where they differ.
         if not hmac.compare_digest(given.strip().encode("latin-1"), token.encode()):
             what = "is wrong" if given else "is missing"
-            raise TurnedAway(
+            raise Rejected(
                 401,
                 f"the token {what}; send the header 'Authorization: Bearer TOKEN'",
                 www_authenticate="Bearer",
@@ -147,19 +152,19 @@ class RequestLimits:
     def _check_room(self) -> None:
         if self.waiting >= self.admission.max_waiting:
             reason = f"{self.admission.max_waiting} requests are waiting already; come again later"
-            raise TurnedAway(503, reason, retry_after="1")
+            raise Rejected(503, reason, retry_after="1")
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        """All of it.
+        """Read the whole body.
 
         Raises:
-            TurnedAway: it is too large, or does not come.
+            Rejected: the body is too large, or does not come in time.
         """
         most = self.admission.max_body
         too_large = f"the body has more than {most} bytes, the most that is taken"
-        said = headers.get("content-length", "")
-        if "expect" in headers and said.isdecimal() and int(said) > most:
-            raise TurnedAway(413, too_large, connection="close")  # nothing was sent yet
+        length = headers.get("content-length", "")
+        if "expect" in headers and length.isdecimal() and int(length) > most:
+            raise Rejected(413, too_large, connection="close")  # the body was not sent yet
         content, parts = bytearray(), _parts(receive)
         try:
             async with asyncio.timeout(BODY_SECONDS):
@@ -171,18 +176,19 @@ class RequestLimits:
                     return bytes(content)
         except TimeoutError as error:
             late = f"the body has not come within {BODY_SECONDS} s"
-            raise TurnedAway(408, late, connection="close") from error
+            raise Rejected(408, late, connection="close") from error
         content.clear()
-        if await _thrown_away(parts, DROPPED * most):
-            raise TurnedAway(413, too_large)
-        raise TurnedAway(413, too_large, connection="close")
+        if await _discarded(parts, DROPPED * most):
+            raise Rejected(413, too_large)
+        raise Rejected(413, too_large, connection="close")
 
 
 class _Sent:
-    """Sends, and remembers the status.
+    """A `Send` that remembers the status.
 
     Attributes:
-        closed: what comes now comes too late.
+        status: the status that was sent, or None.
+        closed: whether further messages are dropped, because they come too late.
     """
 
     def __init__(self, send: Send) -> None:
@@ -203,14 +209,19 @@ async def _parts(receive: Receive) -> AsyncIterator[bytes]:
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise TurnedAway(400, "the body has ended too early")
+            raise Rejected(400, "the body has ended too early")
         yield message.get("body", b"")
         more = message.get("more_body", False)
 
 
-async def _thrown_away(parts: AsyncIterator[bytes], most: int) -> bool:
-    """Read on to the end of a body, but not for ever: a client that is still sending would not see
-    its answer. Was that the end?"""
+async def _discarded(parts: AsyncIterator[bytes], most: int) -> bool:
+    """Read and discard the rest of a body, within limits.
+
+    A client that is still sending would not read its answer.
+
+    Returns:
+        Whether the end of the body was reached.
+    """
     dropped = 0
     try:
         async with asyncio.timeout(DROP_SECONDS):
@@ -224,21 +235,23 @@ async def _thrown_away(parts: AsyncIterator[bytes], most: int) -> bool:
 
 
 def _check_kind(headers: Headers) -> None:
-    """Raises:
-    TurnedAway: the body is not said to be JSON in UTF-8.
+    """Check that the headers declare the body as JSON in UTF-8.
+
+    Raises:
+        Rejected: they do not.
     """
     given = headers.get("content-type", "")
     kind, _, rest = given.partition(";")
     charset = rest.strip().lower().removeprefix("charset=").strip("\"'")
     if kind.strip().lower() != "application/json" or charset not in ("", "utf-8", "utf8"):
         wanted = "send JSON in UTF-8 with 'Content-Type: application/json'"
-        raise TurnedAway(415, f"Content-Type is {noted(given)}; {wanted}")
+        raise Rejected(415, f"Content-Type is {noted(given)}; {wanted}")
     if coding := headers.get("content-encoding"):
-        raise TurnedAway(415, f"Content-Encoding {noted(coding)} is not read; send it as it is")
+        raise Rejected(415, f"Content-Encoding {noted(coding)} is not read; send it as it is")
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """The body as one message; what comes after it is asked for where it comes from."""
+    """Return a `Receive` that gives the body as one message, and then the messages after it."""
     given = False
 
     async def replay() -> Message:

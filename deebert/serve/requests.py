@@ -1,27 +1,30 @@
-"""What a request to the service may say, what is wrong with one, and what it is answered with.
+"""The JSON of requests to the service and of its answers, and the reasons why a request is wrong.
 
-The shapes of JSON in and out are pydantic's, which also makes the service's documentation; what
-they can't say (limits, the task's columns) is checked here. Knows nothing of HTTP or processes.
+The shapes of the JSON are pydantic models, from which the documentation of the service is made.
+Limits and the task's columns are checked here, because the models cannot state them. Knows nothing
+of HTTP and processes.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from deebert.errors import UserError
+from deebert.options import TARGET, TargetOptions, given
 
-if TYPE_CHECKING:  # the process that talks HTTP needs no torch
-    from deebert.classifier import CalibratedPoint, Predictions
+if TYPE_CHECKING:  # the process that speaks HTTP needs no torch
+    from deebert.exits.calibration import CalibratedPoint
+    from deebert.inference.predictions import Predictions
 
-TOO_LARGE, UNFIT = 413, 422  # HTTP's words for them
+TOO_LARGE, UNFIT = 413, 422  # HTTP statuses
 LONGEST_REASON = 400  # characters
 NOTED = 60  # characters of a value that a reason repeats
 
 TEXT = "a text, a pair of texts as a list, or either as an object by the task's columns"
-# A list of nonsense is refused at its first item: a report on each would take gigabytes.
+# A wrong list is refused at its first item: a report on all of its items would take gigabytes.
 Text = Annotated[
     str | Annotated[list[str], Field(fail_fast=True)] | dict[str, str], Field(description=TEXT)
 ]
@@ -29,8 +32,26 @@ Numbers = Annotated[list[float], Field(fail_fast=True)]
 Threshold = Annotated[float | Numbers, Field(description="a number, or a list of numbers")]
 
 
-class Request(BaseModel):
-    """Texts, with an exit rule or a target of their own; without them, those of the service."""
+# The fields of a target are those of the command line, with meanings of their own.
+_Fields: Any = create_model(
+    "_Fields",
+    text=(Text | None, Field(None, description=TEXT)),
+    texts=(
+        Annotated[list[Text], Field(fail_fast=True)] | None,
+        Field(None, description=f"a list; each {TEXT}"),
+    ),
+    **{
+        each.name: (
+            Threshold | None if each.name == "threshold" else each.type,
+            Field(None, description=each.metadata["in_request"]),
+        )
+        for each in fields(TargetOptions)
+    },
+)  # type: ignore[call-overload]
+
+
+class Request(_Fields):
+    """Texts, optionally with an exit rule or a target; the service has defaults for both."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -45,40 +66,12 @@ class Request(BaseModel):
         },
     )
 
-    text: Text | None = Field(None, description=TEXT)
-    texts: Annotated[list[Text], Field(fail_fast=True)] | None = Field(
-        None, description=f"a list; each {TEXT}"
-    )
-    threshold: Threshold | None = Field(
-        None, description="a number, or a list of one for each layer but the last; 0 runs all"
-    )
-    target_saving: float | None = Field(None, description="a number: share of the layers to save")
-    target_speedup: float | None = Field(
-        None, description="a number: how many times faster than full depth"
-    )
-    max_drop: float | None = Field(
-        None, description="a number: how much worse than full depth it may be"
-    )
-    confidence: float | None = Field(
-        None, description="a number: that max_drop holds; null: on average"
-    )
-    loss: str | None = Field(None, description="'excess' or 'disagreement': what max_drop limits")
-    per_ramp: bool | None = Field(
-        None, description="true or false: look for a threshold for each layer"
-    )
-    temperature: bool | None = Field(
-        None, description="true or false: fit a temperature for each layer"
-    )
-    exit: str | None = Field(None, description="the name of an exit rule: 'entropy', 'patience'")
-
 
 FIELDS = tuple(Request.model_fields)
-TARGET = FIELDS[2:]
-ONE_OF = TARGET[:4]  # what decides; the rest says how
 
 
 class OneAnswer(BaseModel):
-    """Of one text."""
+    """The answer to one text."""
 
     label: str | float = Field(description="name of the class, or value of a regression")
     probability: float | None = Field(None, description="of that class; not for a regression")
@@ -87,7 +80,7 @@ class OneAnswer(BaseModel):
 
 
 class Answer(BaseModel):
-    """Of a request."""
+    """The answer to a request."""
 
     answers: list[OneAnswer] = Field(description="one for each text, in their order")
     saving: float = Field(description="share of the layers that these texts have saved")
@@ -96,25 +89,30 @@ class Answer(BaseModel):
     )
     exit: str = Field(description="the exit rule")
     threshold: Threshold = Field(description="of all layers, or of each but the last")
-    target: dict[str, Any] = Field(description="what was asked for")
+    target: dict[str, Any] = Field(description="the target that was used")
 
 
 class Trouble(BaseModel):
-    """Of a request that cannot be answered."""
+    """The answer to a request that cannot be answered otherwise."""
 
     detail: str = Field(description="the reason, in one line")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a request: so many texts, of so many characters each."""
+    """The limits of a request.
+
+    Attributes:
+        texts: the most texts.
+        chars: the most characters of a text.
+    """
 
     texts: int
     chars: int
 
 
 class Refused(UserError):
-    """A request that cannot be answered, and HTTP's status for it."""
+    """The error for a request that cannot be answered, with its HTTP status."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -123,10 +121,11 @@ class Refused(UserError):
 
 @dataclass(frozen=True)
 class Work:
-    """A request that may be answered.
+    """The work of a request that can be answered.
 
     Attributes:
-        target: as `EarlyExitClassifier.calibrate` takes it; {} for the service's own.
+        texts: the texts.
+        target: arguments of `EarlyExitClassifier.calibrate`; {} for the target of the service.
     """
 
     texts: Sequence[Any]
@@ -134,13 +133,15 @@ class Work:
 
 
 def work(request: Request, limits: Limits, columns: Sequence[str]) -> Work:
-    """What there is to do.
+    """Check a request, and return its work.
 
     Args:
-        columns: the texts that the task reads.
+        request: the request.
+        limits: the limits that it has to keep.
+        columns: the columns of the texts that the task reads.
 
     Raises:
-        Refused: there is nothing or too much to do, or a text is none.
+        Refused: there are no texts or too many, or a text is too long or no valid text.
     """
     if (request.text is None) == (request.texts is None):
         raise Refused(UNFIT, "give text= (one) or texts= (a list of them), and not both")
@@ -153,17 +154,15 @@ def work(request: Request, limits: Limits, columns: Sequence[str]) -> Work:
         name = "text" if request.texts is None else f"texts[{place}]"
         _check(name, text, limits.chars, columns)
     target = {name: getattr(request, name) for name in TARGET if name in request.model_fields_set}
-    # null says something of confidence only: "on average".
-    target = {name: v for name, v in target.items() if v is not None or name == "confidence"}
-    return Work(texts, target)
+    return Work(texts, given(target))
 
 
 def _check(name: str, text: Any, most: int, columns: Sequence[str]) -> None:
     parts = [text] if isinstance(text, str) else text
     if isinstance(text, dict):
-        if strange := [key for key in text if key not in columns]:
+        if extra := [key for key in text if key not in columns]:
             raise Refused(
-                UNFIT, f"{name}: {noted(strange[0])} is no column; there are: {', '.join(columns)}"
+                UNFIT, f"{name}: {noted(extra[0])} is no column; there are: {', '.join(columns)}"
             )
         parts = list(text.values())
     for part in parts:
@@ -178,7 +177,7 @@ def _check(name: str, text: Any, most: int, columns: Sequence[str]) -> None:
 
 
 def reason(errors: Sequence[Mapping[str, Any]]) -> str:
-    """One line of what pydantic has found wrong with a body."""
+    """Write the first error that pydantic reports for a body as one line."""
     first = errors[0]
     kind, place = first["type"], first["loc"]
     if kind == "json_invalid":
@@ -198,40 +197,45 @@ def reason(errors: Sequence[Mapping[str, Any]]) -> str:
 
 
 def noted(value: Any) -> str:
-    """A value as a reason repeats it: on one line, in ASCII, not all of it."""
+    """Write a value for a message: on one line, in ASCII, and cut if it is long."""
     text = ascii(value)
     return text if len(text) <= NOTED else f"{text[: NOTED - 3]}..."
 
 
-def answer(found: "Predictions", asked: "CalibratedPoint") -> bytes:
-    """An `Answer` as JSON.
+def answer(predictions: "Predictions", point: "CalibratedPoint") -> bytes:
+    """Write an `Answer` as JSON.
+
+    Args:
+        predictions: the predictions for the texts of the request.
+        point: the exit rule and the thresholds that gave them.
 
     Raises:
         ValueError: a probability or value is not finite.
     """
     answers = [
-        each if found.classes is None else each | {"probabilities": _named(found, row)}
-        for row, each in enumerate(found)
+        each if predictions.classes is None else each | {"probabilities": _named(predictions, row)}
+        for row, each in enumerate(predictions)
     ]
     values = {
         "answers": answers,
-        "saving": found.saving,
-        "expected_saving": (asked.expected or {}).get("expected_saving"),
-        "exit": asked.rule.name,
-        "threshold": asked.thresholds,
-        "target": dict(asked.target),
+        "saving": predictions.saving,
+        "expected_saving": point.expected and point.expected.expected_saving,
+        "exit": point.rule.name,
+        "threshold": point.thresholds,
+        "target": dict(point.target),
     }
     return json.dumps(values, allow_nan=False).encode()
 
 
-def _named(found: "Predictions", row: int) -> dict[str, float]:
-    assert found.classes is not None
-    assert found.probabilities_NC is not None
-    return dict(zip(found.classes, found.probabilities_NC[row].tolist(), strict=True))
+def _named(predictions: "Predictions", row: int) -> dict[str, float]:
+    assert predictions.classes is not None
+    assert predictions.probabilities_NC is not None
+    probabilities = predictions.probabilities_NC[row].tolist()
+    return dict(zip(predictions.classes, probabilities, strict=True))
 
 
 def trouble(detail: str) -> bytes:
-    """A `Trouble` as JSON: in ASCII, whatever was repeated of the request."""
+    """Write a `Trouble` as JSON, in ASCII even if it repeats a part of the request."""
     line = " ".join(detail.split())
     if len(line) > LONGEST_REASON:
         line = f"{line[: LONGEST_REASON - 3]}..."

@@ -1,9 +1,9 @@
-"""The service: LitServe's application and processes, uvicorn, and how both start and stop.
+"""The service: the application and processes of LitServe, uvicorn, and how both start and stop.
 
-LitServe gives the endpoint, the queues and the processes that hold the model (`predictor`), which
-it starts anew if they die. HTTP is spoken by this process, not by one that `LitServer.run` would
-fork: so uvicorn's own shutdown, which finishes what was taken, comes before the model's, and any
-address can be listened at. No torch in here.
+LitServe provides the endpoint, the queues and the processes that hold the model (`predictor`),
+which it restarts if they die. This process speaks HTTP itself instead of a process that
+`LitServer.run` would fork. So uvicorn can finish the accepted requests before the model's processes
+stop, and the service can listen at any address. Knows nothing of torch.
 """
 
 import ctypes
@@ -46,25 +46,25 @@ TITLE = "deebert: early-exit classification"
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PATHS = (PATH, "/health", "/info", "/metrics", "/docs", "/openapi.json")
-LAST_BATCH_SECONDS = 10  # for a process to end that has nothing to do any more
-WATCH_SECONDS = 0.5  # between two looks whether all processes live
+LAST_BATCH_SECONDS = 10  # the time in which a process without work has to end
+WATCH_SECONDS = 0.5  # between two checks that all processes live
 
 
 def serve(options: Any) -> None:
-    """Serve until SIGTERM or SIGINT; then finish what was taken.
+    """Serve until SIGTERM or SIGINT; then finish the accepted requests.
 
     Args:
-        options: a `command.ServeOptions`, checked.
+        options: a checked `command.ServeOptions`.
 
     Raises:
-        UserError: the address, the model or the default target cannot be had.
+        UserError: the address, the model or the default target cannot be used.
     """
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     _check_address(options.host, options.port)
     main = os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == main:  # LitServe's queues are in one that it forks, and stay to the end
+        if os.getpid() == main:  # the forked process with LitServe's queues stays to the end
             raise KeyboardInterrupt
 
     others = active_children()
@@ -79,25 +79,25 @@ def serve(options: Any) -> None:
         log.info("stopped before it has begun")
     finally:
         for each in active_children():
-            if each not in others:  # of a start that was broken off
+            if each not in others:  # left from an interrupted start
                 each.kill()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _die_with_parent() -> None:
-    """In a process that was forked: should its parent be killed, nobody else would end it."""
+    """Make a forked process end when its parent is killed, because nothing else would end it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _about(options: Any) -> About:
-    """Of a process of its own: this one stays small, and can fork."""
+    """Describe the model in another process, so that this one stays small and can fork."""
     others = active_children()
     with ProcessPoolExecutor(
         1,
         get_context("spawn"),
-        initializer=signal.signal,  # a terminal's goes to both; this one ends the other
+        initializer=signal.signal,  # Ctrl-C reaches both processes; this one ends the other
         initargs=(signal.SIGINT, signal.SIG_IGN),
     ) as pool:
         try:
@@ -112,9 +112,9 @@ def _about(options: Any) -> About:
 def _check_address(host: str, port: int) -> None:
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as found:
-            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            found.bind(address)
+        with socket.socket(family, kind) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
     except OSError as error:
         why = (
             "it is taken by another program" if error.errno == errno.EADDRINUSE else error.strerror
@@ -123,7 +123,7 @@ def _check_address(host: str, port: int) -> None:
 
 
 def made(options: Any, about: About) -> litserve.LitServer:
-    """The application, not yet running."""
+    """Make the application, without running it."""
     counted = Metrics(about.layers)
     admission = Admission(
         PATHS, PATH, options.max_body_bytes, options.max_waiting, options.answer_s, options.token
@@ -131,9 +131,9 @@ def made(options: Any, about: About) -> litserve.LitServer:
     limits = ("max_texts", "max_length_chars", "max_body_bytes", "max_batch", "batch_window_ms")
     server = litserve.LitServer(
         Predictor(options, about),
-        accelerator="cpu",  # LitServe's word for where; the model goes where device= says
+        accelerator="cpu",  # for LitServe; the model itself goes to the device of device=
         workers_per_device=options.workers,
-        timeout=False,  # max_waiting limits the queue; what was taken is answered
+        timeout=False,  # max_waiting limits the queue; every accepted request is answered
         restart_workers=True,
         middlewares=[(RequestLimits, {"admission": admission, "metrics": counted})],
         model_metadata={
@@ -159,14 +159,14 @@ def made(options: Any, about: About) -> litserve.LitServer:
 
 
 class _Waiting(dict[str, Any]):
-    """Requests without an answer: LitServe goes over them in a thread while others come and go."""
+    """The requests without an answer, copied when LitServe's thread iterates over them."""
 
     def items(self) -> Any:
         return list(super().items())
 
 
 def _routes(app: FastAPI, with_token: bool) -> None:
-    """/metrics, reasons in one form, and a documentation that says so."""
+    """Add /metrics, one form for all errors, and the documentation of both."""
 
     @app.get("/metrics", summary="Counts in Prometheus' text format")
     def _metrics() -> Response:
@@ -175,20 +175,20 @@ def _routes(app: FastAPI, with_token: bool) -> None:
 
     @app.exception_handler(RequestValidationError)
     def _unfit(request: Request, error: RequestValidationError) -> Response:
-        return _told(UNFIT, reason(error.errors()))
+        return _error_response(UNFIT, reason(error.errors()))
 
     @app.exception_handler(HTTPException)
     def _http(request: Request, error: HTTPException) -> Response:
         detail = str(error.detail)
-        if error.status_code == 400:  # FastAPI says no more of bytes that are no text
+        if error.status_code == 400:  # FastAPI gives no reason for bytes that are no text
             detail = "the body cannot be read as JSON in UTF-8"
         elif error.status_code == 404:
             detail = f"Not Found; there are: {', '.join(PATHS)}"
-        return _told(error.status_code, detail, error.headers)
+        return _error_response(error.status_code, detail, error.headers)
 
     @app.exception_handler(Exception)
     def _ours(request: Request, error: Exception) -> Response:
-        return _told(500, "the service failed here; its log says how")
+        return _error_response(500, "the service failed here; its log says how")
 
     generated: Callable[[], dict[str, Any]] = app.openapi
 
@@ -202,12 +202,12 @@ def _routes(app: FastAPI, with_token: bool) -> None:
     app.title = TITLE
 
 
-def _told(status: int, detail: str, headers: Any = None) -> Response:
+def _error_response(status: int, detail: str, headers: Any = None) -> Response:
     return Response(trouble(detail), status, headers, "application/json")
 
 
 def _document(schema: dict[str, Any], with_token: bool) -> None:
-    """What FastAPI cannot know: what the door and the model refuse, and the token."""
+    """Add what FastAPI cannot know: the refusals of the limits and the model, and the token."""
     schemas = schema["components"]["schemas"]
     schemas[Trouble.__name__] = Trouble.model_json_schema()
     for name in ("HTTPValidationError", "ValidationError"):
@@ -219,8 +219,8 @@ def _document(schema: dict[str, Any], with_token: bool) -> None:
         (400, "The body is no JSON in UTF-8"),
         (401, "The token is missing or wrong"),
         (413, "The body, a text or their number is too large"),
-        (415, "The body is not said to be JSON"),
-        (422, "A field, a text, a rule or a target is no good"),
+        (415, "The headers do not declare the body as JSON in UTF-8"),
+        (422, "A field, a text, a rule or a target is wrong"),
         (503, "Too many requests are waiting"),
         (504, "No answer was found in time"),
     ):
@@ -246,7 +246,7 @@ def _run(server: litserve.LitServer, options: Any) -> None:
             server.app,
             host=options.host,
             port=options.port,
-            log_config=None,  # as the rest of the program
+            log_config=None,  # as in the rest of the program
             log_level="warning",
             access_log=False,  # /metrics counts
             server_header=False,
@@ -259,7 +259,7 @@ def _run(server: litserve.LitServer, options: Any) -> None:
         def finish(number: int, frame: FrameType | None) -> None:
             talking.should_exit = True
 
-        for each in SIGNALS:  # uvicorn has handlers of its own, but not from here on to the end
+        for each in SIGNALS:  # uvicorn's own handlers are set only while it runs
             signal.signal(each, finish)
         talking.run()
 
@@ -274,7 +274,7 @@ def _wait_until_ready(server: litserve.LitServer) -> None:
 
 @contextmanager
 def _ended(server: litserve.LitServer) -> Iterator[None]:
-    """Afterwards the processes that hold the model end, and are not started anew."""
+    """End the processes that hold the model after the `with` block, without a restart."""
     try:
         yield
     finally:

@@ -1,7 +1,8 @@
-"""EarlyExitEvaluation: at each validation and test, score against expected saving from one pass.
+"""Lightning callbacks that evaluate early exit in each validation and keep the best checkpoint.
 
-Turns the logits of every ramp into a record, the record into a curve, and the curve into csv,
-results.json, the picture and W&B. Knows nothing of how the logits came about.
+`EarlyExitEvaluation` turns the logits of every ramp into a record, and the record into a curve of
+score against expected saving. It writes the results as CSV, results.json, a plot and W&B charts.
+This module does not know how the logits were computed.
 """
 
 import csv
@@ -9,6 +10,7 @@ import logging
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +20,47 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from deebert.data.tasks import Task
 from deebert.evaluation.evaluate_records import EvaluationConfig, evaluate_records
 from deebert.evaluation.layers import layer_table
 from deebert.exits import curves, rules
 from deebert.exits.records import Record
 from deebert.hub import record_files
-from deebert.models.trained_ramps import trains_ramps
-from deebert.reporting import report, tables, wandb
+from deebert.reporting import report, wandb
+from deebert.reporting.results import Calibration, Results, TimedCase
+from deebert.reporting.split_results import Example, Examples, SplitResults
 from deebert.training.module import EarlyExitModule
-from deebert.training.objectives import Loss
 from deebert.untrusted import tensor_files
 
 log = logging.getLogger(__name__)
 
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits of every ramp (B, L, C), labels (B,) -> scalar
+
 
 class EarlyExitEvaluation(Callback):
-    """Score and expected saving for each threshold, score of every ramp, exit histogram.
+    """The callback that measures score and expected saving after each validation and test.
 
-    Logs `val/score` (full depth, headline metric), `val/<metric>`, `val/loss` (the stage's own
-    objective, without what a teacher or a learned exit score adds; of an objective in turns all
-    ramps'), `val/ramp_<layer>/score`, their mean `val/mean_ramp_score`, and
-    `val/threshold_<t>/{score,expected_saving}`; a second validation split is logged under its own
-    name, a test under `test/`, without a loss. Files go to the run folder
-    (`trainer.default_root_dir`); `results` holds what results.json holds.
+    It logs these values:
+
+    - `val/score`: the task's first metric at full depth; `val/<metric>`: each metric.
+    - `val/loss`: the loss of the stage's objective. The terms that a teacher or a learned exit
+      score adds are left out. An objective that trains in turns is logged with the loss of all
+      ramps.
+    - `val/ramp_<layer>/score`, and `val/mean_ramp_score`, the mean of these scores.
+    - `val/threshold_<t>/{score,expected_saving}`.
+
+    A second validation split is logged under its own name. A test is logged under `test/`, without
+    a loss. The files go to the run folder (`trainer.default_root_dir`). The attribute `results` has
+    the last results.
 
     Args:
-        thresholds: entropies >= 0; None for the paper's list (`curves.default_thresholds`).
-        evaluation_config: what evaluate.py asks; None: the curve of the default rule.
-        calibration: the split among those evaluated that thresholds are chosen on, not reported.
-        layers: look at every layer, too (`layers.layer_table`).
-        ckpt: what is evaluated, as it was given; None: what this run trains.
+        thresholds: the curve's thresholds, entropies >= 0. None stands for the paper's list
+            (`curves.default_thresholds`).
+        evaluation_config: the exit rule, thresholds and target of evaluate.py. None stands for
+            the curve of the task's default rule.
+        calibration: the evaluated split that the thresholds are chosen on. It is not reported.
+        layers: whether to analyse every layer, too (`layers.layer_table`).
+        ckpt: the name of the evaluated checkpoint, as the user gave it. None stands for the run
+            folder of the training that this callback is part of.
     """
 
     def __init__(
@@ -66,9 +78,9 @@ class EarlyExitEvaluation(Callback):
         self.calibration = calibration
         self.layers = layers
         self.ckpt = ckpt
-        # Results and the reported record -> what results.json holds under `timing`.
-        self.timed: Callable[[dict[str, Any], Record], list[dict[str, Any]]] | None = None
-        self.results: dict[str, Any] = {}
+        # (chosen thresholds, reported record) -> the timed cases.
+        self.timed: Callable[[Calibration | None, Record], list[TimedCase]] | None = None
+        self.results: Results | None = None
         self._records: list[Record] = []
         self._batches: dict[int, list[dict[str, Tensor]]] = defaultdict(list)
 
@@ -95,29 +107,31 @@ class EarlyExitEvaluation(Callback):
         self._save(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn == "validate":  # during fit the picture waits for the end
+        if trainer.state.fn == "validate":  # during fit, the files are written at the end
             self._save(trainer, pl_module)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         try:
-            if self.timed:
-                self.results["timing"] = self.timed(self.results, self._records[0])
-        finally:  # what has been found out is not lost
+            if self.timed and self.results:
+                timing = self.timed(self.results.calibration, self._records[0])
+                self.results = replace(self.results, timing=timing)
+        finally:  # the results are saved even if the timing fails
             self._save(trainer, pl_module)
 
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, prefix: str) -> None:
+        """Turn the outputs of all batches into records and results, and log the results."""
         batches, self._batches = self._batches, defaultdict(list)
         if trainer.sanity_checking:
             return
         assert isinstance(pl_module, EarlyExitModule)
-        config = pl_module.hparams["config"]
-        task = Task.from_config(config["task"])
+        task = pl_module.config.task
         records = [
             Record.from_batches(name, _gathered(trainer, batches[i]))
             for i, name in enumerate(trainer.datamodule.eval_splits)  # type: ignore[attr-defined]
         ]
         self._records = records
-        if trainer.state.fn == "test":  # first: a target that cannot be met loses no pass
+        # The records are saved first. They are kept even if the target cannot be met.
+        if trainer.state.fn == "test":
             self._save_records(trainer, pl_module)
         reported = [record for record in records if record.split != self.calibration]
         held_out = next((record for record in records if record.split == self.calibration), None)
@@ -125,22 +139,20 @@ class EarlyExitEvaluation(Callback):
             rules.default(task.num_labels),
             list(self.thresholds or curves.default_thresholds(task.num_labels)),
         )
-        header = report.header(config)
-        trained = trains_ramps(header["objective"])
-        self.results = header | evaluate_records(
-            reported, task, evaluation_config, held_out, trained=trained
-        )
-        self.results["ckpt"] = self.ckpt or trainer.default_root_dir
-        if trainer.state.fn == "fit":
-            self.results["epoch"] = trainer.current_epoch + 1  # of the epochs counted from 1
-        evaluations = tables.splits(self.results)
+        header = report.header(pl_module.config.summary())
+        trained = pl_module.config.objective.trains_ramps
+        evaluated = evaluate_records(reported, task, evaluation_config, held_out, trained=trained)
         if self.layers:
-            for part in evaluations:
-                loader = trainer.datamodule.loader(part["split"])  # type: ignore[attr-defined]
-                table = layer_table(pl_module.model, loader, task)
-                part["analysis"] |= {"layers": table["layers"], "cka": table["cka"]}
-        for i, (record, evaluation) in enumerate(zip(reported, evaluations, strict=True)):
-            # A loss is of training: a test may be of other ramps than those it was made for.
+            splits = [self._with_layers(trainer, pl_module, part) for part in evaluated.splits]
+            evaluated = replace(evaluated, splits=splits)
+        self.results = Results(
+            **header,
+            **vars(evaluated),
+            ckpt=self.ckpt or trainer.default_root_dir,
+            epoch=trainer.current_epoch + 1 if trainer.state.fn == "fit" else None,  # from 1
+        )
+        for i, (record, evaluation) in enumerate(zip(reported, evaluated.splits, strict=True)):
+            # A test has no loss: its ramps may differ from those that the objective is made for.
             loss = None if trainer.state.fn == "test" else pl_module.objective.loss
             scalars = _scalars(record, evaluation, loss)
             name = prefix if i == 0 else record.split.replace("validation", prefix)
@@ -153,64 +165,75 @@ class EarlyExitEvaluation(Callback):
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             report.save_json(self.results, folder)
-            if trainer.state.fn != "validate":  # the best epoch once more, at the end of training
+            # The validation after training repeats the best epoch, which has its rows already.
+            if trainer.state.fn != "validate":
                 _append_csv(folder / "csv" / "curve.csv", self.results)
-            full = evaluations[0]["exits"][-1]["scores"]
-            if "epoch" in self.results:
+            if self.results.epoch is not None:
+                full = self.results.headline.exits[-1].scores
                 scores = ", ".join(f"{name} {value:.4f}" for name, value in full.items())
-                log.info("epoch %d: %s at full depth", self.results["epoch"], scores)
+                log.info("epoch %d: %s at full depth", self.results.epoch, scores)
+
+    def _with_layers(
+        self, trainer: L.Trainer, pl_module: EarlyExitModule, part: SplitResults
+    ) -> SplitResults:
+        """Return the results of a split with an analysis of each layer."""
+        loader = trainer.datamodule.loader(part.split)  # type: ignore[attr-defined]
+        table = layer_table(pl_module.model, loader, pl_module.config.task)
+        return replace(part, analysis=replace(part.analysis, layers=table.layers, cka=table.cka))
 
     def _save_records(self, trainer: L.Trainer, pl_module: EarlyExitModule) -> None:
+        """Write the records into the run folder."""
         if not trainer.is_global_zero:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         weights = tensor_files.fingerprint(pl_module.model.state_dict())
         for record in self._records:
-            facts = {"checkpoint": weights, "data": data.fingerprint(record.split)}
-            facts["config"] = pl_module.hparams["config"]
-            record_files.save(record, Path(trainer.default_root_dir) / "records", facts)
+            header = record_files.Header(weights, data.fingerprint(record.split), pl_module.config)
+            record_files.save(record, Path(trainer.default_root_dir) / "records", header)
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the files of the results, with the texts of the examples, and log them to W&B."""
         if not (trainer.is_global_zero and self.results):
             return
         assert isinstance(pl_module, EarlyExitModule)
         if trainer.state.fn != "test":
             self._save_records(trainer, pl_module)
         folder = Path(trainer.default_root_dir)
-        for part in tables.splits(self.results):
-            for rows in part.get("examples", {}).values():
-                indices = [row["index"] for row in rows]
-                texts = trainer.datamodule.texts(part["split"], indices)  # type: ignore[attr-defined]
-                for row, text in zip(rows, texts, strict=True):
-                    row["text"] = text
+        splits = [_with_texts(trainer.datamodule, part) for part in self.results.splits]  # type: ignore[attr-defined]
+        self.results = replace(self.results, splits=splits)
         report.save(self.results, folder)
         if trainer.state.fn == "fit" and getattr(trainer.checkpoint_callback, "monitor", None):
-            return  # the best epoch is validated once more, and that is the final word
+            return  # the best epoch is validated after training, and logs the final results
         for run in _wandb_runs(trainer):
             wandb.log_final(run, self.results, folder / "curve.png")
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's, but in a resumed run the best of the epochs before comes along.
+    """Lightning's `ModelCheckpoint`, with the best checkpoint of a resumed run carried over.
 
-    A resumed run writes into a folder of its own; Lightning would forget the best score there.
+    A resumed run writes into its own folder. Lightning would forget the best score there.
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        before = Path(state_dict["best_model_path"])
-        moved = self.monitor and self.dirpath and Path(self.dirpath) != before.parent
-        if moved and before.is_file():
-            # Under its own name: a state may call any file of that run the best.
-            plain = self.filename and "{" not in self.filename
-            name = f"{self.filename}{self.FILE_EXTENSION}" if plain else before.name
-            ours = Path(str(self.dirpath)) / name
-            ours.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(before, ours)
+        """Restore the state of a resumed run, and copy its best checkpoint to this run's folder.
+
+        Args:
+            state_dict: the state of the callback, as `checkpoint_io.clean` leaves it.
+        """
+        earlier_best = Path(state_dict["best_model_path"])
+        is_moved = self.monitor and self.dirpath and Path(self.dirpath) != earlier_best.parent
+        if is_moved and earlier_best.is_file():
+            # The copy gets this run's file name: the state may name any file of the earlier run.
+            is_fixed = self.filename and "{" not in self.filename
+            name = f"{self.filename}{self.FILE_EXTENSION}" if is_fixed else earlier_best.name
+            copied_best = Path(str(self.dirpath)) / name
+            copied_best.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(earlier_best, copied_best)
             state_dict = state_dict | {
                 "dirpath": str(self.dirpath),
-                "best_model_path": str(ours),
-                "kth_best_model_path": str(ours),
-                "best_k_models": {str(ours): state_dict["best_model_score"]},
+                "best_model_path": str(copied_best),
+                "kth_best_model_path": str(copied_best),
+                "best_k_models": {str(copied_best): state_dict["best_model_score"]},
                 "last_model_path": "",
             }
         super().load_state_dict(state_dict)
@@ -221,7 +244,7 @@ def _wandb_runs(trainer: L.Trainer) -> list[Any]:
 
 
 def _gathered(trainer: L.Trainer, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The batches of every process, on every process."""
+    """Return the batches of all processes, on every process."""
     if trainer.world_size == 1:
         return batches
     parts: list[Any] = [None] * trainer.world_size
@@ -229,35 +252,48 @@ def _gathered(trainer: L.Trainer, batches: list[dict[str, Tensor]]) -> list[dict
     return [batch for part in parts for batch in part]
 
 
-def _scalars(record: Record, evaluation: dict[str, Any], loss: Loss | None) -> dict[str, float]:
+def _with_texts(data: Any, part: SplitResults) -> SplitResults:
+    """Return the results of a split with the texts of the examples."""
+
+    def with_texts(rows: list[Example]) -> list[Example]:
+        texts = data.texts(part.split, [row.index for row in rows])
+        return [replace(row, text=text) for row, text in zip(rows, texts, strict=True)]
+
+    if part.examples is None:
+        return part
+    first, last = with_texts(part.examples.first), with_texts(part.examples.last)
+    return replace(part, examples=Examples(first, last))
+
+
+def _scalars(record: Record, evaluation: SplitResults, loss: Loss | None) -> dict[str, float]:
+    """Return the values that are logged for one split, by their name without the prefix."""
     scalars: dict[str, float] = {}
     if record.labels_N is not None:
-        full = evaluation["exits"][-1]
-        scalars |= {"score": full["score"], **full["scores"]}
+        ramps = {ramp.layer: ramp.score for ramp in evaluation.exits if ramp.score is not None}
+        scalars |= {"score": ramps[record.num_layers], **evaluation.exits[-1].scores}
         if loss:
             scalars["loss"] = loss(record.logits_NLC, record.labels_N).item()
-        scores = [ramp["score"] for ramp in evaluation["exits"]]
-        scalars["mean_ramp_score"] = sum(scores) / len(scores)
-        for ramp in evaluation["exits"]:
-            scalars[f"ramp_{ramp['layer']}/score"] = ramp["score"]
-    for point in evaluation["curve"]:
-        if isinstance(point["threshold"], list):  # one for each ramp: no name for a chart
+        scalars["mean_ramp_score"] = sum(ramps.values()) / len(ramps)
+        scalars |= {f"ramp_{layer}/score": score for layer, score in ramps.items()}
+    for point in evaluation.curve:
+        # Thresholds that differ by ramp are a list, which cannot be part of a chart's name.
+        if isinstance(point.threshold, list):
             continue
-        key = f"threshold_{point['threshold']:g}"
-        scalars[f"{key}/expected_saving"] = point["expected_saving"]
-        if point["score"] is not None:
-            scalars[f"{key}/score"] = point["score"]
+        key = f"threshold_{point.threshold:g}"
+        scalars[f"{key}/expected_saving"] = point.expected_saving
+        if point.score is not None:
+            scalars[f"{key}/score"] = point.score
     return scalars
 
 
-def _append_csv(file: Path, results: dict[str, Any]) -> None:
-    """One line per epoch, split and threshold."""
+def _append_csv(file: Path, results: Results) -> None:
+    """Append one line per epoch, split and threshold to a CSV file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not file.exists()
+    is_new = not file.exists()
     with file.open("a", newline="") as stream:
         writer = csv.writer(stream)
-        if fresh:
-            writer.writerow(["epoch", "split", *wandb.curve_columns(results)])
-        for part in tables.splits(results):
-            where = (results.get("epoch", ""), part["split"])
-            writer.writerows([*where, *row] for row in wandb.curve_rows(part))
+        if is_new:
+            writer.writerow(["epoch", "split", *wandb.curve_columns(results.headline)])
+        for part in results.splits:
+            position = ("" if results.epoch is None else results.epoch, part.split)
+            writer.writerows([*position, *row] for row in wandb.curve_rows(part))

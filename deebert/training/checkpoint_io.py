@@ -1,8 +1,9 @@
-"""How Lightning reads and writes checkpoints here: without trusting what a file says.
+"""Checkpoint reading and writing for Lightning's Trainer, with checks of untrusted files.
 
 A resumed run restores the state of optimizer, schedule, loops and callbacks from a file that
-somebody else may have written. Lightning would load and remove files that it names, and fails in
-many ways where a value is of another kind.
+somebody else may have written. Without these checks, Lightning would load and remove the files that
+this file names. It would also fail in many different ways where a value has a wrong type. This
+module does not know models, losses or data.
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from deebert.untrusted import plain_files, tensor_files
 PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")  # of ModelCheckpoint
 SCORES = ("best_model_score", "current_score", "kth_value")
 MOST_STEPS = 2**40
-# Of LambdaLR, which takes whatever is there for its own attributes.
+# The attributes that LambdaLR restores. LambdaLR itself would accept any name as an attribute.
 SCHEDULE = (
     "base_lrs", "last_epoch", "_last_lr", "_step_count", "_is_initial",
     "_get_lr_called_within_step",
@@ -28,13 +29,17 @@ SCHEDULE = (
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Reads local files of tensors and plain values only; notes the weights' fingerprint."""
+    """The plugin that reads only local files of tensors and plain values.
+
+    It adds the fingerprint of the weights to each checkpoint that it writes.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
         """Write a checkpoint, with the fingerprint of its weights."""
-        if "state_dict" in checkpoint:  # spawned processes hand their weights back in such a file
+        # Spawned processes return their weights in a checkpoint file without this key.
+        if "state_dict" in checkpoint:
             weights = tensor_files.fingerprint(by_name(checkpoint["state_dict"]))
             checkpoint = checkpoint | {WEIGHTS_FINGERPRINT: weights}
         super().save_checkpoint(checkpoint, path, storage_options)
@@ -42,27 +47,34 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint onto the processor, whatever the arguments say.
+        """Read a checkpoint into main memory.
+
+        Args:
+            path: the checkpoint file.
+            map_location: ignored; the tensors are always loaded onto the CPU.
+            weights_only: ignored; only tensors and plain values are ever loaded.
 
         Raises:
-            UserError: it is no local file, damaged, or holds more than tensors and plain values.
+            UserError: the path is no local file, or the file is damaged or holds other objects
+                than tensors and plain values.
         """
         return tensor_files.torch_file(Path(path))
 
 
 def clean(content: dict[str, Any], folder: Path, loops: Mapping[str, Any]) -> None:
-    """Leave of a training state what a resumed run may restore.
+    """Remove everything from a training state that a resumed run may not restore.
 
     Args:
-        content: of the checkpoint; changed in place.
-        folder: that the checkpoint lies in.
-        loops: what the loops of a new trainer say.
+        content: the content of the checkpoint. It is changed in place.
+        folder: the folder of the checkpoint file.
+        loops: the state of the loops of a new trainer, by the name of the loop.
 
     Raises:
-        UserError: a part is missing, or of another kind.
+        UserError: a part is missing, or has a wrong type.
     """
     try:
-        for state in ("optimizer_states", "lr_schedulers"):  # Lightning would go on without
+        # Lightning would train on without a missing state.
+        for state in ("optimizer_states", "lr_schedulers"):
             if len(content[state]) != 1:
                 raise UserError(f"it holds {len(content[state])} {state}, not 1")
         check_loops(content["loops"], loops)
@@ -74,12 +86,12 @@ def clean(content: dict[str, Any], folder: Path, loops: Mapping[str, Any]) -> No
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Check what an optimizer has restored.
+    """Check the state that an optimizer has restored.
 
     A fused step would read and write past the end of a moment that is shorter than its parameter.
 
     Raises:
-        UserError: a value is of another kind or shape.
+        UserError: a value has a wrong type or shape.
     """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
@@ -97,37 +109,39 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 
 def check_best(state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Check that the best checkpoint of a run is one of the same model.
+    """Check that the best checkpoint of a run holds the weights of the same model.
 
     Args:
-        state: of Lightning's ModelCheckpoint, as `clean` leaves it.
-        weights: of the model that goes on.
+        state: the state of Lightning's ModelCheckpoint, as `clean` leaves it.
+        weights: the weights of the model whose training is resumed.
 
     Raises:
-        UserError: it is not.
+        UserError: the file has no weights, or weights with other names or shapes.
     """
     file = Path(state["best_model_path"])
-    found: Any = tensor_files.torch_file(file, only=("state_dict",)).get("state_dict")
-    tensor_files.check_weights(found)
-    shapes = {name: value.shape for name, value in found.items()}
+    best_weights: Any = tensor_files.torch_file(file, only=("state_dict",)).get("state_dict")
+    tensor_files.check_weights(best_weights)
+    shapes = {name: value.shape for name, value in best_weights.items()}
     if shapes != {name: value.shape for name, value in weights.items()}:
         raise UserError(f"{file.name} holds the weights of another model")
 
 
 def check_loops(given: Any, expected: Mapping[str, Any], flag: str = "loops") -> None:
-    """Check what a checkpoint says of Lightning's loops: how many batches and epochs are done.
+    """Check the loop counters of a checkpoint: how many batches and epochs are done.
 
     Args:
-        expected: what the loops of a new trainer say.
+        given: the state of Lightning's loops in the checkpoint.
+        expected: the state of the loops of a new trainer.
+        flag: the path of `given` inside the checkpoint, for error messages.
 
     Raises:
-        UserError: a value is of another kind.
+        UserError: a value has a wrong type, or is no possible count.
     """
     if not isinstance(given, Mapping):
         raise UserError(f"its {flag} is no mapping")
     for key, value in expected.items():
         if key not in given:
-            continue  # of another version of Lightning
+            continue  # another version of Lightning has written the checkpoint
         if isinstance(value, Mapping):
             check_loops(given[key], value, f"{flag}.{key}")
         elif type(given[key]) is not type(value) or not 0 <= given[key] < MOST_STEPS:
@@ -135,19 +149,22 @@ def check_loops(given: Any, expected: Mapping[str, Any], flag: str = "loops") ->
 
 
 def _schedule(state: Mapping[str, Any]) -> dict[str, Any]:
-    found = {name: state[name] for name in SCHEDULE if name in state}
-    if missing := [name for name in SCHEDULE[:3] if name not in found]:  # the others came later
+    """Return the part of a schedule's state that LambdaLR may restore."""
+    values = {name: state[name] for name in SCHEDULE if name in state}
+    # Older versions of torch write only the first three.
+    if missing := [name for name in SCHEDULE[:3] if name not in values]:
         raise UserError(f"the schedule lacks its {missing[0]}")
-    for name, value in found.items():
+    for name, value in values.items():
         if not all(map(_is_number, value if isinstance(value, list) else [value])):
             raise UserError(f"the schedule's {name} is no number")
-    return found | {"lr_lambdas": [None]}
+    return values | {"lr_lambdas": [None]}
 
 
 def _own_paths(state: Any, folder: Path) -> Any:
-    """Return a callback's state that names files of the run's own folder only.
+    """Return the state of a callback, with all its paths moved into the run's own folder.
 
-    A path counts by its name alone, so that a run that was moved keeps its best checkpoint.
+    Only the file name of a path is used, so a run folder that was moved keeps its best checkpoint.
+    A file that is not inside the folder becomes an empty path.
     """
     if not isinstance(state, Mapping) or not {*PATHS, "dirpath", "best_k_models"} & set(state):
         return state

@@ -1,11 +1,11 @@
-"""Stage 2's shortcut: the frozen backbone's states, computed once for all epochs.
+"""The feature cache of stage 2: the frozen backbone's states, computed once for all epochs.
 
-With the backbone frozen and in eval mode, a ramp's input never changes, so each hidden state that a
-ramp reads is computed once and the ramps train on the cache. The states lie in a memory-mapped file
-(4 bytes x rows x layers x width; MNLI under BERT-base: 14 GB, with ramp=pair 41 GB), so they need
-not fit in memory.
+With the backbone frozen and in eval mode, the input of a ramp never changes. Each hidden state that
+a ramp reads is therefore computed once, and the ramps train on the cache. The states lie in a
+memory-mapped file, so they need not fit in memory. The file takes 4 bytes x rows x layers x width
+(MNLI with BERT-base: 14 GB, with ramp=pair 41 GB). This module does not know tasks or losses.
 
-Knows nothing of tasks or losses. Shapes: N rows, R features that all ramps read together.
+Shapes: B rows of a batch, N rows of a split, R features that all ramps read together.
 """
 
 import contextlib
@@ -26,11 +26,16 @@ from deebert.models.early_exit import INPUTS, EarlyExitModel
 
 
 class StateDataset(Dataset[dict[str, Tensor]]):
-    """Frozen states and the facts of their rows; indexed by a list of rows."""
+    """Frozen states with the other columns of their rows, indexed by a list of rows.
 
-    def __init__(self, states_NR: Tensor, facts: dict[str, Tensor]) -> None:
+    Args:
+        states_NR: the features that the ramps read.
+        columns: the other columns (labels, index, ...), each with one value per row.
+    """
+
+    def __init__(self, states_NR: Tensor, columns: dict[str, Tensor]) -> None:
         self.states_NR = states_NR
-        self.facts = facts
+        self.columns = columns
 
     def __len__(self) -> int:
         return len(self.states_NR)
@@ -39,18 +44,18 @@ class StateDataset(Dataset[dict[str, Tensor]]):
         index = torch.tensor(rows)
         return {
             "states": self.states_NR[index],
-            **{name: values[index] for name, values in self.facts.items()},
+            **{name: values[index] for name, values in self.columns.items()},
         }
 
 
 class FeatureCache(L.LightningDataModule):
-    """Takes token batches from a `TextDataModule`, gives batches of states in their place.
+    """The data module that gives batches of frozen states in place of batches of tokens.
 
     Args:
-        data: where the tokens come from; its batch sizes and seed are used here too.
-        model: its backbone is run in eval mode without gradients.
-        folder: where the memory-mapped files lie while the run lasts.
-        standardize: the ramps, from 0, that are to know how their states vary
+        data: the source of the tokens. Its batch sizes and its seed are used here, too.
+        model: the model whose backbone is run, in eval mode and without gradients.
+        folder: the folder of the memory-mapped files.
+        standardize: the ramps, counted from 0, whose features are standardized
             (`Ramp.standardize`).
     """
 
@@ -74,13 +79,15 @@ class FeatureCache(L.LightningDataModule):
         self.data.prepare_data()
 
     def fingerprint(self, split: str) -> str:
+        """Return the fingerprint of a split's tokens and labels."""
         return self.data.fingerprint(split)
 
     def texts(self, split: str, indices: list[int]) -> list[str]:
+        """Return the texts of some rows of a split."""
         return self.data.texts(split, indices)
 
     def setup(self, stage: str) -> None:
-        """Run the backbone over every split; each process does so for itself."""
+        """Run the backbone over every split. Each process computes its own cache."""
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         train = [self.data.train_split] if self.data.train_split else []
         for split in (*train, *self.eval_splits):
@@ -96,12 +103,13 @@ class FeatureCache(L.LightningDataModule):
 
     @torch.no_grad()
     def _compute(self, split: str, device: torch.device) -> StateDataset:
+        """Run the backbone over one split, and return its states with the other columns."""
         self.model.to(device).eval()
         loader = self.data.loader(split)
         width = sum(ramp.num_features for ramp in self.model.all_ramps)
         size = (len(self.data.tokens(split)), width)
         states_NR = _mapped(self.folder, size)
-        facts: dict[str, Tensor] = {}
+        columns: dict[str, Tensor] = {}
         position = 0
         for batch in loader:
             inputs = {name: batch[name].to(device) for name in INPUTS if name in batch}
@@ -110,10 +118,10 @@ class FeatureCache(L.LightningDataModule):
             states_NR[position:end] = states_BR.float().cpu()
             for name in set(batch) - set(INPUTS):
                 values = batch[name]
-                facts.setdefault(name, values.new_empty(size[0]))[position:end] = values
+                columns.setdefault(name, values.new_empty(size[0]))[position:end] = values
             position = end
         assert position == size[0]
-        return StateDataset(states_NR, facts)
+        return StateDataset(states_NR, columns)
 
     def train_dataloader(self) -> DataLoader:
         assert self.data.train_split is not None
@@ -126,7 +134,7 @@ class FeatureCache(L.LightningDataModule):
     def _loader(self, split: str, batch_size: int, *, shuffle: bool) -> DataLoader:
         dataset = self._cache[split]
         sampler = LengthBatches(
-            [0] * len(dataset),  # states have no length: plain shuffled batches
+            [0] * len(dataset),  # all states have one length, so the batches are plainly shuffled
             batch_size,
             shuffle=shuffle,
             seed=self.data.seed,
@@ -137,10 +145,16 @@ class FeatureCache(L.LightningDataModule):
 
 
 def _mapped(folder: Path, size: tuple[int, ...]) -> Tensor:
-    """A float32 tensor in a file that nothing but this process sees, gone when the process is."""
+    """Return a new float32 tensor of this size in a memory-mapped file.
+
+    The file has no name once it is open, so it disappears when the process ends.
+
+    Raises:
+        UserError: the disk of the folder has too little free space.
+    """
     numel = torch.Size(size).numel()
     free = shutil.disk_usage(folder).free
-    if 4 * numel > free:  # a sparse file would end in SIGBUS half-way
+    if 4 * numel > free:  # the file is sparse: a full disk would end the process with SIGBUS
         raise UserError(
             f"the frozen states take {4 * numel / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB "
             "free: choose another hydra.run.dir, or stages.2.cache=false and "
@@ -149,6 +163,7 @@ def _mapped(folder: Path, size: tuple[int, ...]) -> Tensor:
     handle, name = tempfile.mkstemp(dir=folder, prefix="states-")
     os.close(handle)
     tensor = torch.from_file(name, shared=True, size=numel, dtype=torch.float32)
-    with contextlib.suppress(PermissionError):  # Windows keeps mapped files: it stays in the folder
+    # Windows does not remove a mapped file, so the file stays in the folder there.
+    with contextlib.suppress(PermissionError):
         os.unlink(name)
     return tensor.view(size)

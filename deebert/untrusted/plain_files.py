@@ -1,8 +1,8 @@
-"""Read files that somebody else may have written: paths, texts and JSON.
+"""Read paths, texts and JSON files that somebody else may have written.
 
-No link leads out of its folder, what is not a regular file is refused, and values are plain and
-bounded. Knows nothing of what they mean; `tensor_files` reads what holds tensors. Imports nothing
-heavy. Messages name the file alone; whoever asked for it adds the flag.
+No link leads out of its folder, only regular files are read, and values are plain and bounded. This
+module does not know what the values mean, and imports nothing heavy; `tensor_files` reads tensors.
+An error message names the file alone; the caller adds the flag.
 """
 
 import json
@@ -15,10 +15,10 @@ from deebert.errors import UserError, first_line
 
 OPEN = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 JSON_BYTES = 2**24
-TOKENIZER_BYTES = 2**26  # of a tokenizer's file; that of XLM-R has 17 MB
-DEPTH = 20  # of values inside values
+TOKENIZER_BYTES = 2**26  # in a tokenizer's file; XLM-R's has 17 MB
+DEPTH = 20  # levels of values inside values
 VALUES = 500_000  # in one file
-LAYERS = 128  # of a model; the deepest encoder has 48, and a layer takes 10 ms to build
+LAYERS = 128  # in a model; the deepest encoder has 48, and a layer takes 10 ms to build
 
 
 def root(folder: Path) -> Path:
@@ -37,7 +37,7 @@ def inside(folder: Path, name: str) -> Path:
     """Return the path of a regular file in a folder.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: the file does not exist.
         UserError: it is no regular file, or a link that leads out of the folder.
     """
     file = folder / name
@@ -70,11 +70,11 @@ def content(file: Path, limit: int) -> bytes:
     """Read a regular file of at most `limit` bytes.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: the file does not exist.
         UserError: it cannot be read, is no regular file, or is larger.
     """
     try:
-        # A pipe would be waited for without O_NONBLOCK.
+        # Without O_NONBLOCK, opening a pipe would wait for its writer.
         number = os.open(file, os.O_RDONLY | OPEN)
     except FileNotFoundError:
         raise
@@ -92,10 +92,11 @@ def content(file: Path, limit: int) -> bytes:
 
 
 def text(file: Path, limit: int) -> str:
-    """Read a file as `content` does, as UTF-8.
+    """Read a regular file of at most `limit` bytes as UTF-8.
 
     Raises:
-        FileNotFoundError, UserError: as `content`; or it is not UTF-8.
+        FileNotFoundError: the file does not exist.
+        UserError: it cannot be read, is no regular file, is larger, or is not UTF-8.
     """
     try:
         return content(file, limit).decode("utf-8")
@@ -104,10 +105,10 @@ def text(file: Path, limit: int) -> str:
 
 
 def json_file(file: Path) -> dict[str, Any]:
-    """Read a mapping of plain values.
+    """Read a JSON file that holds a mapping of plain values.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: the file does not exist.
         UserError: it cannot be read, or holds anything else.
     """
     return json_mapping(text(file, JSON_BYTES), file.name)
@@ -117,18 +118,20 @@ def json_mapping(given: str, what: str, most: int = VALUES) -> dict[str, Any]:
     """Parse JSON into a mapping of plain values.
 
     Args:
-        most: values in it.
+        given: the text.
+        what: name of the text, for error messages.
+        most: largest number of values in it.
 
     Raises:
         UserError: it is no JSON, no mapping, or `plain` refuses it.
     """
     try:
-        found = json.loads(given, parse_constant=_no_number)
+        values = json.loads(given, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} is damaged ({type(error).__name__})") from error
-    if not isinstance(found, dict):
+    if not isinstance(values, dict):
         raise UserError(f"{what} holds no mapping")
-    return plain(found, what, most)
+    return plain(values, what, most)
 
 
 def _no_number(name: str) -> Any:
@@ -136,13 +139,18 @@ def _no_number(name: str) -> Any:
 
 
 def plain(value: Any, what: str, most: int = VALUES) -> Any:
-    """Return a copy of values that are plain all through, tuples as lists.
+    """Return a copy of a plain value, with tuples as lists.
 
-    Plain are numbers (whole ones of at most 128 bits), texts, true, false, null, and lists of
-    these and mappings by text.
+    A plain value is a number (a whole number has at most 128 bits), a text, true, false, null, or a
+    list or mapping of plain values. The keys of a mapping are texts.
+
+    Args:
+        value: the value.
+        what: name of the value, for error messages.
+        most: largest number of values in it.
 
     Raises:
-        UserError: one is not, or there are too many of them or too deep.
+        UserError: the value is not plain, or holds too many or too deeply nested values.
     """
     left = most
 
@@ -154,7 +162,7 @@ def plain(value: Any, what: str, most: int = VALUES) -> Any:
         if value is None or isinstance(value, float):
             return value
         if isinstance(value, int):
-            if not -(2**127) <= value < 2**127:  # a tokenizer's length without limit is 10**30
+            if not -(2**127) <= value < 2**127:  # 10**30 stands for "no limit" in a tokenizer
                 raise UserError(f"{what} holds a whole number of more than 128 bits")
             return value
         if isinstance(value, str):
@@ -171,6 +179,7 @@ def plain(value: Any, what: str, most: int = VALUES) -> Any:
 
 
 def _is_text(value: str) -> bool:
+    """Say whether a text has no lone surrogates and no NUL."""
     try:
         value.encode()
     except UnicodeEncodeError:

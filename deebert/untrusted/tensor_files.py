@@ -1,7 +1,7 @@
-"""Read files of tensors that somebody else may have written: torch.save's and safetensors.
+"""Read files of torch.save and of safetensors that somebody else may have written.
 
-Nothing in such a file is executed, and no size that it claims is allocated before the file itself
-is known to be that large. Knows nothing of what the tensors are for.
+Nothing in such a file is executed. No size that a file claims is allocated before the file is known
+to be that large. This module does not know what the tensors are for.
 """
 
 import hashlib
@@ -25,35 +25,39 @@ from torch import Tensor
 from deebert.errors import UserError
 from deebert.untrusted.plain_files import DEPTH
 
-PICKLE_BYTES = 2**26  # of a checkpoint without its tensors; the tokenizer is in it
-# Bytes of a number in torch's types of storage.
+PICKLE_BYTES = 2**26  # in a checkpoint without its tensors; they include the tokenizer
+# Bytes for each number, by torch's type of storage.
 STORAGES = {
     "DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2,
     "LongStorage": 8, "IntStorage": 4, "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1,
     "BoolStorage": 1,
 }  # fmt: skip
-# What a pickle of tensors and plain values names. torch alone would also take types that reserve
-# as much memory as the file says.
+# The names that a pickle of tensors and plain values may hold. torch alone would also accept types
+# that reserve as much memory as the file claims.
 GLOBALS = re.compile(
     rf"collections OrderedDict|torch ({'|'.join(STORAGES)})|torch\._utils _rebuild_tensor(_v2)?|"
     r"torch\._utils _rebuild_parameter|torch\.nn\.parameter Parameter"
 )
-VALUES = 2**20  # in a file, each tensor one of them
-MOST_SHARED = 4  # bytes of all tensors for each of the file; ramps may share a pooler
-MOST_MEMOS = 2**24  # values that a pickle refers to again
+VALUES = 2**20  # in a file; each tensor counts as one
+MOST_SHARED = 4  # bytes of all tensors for each byte of the file; ramps may share a pooler
+MOST_MEMOS = 2**24  # values that a pickle stores for later reference
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of weights
-COUNT_BYTES = 8  # before the numbers of each storage
+COUNT_BYTES = 8  # bytes that hold the count, before the numbers of each storage
 ZIP = b"PK\x03\x04"
-# What ends a zip archive: its last record, and what torch.save puts before it (a record with the
-# same values in 64 bits, and where that one lies).
+# The end of a zip archive: its last record, and the part that torch.save puts before it (a record
+# with the same values in 64 bits, and the place of that record).
 END, END_64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q20s")
 
 
 def torch_file(file: Path, only: Collection[str] = ()) -> dict[Any, Any]:
-    """Read a mapping that `torch.save` wrote: tensors and plain values, on the processor.
+    """Read a mapping of tensors and plain values that `torch.save` wrote.
 
     Args:
-        only: the keys that are wanted; none: all. The tensors of others take no memory.
+        file: the file.
+        only: the keys to read; empty for all. The tensors of other keys take no memory.
+
+    Returns:
+        The mapping, with its tensors on the CPU.
 
     Raises:
         UserError: the file is damaged, or holds anything else.
@@ -65,17 +69,17 @@ def torch_file(file: Path, only: Collection[str] = ()) -> dict[Any, Any]:
             is_zip = stream.read(len(ZIP)) == ZIP
             if is_zip:
                 _check_zip(file)
-            else:  # before torch 1.6
+            else:  # a file from before torch 1.6
                 _check_legacy(stream, file.stat().st_size)
-        # Mapped, so that a tensor cannot be larger than the file; torch 1.6 and later only.
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
-        if not isinstance(found, dict):
+        # A file of torch 1.6 or later is mapped, so that a tensor cannot be larger than the file.
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+        if not isinstance(content, dict):
             raise UserError(f"{file.name} holds no mapping")
-        wanted = {key: value for key, value in dict.items(found) if not only or key in only}
-        return _Own(file, is_zip)(wanted)
+        wanted = {key: value for key, value in dict.items(content) if not only or key in only}
+        return _OwnedCopies(file, is_zip)(wanted)
     except UserError:
         raise
-    except Exception as error:  # unpickling somebody's file fails in many ways
+    except Exception as error:  # unpickling a hostile file raises many types
         raise UserError(
             f"{file.name} is damaged, or holds more than tensors and plain values "
             f"({type(error).__name__}); nothing in it was executed"
@@ -83,10 +87,11 @@ def torch_file(file: Path, only: Collection[str] = ()) -> dict[Any, Any]:
 
 
 def _check_zip(file: Path) -> None:
-    """Check the archive that torch.save writes.
+    """Check that a file is an archive as torch.save writes it.
 
     Raises:
-        UserError: bytes were changed, it is packed in another way, or it names more than tensors.
+        UserError: bytes were changed, the archive is packed in another way, or its pickle names
+            more than tensors and plain values.
     """
     with zipfile.ZipFile(file) as archive:
         parts = archive.infolist()
@@ -97,7 +102,7 @@ def _check_zip(file: Path) -> None:
         _check_end(archive, file)
         if (damaged := archive.testzip()) is not None:
             raise UserError(f"{file.name} is damaged: its part {damaged!a} has another checksum")
-        # To torch's reader upper and lower case are one.
+        # torch's reader ignores the difference between upper and lower case.
         pickles = [part for part in parts if part.filename.lower().endswith(".pkl")]
         if len(pickles) != 1 or pickles[0].file_size > PICKLE_BYTES:
             raise UserError(f"{file.name} holds other things than one mapping and its tensors")
@@ -105,13 +110,14 @@ def _check_zip(file: Path) -> None:
 
 
 def _check_end(archive: zipfile.ZipFile, file: Path) -> None:
-    """Check that torch's reader finds the same list of parts as Python's, which is checked here.
+    """Check that torch's reader finds the same list of parts as Python's reader.
 
-    Python looks for the list where it must have been before the file was put behind another one,
-    and torch where the end of the file says.
+    The other checks use Python's reader. It computes the place of the list from the list's size, to
+    allow for a file that was put before the archive. torch takes the place that the end of the file
+    states.
 
     Raises:
-        UserError: the list is not where the end of the file says, or a comment follows.
+        UserError: the list is not where the end of the file states, or a comment follows it.
     """
     with open(file, "rb") as stream:
         stream.seek(-END.size, os.SEEK_END)
@@ -129,21 +135,27 @@ def _check_end(archive: zipfile.ZipFile, file: Path) -> None:
 
 
 def _check_legacy(stream: BinaryIO, size: int) -> None:
-    """Check a file of before torch 1.6: five pickles, one behind the other, and then the numbers.
+    """Check a file from before torch 1.6: five pickles in a row, and then the numbers.
 
-    torch would reserve what the pickles claim, and leave as it is what the numbers do not fill.
+    torch would reserve the memory that the pickles claim. Memory that the numbers do not fill would
+    keep its old content.
+
+    Args:
+        stream: the open file.
+        size: bytes of the file.
 
     Raises:
-        UserError: it names more than tensors, or other numbers than follow.
+        UserError: a pickle names more than tensors and plain values, or claims other numbers than
+            follow.
     """
     what = Path(stream.name).name
-    if tarfile.is_tarfile(stream.name):  # of before torch 0.1.10: it would be unpacked
+    if tarfile.is_tarfile(stream.name):  # from before torch 0.1.10; torch would unpack it
         raise UserError(f"{what} is a tar archive, no file of torch.save")
     stream.seek(0)
     for _ in range(5):
         _check_pickle(stream, what)
     stream.seek(0)
-    readers = [_Keys(stream) for _ in range(5)]
+    readers = [_StorageSizes(stream) for _ in range(5)]
     *_, listed = [reader.load() for reader in readers]
     claimed = readers[3].claimed
     if not isinstance(listed, list) or sorted(listed) != sorted(claimed):
@@ -152,8 +164,12 @@ def _check_legacy(stream: BinaryIO, size: int) -> None:
         raise UserError(f"{what} claims more numbers than it has bytes for")
 
 
-class _Keys(pickle.Unpickler):
-    """Reads which storages a checked pickle claims, and their bytes; makes no tensor."""
+class _StorageSizes(pickle.Unpickler):
+    """A reader of checked pickles that makes no tensors, and collects the storages that they claim.
+
+    Attributes:
+        claimed: bytes by key of the storage.
+    """
 
     def __init__(self, stream: BinaryIO) -> None:
         super().__init__(stream)
@@ -173,10 +189,10 @@ class _Keys(pickle.Unpickler):
 
 
 def _check_pickle(stream: BinaryIO, what: str) -> None:
-    """Check the next pickle of a stream, and leave the stream behind it.
+    """Check the next pickle of a stream. Afterwards the stream stands behind it.
 
     Raises:
-        UserError: it names more than tensors and plain values.
+        UserError: the pickle names more than tensors and plain values, or is too large.
     """
     for code, value, _ in pickletools.genops(stream):
         named = code.name in ("GLOBAL", "INST") and not GLOBALS.fullmatch(str(value))
@@ -190,10 +206,10 @@ def _check_pickle(stream: BinaryIO, what: str) -> None:
             raise UserError(f"{what} holds too much beside its tensors")
 
 
-class _Own:
-    """Tensors of a mapped file -> tensors in memory of their own.
+class _OwnedCopies:
+    """A function that replaces the tensors of a mapped file by copies in memory of their own.
 
-    The mapped ones would be pulled from under us if the file changed.
+    Without the copies, the values would change with the file, or be lost with it.
     """
 
     def __init__(self, file: Path, is_mapped: bool) -> None:
@@ -201,7 +217,7 @@ class _Own:
         self.bytes_left = file.stat().st_size
         self.values_left = VALUES
         self.copies_left = self.bytes_left
-        # Whoever reads the tensors spends time and memory on each, also on what they share.
+        # A reader spends time and memory on each tensor, even where tensors share their numbers.
         self.shared_left = MOST_SHARED * self.bytes_left + 2**20
         self.storages: dict[tuple[int, int], torch.UntypedStorage] = {}
 
@@ -216,7 +232,7 @@ class _Own:
         if isinstance(value, tuple):
             return tuple(self(each, depth + 1) for each in value)
         if isinstance(value, dict):
-            items = dict.items(value)  # a pickle may have given it an attribute of this name
+            items = dict.items(value)  # a pickle may have replaced the attribute `items`
             return {self(key, depth + 1): self(each, depth + 1) for key, each in items}
         return value
 
@@ -224,12 +240,12 @@ class _Own:
         if given.layout != torch.strided or given.is_quantized or given.device.type != "cpu":
             raise UserError(f"{self.name} holds a tensor that is no plain array of numbers")
         storage, size = given.untyped_storage(), given.numel() * given.element_size()
-        if size > storage.nbytes():  # one number, repeated
+        if size > storage.nbytes():  # one number that is repeated
             raise UserError(f"{self.name} holds a tensor that is larger than its numbers")
         self.shared_left -= size
         if self.shared_left < 0:
             raise UserError(f"{self.name} holds the same numbers under too many names")
-        if not given.is_contiguous():  # kernels that take numbers in a row would read past its end
+        if not given.is_contiguous():  # kernels that expect a row would read past its end
             self.copies_left -= size
             if self.copies_left < 0:
                 raise UserError(f"{self.name} holds more views of its numbers than numbers")
@@ -239,7 +255,7 @@ class _Own:
         place = storage.data_ptr(), storage.nbytes()
         if place not in self.storages:
             self.bytes_left -= storage.nbytes()
-            if self.bytes_left < 0:  # the same numbers under many names
+            if self.bytes_left < 0:  # overlapping storages
                 raise UserError(f"{self.name} holds more numbers than it has bytes for")
             self.storages[place] = storage.clone()
         shape, strides = given.size(), given.stride()
@@ -248,16 +264,19 @@ class _Own:
 
 
 def safetensors_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file: its tensors by name, and its metadata.
+    """Read a safetensors file.
+
+    Returns:
+        The tensors by name; and the metadata.
 
     Raises:
         UserError: the file is damaged.
     """
     try:
         with safe_open(file, "pt") as stream:
-            # Copies: the library maps the file.
-            found = {name: stream.get_tensor(name).clone() for name in stream.keys()}  # noqa: SIM118
-            return found, stream.metadata() or {}
+            # The tensors are copied, because the library maps the file.
+            tensors = {name: stream.get_tensor(name).clone() for name in stream.keys()}  # noqa: SIM118
+            return tensors, stream.metadata() or {}
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(
             f"{file.name} cannot be read as safetensors ({type(error).__name__})"
@@ -265,10 +284,10 @@ def safetensors_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def check_weights(weights: Any) -> None:
-    """Check that this is a mapping of weights by name.
+    """Check that a value is a mapping of weights by name.
 
     Raises:
-        UserError: it is not, or one is no array of real numbers.
+        UserError: it is not, or one of the weights is no array of real numbers.
     """
     if not isinstance(weights, dict) or not weights:
         raise UserError("it holds no weights")
@@ -280,13 +299,13 @@ def check_weights(weights: Any) -> None:
 
 
 def check_finite(weights: Mapping[str, Tensor]) -> None:
-    """Check that all numbers are finite.
+    """Check that all weights are finite.
 
     Raises:
-        UserError: one is not.
+        UserError: a weight holds an infinite number or NaN.
     """
     for name, value in weights.items():
-        # Several times faster than `isfinite`; what is no number passes through.
+        # `aminmax` is several times faster than `isfinite` on all numbers, and passes NaN on.
         if value.numel() and not torch.stack(value.aminmax()).isfinite().all():
             raise UserError(
                 f"its weight {name!a} holds numbers that are not finite: training diverged; "
@@ -295,7 +314,10 @@ def check_finite(weights: Mapping[str, Tensor]) -> None:
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Hash tensors: their names, shapes, types and values. Says whether two models are the same."""
+    """Hash the names, shapes, types and values of tensors.
+
+    Two models are the same if their hashes are.
+    """
     digest = hashlib.sha256()
     for name, values in sorted(tensors.items()):
         digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())

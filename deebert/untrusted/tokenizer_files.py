@@ -1,7 +1,8 @@
-"""What is taken from the files of a tokenizer that somebody else may have written.
+"""Choose the safe content of a tokenizer's files that somebody else may have written.
 
-The library would read any file that a setting names, and build parts that make a short text as
-long as they like. Knows nothing of what a tokenizer does with texts. Imports nothing heavy.
+The library would read any file that a setting names, and would build parts that turn a short text
+into a text of any length. This module does not know what a tokenizer does with texts, and imports
+nothing heavy.
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Any
 from deebert.errors import UserError
 from deebert.untrusted import plain_files
 
-# What a tokenizer is read from: plain names, in one folder.
+# The files that a tokenizer is read from: plain names, in one folder.
 FILES = (
     "tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model",
     "spm.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -22,8 +23,8 @@ CLASSES = (
     "Bert", "Roberta", "XLMRoberta", "Camembert", "Electra", "DistilBert", "MPNet", "Deberta",
     "DebertaV2", "GPT2", "Albert", "Herbert",
 )  # fmt: skip
-GENERAL = ("PreTrainedTokenizerFast", "TokenizersBackend")  # what tokenizer.json says, as it is
-# Settings that say how texts are read; others may be paths of files.
+GENERAL = ("PreTrainedTokenizerFast", "TokenizersBackend")  # these take tokenizer.json literally
+# The settings that say how texts are read. Others may be paths of files.
 SETTINGS = (
     "tokenizer_class", "do_lower_case", "strip_accents", "tokenize_chinese_chars",
     "do_basic_tokenize", "clean_up_tokenization_spaces", "model_max_length", "max_len",
@@ -38,28 +39,31 @@ PARTS = (
     # normalizers
     "BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Strip", "StripAccents",
     "Replace", "Prepend", "Precompiled", "Sequence",
-    # what cuts texts into words
+    # parts that cut texts into words
     "BertPreTokenizer", "Whitespace", "WhitespaceSplit", "ByteLevel", "Metaspace", "Digits",
     "Punctuation", "Split", "CharDelimiterSplit", "UnicodeScripts",
-    # what puts special tokens around them, and what joins them again
+    # parts that put special tokens around texts, and parts that join tokens again
     "BertProcessing", "RobertaProcessing", "TemplateProcessing", "CTC", "ByteFallback", "Fuse",
     "BPEDecoder",
 )  # fmt: skip
-GROWING = ("NFKC", "NFKD", "Precompiled", "Nmt")  # make several characters of one
-SPACE = "\u2581"  # that SentencePiece puts in the place of spaces
+GROWING = ("NFKC", "NFKD", "Precompiled", "Nmt")  # parts that may make several characters of one
+SPACE = "\u2581"  # the character that SentencePiece puts in the place of a space
 MOST_PARTS = 16
-LONGEST_INSERT = 4  # characters that a part may put in the place of something
-MOST_INSERTS = 4  # parts that put in more than one
-MOST_SPECIAL = 16  # tokens around texts
+LONGEST_INSERT = 4  # characters that a part may insert at once
+MOST_INSERTS = 4  # parts that may insert more than one character
+MOST_SPECIAL = 16  # special tokens around texts
 
 
 def harmless(files: Mapping[str, str | bytes]) -> dict[str, bytes]:
-    """Return the files with what is taken of them.
+    """Return the files, reduced to the content that is safe to load.
+
+    Args:
+        files: texts or bytes, by file name.
 
     Raises:
-        UserError: one holds what is no part of a tokenizer.
+        UserError: a file is damaged, or holds something that is no part of a tokenizer.
     """
-    found = {}
+    safe = {}
     for name, content in files.items():
         given = content if isinstance(content, bytes) else content.encode()
         if name == "tokenizer_config.json":
@@ -68,8 +72,8 @@ def harmless(files: Mapping[str, str | bytes]) -> dict[str, bytes]:
             given = json.dumps(_special(_parsed(given, name))).encode()
         elif name == "tokenizer.json":
             _check_parts(_parsed(given, name))
-        found[name] = given
-    return found
+        safe[name] = given
+    return safe
 
 
 def _parsed(content: bytes, name: str) -> dict[str, Any]:
@@ -80,6 +84,11 @@ def _parsed(content: bytes, name: str) -> dict[str, Any]:
 
 
 def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the accepted settings of a tokenizer_config.json.
+
+    Raises:
+        UserError: the class of the tokenizer is not supported.
+    """
     kept = {name: value for name, value in values.items() if name in SETTINGS}
     kind = kept.get("tokenizer_class")
     base = str(kind).removesuffix("Fast").removesuffix("Tokenizer")
@@ -90,6 +99,7 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _special(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that name special tokens."""
     return {
         name: value
         for name, value in values.items()
@@ -98,7 +108,7 @@ def _special(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_parts(values: Mapping[str, Any]) -> None:
-    """Check what a tokenizer.json builds.
+    """Check the parts of a tokenizer.json.
 
     Raises:
         UserError: a part is unknown, or could make a short text very long.
@@ -118,7 +128,7 @@ def _check_parts(values: Mapping[str, Any]) -> None:
     there = [insert for insert in inserts if insert]
     if sum(len(insert) > 1 for insert in there) > MOST_INSERTS or len(there) > 2 * MOST_INSERTS:
         raise UserError("tokenizer.json puts in characters too many times")
-    # One sign of Arabic becomes 18 letters: once is what real tokenizers do.
+    # One Arabic sign can become 18 letters. Real tokenizers take characters apart once at most.
     growing = sum(kind in GROWING for kind in kinds)
     if growing > 1 or not all(insert.replace(SPACE, "").isascii() for insert in there):
         raise UserError("tokenizer.json takes characters apart more than once")
@@ -130,6 +140,7 @@ def _check_parts(values: Mapping[str, Any]) -> None:
 
 
 def _parts(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield a part and all parts inside it."""
     if isinstance(value, dict):
         yield value
         for name in ("normalizers", "pretokenizers", "processors", "decoders"):
@@ -139,6 +150,11 @@ def _parts(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _check_template(part: Mapping[str, Any]) -> None:
+    """Check that a template uses each text once, and puts few special tokens around them.
+
+    Raises:
+        UserError: it does not.
+    """
     for kind, texts in (("single", ["A"]), ("pair", ["A", "B"])):
         items = part.get(kind)
         listed = (
@@ -156,7 +172,11 @@ def _check_template(part: Mapping[str, Any]) -> None:
 
 
 def _check_trie(given: Any) -> None:
-    """The library reserves what the first four bytes say."""
+    """Check a precompiled map. The library reserves as many bytes as its first four bytes state.
+
+    Raises:
+        UserError: the map is smaller than it states, or is damaged.
+    """
     try:
         content = b64decode(given or "")
         [size] = struct.unpack_from("<I", content)

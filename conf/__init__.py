@@ -1,0 +1,1 @@
+"""The configurations, which the wheel holds as deebert/conf."""

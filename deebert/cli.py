@@ -1,0 +1,163 @@
+"""The command `deebert`: train, evaluate, predict, serve, export, sweep and dashboard.
+
+Hands the command line to Hydra for `train` and `evaluate`, and to the key=value grammar of
+`deebert.options` for the others. Only what a command needs is imported, so that `--help`, typos and
+completion answer at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple
+
+from deebert.errors import UserError
+from deebert.options import conf_folder, refuse, refuse_moved, run_command
+
+if TYPE_CHECKING:  # Hydra takes a third of a second to import
+    from omegaconf import DictConfig
+
+
+class Command(NamedTuple):
+    """A command that takes key=value.
+
+    Attributes:
+        module: where it is, imported when it is called.
+        options: the name of the dataclass of its values.
+        run: the name of the function that takes them.
+        example: its values in an example.
+        summary: what it does.
+    """
+
+    module: str
+    options: str
+    run: str
+    example: str
+    summary: str
+
+
+JOBS = {
+    "train": "train one of the two stages; python train.py is the same",
+    "evaluate": "measure a checkpoint or a record; python evaluate.py is the same",
+}
+COMMANDS = {
+    "predict": Command(
+        "deebert.predict.command", "PredictOptions", "predict",
+        "model=RUN input=reviews.csv output=out.csv target_saving=0.4",
+        "answer the rows of a file",
+    ),
+    "serve": Command(
+        "deebert.serve.command", "ServeOptions", "run", "model=RUN target_saving=0.4 port=8000",
+        "answer texts over HTTP",
+    ),
+    "export": Command(
+        "deebert.export.onnx_folder", "ExportOptions", "run",
+        "model=RUN output=exported target_saving=0.4",
+        "write ONNX graphs that need no torch",
+    ),
+    "sweep": Command(
+        "deebert.reporting.sweep", "SweepOptions", "run", "folder=multirun/2026-01-31/12-00-00",
+        "sum up the jobs of a multirun folder",
+    ),
+    "dashboard": Command(
+        "deebert.reporting.dashboard", "DashboardOptions", "run", "project=my-team/deebert",
+        "save the W&B dashboard as a view",
+    ),
+}  # fmt: skip
+
+_command_line: list[str] = []
+
+
+def train(cfg: "DictConfig") -> float | None:
+    """Run the job of `train`; return the score at full depth."""
+    return _job(cfg, "deebert.runs.train", "train")
+
+
+def evaluate(cfg: "DictConfig") -> float | None:
+    """Run the job of `evaluate`; return the score that was asked for."""
+    return _job(cfg, "deebert.runs.evaluate", "evaluate")
+
+
+def _job(cfg: "DictConfig", module: str, name: str) -> float | None:
+    from deebert.runs import signals
+
+    if _command_line:
+        # Lightning starts the other processes of a job with these words: the name of the command
+        # that Hydra must not see belongs to them.
+        sys.argv[:] = _command_line
+    with signals.in_one_line(cfg):
+        job: Callable[[DictConfig], float | None] = getattr(import_module(module), name)
+        return job(cfg)
+
+
+def main() -> None:
+    """Run the command line. A user's mistake ends it with one line and exit code 2."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name == "-sc":
+        name, arguments = _completed(name, arguments)
+    if name in ("-h", "--help"):
+        print(usage())
+    elif name == "--version":
+        from deebert import __version__
+
+        print(__version__)
+    elif name in JOBS:
+        _run_hydra(name, arguments)
+    elif name in COMMANDS:
+        command = COMMANDS[name]
+        module = import_module(command.module)
+        example = f"deebert {name} {command.example}"
+        options, run = getattr(module, command.options), getattr(module, command.run)
+        run_command(options, run, f"deebert {name}", example, arguments)
+    elif name:
+        known = ", ".join([*JOBS, *COMMANDS])
+        refuse(UserError(f"command {name!r} is unknown; choose one of: {known} (deebert COMMAND)"))
+
+
+def usage() -> str:
+    """Write what `deebert --help` prints."""
+    summaries = JOBS | {name: command.summary for name, command in COMMANDS.items()}
+    lines = [f"  {name:<10} {summary}" for name, summary in summaries.items()]
+    return "\n".join(
+        ["deebert COMMAND key=value ...", "", *lines, "", "deebert COMMAND --help says more."]
+    )
+
+
+def _run_hydra(name: str, arguments: list[str]) -> None:
+    import hydra
+
+    try:
+        folder = conf_folder()
+    except UserError as error:
+        refuse(error)
+    refuse_moved(arguments)
+    _command_line[:] = sys.argv
+    sys.argv[1:] = arguments
+    job = {"train": train, "evaluate": evaluate}[name]
+    hydra.main(version_base="1.3", config_path=str(folder), config_name=name)(job)()
+
+
+def _completed(flag: str, arguments: list[str]) -> tuple[str, list[str]]:
+    """Complete the word that stands in the environment, as Hydra's shell function asks for it.
+
+    Returns:
+        The command and the arguments that Hydra is to complete; an empty name where it is done.
+    """
+    line = os.environ.get("COMP_LINE", "")
+    program, *rest = line.split(" ")
+    name = rest[0] if rest else ""
+    if len(rest) < 2:
+        print(" ".join(each for each in (*JOBS, *COMMANDS) if each.startswith(name)))
+    elif name in JOBS:
+        os.environ["COMP_LINE"] = " ".join([program, *rest[1:]])
+        return name, [flag, *arguments]
+    elif name in COMMANDS:
+        command = COMMANDS[name]
+        options = fields(getattr(import_module(command.module), command.options))
+        print(" ".join(f"{each.name}=" for each in options if each.name.startswith(rest[-1])))
+    return "", []
+
+
+if __name__ == "__main__":
+    main()
