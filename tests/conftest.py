@@ -3,11 +3,12 @@
 import json
 import os
 import runpy
-import subprocess
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 # Before any library reads them: hermetic also where a hub cache or a W&B account is at hand.
 os.environ |= {
@@ -20,43 +21,98 @@ os.environ |= {
 
 import pytest
 import torch
+from filelock import FileLock
 from hydra.core.global_hydra import GlobalHydra
+from matplotlib.figure import Figure
 
 from deebert.data import demo
 
 ROOT = Path(__file__).parent.parent
+# A PNG of one pixel.
+BLANK = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
+    "1f15c4890000000d49444154789c6360606060000000050001a5f645400000000049454e44ae426082"
+)
 TINY = ("backbone=tiny", "logger=csv", "data.max_length=64")
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
+
+pytest_plugins = ("helpers.hostile_runs", "helpers.scale_commands")
+# They are started first, so that no process is left with a long one at the end.
+LONGEST = (
+    "test_scale.py", "test_scale_ray.py", "test_cli.py", "test_serve.py", "test_bad_input.py",
+    "test_hostile_resume.py", "test_export.py", "test_wandb.py", "test_baselines.py", "test_readme.py",
+)  # fmt: skip
 
 
 class CommandFailed(Exception):
     """A command ended with a non-zero exit code."""
 
 
+def command(script: str, *overrides: str) -> None:
+    """Run the real script (or `-m` and a module) under the real Hydra, in this process.
+
+    A new process would import torch, transformers and Lightning first: several seconds, which show
+    nothing. Fixtures of a module or a session use this function, and tests the fixture `run`.
+
+    Raises:
+        CommandFailed: the exit code is not 0.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            if script == "-m":
+                module, *overrides = overrides
+                patch.setattr(sys, "argv", [module, *overrides])
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
+            else:
+                patch.setattr(sys, "argv", [str(ROOT / script), *overrides])
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as stop:
+        if stop.code:
+            raise CommandFailed(f"exit code {stop.code}") from stop
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Move the longest files to the start; pytest-xdist hands out whole files in this order."""
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def draw_nothing(figure: Figure, file: str | os.PathLike[str] | IO[bytes], **_: object) -> None:
+    """Write a picture without content in place of `Figure.savefig`."""
+    if isinstance(file, str | os.PathLike):
+        Path(file).write_bytes(BLANK)
+    else:
+        file.write(BLANK)
+
+
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def run(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> Callable[..., str]:  # fmt: skip
     """`run("train.py", *overrides)`: the real script under the real Hydra, in this process.
 
-    Returns what it printed; raises CommandFailed with the same if it failed.
+    Returns what it printed; raises CommandFailed with the same if it failed. A third of the time of
+    a command is the drawing of its pictures: only tests with the marker `pictures` get them.
     """
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr(Figure, "savefig", draw_nothing)
 
-    def command(script: str, *overrides: str) -> str:
-        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *overrides])
-        GlobalHydra.instance().clear()
+    def in_process(script: str, *overrides: str) -> str:
         capfd.readouterr()
         try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as stop:
-            if stop.code:
-                printed = capfd.readouterr()
-                raise CommandFailed(printed.out + printed.err) from stop
-        finally:
-            GlobalHydra.instance().clear()
+            command(script, *overrides)
+        except CommandFailed as failure:
+            printed = capfd.readouterr()
+            raise CommandFailed(printed.out + printed.err) from failure
         printed = capfd.readouterr()
         return printed.out + printed.err
 
-    return command
+    return in_process
 
 
 @pytest.fixture
@@ -93,35 +149,54 @@ def mrpc_rows(split: str, number: int) -> list[dict]:
 
 
 @pytest.fixture(scope="session")
-def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`made_once(name, make)`: a folder that `make(folder)` fills once for all processes of pytest.
+
+    Tests read it; a test that changes something takes a copy.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    shared = shared / "shared"
+    shared.mkdir(exist_ok=True)
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, finished = shared / name, shared / f"{name}.finished"
+        with FileLock(shared / f"{name}.lock"):
+            if not finished.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                make(folder)
+                finished.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def glue(made_once: Callable[..., Path]) -> Path:
     """A `datamodule.root` with a small mrpc/ in it."""
-    root = tmp_path_factory.mktemp("glue")
-    for split, number in (("train", 96), ("validation", 40), ("test", 16)):
-        write_rows(root / "mrpc", split, mrpc_rows(split, number))
-    return root
+
+    def make(root: Path) -> None:
+        for split, number in (("train", 96), ("validation", 40), ("test", 16)):
+            write_rows(root / "mrpc", split, mrpc_rows(split, number))
+
+    return made_once("glue", make)
 
 
 @pytest.fixture(scope="session")
-def stage1(glue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stage-1 run on MRPC's columns, made by a real process."""
-    folder = tmp_path_factory.mktemp("runs") / "stage1"
-    command = [
-        sys.executable, "train.py", "task=mrpc", "stage=1", *TINY, f"data.root={glue}", "seed=7",
+def stage1(glue: Path, made_once: Callable[..., Path]) -> Path:
+    """A stage-1 run on MRPC's columns."""
+    overrides = (
+        "task=mrpc", "stage=1", *TINY, f"data.root={glue}", "seed=7",
         "stages.1.epochs=2", "stages.1.lr=1e-3", "stages.2.lr=2e-3", "stages.2.epochs=3",
-        f"hydra.run.dir={folder}",
-    ]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=280)
-    return folder
+    )  # fmt: skip
+    return made_once("stage1", lambda to: command("train.py", *overrides, f"hydra.run.dir={to}"))
 
 
 @pytest.fixture(scope="session")
-def stage2(stage1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "stage2"
-    command = [
-        sys.executable, "train.py", "stage=2", f"ckpt={stage1}", "logger=csv", f"hydra.run.dir={folder}",
-    ]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=280)
-    return folder
+def stage2(stage1: Path, made_once: Callable[..., Path]) -> Path:
+    """The stage-2 run that follows."""
+    overrides = ("stage=2", f"ckpt={stage1}", "logger=csv")
+    return made_once("stage2", lambda to: command("train.py", *overrides, f"hydra.run.dir={to}"))
 
 
 def results(folder: Path) -> dict:

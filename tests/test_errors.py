@@ -6,15 +6,15 @@ from deebert.errors import first_line, is_number, is_whole
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (ValueError("\n a\nb"), "a"),
         (TimeoutError(), "TimeoutError"),
         (OSError("  \n"), "OSError"),
     ],
 )
-def test_an_error_has_one_line(error: Exception, told: str) -> None:
-    assert first_line(error) == told
+def test_an_error_has_one_line(error: Exception, message: str) -> None:
+    assert first_line(error) == message
 
 
 def test_a_truth_value_is_no_number() -> None:

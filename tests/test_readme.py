@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from deebert.data import demo
 
 PAGES = ("calibrate", "clock", "data", "ramps", "sweeps")
-FILES = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES)]
+FILES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGES)]
 TEXT = "\n".join(file.read_text() for file in FILES)
 COMMANDS = sorted(
     {
@@ -35,7 +35,7 @@ def test_links_lead_somewhere() -> None:
             assert (file.parent / link).exists(), f"{file.name}: {link}"
 
 
-def test_commands_are_found() -> None:
+def test_there_are_commands() -> None:
     assert len(COMMANDS) >= 8
     assert any("stage=2 ckpt=" in command for command in COMMANDS)
 
@@ -50,35 +50,44 @@ def test_every_command_composes(command: str) -> None:
     assert "trainer" in cfg
 
 
-@pytest.mark.parametrize("said", re.findall(r"\| `([a-z][\w.]*=[^`|]*)`", TEXT))
-def test_every_change_of_the_table_is_a_setting(said: str) -> None:
+@pytest.mark.parametrize("setting", re.findall(r"\| `([a-z][\w.]*=[^`|]*)`", TEXT))
+def test_every_change_of_the_table_is_a_setting(setting: str) -> None:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        compose("train", ["task=mrpc", *shlex.split(said)])
+        compose("train", ["task=mrpc", *shlex.split(setting)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [c for c in COMMANDS if re.match(r"python evaluate.py \S+=RUN", c)]
 )
-def test_every_question_is_answered(
+def test_every_evaluation_command_runs(
     command: str, run: Callable[..., str], stage2: Path, glue: Path, tmp_path: Path
 ) -> None:
     """On a tiny run, where some promises are refused for want of rows."""
-    asked = stage2
+    model = stage2
     if "exit=learned" in command:
-        asked = tmp_path / "learned"
-        told = ("objective=joint", "ramp.predicts=wrong", "stages.1.epochs=1", f"data.root={glue}")
-        run("train.py", "task=mrpc", "stage=1", *TINY, *told, f"hydra.run.dir={asked}")
-    said = [
-        o.replace("RUN", str(asked)).replace("[1,3,5]", "[1,3]") for o in shlex.split(command)[2:]
+        model = tmp_path / "learned"
+        training = (
+            "objective=joint",
+            "ramp.predicts=wrong",
+            "stages.1.epochs=1",
+            f"data.root={glue}",
+        )
+        run("train.py", "task=mrpc", "stage=1", *TINY, *training, f"hydra.run.dir={model}")
+    overrides = [
+        o.replace("RUN", str(model)).replace("[1,3,5]", "[1,3]") for o in shlex.split(command)[2:]
     ]
     try:
-        printed = run("evaluate.py", *said, "logger=csv", f"hydra.run.dir={tmp_path / 'answer'}")
+        printed = run(
+            "evaluate.py", *overrides, "logger=csv", f"hydra.run.dir={tmp_path / 'answer'}"
+        )
     except CommandFailed as refusal:
         printed = str(refusal)
     answers = "Score against saving|cannot be promised by 40|can reach: about|one for each ramp before the last"
     assert re.search(answers, printed)
 
 
+@pytest.mark.slow
 def test_a_task_of_one_s_own(
     run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,8 +105,14 @@ def test_a_task_of_one_s_own(
     monkeypatch.chdir(tmp_path)
     [command] = [c for c in COMMANDS if "task=reviews" in c]
     assert command in TEXT
-    said = [o.replace("backbone=minilm", "backbone=tiny") for o in shlex.split(command)[2:]]
-    run("train.py", *said, "logger=csv", "stages.1.epochs=1", f"hydra.run.dir={tmp_path / 'out'}")
+    overrides = [o.replace("backbone=minilm", "backbone=tiny") for o in shlex.split(command)[2:]]
+    run(
+        "train.py",
+        *overrides,
+        "logger=csv",
+        "stages.1.epochs=1",
+        f"hydra.run.dir={tmp_path / 'out'}",
+    )
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (results["task"], results["metric"], results["num_rows"]) == ("reviews", "accuracy", 40)
     assert set(results["exits"][0]["scores"]) == {"accuracy", "f1"}
@@ -105,10 +120,12 @@ def test_a_task_of_one_s_own(
 
 def test_the_offline_command(run: Callable[..., str], glue: Path, tmp_path: Path) -> None:
     [command] = [c for c in COMMANDS if "data.root=DIR" in c]
-    said = [o.replace("DIR", str(glue)).replace("minilm", "tiny") for o in shlex.split(command)[2:]]
+    overrides = [
+        o.replace("DIR", str(glue)).replace("minilm", "tiny") for o in shlex.split(command)[2:]
+    ]
     run(
         "train.py",
-        *said,
+        *overrides,
         "logger=csv",
         "data.max_length=64",
         "stages.1.epochs=1",

@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,9 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize(("page", "code"), SNIPPETS)
+@pytest.mark.parametrize(("file", "code"), SNIPPETS)
 def test_snippet(
-    page: str, code: str, stage2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    file: str, code: str, stage2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     assert "from_pretrained" in code
@@ -43,15 +44,20 @@ def test_snippet(
 
 
 def command(start: str) -> list[str]:
-    [found] = [line for line in COMMANDS if line.startswith(start)]
-    return shlex.split(found)
+    [match] = [line for line in COMMANDS if line.startswith(start)]
+    return shlex.split(match)
 
 
-def test_files(stage2: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_files(
+    run: Callable[..., str], stage2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One command in this process, and the one with a pipe in a process of its own."""
+    monkeypatch.chdir(tmp_path)
     rows = [(row["sentence1"], row["sentence2"]) for row in mrpc_rows("test", 30)]
     lines = ["sentence1,sentence2", *(f'"{a}","{b}"' for a, b in rows)]
     (tmp_path / "reviews.csv").write_text("\n".join(lines) + "\n")
-    printed = python(command("python -m deebert.predict"), stage2, tmp_path)
+    printed = run("-m", *(word.replace("RUN", str(stage2)) for word in command("deebert predict")))
     assert (tmp_path / "out.parquet").is_file(), printed
     _, piped = " ".join(command("cat reviews.csv")).split(" | ")
     with (tmp_path / "reviews.csv").open() as given:
@@ -59,24 +65,26 @@ def test_files(stage2: Path, tmp_path: Path) -> None:
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 31
 
 
+@pytest.mark.slow
 def test_export(stage2: Path, tmp_path: Path) -> None:
-    python(command("python -m deebert.export"), stage2, tmp_path)
+    python(command("deebert export"), stage2, tmp_path)
     (tmp_path / "texts.jsonl").write_text('["a fine film", "a film"]\n["no", "yes"]\n')
-    said = command("python exported/runner.py")[:3]  # without its < and >
+    words = command("python exported/runner.py")[:3]  # without its < and >
     with (tmp_path / "texts.jsonl").open() as given:
-        printed = python(said, stage2, tmp_path, given)
+        printed = python(words, stage2, tmp_path, given)
     assert printed.count("exit_layer") == 2
 
 
 def test_serve_takes_these_options() -> None:
-    options = parse(ServeOptions, command("python -m deebert.serve")[3:])
+    options = parse(ServeOptions, command("deebert serve")[2:])
     assert (options.port, options.target_saving) == (8000, 0.4)
 
 
-def python(said: list[str], run: Path, folder: Path, given=None) -> str:
-    said = [sys.executable, *(part.replace("RUN", str(run)) for part in said[1:])]
+def python(words: list[str], run: Path, folder: Path, given=None) -> str:
+    start = ["-m", "deebert"] if words[0] == "deebert" else []
+    words = [sys.executable, *start, *(part.replace("RUN", str(run)) for part in words[1:])]
     done = subprocess.run(
-        said, cwd=folder, stdin=given, capture_output=True, text=True, timeout=250
+        words, cwd=folder, stdin=given, capture_output=True, text=True, timeout=250
     )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr

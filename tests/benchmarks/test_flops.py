@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForSequenceClassification
 
 from deebert.models.early_exit import EarlyExitModel
-from deebert.models.ramps import READS, RampKind
+from deebert.models.ramps import RampKind
+from deebert.models.readers import READERS
 
 BERT = {
     "model_type": "bert",
@@ -57,13 +58,13 @@ def test_full_depth_equals_the_counted_classifier(num_tokens, num_padding):
     config = BertConfig(**BERT, num_labels=3, attn_implementation="eager")
     model = BertForSequenceClassification(config).eval()
     expected = counted(lambda: model(**tokens(1, num_tokens, num_padding)))
-    assert flops.plain(SIZES, num_tokens, exit_layer=4, asked=()) == expected
+    assert flops.plain(SIZES, num_tokens, exit_layer=4, evaluated_ramps=()) == expected
 
 
 @pytest.mark.parametrize("config", [BERT, DISTILBERT], ids=["bert", "distilbert"])
 @pytest.mark.parametrize("exit_layer", [1, 2, 4])
-@pytest.mark.parametrize("asked", [(), (1, 2), range(1, 5)], ids=str)
-def test_layers_and_ramps_equal_the_counted_ones(config, exit_layer, asked):
+@pytest.mark.parametrize("evaluated_ramps", [(), (1, 2), range(1, 5)], ids=str)
+def test_layers_and_ramps_equal_the_counted_ones(config, exit_layer, evaluated_ramps):
     model = EarlyExitModel(config, 3).eval()
     model.backbone.encoder.set_attn_implementation("eager")  # the counter knows no other
 
@@ -71,13 +72,13 @@ def test_layers_and_ramps_equal_the_counted_ones(config, exit_layer, asked):
         hidden_BSH, mask = model.backbone.embed(**tokens(1, 16, 5))
         for number in range(1, exit_layer + 1):
             hidden_BSH = model.backbone.layers[number - 1](hidden_BSH, mask)
-            if number in asked or number == exit_layer:
+            if number in evaluated_ramps or number == exit_layer:
                 model.ramps[number - 1](hidden_BSH[:, 0])
 
-    assert flops.plain(SIZES, 16, exit_layer, asked) == counted(run)
+    assert flops.plain(SIZES, 16, exit_layer, evaluated_ramps) == counted(run)
 
 
-@pytest.mark.parametrize("reads", READS)
+@pytest.mark.parametrize("reads", READERS)
 @pytest.mark.parametrize("sees_previous", [False, True])
 def test_every_kind_of_ramp_equals_the_counted_one(reads, sees_previous):
     kind = RampKind(reads=reads, sees_previous=sees_previous)
@@ -152,17 +153,17 @@ def test_leaving_at_layer_k_costs_about_k_less_five_sixths(num_tokens):
 def test_last_layer_needs_its_first_token_only():
     one_ramp = 2 * 768 * 768 + 2 * 768 * 2
     first_only = flops.keys_values(BASE, 29) + flops.queries(BASE, 29, 1)
-    cost = flops.first_token_first(BASE, 29, 12, asked=())
+    cost = flops.first_token_first(BASE, 29, 12, evaluated_ramps=())
     assert cost == 11 * flops.layer(BASE, 29) + first_only + one_ramp
 
 
 def test_total_adds_up_the_rows():
-    exits, lengths, asked = torch.tensor([1, 4, 2, 1]), torch.tensor([5, 9, 5, 5]), (1, 2)
+    exits, lengths, evaluated_ramps = torch.tensor([1, 4, 2, 1]), torch.tensor([5, 9, 5, 5]), (1, 2)
     full = 3 * flops.plain(SIZES, 5, 4, ()) + flops.plain(SIZES, 9, 4, ())
     for cost in (flops.plain, flops.first_token_first):
         rows = zip(lengths.tolist(), exits.tolist(), strict=True)
-        expected = sum(cost(SIZES, num_tokens, k, asked) for num_tokens, k in rows)
-        spent, saved = flops.total(SIZES, exits, lengths, asked, cost)
+        expected = sum(cost(SIZES, num_tokens, k, evaluated_ramps) for num_tokens, k in rows)
+        spent, saved = flops.total(SIZES, exits, lengths, evaluated_ramps, cost)
         assert spent == expected
         assert saved == pytest.approx(1 - expected / full)
     assert flops.total(SIZES, torch.full((4,), 4), lengths, (), flops.plain) == (full, 0.0)

@@ -48,6 +48,8 @@ def commands(monkeypatch: pytest.MonkeyPatch, run: Callable[..., str]) -> list[l
     return seen
 
 
+@pytest.mark.slow
+@pytest.mark.pictures
 def test_cells_are_made_once(
     quality: ModuleType, commands: list[list[str]], glue: Path, tmp_path: Path
 ) -> None:
@@ -56,15 +58,17 @@ def test_cells_are_made_once(
              "--tasks", "mrpc", "--recipes", "cut_5", "two_stage", "two_stage_mean",
              "two_stage_relative", "--overrides", "backbone=tiny", "data.max_length=64", "stages.1.epochs=1"]  # fmt: skip
     assert quality.main(given) == 1
-    stages = [next(word for word in told if word.startswith("stage=")) for told in commands]
+    stages = [
+        next(word for word in overrides if word.startswith("stage=")) for overrides in commands
+    ]
     assert stages == ["stage=1", "stage=1", "stage=2", "stage=2"], "stage 1 is shared"
 
-    found = json.loads((tmp_path / "quality.json").read_text())
-    assert list(found["failed"]) == ["mrpc cut_5 1"]
-    assert "backbone.layers" in found["failed"]["mrpc cut_5 1"]["error"]
+    content = json.loads((tmp_path / "quality.json").read_text())
+    assert list(content["failed"]) == ["mrpc cut_5 1"]
+    assert "backbone.layers" in content["failed"]["mrpc cut_5 1"]["error"]
     recipes = ("plain", "two_stage", "two_stage_mean", "two_stage_relative")
-    assert list(found["cells"]) == [f"mrpc {recipe} 1" for recipe in recipes]
-    plain, first, mean, relative = found["cells"].values()
+    assert list(content["cells"]) == [f"mrpc {recipe} 1" for recipe in recipes]
+    plain, first, mean, relative = content["cells"].values()
     assert (first["rule"], relative["rule"]) == ("entropy", "relative_entropy")
     assert (first["commands"], first["ramps"]) == (relative["commands"], relative["ramps"])
     assert plain["full"] == first["full"] == mean["full"], "the same final classifier"
@@ -74,7 +78,9 @@ def test_cells_are_made_once(
     assert min(first["seconds"]) > 0
     assert plain["rows"]["train"] == 96
     assert plain["rows"]["validation"] == 40
-    folders = [Path(told[-1].removeprefix("hydra.run.dir=")).with_suffix("") for told in commands]
+    folders = [
+        Path(overrides[-1].removeprefix("hydra.run.dir=")).with_suffix("") for overrides in commands
+    ]
     assert (folders[0] / "checkpoints" / "best.ckpt").exists()
     assert not (folders[2] / "checkpoints").exists()
     for cell, folder in ((first, folders[2]), (mean, folders[3])):
@@ -84,7 +90,7 @@ def test_cells_are_made_once(
         assert cell["curve"][-1] == pytest.approx(theirs["exits"][0]["score"], abs=1e-5)
         assert list(cell["targets"]) == ["0.3", "0.4", "0.5", "0.6"], "of 3 layers, 2/3 at most"
         assert all(abs(seen["saving"] - float(w)) < 0.1 for w, seen in cell["targets"].items())
-    assert quality.told([f"--root={glue}", "--seeds", "2"]) == "python benchmarks/quality.py --root DIR --seeds 2"  # fmt: skip
+    assert quality.public_command([f"--root={glue}", "--seeds", "2"]) == "python benchmarks/quality.py --root DIR --seeds 2"  # fmt: skip
     text = (tmp_path / "quality.md").read_text()
     assert f"{first['area']:.3f}" in text
     assert "`python benchmarks/quality.py --root DIR --tasks mrpc --recipes cut_5 two_stage" in text
@@ -96,17 +102,19 @@ def test_cells_are_made_once(
     shutil.rmtree(tmp_path / "out")
     commands.clear()
     assert quality.main(given) == 1
-    assert [word for told in commands for word in told if "layers" in word] == [quality.FIRST[5]]
+    assert [word for overrides in commands for word in overrides if "layers" in word] == [
+        quality.FIRST[5]
+    ]
     assert len(commands) == 1
-    assert json.loads((tmp_path / "quality.json").read_text()) == found
+    assert json.loads((tmp_path / "quality.json").read_text()) == content
 
     # What was made by other commands does not stand beside the failure of what was asked for.
     given[given.index("--recipes") + 1 : given.index("--overrides")] = ["two_stage"]
     assert quality.main([*given, "stages.1.lr=fast"]) == 1
-    found = json.loads((tmp_path / "quality.json").read_text())
-    assert list(found["cells"]) == ["mrpc two_stage_mean 1", "mrpc two_stage_relative 1"]
+    content = json.loads((tmp_path / "quality.json").read_text())
+    assert list(content["cells"]) == ["mrpc two_stage_mean 1", "mrpc two_stage_relative 1"]
     failed = [f"mrpc {recipe} 1" for recipe in ("cut_5", "plain", "two_stage")]
-    assert list(found["failed"]) == failed
+    assert list(content["failed"]) == failed
 
 
 def test_cells_of_overrides_stay_out_of_the_committed_table(
@@ -137,8 +145,8 @@ def test_a_killed_run_is_made_again(quality: ModuleType, tmp_path: Path) -> None
         """At a start of its own."""
         runs = quality.Runs(tmp_path, again)
         for _ in range(2):  # the second time it is there
-            found = runs.folder([line, *lines], "x", tmp_path / "data", weights)
-        return found
+            folders = runs.folder([line, *lines], "x", tmp_path / "data", weights)
+        return folders
 
     with pytest.raises(UserError, match="exit code -9"):
         folder()
@@ -160,8 +168,8 @@ def test_a_killed_run_is_made_again(quality: ModuleType, tmp_path: Path) -> None
 
 def test_best_is_what_is_recommended(quality: ModuleType) -> None:
     [_, line] = quality.commands("best", "mrpc", 1, [])
-    said = [word for word in line.split() if word.startswith(("stages.", "ramp"))]
-    measured, recommended = composed(*said), composed("experiment=best")
+    overrides = [word for word in line.split() if word.startswith(("stages.", "ramp"))]
+    measured, recommended = composed(*overrides), composed("experiment=best")
     assert measured.ramp == recommended.ramp
     assert measured.stages["2"] == recommended.stages["2"]
 
@@ -173,19 +181,19 @@ def test_area_by_hand(quality: ModuleType) -> None:
     sure = torch.linspace(0.1, 5, 200)[:, None] * torch.tensor([-1.0, 1.0])
     wrong = torch.where(right[:, None] == 1, -sure, sure)
     record = Record("validation", torch.stack([wrong, -wrong], 1), right, torch.arange(200), right)
-    found = quality.trade_off(record, Task("x", ("a",), ("n", "p"), ("accuracy",)), False)
-    assert found["ramps"] == [{"accuracy": 0}, {"accuracy": 1}]
-    assert found["curve"] == pytest.approx([max(0, 1 - 2 * s) for s in quality.GRID])
-    assert found["area"] == pytest.approx(0.25 / 0.8)
+    cell = quality.trade_off(record, Task("x", ("a",), ("n", "p"), ("accuracy",)), False)
+    assert cell["ramps"] == [{"accuracy": 0}, {"accuracy": 1}]
+    assert cell["curve"] == pytest.approx([max(0, 1 - 2 * s) for s in quality.GRID])
+    assert cell["area"] == pytest.approx(0.25 / 0.8)
     # Full depth is 7/6 of a layer, and ramp 1 takes 1/6: half, where 7/12 leave at ramp 1.
     assert quality.work(2, False) == pytest.approx((1 / 7, 1))
     assert quality.work(2, True) == pytest.approx((6 / 7, 1))
-    assert found["half_the_work"]["accuracy"] == pytest.approx(5 / 12, abs=0.02)
-    assert found["half_the_work"]["saving"] == pytest.approx(7 / 24, abs=0.01)
+    assert cell["half_the_work"]["accuracy"] == pytest.approx(5 / 12, abs=0.02)
+    assert cell["half_the_work"]["saving"] == pytest.approx(7 / 24, abs=0.01)
     dear = quality.trade_off(record, Task("x", ("a",), ("n", "p"), ("accuracy",)), True)
-    assert dear == found | {"half_the_work": {}}, "leaving at ramp 1 saves a seventh"
-    assert list(found["targets"]) == ["0.3", "0.4"]
-    for target, seen in found["targets"].items():
+    assert dear == cell | {"half_the_work": {}}, "leaving at ramp 1 saves a seventh"
+    assert list(cell["targets"]) == ["0.3", "0.4"]
+    for target, seen in cell["targets"].items():
         assert seen["saving"] == pytest.approx(float(target), abs=0.02)
         assert seen["accuracy"] == pytest.approx(1 - 2 * seen["saving"])
 
@@ -212,7 +220,7 @@ def test_the_rule_is_the_learned_score_or_a_regression_s(quality: ModuleType) ->
 
 def hand_made(quality: ModuleType) -> dict[str, Any]:
     """Two tasks of one metric: areas, and curves that fall from full depth to ramp 1."""
-    start = {"command": "COMMAND", "environment": quality.report.environment()}
+    start = {"command": "COMMAND", "environment": vars(quality.report.environment())}
     cells = {}
 
     def add(
@@ -251,8 +259,8 @@ def hand_made(quality: ModuleType) -> dict[str, Any]:
 def test_the_committed_report_is_that_of_its_numbers(quality: ModuleType, tmp_path: Path) -> None:
     shutil.copy(quality.HERE / "quality.json", tmp_path)
     assert quality.main(["--report-only", "--results", str(tmp_path)]) == 0
-    told = (quality.HERE / "quality.md").read_text()
-    assert (tmp_path / "quality.md").read_text() == told
+    text = (quality.HERE / "quality.md").read_text()
+    assert (tmp_path / "quality.md").read_text() == text
 
 
 def test_report_by_hand(quality: ModuleType, tmp_path: Path) -> None:

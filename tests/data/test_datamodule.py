@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from deebert.data.datamodule import LengthBatches, TextDataModule
 from deebert.data.tasks import Task
 from deebert.errors import UserError
+from deebert.hub.run_config import RunConfig
 from deebert.models import backbones
 from deebert.runs import build
 
@@ -35,20 +36,28 @@ def sampler(**changes: object) -> LengthBatches:
 
 def test_held_out_rows_are_known_by_their_words(glue: Path, tmp_path: Path) -> None:
     data = module("mrpc", glue, calibration_size=20)
-    config: dict = {"data": {}}
-    build.remember_held_out(config, data)
-    found = config["data"]["calibration_rows"]
-    build.remember_held_out(config, module("mrpc", glue, calibration_size=20, max_length=10))
-    older = {"data": {"calibration_rows": data.fingerprint("calibration")}}  # by their tokens
-    build.remember_held_out(older, data)
-    assert older["data"] == config["data"] == {"calibration_size": 20, "calibration_rows": found}
+    values = OmegaConf.to_container(OmegaConf.load(CONF / "task" / "mrpc.yaml"))
+    new = RunConfig.from_checked(
+        {
+            "task": values, "backbone": {}, "data": {}, "stage": 1, "seed": 1, "stages": {"1": {}},
+            "objective": {"name": "final"},
+        }
+    )  # fmt: skip
+    run = build.with_held_out(new, data)
+    other = module("mrpc", glue, calibration_size=20, max_length=10)
+    assert build.with_held_out(run, other) == run
+    older = new.changed(data={"calibration_rows": data.fingerprint("calibration")})  # of tokens
+    assert build.with_held_out(older, data).data == run.data
+    expected = {"calibration_size": 20, "calibration_rows": run.data.calibration_rows}
+    assert run.plain()["data"] == expected
+    assert new.plain()["data"] == {}
     rows = mrpc_rows("train", 96)
     spaced = [row | {"sentence1": f" {row['sentence1']} "} for row in rows]
     write_rows(tmp_path / "mrpc", "train", spaced)
-    build.remember_held_out(config, module("mrpc", tmp_path, calibration_size=20))
+    build.with_held_out(run, module("mrpc", tmp_path, calibration_size=20))
     write_rows(tmp_path / "mrpc", "train", [row | {"label": 1 - row["label"]} for row in rows])
     with pytest.raises(UserError, match="the training rows have changed"):
-        build.remember_held_out(config, module("mrpc", tmp_path, calibration_size=20))
+        build.with_held_out(run, module("mrpc", tmp_path, calibration_size=20))
 
 
 def test_every_row_once_an_epoch_in_batches_of_similar_length() -> None:

@@ -33,7 +33,7 @@ def test_pairs_cut_by_hand_are_the_library_s(
 def test_a_pair_of_long_texts(word_pieces) -> None:
     """The library itself would take minutes and tens of gigabytes; rows beside it stay."""
     long, short = ("word " * 40_000, "x " * 30_000), ("word " * 40, "x " * 30)
-    found = tokenization.encode(word_pieces, list(zip(long, short, ("a", "b"), strict=True)), 64)
-    for values in found.values():
+    tokens = tokenization.encode(word_pieces, list(zip(long, short, ("a", "b"), strict=True)), 64)
+    for values in tokens.values():
         assert values[0] == values[1]
-    assert found["input_ids"][2] == word_pieces("a", "b")["input_ids"]
+    assert tokens["input_ids"][2] == word_pieces("a", "b")["input_ids"]

@@ -17,7 +17,7 @@ from deebert.errors import UserError
 from deebert.hub import checkpoints
 from deebert.training import objectives
 from deebert.training.feature_cache import FeatureCache
-from deebert.training.objectives import exit_loss
+from deebert.training.losses import exit_loss
 
 Run = Callable[..., str]
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
 )  # fmt: skip
 
 
-def told(data: TextDataModule, *unlabelled: str, held_out: int = 0) -> TextDataModule:
+def with_unlabelled(data: TextDataModule, *unlabelled: str, held_out: int = 0) -> TextDataModule:
     """The same data with other rows hidden or held out."""
     return TextDataModule(
         data.task, data.tokenizer, root=data.root, max_length=64, limit_train=None, calibration_size=held_out,
@@ -46,7 +46,7 @@ def ramps_after(glue: Path, path: Path, label_weight: float, *unlabelled: str) -
     for part in module.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0
-    data = told(data, *unlabelled)
+    data = with_unlabelled(data, *unlabelled)
     data.batch_size = 200
     fit(module, FeatureCache(data, module.model, path, standardize=[]), path, gradient_clip_val=None)  # fmt: skip
     return module.model.ramps.state_dict()
@@ -54,7 +54,7 @@ def ramps_after(glue: Path, path: Path, label_weight: float, *unlabelled: str) -
 
 def test_their_labels_are_hidden_and_nothing_else_changes(glue: Path) -> None:
     _, data = build("stage 1", glue)
-    plain, more = told(data, held_out=20), told(data, "test", held_out=20)
+    plain, more = with_unlabelled(data, held_out=20), with_unlabelled(data, "test", held_out=20)
     for split in ("train", "validation", HELD_OUT, "test"):
         assert more.fingerprint(split) == plain.fingerprint(split)
     labels = torch.cat([batch["labels"] for batch in more.train_dataloader()])
@@ -70,12 +70,12 @@ def test_their_labels_are_hidden_and_nothing_else_changes(glue: Path) -> None:
 def test_rows_that_have_another_use_are_refused(glue: Path, split: str) -> None:
     _, data = build("stage 1", glue)
     with pytest.raises(UserError, match=rf"data.unlabelled=\[{split}\]: .* choose from: test, or"):
-        told(data, split).prepare_data()
+        with_unlabelled(data, split).prepare_data()
 
 
 def test_frozen_states_include_them(glue: Path, tmp_path: Path) -> None:
     module, data = build("stage 2 cached", glue)
-    data = told(data, "test")
+    data = with_unlabelled(data, "test")
     frozen = FeatureCache(data, module.model, tmp_path, standardize=[0, 1])
     frozen.setup("fit")
     batches = list(frozen.train_dataloader())
@@ -97,6 +97,7 @@ def test_they_teach_by_the_final_classifier_alone(glue: Path, tmp_path: Path) ->
     assert furthest(label_weight=0) > 1e-3
 
 
+@pytest.mark.slow
 def test_stage_2_asks_for_them_anew_and_evaluation_warns(
     run: Run, glue: Path, tmp_path: Path
 ) -> None:
@@ -108,6 +109,7 @@ def test_stage_2_asks_for_them_anew_and_evaluation_warns(
     assert "split=test: the model was trained on these rows" in printed
 
 
+@pytest.mark.slow
 def test_a_regression_hides_values_as_nan(run: Run, tmp_path: Path) -> None:
     for split, number in (("train", 24), ("validation", 8), ("test", 8)):
         rows = [{"sentence1": row["product"], "sentence2": row["review"], "label": row["label"] + i / 9} for i, row in enumerate(demo.rows(split)[:number])]  # fmt: skip
@@ -115,11 +117,11 @@ def test_a_regression_hides_values_as_nan(run: Run, tmp_path: Path) -> None:
     learner = ("objective=distill", "objective.label_weight=0.5")
     for name, more in (("distill", learner), ("student", (f"teacher={tmp_path / 'distill'}", "backbone.layers=[1,2]"))):  # fmt: skip
         run("train.py", *(("task=stsb", *TINY) if name == "distill" else ("logger=csv",)), *more, f"data.root={tmp_path}", "data.unlabelled=[test]", "stages.1.epochs=1", f"hydra.run.dir={tmp_path / name}")  # fmt: skip
-        found = checkpoints.read(tmp_path / name / "checkpoints" / "last.ckpt", "ckpt").weights
-        assert all(value.isfinite().all() for value in found.values())
+        trained = checkpoints.read(tmp_path / name / "checkpoints" / "last.ckpt", "ckpt").weights
+        assert all(value.isfinite().all() for value in trained.values())
 
 
-def test_a_learned_score_is_not_told_that_they_are_wrong() -> None:
+def test_a_learned_score_does_not_learn_from_them() -> None:
     logits = torch.tensor([[[2.0, 0.0], [2.0, 0.0]], [[2.0, 0.0], [2.0, 0.0]]])
     learned_score = torch.tensor([[0.25, 0.0], [0.75, 0.0]])
     labels = torch.tensor([0, UNLABELLED])

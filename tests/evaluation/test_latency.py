@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from deebert.data.batching import by_length, padded
 from deebert.data.tasks import Task
-from deebert.evaluation import latency
-from deebert.evaluation.latency import FullDepth, Protocol
+from deebert.evaluation import engine_latency
+from deebert.evaluation.engine_latency import FullDepth, Protocol
 from deebert.evaluation.timing import Timing, compare
 from deebert.exits import curves, rules
 from deebert.exits.records import Record
@@ -51,21 +51,21 @@ def test_by_length_keeps_the_budget(lengths: list[int], budget: int) -> None:
 
 
 def test_padded() -> None:
-    found = padded(
+    actual = padded(
         [
             {"input_ids": [7, 8], "token_type_ids": [0, 1]},
             {"input_ids": [9], "token_type_ids": [1]},
         ],
         3,
     )
-    assert {name: values.tolist() for name, values in found.items()} == {
+    assert {name: values.tolist() for name, values in actual.items()} == {
         "input_ids": [[7, 8], [9, 3]],
         "token_type_ids": [[0, 1], [1, 0]],
         "attention_mask": [[1, 1], [1, 0]],
     }
-    assert {values.dtype for values in found.values()} == {torch.int64}
+    assert {values.dtype for values in actual.values()} == {torch.int64}
     assert list(padded([{"input_ids": [7]}], 0)) == ["input_ids", "attention_mask"]
-    assert set(found) == set(INPUTS)
+    assert set(actual) == set(INPUTS)
 
 
 # --- seconds -------------------------------------------------------------------------------------
@@ -74,8 +74,8 @@ def test_padded() -> None:
 def test_timing_of_known_seconds() -> None:
     ours = Timing(np.array([[0.001, 0.003], [0.002, 0.002], [0.010, 0.002]]))
     assert ours.seconds == pytest.approx(0.004)
-    found = Timing(np.arange(1, 102)[None] / 1e3).latency_ms
-    assert found == pytest.approx({"p50": 51, "p95": 96, "p99": 100})
+    actual = Timing(np.arange(1, 102)[None] / 1e3).latency_ms
+    assert actual == pytest.approx({"p50": 51, "p95": 96, "p99": 100})
     other = Timing(np.array([[0.004, 0.004], [0.003, 0.002], [0.012, 0.012]]))
     assert ours.saving(other) == pytest.approx(1 - 0.5)  # of 0.5, 0.8 and 0.5: turn by turn
 
@@ -123,7 +123,7 @@ def test_requests() -> None:
     def listed(size: int | None) -> list:
         return [
             ([given["input_ids"][0] for given in request.inputs], request.fold)
-            for request in latency.requests(inputs, folds, size)
+            for request in engine_latency.requests(inputs, folds, size)
         ]
 
     assert listed(None) == [([0, 2, 3], 0), ([1, 4], 1)]
@@ -134,15 +134,15 @@ def test_requests() -> None:
 @pytest.mark.parametrize("num_labels", [1, 3])
 def test_exits_can_be_forced(num_labels: int) -> None:
     model, pool, record = world("bert", num_labels)
-    engine = Engine(model, latency.forced(num_labels), 0.0)
+    engine = Engine(model, engine_latency.forced(num_labels), 0.0)
     for layer in range(1, NUM_LAYERS + 1):
-        leaving = engine.at(latency.leaving_at(layer, NUM_LAYERS))
+        leaving = engine.at(engine_latency.leaving_at(layer, NUM_LAYERS))
         answers = leaving.run(pool)
         assert answers.layer_N.tolist() == [layer] * len(pool)
         expected = record.logits_NLC[:, layer - 1]
         torch.testing.assert_close(answers.logits_NC, expected, atol=1e-5, rtol=0)
-        asked = [len(pool) if i < layer else 0 for i in range(NUM_LAYERS)]
-        assert calls(model, functools.partial(leaving.run, pool)) == asked
+        evaluated = [len(pool) if i < layer else 0 for i in range(NUM_LAYERS)]
+        assert calls(model, functools.partial(leaving.run, pool)) == evaluated
 
 
 TASK = Task("x", ("text",), ("a", "b", "c"), ("accuracy",))
@@ -175,52 +175,54 @@ def test_measured_is_what_the_record_says() -> None:
     protocol = Protocol(batch_sizes=(None, 8), precisions=("float32", OTHER), repeats=1)
     pool, record, folds = pool[:50], record.rows(torch.arange(50)), folds[:50]
     labels, scores = labels[:50], scores[:50]
-    found = latency.measure(model, rules.default(3), cases, record, pool, folds, TASK, protocol)
-    assert len(found) == 2 * 2 * 3
-    assert all(set(row) == KEYS for row in found)
-    assert [row["threshold"] for row in found] == cases * 4
-    assert [(row["precision"], row["batch_size"]) for row in found[::3]] == [
+    timing = engine_latency.measure(
+        model, rules.default(3), cases, record, pool, folds, TASK, protocol
+    )
+    assert len(timing) == 2 * 2 * 3
+    assert all(set(vars(row)) == KEYS for row in timing)
+    assert [row.threshold for row in timing] == cases * 4
+    assert [(row.precision, row.batch_size) for row in timing[::3]] == [
         ("float32", None), ("float32", 8), (OTHER, None), (OTHER, 8),
     ]  # fmt: skip
-    for row in found:
-        if row["precision"] == "float32":
-            assert row["equal_exits"] == row["equal_predictions"] == 1
+    for row in timing:
+        if row.precision == "float32":
+            assert row.equal_exits == row.equal_predictions == 1
         layers = torch.empty(len(pool), dtype=torch.long)
-        for fold, threshold in enumerate(row["threshold"]):
+        for fold, threshold in enumerate(row.threshold):
             layers[folds == fold] = exit_layer(scores[folds == fold], threshold)
-        if row["precision"] == "float32":
-            assert row["exit_counts"] == layers.bincount(minlength=NUM_LAYERS + 1)[1:].tolist()
+        if row.precision == "float32":
+            assert row.exit_counts == layers.bincount(minlength=NUM_LAYERS + 1)[1:].tolist()
             saving = 1 - layers.double().mean().item() / NUM_LAYERS
-            assert row["expected_saving"] == pytest.approx(saving)
-        assert row["num_rows"] == len(pool)
-        assert row["samples_per_second"] == pytest.approx(len(pool) / row["seconds"])
-        assert row["time_speed_up"] == pytest.approx(1 / (1 - row["time_saving"]))
+            assert row.expected_saving == pytest.approx(saving)
+        assert row.num_rows == len(pool)
+        assert row.samples_per_second == pytest.approx(len(pool) / row.seconds)
+        assert row.time_speed_up == pytest.approx(1 / (1 - row.time_saving))
         accuracy = (record.logits_NLC[:, -1].argmax(-1) == labels).double().mean().item()
-        assert row["score_full_depth"] == pytest.approx(accuracy)
-        assert min(row["seconds"], row["seconds_full_depth"], row["seconds_threshold_0"]) > 0
-        assert set(row["latency_ms"]) == set(row["latency_ms_full_depth"]) == {"p50", "p95", "p99"}
+        assert row.score_full_depth == pytest.approx(accuracy)
+        assert min(row.seconds, row.seconds_full_depth, row.seconds_threshold_0) > 0
+        assert set(row.latency_ms) == set(row.latency_ms_full_depth) == {"p50", "p95", "p99"}
 
 
 def test_one_fold_and_requests_of_a_large_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "REQUEST_ROWS", 20)
+    monkeypatch.setattr(engine_latency, "REQUEST_ROWS", 20)
     model, pool, record = world("bert")
     folds = torch.zeros(len(pool), dtype=torch.long)
     protocol = Protocol(batch_sizes=(None, 1), repeats=1)
     threshold = middles(rules.entropy(record.logits_NLC[:, :-1]))[100]
-    found = latency.measure(
+    timing = engine_latency.measure(
         model, rules.default(3), [[threshold]], record, pool, folds, TASK, protocol
     )
-    assert [row["num_rows"] for row in found] == [len(pool), 20]
-    assert [row["threshold"] for row in found] == [threshold] * 2
-    assert [row["score"] for row in found] == [None, None], "no labels"
-    assert [row["equal_exits"] for row in found] == [1, 1]
+    assert [row.num_rows for row in timing] == [len(pool), 20]
+    assert [row.threshold for row in timing] == [threshold] * 2
+    assert [row.score for row in timing] == [None, None], "no labels"
+    assert [row.equal_exits for row in timing] == [1, 1]
 
 
 @pytest.mark.parametrize("model_type", ["bert", "modernbert"])
 def test_deeper_exits_cost_more(model_type: str) -> None:
     model = world(model_type)[0]
     inputs = inputs_of(model_type, [40] * 60)
-    costs = latency.layer_costs(model, inputs, 3, Protocol(repeats=3))
+    costs = engine_latency.layer_costs(model, inputs, 3, Protocol(repeats=3))
     assert len(costs) == NUM_LAYERS
     assert min(costs) > 0
     assert costs[-1] > costs[0]

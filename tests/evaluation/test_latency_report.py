@@ -2,21 +2,24 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT
+from helpers import results as made_by_hand
 from helpers.timed import timed
 from omegaconf import OmegaConf
 
 from deebert.data.tasks import Task
-from deebert.evaluation import evaluate_records, latency
+from deebert.evaluation import engine_latency, evaluate_records
 from deebert.exits import rules
 from deebert.exits.records import Record
 from deebert.models.early_exit import EarlyExitModel
 from deebert.reporting import plots, report, tables
+from deebert.reporting.results import Calibration, Results, TimedCase
 
 SPEC = ROOT / "conf" / "backbone" / "tiny.yaml"
 TASK = Task("demo", ("text",), ("bad", "good"), ("accuracy",))
@@ -24,7 +27,7 @@ THRESHOLDS = [0.0, 0.693]
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, Any]:
+def measured() -> Results:
     """Results of a tiny model with real seconds: two precisions, two batch sizes, two thresholds."""
     torch.manual_seed(0)
     spec = OmegaConf.to_container(OmegaConf.load(SPEC))
@@ -38,34 +41,43 @@ def measured() -> dict[str, Any]:
         logits = torch.cat([model(ids, torch.ones_like(ids)) for ids in tokens])
     record = Record("validation", logits, torch.arange(24) % 2, torch.arange(24), lengths)
     rule = rules.default(2)
-    results = {
-        "task": "demo", "backbone": "tiny", "stage": 2, "objective": "ramps", "seed": 1,
-        "metric": "accuracy",
-    }  # fmt: skip
-    results |= evaluate_records.evaluate_records(
+    evaluated = evaluate_records.evaluate_records(
         [record], TASK, evaluate_records.EvaluationConfig(rule, THRESHOLDS)
     )
-    results["timing"] = latency.measure(
+    timing = engine_latency.measure(
         model, rule, [[threshold] for threshold in THRESHOLDS], record, inputs,
-        torch.zeros(24, dtype=torch.long), TASK, latency.Protocol((None, 8), ("float32", "bfloat16"), repeats=2),
+        torch.zeros(24, dtype=torch.long), TASK, engine_latency.Protocol((None, 8), ("float32", "bfloat16"), repeats=2),
     )  # fmt: skip
-    return json.loads(json.dumps(results))
+    results = Results(
+        schema=1, task="demo", backbone="tiny", stage=2, objective="ramps", ramp=None, seed=1,
+        metric="accuracy", environment=None, timing=timing, **vars(evaluated),
+    )  # fmt: skip
+    again = Results.from_json(json.loads(json.dumps(results.to_json())))
+    assert again == results
+    return again
 
 
-def latency_measurement(results: dict[str, Any]) -> tuple[str, list[dict[str, str]]]:
+def by_hand(measured: Results, calibration: Calibration | None, *timing: dict[str, Any]) -> Results:
+    """The results of ten rows with these timed cases."""
+    splits = [replace(measured.headline, num_rows=10)]
+    cases = [TimedCase(**case) for case in timing]
+    return replace(measured, splits=splits, calibration=calibration, timing=cases)
+
+
+def latency_measurement(results: Results) -> tuple[str, list[dict[str, str]]]:
     """Title and rows of the table, by column."""
-    [(title, columns, rows)] = [one for one in tables.tables(results) if "On the clock" in one[0]]
+    [(title, columns, rows)] = [one for one in tables.tables(results) if "Latency" in one[0]]
     return title, [dict(zip(columns, row, strict=True)) for row in rows]
 
 
-def test_the_sample_is_like_a_real_one(measured: dict[str, Any]) -> None:
-    assert {tuple(case) for case in measured["timing"]} == {tuple(timed())}
-    assert {tuple(case["latency_ms"]) for case in measured["timing"]} == {tables.PERCENTILES}
+def test_the_sample_is_like_a_real_one(measured: Results) -> None:
+    assert {tuple(vars(case)) for case in measured.timing} == {tuple(timed())}
+    assert {tuple(case.latency_ms) for case in measured.timing} == {tables.PERCENTILES}
 
 
-def test_every_case_is_a_row(measured: dict[str, Any]) -> None:
+def test_every_case_is_a_row(measured: Results) -> None:
     title, rows = latency_measurement(measured)
-    assert title == "On the clock: demo, validation (24 rows)"
+    assert title == "Latency: demo, validation (24 rows)"
     assert [(row["precision"], row["inputs a request"], row["threshold"]) for row in rows] == [
         (precision, size, threshold)
         for precision in ("float32", "bfloat16")
@@ -73,24 +85,26 @@ def test_every_case_is_a_row(measured: dict[str, Any]) -> None:
         for threshold in ("0", "0.693")
     ]
     assert {row["exits equal to the record"] for row in rows[:4]} == {"100.00%"}, "float32"
-    for row, case in zip(rows, measured["timing"], strict=True):
-        assert float(row["ms an input"]) == pytest.approx(1e3 * case["seconds"] / 24, abs=5e-4)
-        assert row["saving (layers)"] == f"{case['expected_saving']:.1%}"
+    for row, case in zip(rows, measured.timing, strict=True):
+        assert float(row["ms an input"]) == pytest.approx(1e3 * case.seconds / 24, abs=5e-4)
+        assert row["saving (layers)"] == f"{case.expected_saving:.1%}"
     text = report.markdown(measured)
     assert f"## {title}" in text
     assert "| float32 | 8 | 0.693 |" in text
 
 
-def test_the_numbers_of_a_row(measured: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_numbers_of_a_row(measured: Results, capfd: pytest.CaptureFixture[str]) -> None:
     folds = [0.1, 0.2, 0.0, 0.1, 0.3]
-    calibration = {
-        "target": {"target_speedup": 1.5}, "rule": "entropy", "temperatures": None, "thresholds": 0.2,
-        "calibration_split": "validation, cross-fitted in 5 folds", "num_calibration": 24, "notes": [],
-        "folds_at_full_depth": 0, "fold_thresholds": folds,
-        "expected": {"score": 0.8, "full_depth_score": 0.9, "expected_saving": 0.4, "time_speed_up": 1.58, "excess": 0, "disagreement": 0, "exit_counts": [1]},
-        "measured": {"score": 0.8, "full_depth_score": 0.9, "expected_saving": 0.4, "excess": 0, "disagreement": 0, "exit_counts": [1]},
-    }  # fmt: skip
-    results = measured | {"timing": [timed(folds)], "calibration": calibration, "num_rows": 10}
+    calibration = Calibration.from_json(
+        made_by_hand.calibrated(
+            {"target_speedup": 1.5},
+            0.8,
+            0.4,
+            expected=made_by_hand.measured(0.8, 0.4, time_speed_up=1.58),
+            fold_thresholds=folds,
+        )
+    )
+    results = by_hand(measured, calibration, timed(folds))
     _, [row] = latency_measurement(results)
     assert row == {
         "precision": "float32",
@@ -100,7 +114,7 @@ def test_the_numbers_of_a_row(measured: dict[str, Any], capfd: pytest.CaptureFix
         "full depth accuracy": "0.8584",
         "saving (layers)": "32.0%",
         "time saving": "40.0%",
-        "speed-up (clock)": "1.67x",
+        "speed-up (time)": "1.67x",
         "ms an input": "120.000",
         "full depth ms an input": "200.000",
         "p50 ms": "120.50",
@@ -108,39 +122,38 @@ def test_the_numbers_of_a_row(measured: dict[str, Any], capfd: pytest.CaptureFix
         "p99 ms": "131.12",
         "exits equal to the record": "99.00%",
     }
-    said = tables.notes(results)[-2:]
-    assert "the library's own forward pass of the same weights, in the same batches" in said[0]
-    assert "(medians of 3 turns, threads: 1, device: cpu). The engine's own speed-up, without any exit: 1.25x." in said[0]  # fmt: skip
-    assert said[1] == "Speed-up: asked for 1.5x, expected 1.58x, measured on the clock 1.67x."
+    notes = tables.notes(results)[-2:]
+    assert "the library's own forward pass of the same weights, in the same batches" in notes[0]
+    assert "(medians of 3 turns, threads: 1, device: cpu). The engine's own speed-up, without any exit: 1.25x." in notes[0]  # fmt: skip
+    assert notes[1] == "Speed-up (time): target 1.5x, expected 1.58x, measured 1.67x."
     report.show(results, Path("RUN"))
-    _, _, printed = capfd.readouterr().out.partition("On the clock: ")
+    _, _, printed = capfd.readouterr().out.partition("Latency: ")
     [line] = [line for line in printed.splitlines() if "float32 " in line]
     assert [cell.strip() for cell in line.strip("│").split("│")] == list(row.values()), (
         "none is cut"
     )
-    assert "asked for 1.5x" in printed
+    assert "target 1.5x" in printed
 
 
-def test_what_several_cases_came_to(measured: dict[str, Any]) -> None:
+def test_what_several_cases_came_to(measured: Results) -> None:
     one, int8 = timed(batch_size=1, counts=(2, 2, 1)), timed([0.1, 0.2], 0.5, precision="int8")
-    calibration = {"target": {"target_speedup": 2}, "expected": {}, "thresholds": 0.1, "notes": [], "temperatures": None}  # fmt: skip
-    results = measured | {"timing": [one, int8], "calibration": calibration, "num_rows": 10}
-    said = tables.notes(results)[-2:]
-    assert "Requests of a few: on 5 rows, evenly spread." in said[0]
-    assert said[0].endswith("without any exit: 1.25x."), "int8 has no other full depth"
-    assert said[1] == "Speed-up: asked for 2x, measured on the clock 1.67x (float32, 1), 2.00x (int8, all)."  # fmt: skip
-    del results["calibration"]
+    calibration = Calibration.from_json(made_by_hand.calibrated({"target_speedup": 2}, 0.8, 0.4))
+    results = by_hand(measured, calibration, one, int8)
+    notes = tables.notes(results)[-2:]
+    assert "Requests of a few: on 5 rows, evenly spread." in notes[0]
+    assert notes[0].endswith("without any exit: 1.25x."), "int8 has no other full depth"
+    assert notes[1] == "Speed-up (time): target 2x, measured 1.67x (float32, 1), 2.00x (int8, all)."  # fmt: skip
+    results = replace(results, calibration=None)
     assert [row["threshold"] for row in latency_measurement(results)[1]] == ["0.31", "[0.1,0.2]"]
 
 
-def test_without_timing_nothing_changes(measured: dict[str, Any]) -> None:
-    plain = {key: value for key, value in measured.items() if key != "timing"}
-    assert "clock" not in report.markdown(plain)
-    assert "clock" in report.markdown(measured)
+def test_without_timing_nothing_changes(measured: Results) -> None:
+    assert "Latency" not in report.markdown(replace(measured, timing=None))
+    assert "Latency" in report.markdown(measured)
 
 
 def test_the_picture_marks_what_was_timed(
-    measured: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    measured: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
     plt = plots._pyplot()
@@ -148,16 +161,16 @@ def test_the_picture_marks_what_was_timed(
     plots.curve(measured, "title", tmp_path / "curve.png")
     left = drawn[0].axes[0]
     lines = {line.get_label(): line for line in left.get_lines()}
-    case = measured["timing"][2:4]
-    marks = lines["on the clock, float32, 8"].get_xydata().tolist()
-    assert marks == [[100 * one["time_saving"], one["score"]] for one in case]
-    assert len({lines[name].get_marker() for name in lines if "on the clock" in name}) == 4
-    plots.curve(measured | {"timing": [timed()]}, "title", tmp_path / "curve.png")
+    case = measured.timing[2:4]
+    marks = lines["time saving, float32, 8"].get_xydata().tolist()
+    assert marks == [[100 * one.time_saving, one.score] for one in case]
+    assert len({lines[name].get_marker() for name in lines if "time saving" in name}) == 4
+    plots.curve(replace(measured, timing=[TimedCase(**timed())]), "title", tmp_path / "curve.png")
     texts = [text.get_text() for text in drawn[1].axes[0].get_legend().get_texts()]
-    assert texts[-1] == "on the clock"
-    for change in ({"timing": [timed(score=None)]}, {"objective": "final"}):
-        plots.curve(measured | change, "title", tmp_path / "curve.png")
-        assert not any("clock" in line.get_label() for line in drawn[-1].axes[0].get_lines())
+    assert texts[-1] == "time saving"
+    for change in ({"timing": [TimedCase(**timed(score=None))]}, {"objective": "final"}):
+        plots.curve(replace(measured, **change), "title", tmp_path / "curve.png")
+        assert not any("time saving" in line.get_label() for line in drawn[-1].axes[0].get_lines())
     monkeypatch.undo()
     for figure in drawn:
         plt.close(figure)

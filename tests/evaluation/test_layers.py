@@ -13,6 +13,7 @@ from deebert.evaluation.layers import layer_table, linear_cka
 from deebert.models import backbones
 from deebert.models.architectures import ARCHITECTURES
 from deebert.models.early_exit import EarlyExitModel
+from deebert.reporting.split_results import plain
 
 SPEC = ROOT / "conf" / "backbone" / "tiny.yaml"
 STSB = Task("stsb", ("text",), None, ("pearson",))  # a score without steps: equal means equal
@@ -79,16 +80,16 @@ def test_score_without_a_layer_is_that_of_a_model_that_never_had_it(model_type: 
             values.append(model.ramps[-1](hidden[:, 0]))
         return STSB.score(torch.cat(values).squeeze(-1), labels)
 
-    assert table["num_rows"] == 24
-    assert table["score"] == pytest.approx(score(model.backbone), abs=1e-6)
-    for k, row in enumerate(table["layers"]):
+    assert table.num_rows == 24
+    assert table.score == pytest.approx(score(model.backbone), abs=1e-6)
+    for k, row in enumerate(table.layers):
         shorter = copy.deepcopy(model.backbone)
         del shorter.layers[k]
         assert len(shorter.layers) == 2
-        assert row["layer"] == k + 1
-        assert row["score_without"] == pytest.approx(score(shorter), abs=1e-6)
-        assert row["score_drop"] == pytest.approx(table["score"] - row["score_without"], abs=1e-12)
-        assert abs(row["score_drop"]) > 1e-4, "these layers do something"
+        assert row.layer == k + 1
+        assert row.score_without == pytest.approx(score(shorter), abs=1e-6)
+        assert row.score_drop == pytest.approx(table.score - row.score_without, abs=1e-12)
+        assert abs(row.score_drop) > 1e-4, "these layers do something"
 
 
 @torch.no_grad()
@@ -104,15 +105,15 @@ def test_block_influence_token_by_token() -> None:
             hidden = after
     table = layer_table(model, batches(), STSB)
     expected = [1 - sum(values) / len(values) for values in cosines]
-    assert [row["block_influence"] for row in table["layers"]] == pytest.approx(expected, abs=1e-5)
+    assert [row.block_influence for row in table.layers] == pytest.approx(expected, abs=1e-5)
 
 
 def test_padding_does_not_matter() -> None:
     model = build()
     padded, bare = layer_table(model, batches(), STSB), layer_table(model, one_by_one(), STSB)
-    assert padded["score"] == pytest.approx(bare["score"], abs=1e-5)
-    for mine, theirs in zip(padded["layers"], bare["layers"], strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-4)
+    assert padded.score == pytest.approx(bare.score, abs=1e-5)
+    for mine, theirs in zip(padded.layers, bare.layers, strict=True):
+        assert vars(mine) == pytest.approx(vars(theirs), abs=1e-4)
 
 
 @torch.no_grad()
@@ -132,9 +133,9 @@ def test_cka_of_the_first_tokens() -> None:
     for i in range(3):
         for j in range(3):
             expected = hsic(i, j) / (hsic(i, i) * hsic(j, j)).sqrt()
-            assert table["cka"][i][j] == pytest.approx(expected.item(), abs=1e-4)
-        assert table["cka"][i][i] == pytest.approx(1)
-        assert table["layers"][i]["cka_with_last"] == table["cka"][i][2]
+            assert table.cka[i][j] == pytest.approx(expected.item(), abs=1e-4)
+        assert table.cka[i][i] == pytest.approx(1)
+        assert table.layers[i].cka_with_last == table.cka[i][2]
 
 
 def test_cka_knows_no_rotation_scale_or_shift() -> None:
@@ -167,7 +168,7 @@ def test_max_rows_are_spread_over_the_lengths() -> None:
     model = build()
     everything = batches()
     for most, expected in ((24, 24), (100, 24), (12, 12), (11, 8), (5, 5), (2, 2), (1, 1)):
-        assert layer_table(model, iter(everything), STSB, max_rows=most)["num_rows"] == expected
+        assert layer_table(model, iter(everything), STSB, max_rows=most).num_rows == expected
     chosen = [{name: values[1 if i == 1 else 0 :: 3] for name, values in batch.items()}
               for i, batch in enumerate(everything)]  # fmt: skip
     chosen[2] = {name: values[2::3] for name, values in everything[2].items()}
@@ -177,9 +178,9 @@ def test_max_rows_are_spread_over_the_lengths() -> None:
 
 def test_without_labels_there_are_no_scores() -> None:
     table = layer_table(build(), batches(labels=False), STSB)
-    assert table["score"] is None
-    assert {(row["score_without"], row["score_drop"]) for row in table["layers"]} == {(None, None)}
-    assert all(row["block_influence"] > 0 for row in table["layers"])
+    assert table.score is None
+    assert {(row.score_without, row.score_drop) for row in table.layers} == {(None, None)}
+    assert all(row.block_influence > 0 for row in table.layers)
 
 
 def test_plain_values_and_an_untouched_model() -> None:
@@ -192,11 +193,11 @@ def test_plain_values_and_an_untouched_model() -> None:
     assert first == layer_table(model, rows, DEMO), "no dropout"
     assert before == {name: part.training for name, part in model.named_modules()}
     assert all(parameter.grad is None for parameter in model.parameters())
-    json.dumps(first, allow_nan=False)
-    assert 0 <= first["score"] <= 1
+    json.dumps(plain(first), allow_nan=False)
+    assert 0 <= first.score <= 1
 
 
 def test_one_row_is_enough_for_everything_but_cka() -> None:
     table = layer_table(build(), batches(1), STSB)
-    assert table["cka"] == [[None] * 3] * 3
-    assert table["layers"][0]["block_influence"] > 0
+    assert table.cka == [[None] * 3] * 3
+    assert table.layers[0].block_influence > 0

@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import ROOT, results
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., str]
 
 
@@ -18,14 +20,14 @@ def test_timing_gives_seconds_beside_the_saving(run: Run, stage2: Path, tmp_path
         "precision=[float32,int8]", "repeats=2", "threads=1", "logger=csv",
         f"hydra.run.dir={tmp_path}",
     )  # fmt: skip
-    found = results(tmp_path)
-    cases = {(c["precision"], c["batch_size"], c["threshold"]): c for c in found["timing"]}
+    result = results(tmp_path)
+    cases = {(c["precision"], c["batch_size"], c["threshold"]): c for c in result["timing"]}
     assert set(cases) == {
         (precision, size, threshold)
         for precision in ("float32", "int8") for size in (None, 3) for threshold in (0.0, 0.69)
     }  # fmt: skip
     for (precision, _, threshold), case in cases.items():
-        point = next(p for p in found["curve"] if p["threshold"] == threshold)
+        point = next(p for p in result["curve"] if p["threshold"] == threshold)
         assert case["equal_predictions"] >= (1 if precision == "float32" else 0.9)
         assert case["seconds"] > 0
         assert case["num_rows"] == 40
@@ -42,7 +44,7 @@ def test_timing_gives_seconds_beside_the_saving(run: Run, stage2: Path, tmp_path
     # 40 inputs in requests of 3 are 14 requests: one of them takes less than all inputs do.
     small, large = cases["float32", 3, 0.0], cases["float32", None, 0.0]
     assert small["latency_ms"]["p50"] < large["latency_ms"]["p50"]
-    assert "On the clock" in printed
+    assert "Latency: " in printed
     assert torch.get_num_threads() == 1
 
 
@@ -70,18 +72,16 @@ def test_onnx_runtime_takes_the_threads_it_is_given(stage2: Path, tmp_path: Path
     assert (case["runtime"], case["threads"]) == ("onnx", 2), "OMP_NUM_THREADS says 1"
 
 
-def test_a_speed_up_is_asked_for_and_timed_on_unseen_rows(
-    run: Run, stage2: Path, tmp_path: Path
-) -> None:
+def test_a_target_speed_up_is_timed_on_unseen_rows(run: Run, stage2: Path, tmp_path: Path) -> None:
     run(
         "evaluate.py", f"ckpt={stage2}", "target_speedup=1.02", "repeats=3", "logger=csv",
         f"hydra.run.dir={tmp_path}",
     )  # fmt: skip
-    found = results(tmp_path)
-    calibration, [case] = found["calibration"], found["timing"]
+    result = results(tmp_path)
+    calibration, [case] = result["calibration"], result["timing"]
     assert calibration["target"] == {"target_speedup": 1.02}
     costs = calibration["expected"]["costs"]
-    assert len(costs) == found["num_layers"]
+    assert len(costs) == result["num_layers"]
     assert all(cost > 0 for cost in costs)
     assert costs[0] < costs[-1]
     assert calibration["expected"]["time_speed_up"] >= 1.02
@@ -91,17 +91,17 @@ def test_a_speed_up_is_asked_for_and_timed_on_unseen_rows(
     assert case["equal_exits"] == 1
 
 
-@pytest.mark.parametrize("rule", ["ensemble", "vote", "patience", "margin"])
+@pytest.mark.parametrize("rule", ["vote", "margin"])
 def test_the_engine_runs_any_exit_rule(run: Run, stage2: Path, tmp_path: Path, rule: str) -> None:
     run(
         "evaluate.py", f"ckpt={stage2}", f"exit={rule}", "target_saving=0.3", "timing=all",
         "repeats=1", "logger=csv", f"hydra.run.dir={tmp_path}",
     )  # fmt: skip
-    found = results(tmp_path)
-    [case] = found["timing"]
+    result = results(tmp_path)
+    [case] = result["timing"]
     assert case["equal_exits"] == 1
-    assert case["exit_counts"] == found["calibration"]["measured"]["exit_counts"]
-    assert case["score"] == pytest.approx(found["calibration"]["measured"]["score"])
+    assert case["exit_counts"] == result["calibration"]["measured"]["exit_counts"]
+    assert case["score"] == pytest.approx(result["calibration"]["measured"]["score"])
 
 
 def test_temperatures_and_a_threshold_for_each_ramp(run: Run, stage2: Path, tmp_path: Path) -> None:
@@ -109,9 +109,9 @@ def test_temperatures_and_a_threshold_for_each_ramp(run: Run, stage2: Path, tmp_
         "evaluate.py", f"ckpt={stage2}", "temperature=[2,0.5,1]", "threshold=[0.6,0.69]",
         "timing=1", "repeats=1", "logger=csv", f"hydra.run.dir={tmp_path}",
     )  # fmt: skip
-    found = results(tmp_path)
-    [case] = found["timing"]
+    result = results(tmp_path)
+    [case] = result["timing"]
     assert case["threshold"] == [0.6, 0.69]
-    assert found["exit"]["temperatures"] == [2, 0.5, 1], "a threshold means nothing without them"
-    assert case["exit_counts"] == found["curve"][0]["exit_counts"]
+    assert result["exit"]["temperatures"] == [2, 0.5, 1], "a threshold means nothing without them"
+    assert case["exit_counts"] == result["curve"][0]["exit_counts"]
     assert case["equal_exits"] == 1

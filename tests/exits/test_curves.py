@@ -57,35 +57,35 @@ LOGITS = [
 def test_score_cost_and_counts_by_hand() -> None:
     points = curve(record(LOGITS, [1, 0, 0], [1, 2, 3]), task("demo"), RULE, [0.0, 0.1, 0.7])
     full, some, first = points
-    assert full["score"] == 1
-    assert (full["cost_ratio"], full["expected_saving"], full["speed_up"]) == (1, 0, 1)
-    assert full["exit_counts"] == [0, 0, 3]
-    assert some["score"] == pytest.approx(2 / 3)
-    assert some["exit_counts"] == [1, 1, 1]
-    assert some["cost_ratio"] == pytest.approx((1 + 2 + 3) / 9)
-    assert some["expected_saving"] == pytest.approx(1 / 3)
-    assert some["speed_up"] == pytest.approx(1.5)
-    assert some["mean_exit_layer"] == {"1": 1, "2": 2, "3": 3}
-    assert first["exit_counts"] == [3, 0, 0], "0.7 > ln 2: everything leaves at the first ramp"
+    assert full.score == 1
+    assert (full.cost_ratio, full.expected_saving, full.speed_up) == (1, 0, 1)
+    assert full.exit_counts == [0, 0, 3]
+    assert some.score == pytest.approx(2 / 3)
+    assert some.exit_counts == [1, 1, 1]
+    assert some.cost_ratio == pytest.approx((1 + 2 + 3) / 9)
+    assert some.expected_saving == pytest.approx(1 / 3)
+    assert some.speed_up == pytest.approx(1.5)
+    assert some.mean_exit_layer == {"1": 1, "2": 2, "3": 3}
+    assert first.exit_counts == [3, 0, 0], "0.7 > ln 2: everything leaves at the first ramp"
 
 
 def test_score_of_every_ramp() -> None:
     table = ramp_table(record(LOGITS, [1, 0, 0]), task("sst2"))
-    assert [ramp["score"] for ramp in table] == pytest.approx([1, 2 / 3, 1])
-    assert [ramp["layer"] for ramp in table] == [1, 2, 3]
-    assert [ramp["cost_ratio"] for ramp in table] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert [ramp.score for ramp in table] == pytest.approx([1, 2 / 3, 1])
+    assert [ramp.layer for ramp in table] == [1, 2, 3]
+    assert [ramp.cost_ratio for ramp in table] == pytest.approx([1 / 3, 2 / 3, 1])
 
 
 def test_both_of_mrpc_s_metrics_with_f1_as_the_score() -> None:
     [point] = curve(record(LOGITS, [1, 0, 0]), task("mrpc"), RULE, [0.0])
-    assert point["scores"] == {"f1": 1.0, "accuracy": 1.0}
-    assert point["score"] == point["scores"]["f1"]
+    assert point.scores == {"f1": 1.0, "accuracy": 1.0}
+    assert point.score == point.scores["f1"]
 
 
 def test_without_labels_there_is_a_saving_but_no_score() -> None:
     [point] = curve(record(LOGITS, None), task("sst2"), RULE, [0.1])
-    assert point["score"] is None
-    assert point["expected_saving"] == pytest.approx(1 / 3)
+    assert point.score is None
+    assert point.expected_saving == pytest.approx(1 / 3)
 
 
 def test_a_regression_leaves_when_its_value_stops_changing() -> None:
@@ -93,14 +93,14 @@ def test_a_regression_leaves_when_its_value_stops_changing() -> None:
         [[[0.0], [1.0], [1.1]], [[0.0], [0.2], [2.0]], [[3.0], [4.0], [4.5]]], [1.0, 2.0, 3.0]
     )
     full, some = curve(values, task("stsb"), rules.default(1), [0.0, 0.5])
-    assert full["expected_saving"] == 0
-    assert full["score"] == pytest.approx(1, abs=1e-5)
-    assert some["exit_counts"] == [0, 1, 2]
-    assert some["scores"]["pearson"] == pytest.approx(np.corrcoef([1.1, 0.2, 4.5], [1, 2, 3])[0, 1])
+    assert full.expected_saving == 0
+    assert full.score == pytest.approx(1, abs=1e-5)
+    assert some.exit_counts == [0, 1, 2]
+    assert some.scores["pearson"] == pytest.approx(np.corrcoef([1.1, 0.2, 4.5], [1, 2, 3])[0, 1])
 
 
 @pytest.mark.parametrize("name", ["entropy", "patience"])
-def test_thresholds_for_a_saving_are_the_smallest_that_grant_it(name: str) -> None:
+def test_thresholds_for_a_saving_are_the_smallest_that_reach_it(name: str) -> None:
     torch.manual_seed(0)
     logits = torch.randn(400, 6, 3) * torch.linspace(0.5, 3, 6)[:, None]
     rule = rules.Rule(name, getattr(rules, name), 3)
@@ -135,16 +135,16 @@ def test_a_threshold_lies_between_scores() -> None:
 def test_the_bootstrap_s_deviation(name: str) -> None:
     """Against many real samples from a known distribution; for accuracy also the formula."""
     random = torch.Generator().manual_seed(0)
-    scores, found = [], []
+    scores, deviations = [], []
     for sample in range(300):
         labels = (torch.rand(500, generator=random) < 0.6).long()
         wrong = torch.rand(500, generator=random) < 0.2
         scores.append(task(name).score(labels ^ wrong, labels))
         if sample < 20:
-            found.append(score_deviation(task(name), labels ^ wrong, labels) / 500**0.5)
-    assert np.mean(found) == pytest.approx(np.std(scores), rel=0.15)
+            deviations.append(score_deviation(task(name), labels ^ wrong, labels) / 500**0.5)
+    assert np.mean(deviations) == pytest.approx(np.std(scores), rel=0.15)
     if name == "sst2":
-        assert np.mean(found) == pytest.approx((0.2 * 0.8 / 500) ** 0.5, rel=0.1)
+        assert np.mean(deviations) == pytest.approx((0.2 * 0.8 / 500) ** 0.5, rel=0.1)
 
 
 def test_the_trade_off_is_spread_over_the_saving() -> None:
@@ -153,21 +153,20 @@ def test_the_trade_off_is_spread_over_the_saving() -> None:
     logits = torch.randn(600, 4, 3) + 2 * torch.nn.functional.one_hot(labels, 3)[:, None]
     rows = record(logits.tolist(), labels.tolist())
     rows = dataclasses.replace(rows, length_N=torch.randint(4, 90, (600,)))
-    found = trade_off(rows, task("mnli"), rules.default(3))
-    points = found["trade_off"]
-    saved = [point["expected_saving"] for point in points]
+    actual = trade_off(rows, task("mnli"), rules.default(3))
+    points, bins = actual
+    saved = [point.expected_saving for point in points]
     assert saved == sorted(saved)
     assert (saved[0], saved[-1]) == (0, 0.75)
     assert max(b - a for a, b in itertools.pairwise(saved)) < 0.02
     assert all(
-        low <= point["score"] <= high for point in points for low, high in [point["score_interval"]]
+        low <= point.score <= high for point in points for low, high in [point.score_interval]
     )
-    bins = found["length_bins"]
-    assert sum(part["count"] for part in bins) == 600
+    assert sum(part.count for part in bins) == 600
     for point in points:
-        by_length = point["mean_exit_layer_by_length"]
-        mean = sum(b["count"] * m for b, m in zip(bins, by_length, strict=True)) / 600
-        assert mean / 4 == pytest.approx(point["cost_ratio"])
+        by_length = point.mean_exit_layer_by_length
+        mean = sum(b.count * m for b, m in zip(bins, by_length, strict=True)) / 600
+        assert mean / 4 == pytest.approx(point.cost_ratio)
 
 
 def test_thresholds_end_where_everything_leaves_at_the_first_ramp() -> None:

@@ -18,7 +18,7 @@ def clopper_pearson(losses: int, num_rows: int, delta: float) -> float:
 
 
 @pytest.mark.parametrize(("losses", "num_rows"), [(0, 400), (3, 400), (17, 2000), (0, 50)])
-def test_losses_alone_are_judged_by_the_clopper_pearson_bound(losses: int, num_rows: int) -> None:
+def test_losses_alone_have_the_clopper_pearson_bound(losses: int, num_rows: int) -> None:
     for delta in (0.05, 0.1):
         bound = clopper_pearson(losses, num_rows, delta)
         assert p_value(losses, None, num_rows, bound * 1.001, delta) <= delta
@@ -85,8 +85,8 @@ def test_without_gains_little_is_lost_to_clopper_pearson(num_rows: int, limit: f
 
 def test_the_smallest_promise() -> None:
     """field.md's feasibility: no error at 95 % among RTE's 277, MRPC's 408, SST-2's 872 rows."""
-    found = [round(100 * smallest_limit(n, 0.05), 2) for n in (277, 408, 872)]
-    assert found == [1.08, 0.73, 0.34]
+    limits = [round(100 * smallest_limit(n, 0.05), 2) for n in (277, 408, 872)]
+    assert limits == [1.08, 0.73, 0.34]
     assert smallest_limit(99, None) == pytest.approx(0.01)
     for num_rows in (50, 408, 5000):
         least = smallest_limit(num_rows, 0.05)

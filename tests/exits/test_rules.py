@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deebert.errors import UserError
-from deebert.exits import rules
+from deebert.exits import fitting, rules
 from deebert.exits.rules import ExitScores, Rule, entropy, exit_layer
 
 
@@ -68,11 +68,11 @@ def test_relative_entropy_by_hand() -> None:
     for logits in (random, 20 * random):
         assert torch.equal(rules.relative_entropy(logits, [1 / 3] * 3), entropy(logits))
     rule = rules.named("relative_entropy", 2)
-    found = rule.fitted(prior=prior)
-    assert (rule.needs_prior, found.needs_prior) == (True, False)
-    assert found.fit == {"temperatures": None, "prior": prior}
-    assert found(p.log()[:, None]).score_NL[:, 0].tolist() == pytest.approx(expected, abs=1e-6)
-    assert found.grid()[-1] > math.log(5), "all leave"
+    fitted = rule.fitted(prior=prior)
+    assert (rule.needs_prior, fitted.needs_prior) == (True, False)
+    assert fitted.fit == {"temperatures": None, "prior": prior}
+    assert fitted(p.log()[:, None]).score_NL[:, 0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert fitted.grid()[-1] > math.log(5), "all leave"
     with pytest.raises(
         UserError, match="exit=relative_entropy needs a prior, which target_saving="
     ):
@@ -82,12 +82,12 @@ def test_relative_entropy_by_hand() -> None:
 def test_relative_entropy_of_sure_rows_keeps_its_digits() -> None:
     """ln(1 / min q) less the divergence would be 0 for all of them, or below."""
     gap = torch.tensor([16.0, 20.0, 24.0])
-    found = rules.relative_entropy(torch.stack([-gap / 2, gap / 2], -1), [0.7, 0.3])
+    actual = rules.relative_entropy(torch.stack([-gap / 2, gap / 2], -1), [0.7, 0.3])
     share = [1 / (1 + math.exp(each)) for each in gap.tolist()]  # of the frequent class
     expected = [
         -p * math.log(p) - (1 - p) * math.log1p(-p) + p * math.log(0.7 / 0.3) for p in share
     ]
-    assert found.tolist() == pytest.approx(expected, rel=0.1)
+    assert actual.tolist() == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize("prior", [[1.0], [0.5, 0.5, 0.0], [0.5, -0.1, 0.6], [], 0.5, "half", [math.inf, 1, 1], ["a", 1, 1]])  # fmt: skip
@@ -158,7 +158,7 @@ def test_temperatures_are_those_of_least_cross_entropy() -> None:
     logits_NC = 2 * torch.randn(20_000, 4)
     labels = torch.distributions.Categorical(logits=logits_NC).sample()
     logits_NLC = logits_NC[:, None] * true[:, None]  # over- and underconfident ramps
-    rule = Rule("entropy", entropy, 4).tempered(logits_NLC, labels)
+    rule = fitting.tempered(Rule("entropy", entropy, 4), logits_NLC, labels)
     assert rule.temperatures is not None
     assert torch.allclose(rule.temperatures, true, rtol=0.05)
     again = entropy(logits_NLC / rule.temperatures[:, None])

@@ -57,9 +57,9 @@ def test_ramps_without_an_opinion_are_no_exits() -> None:
     exit_scores = curves.exit_scores_of(rule, record)
     right_NL = exit_scores.answer_NLC.argmax(-1) == record.labels_N[:, None]
     for saving in (0.2, 0.4, 0.5):
-        found = threshold_search.search(exit_scores.score_NL, right_NL, saving)
-        if found is not None:
-            saved = 1 - exit_layer(exit_scores.score_NL, found).double().mean().item() / 5
+        actual = threshold_search.search(exit_scores.score_NL, right_NL, saving)
+        if actual is not None:
+            saved = 1 - exit_layer(exit_scores.score_NL, actual).double().mean().item() / 5
             assert saved >= saving
 
 

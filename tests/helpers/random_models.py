@@ -63,15 +63,15 @@ def model_of(model_type: str, num_labels: int = 3, ramp: str = "first") -> Early
 
 def inputs_of(model_type: str, lengths: list[int], seed: int = 0) -> list[dict]:
     random = torch.Generator().manual_seed(seed)
-    found = []
+    inputs = []
     for length in lengths:
         given = {"input_ids": torch.randint(5, 60, (length,), generator=random).tolist()}
         if length % 3:  # two texts, and some that are alone
             given["input_ids"][length // 2] = SEPARATOR
         if model_type in ("bert", "electra"):
             given["token_type_ids"] = [int(i > length // 2) for i in range(length)]
-        found.append(given)
-    return found
+        inputs.append(given)
+    return inputs
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from deebert.data import tokenization
 from deebert.data.datamodule import TextDataModule
-from deebert.data.tasks import Task
+from deebert.hub.run_config import RunConfig
 from deebert.models import backbones
 from deebert.models.early_exit import EarlyExitModel
 from deebert.training.feature_cache import FeatureCache
@@ -42,14 +42,15 @@ def build(
         "objective": plain("objective", objective or PAPER[stage]), "ramp": plain("ramp", ramp),
         "backbone": plain("backbone", "tiny"),
     }  # fmt: skip
+    run = RunConfig.from_checked(config)
     spec = plain("backbone", "tiny")
     tokenizer = backbones.tokenizer(spec)
     data = TextDataModule(
-        Task.from_config(config["task"]), tokenizer, root=str(glue), max_length=64, limit_train=None, calibration_size=None,
+        run.task, tokenizer, root=str(glue), max_length=64, limit_train=None, calibration_size=None,
         batch_size=batch_size, eval_batch_size=64, num_workers=0, seed=3,
     )  # fmt: skip
-    model = EarlyExitModel.from_backbone(spec, 2, config["ramp"])
-    return EarlyExitModule(model, config, tokenization.files_of(tokenizer)), data
+    model = EarlyExitModel.from_backbone(spec, 2, run.ramp)
+    return EarlyExitModule(model, run, tokenization.files_of(tokenizer)), data
 
 
 class Spy(L.Callback):

@@ -85,8 +85,8 @@ def test_equals_the_record(model_type: str, ramp: str, data: st.DataObject) -> N
         several = st.lists(st.floats(0.7, 4), min_size=NUM_LAYERS, max_size=NUM_LAYERS)
         temperatures = torch.tensor(data.draw(several))
     rule = rule_of(name, num_labels, temperatures=temperatures)
-    asked = record.rows(torch.tensor(rows))
-    exit_scores = curves.exit_scores_of(rule, asked)
+    part = record.rows(torch.tensor(rows))
+    exit_scores = curves.exit_scores_of(rule, part)
     if data.draw(st.booleans()):
         thresholds = [data.draw(st.sampled_from(middles(s))) for s in exit_scores.score_NL.T[:-1]]
     else:
@@ -108,7 +108,7 @@ def test_equals_the_record(model_type: str, ramp: str, data: st.DataObject) -> N
     assert (answers.ramps_NLC is not None) == all_ramps
     if answers.ramps_NLC is not None:
         passed_NL = torch.arange(NUM_LAYERS) < layer_N[:, None]
-        expected = asked.logits_NLC.where(passed_NL[..., None], torch.nan)
+        expected = part.logits_NLC.where(passed_NL[..., None], torch.nan)
         torch.testing.assert_close(
             answers.ramps_NLC, expected, atol=1e-5, rtol=1e-5, equal_nan=True
         )
@@ -174,7 +174,7 @@ def test_layers_after_the_exit_are_not_run(model_type: str) -> None:
     assert 0 < sum(rows) == (answers.layer_N > 2).sum() < len(pool)
 
 
-def test_other_tokens_wait_until_the_ramp_was_asked() -> None:
+def test_other_tokens_wait_for_the_ramp() -> None:
     """First token first: of inputs that leave, the feed-forward sees one token."""
     model, pool, _ = world("bert")
     engine = Engine(model, rules.default(3), [0.0, math.inf, 0.0], token_budget=80)
@@ -271,8 +271,8 @@ def test_too_long_is_cut_as_the_tokenizer_cuts(caplog: pytest.LogCaptureFixture)
     assert not caplog.records
     given_length = len(whole[0]["input_ids"])
     assert torch.equal(engine.run(whole).logits_NC, expected)
-    [said] = caplog.records
-    assert f"an input has {given_length} tokens, the model takes 130" in said.getMessage()
+    [warning] = caplog.records
+    assert f"an input has {given_length} tokens, the model takes 130" in warning.getMessage()
     assert len(whole[0]["input_ids"]) == given_length, "the caller's own list is left alone"
 
 
@@ -340,10 +340,10 @@ def test_nan_never_leaves_early(
         expected = exit_scores.answer_NLC[~bad_N, 0]
         close = {"bfloat16": 0.1}.get(precision, 1e-5)
         torch.testing.assert_close(answers.logits_NC[~bad_N], expected, atol=close, rtol=close)
-        said = [f"{bad_N.sum()} of {len(pool)} inputs came out as NaN"] if bad_N.any() else []
+        warnings = [f"{bad_N.sum()} of {len(pool)} inputs came out as NaN"] if bad_N.any() else []
         assert [
-            message[: len(said[0])] for message in caplog.messages if "came out" in message
-        ] == said
+            message[: len(warnings[0])] for message in caplog.messages if "came out" in message
+        ] == warnings
 
 
 def test_nan_of_a_regression_never_leaves_early() -> None:

@@ -164,7 +164,9 @@ def test_onednn_prepares_few_sizes(model_type: str, capfd: pytest.CaptureFixture
             functional.gelu(
                 torch.randn(1021, len(model_type))
             )  # or there would be nothing to count
-    said = capfd.readouterr().out
-    kept = {line.split(",")[-2] for line in said.splitlines() if "cache_miss,cpu,eltwise" in line}
+    printed = capfd.readouterr().out
+    kept = {
+        line.split(",")[-2] for line in printed.splitlines() if "cache_miss,cpu,eltwise" in line
+    }
     assert f"1021x{len(model_type)}" in kept
     assert len(kept) <= 3 + 512 // 64 + 64 // 4  # a first token of each, whole steps, what is left

@@ -38,8 +38,8 @@ def test_layer_equals_torch(model_type, precision):
         torch.testing.assert_close(whole_BSH[:, :1], expected_BSH[:, :1], **near)
         torch.testing.assert_close(first_B1H, expected_BSH[:, :1], **near)
         rest_BT, expected_BTH = real_BS[:, 1:], expected_BSH[:, 1:]
-        for found_BTH in (whole_BSH[:, 1:], others_BTH):
-            torch.testing.assert_close(found_BTH[rest_BT], expected_BTH[rest_BT], **loose)
+        for actual_BTH in (whole_BSH[:, 1:], others_BTH):
+            torch.testing.assert_close(actual_BTH[rest_BT], expected_BTH[rest_BT], **loose)
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -79,12 +79,14 @@ def test_layer_with_its_ramp(kind, num_labels):
             features_BF = ramp.read(hidden_BSH, after_BSH, mask_BS, second_B)
             for previous in (None, previous_BC):
                 logits_BC, learned_score_B = ramp.logits_and_score(features_BF, previous)
-                new_BSH, (found_BC, found_B) = ours.with_ramp(hidden_BSH, mask, previous, second_B)
+                new_BSH, (actual_BC, actual_B) = ours.with_ramp(
+                    hidden_BSH, mask, previous, second_B
+                )
                 torch.testing.assert_close(new_BSH, after_BSH, **near)
-                torch.testing.assert_close(found_BC, logits_BC, **near)
-                assert (found_B is None) == (learned_score_B is None)
+                torch.testing.assert_close(actual_BC, logits_BC, **near)
+                assert (actual_B is None) == (learned_score_B is None)
                 if learned_score_B is not None:
-                    torch.testing.assert_close(found_B, learned_score_B, **near)
+                    torch.testing.assert_close(actual_B, learned_score_B, **near)
             if ramp is model.all_ramps[-1]:
                 torch.testing.assert_close(ours.answer(hidden_BSH, mask), logits_BC, **near)
 
@@ -102,9 +104,9 @@ def test_engine_equals_torch(model_type, kind, name):
         exact = Engine(model, rule, threshold).run(inputs, all_ramps=True)
         for batches in ([inputs], [[given] for given in inputs]):
             engine = Engine(model, rule, threshold, runtime="onnx")
-            found = [engine.run(batch, all_ramps=True) for batch in batches]
-            assert torch.equal(torch.cat([each.layer_N for each in found]), exact.layer_N)
-            logits_NC = torch.cat([each.logits_NC for each in found])
+            actual = [engine.run(batch, all_ramps=True) for batch in batches]
+            assert torch.equal(torch.cat([each.layer_N for each in actual]), exact.layer_N)
+            logits_NC = torch.cat([each.logits_NC for each in actual])
             torch.testing.assert_close(logits_NC, exact.logits_NC, rtol=1e-4, atol=1e-4)
 
 

@@ -50,8 +50,10 @@ def test_layer_by_layer_is_the_library_s_own_forward_to_the_bit(
         assert torch.equal(hidden, expected.hidden_states[index + 1])
     assert torch.equal(hidden, expected.last_hidden_state)
     if typed:
-        told = reference(ids, attention_mask=mask).last_hidden_state
-        assert torch.equal(told, hidden) == (reference.config.type_vocab_size == 0), "types count"
+        printed = reference(ids, attention_mask=mask).last_hidden_state
+        assert torch.equal(printed, hidden) == (reference.config.type_vocab_size == 0), (
+            "types count"
+        )
     assert (pooler is None) == (getattr(reference, "pooler", None) is None)
     assert pooler is None or torch.equal(pooler.weight, reference.pooler.dense.weight)
     pickle.dumps(backbone)  # ddp_spawn does
@@ -99,12 +101,12 @@ def test_a_layer_for_the_first_token_alone(model_type: str, attention: str, drop
     hidden, context = backbone.embed(ids, mask, types)
     hidden = torch.randn_like(hidden).requires_grad_()
     parameters = [hidden, *backbone.layers[2].parameters()]
-    found = []
+    states = []
     for run in (backbone.run_layer, backbone.run_layer_for_first):
         after = run(2, hidden, context)
         gradients = torch.autograd.grad(after[:, 0].pow(3).sum(), parameters)
-        found.append((after.shape[1], [after[:, 0], *gradients]))
-    (_, whole), (tokens, alone) = found
+        states.append((after.shape[1], [after[:, 0], *gradients]))
+    (_, whole), (tokens, alone) = states
     assert tokens == 1
     torch.testing.assert_close(alone, whole, atol=1e-9, rtol=1e-9)
 
@@ -222,7 +224,7 @@ def test_packaged_weights_that_were_changed_are_refused(
 
 def test_minilm_is_the_hub_s_own_file_and_is_not_imported() -> None:
     code = (
-        "import sys; from omegaconf import OmegaConf; from deebert import backbones\n"
+        "import sys; from omegaconf import OmegaConf; from deebert.models import backbones\n"
         f"spec = OmegaConf.to_container(OmegaConf.load({str(CONF / 'minilm.yaml')!r}))\n"
         "backbone, pooler = backbones.pretrained(spec)\n"
         "assert len(backbone.layers) == 6 and pooler.weight.shape == (384, 384)\n"
@@ -256,24 +258,24 @@ def test_longest_input(model_type: str) -> None:
         model(torch.full((1, longest + 1), 7), torch.ones(1, longest + 1, dtype=torch.long))
 
 
-def test_longest_input_of_published_roberta() -> None:
-    published = {"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}
-    assert backbones.longest_input(published) == 512
-    assert backbones.longest_input(published | {"model_type": "mpnet"}) == 512
+def test_longest_input_of_roberta() -> None:
+    config = {"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}
+    assert backbones.longest_input(config) == 512
+    assert backbones.longest_input(config | {"model_type": "mpnet"}) == 512
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_settings_by_any_name_that_the_library_knows(model_type: str) -> None:
     """An alias that is dropped would leave the default, a model of another size, without a word."""
     given = tiny(model_type)["config"] | {"vocab_size": 99, "pad_token_id": 0}
-    found = AutoConfig.for_model(**settings(given))
+    actual = AutoConfig.for_model(**settings(given))
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-    assert {name: getattr(found, name) for name in sizes} == {name: given[name] for name in sizes}
+    assert {name: getattr(actual, name) for name in sizes} == {name: given[name] for name in sizes}
     assert settings(settings(given)) == settings(given)
 
 
 def test_settings_of_older_modernberts() -> None:
     more = {"global_attn_every_n_layers": 2, "local_rope_theta": 123.0}
-    found = settings(tiny("modernbert", **more, pad_token_id=0)["config"])
-    assert found["layer_types"] == ["full_attention", "sliding_attention", "full_attention"]
-    assert found["rope_parameters"]["sliding_attention"]["rope_theta"] == 123.0
+    actual = settings(tiny("modernbert", **more, pad_token_id=0)["config"])
+    assert actual["layer_types"] == ["full_attention", "sliding_attention", "full_attention"]
+    assert actual["rope_parameters"]["sliding_attention"]["rope_theta"] == 123.0

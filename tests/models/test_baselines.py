@@ -28,7 +28,7 @@ NO_DROPOUT = [f"+backbone.config.{name}=0.0" for name in ("hidden_dropout_prob",
 FIRST = "+callbacks.first={_target_:lightning.pytorch.callbacks.ModelCheckpoint,filename:first,monitor:val/threshold_0/expected_saving}"  # fmt: skip
 
 
-def said(glue: Path, folder: Path, *more: str) -> list[str]:
+def overrides_of(glue: Path, folder: Path, *more: str) -> list[str]:
     return ["task=mrpc", *TINY, f"data.root={glue}", "stages.1.lr=1e-3", f"hydra.run.dir={folder}", *more]  # fmt: skip
 
 
@@ -97,18 +97,24 @@ def test_a_layer_unlike_the_others_cannot_go() -> None:
         EarlyExitModel.from_backbone(tiny("modernbert") | {"layers": [2, 3]}, 2)
 
 
+@pytest.mark.slow
 def test_a_cut_backbone_goes_through_both_stages(run: Run, glue: Path, tmp_path: Path) -> None:
-    printed = run("train.py", *said(glue, tmp_path / "cut", "backbone.layers=[1,3]", "stages.1.epochs=1"))  # fmt: skip
+    printed = run("train.py", *overrides_of(glue, tmp_path / "cut", "backbone.layers=[1,3]", "stages.1.epochs=1"))  # fmt: skip
     assert "mrpc, tiny (layers 1, 3), stage 1, seed 42" in printed
     run("train.py", "stage=2", f"ckpt={tmp_path / 'cut'}", "logger=csv", "stages.2.epochs=1", f"hydra.run.dir={tmp_path / 'ramps'}")  # fmt: skip
     for name in ("cut", "ramps"):
-        found = results(tmp_path / name)
-        assert (found["layers"], found["num_layers"]) == ([1, 3], 2)
+        result = results(tmp_path / name)
+        assert (result["layers"], result["num_layers"]) == ([1, 3], 2)
         assert len(model_of(tmp_path / name).ramps) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.pictures
 def test_one_layer_is_trained_and_evaluated(run: Run, glue: Path, tmp_path: Path) -> None:
-    run("train.py", *said(glue, tmp_path / "one", "backbone.layers=[1]", "stages.1.epochs=1"))
+    run(
+        "train.py",
+        *overrides_of(glue, tmp_path / "one", "backbone.layers=[1]", "stages.1.epochs=1"),
+    )
     run("evaluate.py", f"ckpt={tmp_path / 'one'}", "logger=csv", "analysis=true", f"hydra.run.dir={tmp_path / 'again'}")  # fmt: skip
     run("evaluate.py", f"record={tmp_path / 'one'}", "logger=csv", f"hydra.run.dir={tmp_path / 'record'}")  # fmt: skip
     trained, again = results(tmp_path / "one"), results(tmp_path / "again")
@@ -120,12 +126,13 @@ def test_one_layer_is_trained_and_evaluated(run: Run, glue: Path, tmp_path: Path
         assert (tmp_path / "one" / name).stat().st_size > 500
 
 
+@pytest.mark.slow
 def test_a_run_is_pruned_whatever_its_ramps_learned_from(
     run: Run, stage2: Path, glue: Path, tmp_path: Path
 ) -> None:
     """A loss over the ramps before the last, or with a weight for each of them, is of training."""
     weighted = ["objective=weighted", "objective.weights=[1,2,0]", "stages.1.epochs=1"]
-    run("train.py", *said(glue, tmp_path / "weighted", *weighted))
+    run("train.py", *overrides_of(glue, tmp_path / "weighted", *weighted))
     for name, ckpt in (("of stage 2", stage2), ("weighted", tmp_path / "weighted")):
         for layers in ("[1]", "[1,3]"):
             folder = tmp_path / f"{name} {layers}"
@@ -163,19 +170,20 @@ def test_layer_drop_skips_layers_in_training_only(glue: Path) -> None:
     assert ((drawn / 2000 - 0.2).abs() < 0.03).all()
 
 
+@pytest.mark.slow
 def test_layer_drop_resumes_and_is_pruned(run: Run, glue: Path, tmp_path: Path) -> None:
     recipe = ("stages.1.layer_drop=0.5", "stages.1.epochs=2")
-    run("train.py", *said(glue, tmp_path / "unbroken", *recipe, FIRST))
+    run("train.py", *overrides_of(glue, tmp_path / "unbroken", *recipe, FIRST))
     run("train.py", f"resume={tmp_path / 'unbroken' / 'checkpoints' / 'first.ckpt'}", FIRST, "logger=csv", f"hydra.run.dir={tmp_path / 'rest'}")  # fmt: skip
     rest, model = model_of(tmp_path / "rest"), model_of(tmp_path / "unbroken")
     for name, value in model.state_dict().items():
         assert torch.equal(rest.state_dict()[name], value), name
 
     run("evaluate.py", f"ckpt={tmp_path / 'unbroken'}", "layers=[1,3]", "logger=csv", "threshold=0", "timing=all", "repeats=1", f"hydra.run.dir={tmp_path / 'pruned'}")  # fmt: skip
-    found = results(tmp_path / "pruned")
-    assert (found["layers"], found["num_layers"]) == ([1, 3], 2)
-    [timed] = found["timing"]  # a baseline is held against early exit on the clock
-    assert (timed["exit_counts"], timed["score"]) == ([0, 40], found["exits"][-1]["score"])
+    result = results(tmp_path / "pruned")
+    assert (result["layers"], result["num_layers"]) == ([1, 3], 2)
+    [timed] = result["timing"]  # a baseline is held against early exit on the clock
+    assert (timed["exit_counts"], timed["score"]) == ([0, 40], result["exits"][-1]["score"])
     model.keep_layers([1, 3], "layers")
     _, data = build("stage 1", glue)
     [rows] = list(data.loader("validation"))
@@ -196,9 +204,9 @@ def test_a_pruned_model_keeps_the_ramps_of_its_layers(
         assert torch.equal(ours.classifier.weight, theirs.classifier.weight)
     whole.keep_layers([1, 2], "layers")
     assert torch.equal(whole.ramps[1].pooler.weight, pruned.ramps[1].pooler.weight), "the last one"
-    found = results(tmp_path / "two")
-    assert found["calibration"]["target"]["target_saving"] == 0.3
-    assert len(found["curve"][0]["exit_counts"]) == 2
+    result = results(tmp_path / "two")
+    assert result["calibration"]["target"]["target_saving"] == 0.3
+    assert len(result["curve"][0]["exit_counts"]) == 2
 
 
 def test_a_student_s_loss_on_numbers() -> None:
@@ -217,11 +225,12 @@ def test_a_student_s_loss_on_numbers() -> None:
     assert objective.loss(values, torch.tensor([2.0, math.nan])).item() == pytest.approx(0.3)
 
 
+@pytest.mark.slow
 def test_a_student_starts_from_its_teacher_and_learns_from_it(
     run: Run, fails: Run, glue: Path, tmp_path: Path
 ) -> None:
     teacher = tmp_path / "teacher"
-    run("train.py", *said(glue, teacher, *NO_DROPOUT, "stages.1.epochs=2", "seed=5"))
+    run("train.py", *overrides_of(glue, teacher, *NO_DROPOUT, "stages.1.epochs=2", "seed=5"))
     student = ("backbone.layers=[1,3]", "stages.1.batch_size=96", "stages.1.lr=1e-3", "stages.1.epochs=2", "logger=csv")  # fmt: skip
     run("train.py", f"teacher={teacher}", *student, FIRST, "trainer.log_every_n_steps=1", f"hydra.run.dir={tmp_path / 'unbroken'}")  # fmt: skip
 

@@ -5,7 +5,7 @@ import torch
 from helpers.golden_models import NAMES, load, renamed_key
 
 from deebert.exits.rules import entropy, exit_layer
-from deebert.training import objectives
+from deebert.training import losses
 
 # Samples and thresholds at which the original answers with its untrained last ramp.
 SLIPS = {"bert-2labels": 0, "bert-3labels": 32, "roberta-2labels": 58, "roberta-3labels": 45}
@@ -30,13 +30,13 @@ def test_logits_and_entropies(golden: tuple) -> None:
 def test_losses_of_both_stages(golden: tuple) -> None:
     _, tensors, facts, logits = golden
     labels = tensors["labels"]
-    assert objectives.final(logits, labels).item() == pytest.approx(facts["stage1_loss"], abs=1e-5)
-    assert objectives.ramps(logits, labels).item() == pytest.approx(facts["stage2_loss"], abs=1e-5)
+    assert losses.final(logits, labels).item() == pytest.approx(facts["stage1_loss"], abs=1e-5)
+    assert losses.ramps(logits, labels).item() == pytest.approx(facts["stage2_loss"], abs=1e-5)
 
 
 def test_stage_2_gradients(golden: tuple) -> None:
     model, tensors, facts, logits = golden
-    objectives.ramps(logits, tensors["labels"]).backward()
+    losses.ramps(logits, tensors["labels"]).backward()
     parameters = dict(model.named_parameters())
     kind, last = facts["model"]["kind"], facts["model"]["num_hidden_layers"] - 1
     compared = 0

@@ -17,7 +17,8 @@ from deebert.errors import UserError
 from deebert.hub import checkpoints
 from deebert.models import backbones, ramps
 from deebert.models.early_exit import EarlyExitModel
-from deebert.models.ramps import PAPER, READS, Ramp, RampKind
+from deebert.models.ramps import PAPER, Ramp, RampKind
+from deebert.models.readers import READERS
 from deebert.training.feature_cache import FeatureCache
 
 pytestmark = pytest.mark.filterwarnings(*QUIET)
@@ -76,18 +77,18 @@ def test_two_texts_are_compared(mask: Tensor) -> None:
         + [abs(u - v) for u, v in zip(*pair, strict=True)]
         for pair in zip(first, second, strict=True)
     ]
-    found = ramp.read(BEFORE, AFTER, mask, SECOND)
+    actual = ramp.read(BEFORE, AFTER, mask, SECOND)
     assert ramp.num_features == 6
-    torch.testing.assert_close(found, torch.tensor(expected))
+    torch.testing.assert_close(actual, torch.tensor(expected))
     whole = ramp.read(BEFORE[1:], AFTER[1:], None, SECOND[1:])
-    torch.testing.assert_close(whole, found[1:])
+    torch.testing.assert_close(whole, actual[1:])
 
 
 @pytest.mark.parametrize("ends", [MASK.sum(1), torch.tensor([3, 3])], ids=["closed", "open"])
 def test_a_text_alone_is_its_own_pair(ends: Tensor) -> None:
-    found = Ramp(2, 2, 0.0, RampKind("pair")).read(BEFORE, AFTER, MASK, ends)
+    actual = Ramp(2, 2, 0.0, RampKind("pair")).read(BEFORE, AFTER, MASK, ends)
     mean = Ramp(2, 2, 0.0, RampKind("mean")).read(BEFORE, AFTER, MASK)
-    assert torch.equal(found, torch.cat([mean, torch.zeros(2, 4)], -1))
+    assert torch.equal(actual, torch.cat([mean, torch.zeros(2, 4)], -1))
 
 
 def test_the_second_text_begins_behind_the_first_separator() -> None:
@@ -115,11 +116,11 @@ def test_the_tokenizer_s_layout(kind: str, texts: str) -> None:
     first, second = TEXTS[texts]
     columns = [[first]] if second is None else [[first], [second]]
     ids = encode(tokenizer, columns, 16)["input_ids"][0]
-    found = int(ramps.second_text(torch.tensor([ids]), tokenizer.sep_token_id))
-    assert ids[found - 1] == tokenizer.sep_token_id
+    actual = int(ramps.second_text(torch.tensor([ids]), tokenizer.sep_token_id))
+    assert ids[actual - 1] == tokenizer.sep_token_id
     whole = tokenizer(*(column[0] for column in columns), truncation="longest_first", max_length=16)
-    assert found == 2 + sum(part == 0 for part in whole.sequence_ids())
-    assert (found == len(ids)) == (second is None)
+    assert actual == 2 + sum(part == 0 for part in whole.sequence_ids())
+    assert (actual == len(ids)) == (second is None)
 
 
 @torch.no_grad()
@@ -221,13 +222,13 @@ def test_a_learned_exit_score_is_one_head_on_what_each_ramp_pools() -> None:
     head = model.all_ramps[0].exit_head
     assert model.all_ramps[1].exit_head is head
     states = torch.randn(5, 3 * 32, requires_grad=True)
-    _, found = model.logits_and_scores(states)
+    _, actual = model.logits_and_scores(states)
     for index, ramp in enumerate(model.all_ramps[:-1]):
         pooled = torch.tanh(ramp.pooler(states[:, 32 * index : 32 * index + 32]))
         expected = 1 / (1 + torch.exp(-(pooled @ head.weight[0] + head.bias)))
-        torch.testing.assert_close(found[:, index], expected)
-    assert found[:, 2].tolist() == [0] * 5, "the final classifier is always sure"
-    found.sum().backward()
+        torch.testing.assert_close(actual[:, index], expected)
+    assert actual[:, 2].tolist() == [0] * 5, "the final classifier is always sure"
+    actual.sum().backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None}
     assert reached == {"ramps.0.exit_head.weight", "ramps.0.exit_head.bias"}
     assert states.grad is None
@@ -276,8 +277,8 @@ def test_files_give_back_the_trained_model(kind: str, glue: Path, tmp_path: Path
         expected = model(**a_batch())
         again = checkpoints.read(tmp_path / "x.ckpt", "ckpt").model()
         model.save_pretrained(tmp_path / stage)
-        published = EarlyExitModel.from_pretrained(tmp_path / stage).eval()
-        for copy in (again, published):
+        saved = EarlyExitModel.from_pretrained(tmp_path / stage).eval()
+        for copy in (again, saved):
             assert copy.ramp_kind == model.ramp_kind
             assert_equal_weights(copy.state_dict(), model.state_dict())
             assert torch.equal(copy(**a_batch()), expected)
@@ -286,7 +287,7 @@ def test_files_give_back_the_trained_model(kind: str, glue: Path, tmp_path: Path
         before = again.state_dict()
 
 
-def test_new_ramps_are_published_as_what_they_are(tmp_path: Path) -> None:
+def test_new_ramps_are_saved_as_what_they_are(tmp_path: Path) -> None:
     """Of the same shapes as the old ones, they would load without a word and read other things."""
     model = model_of("first")
     model.new_ramps(RampKind("mean"))
@@ -313,7 +314,7 @@ def test_wrong_values_are_named(values: dict, says: str) -> None:
 
 
 def test_tokens_are_needed_by_the_kinds_that_read_them_all() -> None:
-    assert {reads: RampKind(reads).reads_tokens for reads in READS} == {
+    assert {reads: RampKind(reads).reads_tokens for reads in READERS} == {
         "first": False, "mean": True, "pair": True, "first_and_mean": False, "attention": True,
     }  # fmt: skip
 
@@ -338,7 +339,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
-def said(folder: Path) -> dict:
+def config_of(folder: Path) -> dict:
     content = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     return content["hyper_parameters"]["config"]
 
@@ -347,6 +348,7 @@ def logits(folder: Path) -> Tensor:
     return load_file(folder / "records" / "validation.safetensors")["logits_NLC"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ramp", [None, "mean", "pair", "first_and_mean", "cascade", "attention"])
 def test_stage_2_keeps_the_trained_ramps_or_makes_others(
     ramp: str | None, run: Run, trained: Path, tmp_path: Path
@@ -354,7 +356,7 @@ def test_stage_2_keeps_the_trained_ramps_or_makes_others(
     """With next to no learning rate, ramps end as they begin."""
     overrides = [f"ramp={ramp}"] if ramp else []
     run("train.py", "stage=2", f"ckpt={trained}", "objective=distill", "stages.2.lr=1e-12", *overrides, "logger=csv", f"hydra.run.dir={tmp_path}")  # fmt: skip
-    config, before, after = said(tmp_path), weights(trained), weights(tmp_path)
+    config, before, after = config_of(tmp_path), weights(trained), weights(tmp_path)
     assert config["ramp"] == plain("ramp", ramp or "mean")
     assert config["objective"] == {"name": "distill", "temperature": 1.0, "label_weight": 0.0}
     final = [name for name in before if not name.startswith(("model.ramps.0.", "model.ramps.1."))]
@@ -372,6 +374,7 @@ def test_stage_2_keeps_the_trained_ramps_or_makes_others(
         torch.testing.assert_close(logits(tmp_path), logits(trained), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_an_old_checkpoint_learns_its_separator(run: Run, trained: Path, tmp_path: Path) -> None:
     file = trained / "checkpoints" / "last.ckpt"
     content = torch.load(file, weights_only=True)
@@ -382,17 +385,19 @@ def test_an_old_checkpoint_learns_its_separator(run: Run, trained: Path, tmp_pat
     assert (made.ramp_kind.reads, made.backbone.separator) == ("pair", 3)
 
 
+@pytest.mark.slow
 def test_of_one_text_a_pair_is_its_mean(run: Run, tmp_path: Path) -> None:
     part, rest = tmp_path / "part", tmp_path / "rest"
     run("train.py", "task=demo", *TINY, "objective=joint", "experiment=best", "task.columns=[review]", "stages.1.epochs=2",
         "+trainer.max_steps=1", "stages.1.batch_size=32", "data.limit_train=64", f"hydra.run.dir={part}")  # fmt: skip
-    assert said(part)["ramp"]["reads"] == "mean"
+    assert config_of(part)["ramp"]["reads"] == "mean"
     # Whose task is known from the run alone.
     run("train.py", f"resume={part}", "experiment=best", "+trainer.max_steps=-1", "logger=csv", f"hydra.run.dir={rest}")  # fmt: skip
     assert results(rest)["ramp"]["reads"] == "mean"
     assert results(rest)["epoch"] == 2
 
 
+@pytest.mark.slow
 def test_resume_goes_on_with_objective_and_ramp(
     run: Run, fails: Run, trained: Path, glue: Path, tmp_path: Path
 ) -> None:
@@ -410,8 +415,8 @@ def test_resume_goes_on_with_objective_and_ramp(
     ):
         assert says in fails("train.py", f"resume={part}", *other, f"hydra.run.dir={tmp_path / 'x'}")  # fmt: skip
     run("train.py", f"resume={part}", "+trainer.max_steps=-1", "logger=csv", f"hydra.run.dir={rest}")  # fmt: skip
-    assert said(rest)["objective"] == {"name": "mixed", "final_share": 0.25}
-    assert said(rest)["ramp"] == plain("ramp", "shared")
+    assert config_of(rest)["objective"] == {"name": "mixed", "final_share": 0.25}
+    assert config_of(rest)["ramp"] == plain("ramp", "shared")
     assert results(rest)["objective"] == "mixed"
     assert results(rest)["ramp"] == plain("ramp", "shared")
     assert results(rest)["epoch"] == 2

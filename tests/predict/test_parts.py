@@ -16,8 +16,8 @@ from deebert.predict.parts import Parts
 WORK = """
 import os, signal, sys
 from pathlib import Path
-from deebert.files import parts
-from deebert.files.parts import Parts
+from deebert.predict import parts
+from deebert.predict.parts import Parts
 
 STEPS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 
@@ -94,6 +94,7 @@ for before in (False, True):  # is there an output that is replaced?
 """
 
 
+@pytest.mark.slow
 def test_killed_at_each_step(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-u", "-c", WORK, str(tmp_path)],
@@ -112,7 +113,7 @@ def begun(output: Path, job: dict, number: int = 2) -> None:
             kept.add(b"rows", b"", {"rows": 1})
 
 
-def test_what_was_found_at_the_first_start_stays(tmp_path: Path) -> None:
+def test_what_was_chosen_at_the_first_start_stays(tmp_path: Path) -> None:
     output = tmp_path / "out.csv"
     begun(output, {"a": (1, 2)})
     with Parts(output) as kept:
@@ -166,7 +167,7 @@ def test_only_one_process_at_a_time(tmp_path: Path) -> None:
     output = tmp_path / "out.csv"
     program = f"""
 from pathlib import Path
-from deebert.files.parts import Parts
+from deebert.predict.parts import Parts
 from deebert.errors import UserError
 try:
     Parts(Path({str(output)!r})).__enter__()

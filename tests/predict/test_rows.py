@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from deebert.errors import UserError
-from deebert.predict import lines, rows_in, rows_out
-from deebert.predict.rows import Row
+from deebert.predict import rows_in, rows_out
+from deebert.predict.rows import Lines, Row, csv_records
 from deebert.predict.rows_out import Layout
 
 ROWS = [
@@ -29,18 +29,18 @@ ROWS = [
 ]
 
 
-def read(file: Path, said: str | None = None) -> list[Row]:
-    with rows_in.opened(str(file), said) as source:
+def read(file: Path, file_format: str | None = None) -> list[Row]:
+    with rows_in.opened(str(file), file_format) as source:
         return list(source.rows(source.names))
 
 
-def told(rows: list[Row]) -> list[tuple]:
+def facts(rows: list[Row]) -> list[tuple]:
     """Number, line, and values or what is wrong."""
     return [(row.number, row.line, row.fault or tuple(row.values.values())) for row in rows]
 
 
-def written(tmp_path: Path, content: bytes, ending: str = "csv") -> Path:
-    file = tmp_path / f"input.{ending}"
+def written(tmp_path: Path, content: bytes, suffix: str = "csv") -> Path:
+    file = tmp_path / f"input.{suffix}"
     file.write_bytes(content)
     return file
 
@@ -61,7 +61,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
     flat = [row for row in ROWS if "\n" not in row["text"]]
     as_tsv = tmp_path / "a.txt"
     as_tsv.write_text("id\ttext\n" + "".join(f'{r["id"]}\t"{r["text"]}\n' for r in flat))
-    assert told(read(as_tsv, "tsv"))[1] == (1, 3, ("x y", '"ünï — 漢字 🎬')), "quotes are texts"
+    assert facts(read(as_tsv, "tsv"))[1] == (1, 3, ("x y", '"ünï — 漢字 🎬')), "quotes are texts"
 
 
 BROKEN = [
@@ -84,7 +84,7 @@ BROKEN = [
 def test_a_broken_csv_row_costs_itself(
     content: bytes, reasons: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lines, "LONGEST", 200)
+    monkeypatch.setattr("deebert.predict.rows.LONGEST", 200)
     rows = read(written(tmp_path, content))
     assert [row.number for row in rows] == list(range(len(rows)))
     assert rows[0].values == {"a": "1", "b": "2"}
@@ -191,7 +191,7 @@ def test_parquet_that_is_not_utf8(tmp_path: Path) -> None:
     texts = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
     parquet.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
     rows = read(tmp_path / "a.parquet")
-    assert told(rows) == [
+    assert facts(rows) == [
         (0, None, ("fine",)),
         (1, None, "its 'text' is not UTF-8"),
         (2, None, ("too",)),
@@ -211,8 +211,8 @@ def test_what_is_written_is_read_back(cells: list[tuple[str]]) -> None:
     content = b"n,text\n" + layout.part(rows)
     expected = [["n", "text"], *([str(row["n"]), row["text"]] for row in rows)]
     assert list(csv.reader(io.StringIO(content.decode(), newline=""), strict=True)) == expected
-    found = lines.csv_records(lines.Lines("here", io.BytesIO(content)))
-    assert [(record.fields, record.fault) for record in found] == [(row, None) for row in expected]
+    actual = csv_records(Lines("here", io.BytesIO(content)))
+    assert [(record.fields, record.fault) for record in actual] == [(row, None) for row in expected]
 
 
 def test_parquet_parts_whose_types_differ(tmp_path: Path) -> None:
@@ -228,14 +228,14 @@ def test_parquet_parts_whose_types_differ(tmp_path: Path) -> None:
         files.append(tmp_path / str(number))
         files[-1].write_bytes(layout.part(rows))
     layout.join(files, tmp_path / "all.parquet")
-    found = parquet.read_table(tmp_path / "all.parquet")
-    assert found.to_pydict() == {
+    joined = parquet.read_table(tmp_path / "all.parquet")
+    assert joined.to_pydict() == {
         "none": [None] * 4,
         "number": [1.0, 0.5, None, 2.0**53],
         "mixed": ["1", '"one"', None, str(2**70)],
         "deep": ['{"a": [1]}', None, None, None],
     }
-    assert found.schema.field("mixed").metadata is None
+    assert joined.schema.field("mixed").metadata is None
     once = (tmp_path / "all.parquet").read_bytes()
     layout.join(files, tmp_path / "all.parquet")
     assert (tmp_path / "all.parquet").read_bytes() == once
@@ -252,7 +252,7 @@ def test_blocks_are_bounded_in_rows_and_bytes(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("ending", "content", "says"),
+    ("suffix", "content", "says"),
     [
         ("csv", b"", "it is empty"),
         ("csv", b"\n\n", "it is empty"),
@@ -273,15 +273,15 @@ def test_blocks_are_bounded_in_rows_and_bytes(monkeypatch: pytest.MonkeyPatch) -
         ("docx", b"a", "its ending is none of .csv, .tsv, .jsonl"),
     ],
 )
-def test_refuses(ending: str, content: bytes, says: str, tmp_path: Path) -> None:
+def test_refuses(suffix: str, content: bytes, says: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
-        read(written(tmp_path, content, ending))
+        read(written(tmp_path, content, suffix))
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_refuses_what_is_not_there(tmp_path: Path) -> None:
-    for given, said, says in (
+    for given, file_format, says in (
         (tmp_path / "missing.csv", None, "No such file"),
         (tmp_path, "csv", "Is a directory"),
         ("-", None, "input=- needs a format"),
@@ -289,7 +289,7 @@ def test_refuses_what_is_not_there(tmp_path: Path) -> None:
         ("a.csv", "xlsx", "format 'xlsx' is unknown"),
     ):
         with pytest.raises(UserError, match=says):
-            read(given, said)
+            read(given, file_format)
 
 
 def test_a_parquet_file_that_breaks_off(tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_a_parquet_file_that_breaks_off(tmp_path: Path) -> None:
 HOSTILE = """
 import sys
 from pathlib import Path
-from deebert.files import rows_in
+from deebert.predict import rows_in
 with rows_in.opened(sys.argv[1]) as source:
     for block in rows_in.blocks(source.rows(source.names), 8192):
         for row in block:
@@ -316,6 +316,7 @@ print([line.split()[1] for line in status if line.startswith("VmHWM:")][0])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
 def test_a_line_of_100_megabytes(kind: str, tmp_path: Path) -> None:
     """Passed over, not taken into memory."""
@@ -333,9 +334,9 @@ def test_a_line_of_100_megabytes(kind: str, tmp_path: Path) -> None:
         [sys.executable, "-c", HOSTILE, str(file)],
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
-    *found, peak_kib = done.stdout.splitlines()
+    *lines, peak_kib = done.stdout.splitlines()
     start = 1 + bool(first)
-    assert found == [
+    assert lines == [
         f"0 {start} fine",
         f"1 {start + 1} it is longer than 10,000,000 bytes",
         f"2 {start + 2} fine",

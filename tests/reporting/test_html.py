@@ -10,207 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.evaluations import HOSTILE, LAYERS, LENGTH_BINS, bare_results, full_results
 from helpers.timed import timed
 
-from deebert.reporting.html import page
+from deebert.reporting.html import html_report
 
-LAYERS = 6
-HOSTILE = "</script><script>window.hacked=1</script><!--<img src=x onerror=window.hacked=2>"
-LENGTH_BINS = [(4, 9), (10, 14), (15, 21), (22, 34), (35, 64)]
+pytestmark = pytest.mark.slow
+
 Open = Callable[..., Any]
-
-
-def exits_at(depth: float, rows: int) -> list[int]:
-    """Exit counts that move from the last layer to the first as depth falls from 1 to 0."""
-    centre = 1 + (LAYERS - 1) * depth
-    weights = [math.exp(-((layer - centre) ** 2) / 3) for layer in range(1, LAYERS + 1)]
-    if depth == 1:
-        weights = [0.0] * (LAYERS - 1) + [1.0]
-    counts = [int(rows * weight / sum(weights)) for weight in weights]
-    counts[weights.index(max(weights))] += rows - sum(counts)
-    return counts
-
-
-def point(threshold: float, depth: float, rows: int, best: float) -> dict[str, Any]:
-    counts = exits_at(depth, rows)
-    mean = sum(layer * count for layer, count in enumerate(counts, 1)) / rows
-    saving = 1 - mean / LAYERS
-    score = best - 0.21 * saving**2.4 + 0.012 * saving
-    return {
-        "threshold": threshold,
-        "score": score,
-        "scores": {"f1": score, "accuracy": score - 0.0437},
-        "cost_ratio": mean / LAYERS,
-        "expected_saving": saving,
-        "speed_up": LAYERS / mean,
-        "exit_counts": counts,
-        "mean_exit_layer": {"news": max(1.0, mean - 0.31), "forum": min(LAYERS, mean + 0.27)},
-        "score_interval": [score - 0.021 - 0.01 * saving, score + 0.02],
-        "mean_exit_layer_by_length": [
-            None if index == 4 and depth < 0.3 else min(LAYERS, mean * (0.85 + 0.08 * index))
-            for index in range(len(LENGTH_BINS))
-        ],
-    }
-
-
-def evaluation(split: str, rows: int, best: float) -> dict[str, Any]:
-    ramps = range(1, LAYERS + 1)
-    last = best - 0.0004
-    ramp_scores = [best - 0.034 * (LAYERS - layer) ** 1.3 - 0.0004 for layer in ramps]
-    table = [0.0, 0.001, 0.005, 0.01, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
-    paper = [point(threshold, 1 - index / 12, rows, best) for index, threshold in enumerate(table)]
-    for row in paper:
-        del row["score_interval"], row["mean_exit_layer_by_length"]
-    return {
-        "split": split,
-        "num_rows": rows,
-        "num_layers": LAYERS,
-        "exits": [
-            {
-                "layer": layer,
-                "score": score,
-                "scores": {"f1": score, "accuracy": score - 0.04},
-                "cost_ratio": layer / LAYERS,
-            }
-            for layer, score in zip(ramps, ramp_scores, strict=True)
-        ],
-        "curve": paper,
-        "trade_off": [point(0.0117 * i**1.01, 1 - i / 59, rows, best) for i in range(60)],
-        "length_bins": [
-            {"low": low, "high": high + (high < 64), "count": rows // 5}
-            for low, high in LENGTH_BINS
-        ],
-        "analysis": {
-            "oracle": {
-                "score": best + 0.052,
-                "expected_saving": 0.713,
-                "exit_counts": exits_at(0.1, rows),
-            },
-            "overthinking_rate": 0.0631,
-            "ramps": [
-                {
-                    "layer": layer,
-                    "agreement": 1 - 0.05 * (LAYERS - layer),
-                    "auroc": None if layer == 1 else 0.6 + 0.04 * layer,
-                    "ece": 0.09 - 0.01 * layer,
-                    "reliability": [
-                        {
-                            "confidence": 0.525 + 0.05 * index,
-                            "accuracy": min(1, 0.5 + (0.032 + 0.003 * layer) * index),
-                            "count": (index + 1) ** 2,
-                        }
-                        for index in range(10)
-                    ],
-                }
-                for layer in ramps
-            ],
-            "error_correlation": [
-                [None if {a, b} == {1, 6} else 1 - 0.17 * abs(a - b) for b in ramps] for a in ramps
-            ],
-            "layers": [
-                {
-                    "layer": layer,
-                    "block_influence": 0.4 / layer,
-                    "score_without": last - 0.1 / layer,
-                    "cka_with_last": layer / LAYERS,
-                }
-                for layer in ramps
-            ],
-        },
-        "examples": {
-            "first": [
-                {
-                    "text": HOSTILE,
-                    "label": "positive",
-                    "prediction": "positive",
-                    "layer": 1,
-                    "length": 19,
-                },
-                {
-                    "text": "a warm and funny film",
-                    "label": "positive",
-                    "prediction": "positive",
-                    "layer": 1,
-                    "length": 7,
-                },
-            ],
-            "last": [
-                {
-                    "text": "not that the plot, such as it is, would have gained from being less of "
-                    "a joke that forgets where it began",
-                    "label": "negative",
-                    "prediction": "positive",
-                    "layer": 6,
-                    "length": 27,
-                }
-            ],
-        },
-    }
-
-
-def full_results() -> dict[str, Any]:
-    """Everything results.json may hold, of two splits."""
-    return {
-        "schema": 1,
-        "task": "mrpc",
-        "backbone": "bert-tiny-of-six-layers",
-        "stage": 2,
-        "objective": "all",
-        "seed": 42,
-        "metric": "f1",
-        "ckpt": "runs/2025-01-02/13-14-15",
-        "exit": {"name": "entropy"},
-        "environment": {
-            "python": "3.11.2",
-            "versions": {"deebert": "0.1.0", "torch": "2.7.0+cpu"},
-            "device": "x86_64",
-            "cpus": 2,
-            "threads": 2,
-            "git_commit": "0123456789abcdef",
-            "platform": "Linux",
-        },
-        **evaluation("validation_matched", 4080, 0.8584),
-        "other_splits": [evaluation("validation_mismatched", 3610, 0.8212)],
-        "calibration": {
-            "target": {"target_saving": 0.4},
-            "rule": "entropy",
-            "thresholds": [0.31, 0.29, 0.25, 0.2, 0.11],
-            "calibration_split": "train_held_out",
-            "num_calibration": 500,
-            "expected": {
-                "score": 0.8462,
-                "score_interval": [0.81, 0.8811],
-                "expected_saving": 0.4031,
-                "interval": [0.37, 0.43],
-            },
-            "measured": {
-                "score": 0.8391,
-                "expected_saving": 0.3918,
-                "full_depth_score": 0.858,
-                "exit_counts": exits_at(0.6, 4080),
-            },
-            "measured_elsewhere": {
-                "validation_mismatched": {
-                    "score": 0.8012,
-                    "expected_saving": 0.377,
-                    "full_depth_score": 0.8208,
-                    "exit_counts": exits_at(0.62, 3610),
-                }
-            },
-        },
-    }
-
-
-def bare_results() -> dict[str, Any]:
-    """No optional field, no labels."""
-    results = full_results()
-    kept = ("task", "backbone", "stage", "objective", "seed", "metric", "environment")
-    kept += ("split", "num_rows", "num_layers", "exits", "curve")
-    results = {name: results[name] for name in kept}
-    for row in results["exits"] + results["curve"]:
-        row |= {"score": None, "scores": {}}
-        row.pop("mean_exit_layer", None)
-    return results
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +45,7 @@ def show(browser: Any, tmp_path: Path) -> Iterator[Open]:
     file = tmp_path / "report.html"
 
     def open_report(results: dict[str, Any], **window: Any) -> Any:
-        file.write_text(page(results), encoding="utf-8")
+        file.write_text(html_report(results), encoding="utf-8")
         context = browser.new_context(**({"viewport": {"width": 1400, "height": 900}} | window))
         contexts.append(context)
         tab = context.new_page()
@@ -277,7 +84,7 @@ def check_shown(tab: Any, part: dict[str, Any], wanted: int) -> None:
     """The page shows the first point that saves what is wanted."""
     expected = next(p for p in part["trade_off"] if 100 * p["expected_saving"] >= wanted)
     assert tab.locator("#saving").input_value() == str(wanted)
-    assert text(tab, "#wanted") == f"{wanted} %"
+    assert text(tab, "#target-saving") == f"{wanted} %"
     assert text(tab, "#score") == f"{expected['score']:.3f}"
     low, high = expected["score_interval"]
     assert f"{low:.3f} to {high:.3f}" in text(tab, "#interval")
@@ -335,7 +142,7 @@ def test_the_marker_walks_along_the_curve(show: Open) -> None:
     assert "every input at layer 3" in text(tab, "#tip")
 
 
-def test_heading_wish_and_tables_state_the_results(show: Open) -> None:
+def test_heading_target_and_tables_state_the_results(show: Open) -> None:
     results = full_results()
     tab = show(results)
     point = next(p for p in results["trade_off"] if p["expected_saving"] >= 0.4)
@@ -347,10 +154,20 @@ def test_heading_wish_and_tables_state_the_results(show: Open) -> None:
     for fact in ("stage 2", "seed 42", "split validation_matched", "rows 4,080"):
         assert fact in text(tab, "#facts")
     target = text(tab, "#target")
-    for said in ("a saving of 40 %", "500 rows of train_held_out", "0.31, 0.29, 0.25, 0.2, 0.11"):
-        assert said in target
-    for said in ("40.3 %\n37.0 % to 43.0 %", "39.2 %", "0.846\n0.810 to 0.881", "0.839", "0.019"):
-        assert said in target
+    for overrides in (
+        "a saving of 40 %",
+        "500 rows of train_held_out",
+        "0.31, 0.29, 0.25, 0.2, 0.11",
+    ):
+        assert overrides in target
+    for overrides in (
+        "40.3 %\n37.0 % to 43.0 %",
+        "39.2 %",
+        "0.846\n0.810 to 0.881",
+        "0.839",
+        "0.019",
+    ):
+        assert overrides in target
     assert "not seconds" in text(tab, "#trade")
     assert tab.locator("#multiples figure").count() == LAYERS
     assert "AUROC \N{EN DASH}" in text(tab, "#multiples")
@@ -363,7 +180,7 @@ def test_heading_wish_and_tables_state_the_results(show: Open) -> None:
     assert "torch\n2.7.0+cpu" in text(tab, "#environment")
 
 
-def test_the_other_split_is_one_choice_away(show: Open) -> None:
+def test_the_other_split_is_one_click_away(show: Open) -> None:
     results = full_results()
     tab = show(results)
     slide(tab, 30)
@@ -408,7 +225,7 @@ def test_the_command_names_the_rule_and_quotes_the_run(show: Open) -> None:
 
 def test_what_was_timed_is_a_table_and_a_mark_each(show: Open) -> None:
     results = full_results()
-    assert not show(results).locator("#clock").is_visible()
+    assert not show(results).locator("#latency").is_visible()
     folds = [0.31, 0.2, 0.25, 0.3, 0.28]
     calibration = results["calibration"]
     calibration |= {"target": {"target_speedup": 1.5}, "fold_thresholds": folds}
@@ -418,32 +235,32 @@ def test_what_was_timed_is_a_table_and_a_mark_each(show: Open) -> None:
         timed(folds, -0.035, 0.83, batch_size=1, counts=(400, 600)),
     ]
     tab = show(results)
-    assert text(tab, "#clock-table tbody tr >> nth=0") == (
+    assert text(tab, "#latency-table tbody tr >> nth=0") == (
         "float32\tall\t4,080\tcross-fitted\t0.8391\t0.8584\t32.8 %\t41.0 %\t1.69\N{MULTIPLICATION SIGN}"
         "\t0.289\t0.490\t120.50\t130.25\t131.13\t99.00 %"
     )
-    assert "\t1\t1,000\tcross-fitted\t0.8300\t" in text(tab, "#clock-table tbody tr >> nth=1")
-    lead = text(tab, "#clock-text")
+    assert "\t1\t1,000\tcross-fitted\t0.8300\t" in text(tab, "#latency-table tbody tr >> nth=1")
+    lead = text(tab, "#latency-text")
     assert "medians of 3 turns, threads: 1, device: cpu" in lead
     assert "without any exit: 1.25\N{MULTIPLICATION SIGN} (float32, all), 1.25" in lead
-    assert "a speed-up of 1.50\N{MULTIPLICATION SIGN} on the clock" in text(tab, "#target-text")
+    assert "a speed-up of 1.50\N{MULTIPLICATION SIGN} in time" in text(tab, "#target-text")
     column = tab.locator("#target-table tr > :last-child").all_inner_texts()
-    assert column == ["speed-up (clock)", "1.50\xd7", "1.57\xd7", "1.69\xd7, 0.97\xd7", "1.00\xd7"]
+    assert column == ["speed-up (time)", "1.50\xd7", "1.57\xd7", "1.69\xd7, 0.97\xd7", "1.00\xd7"]
     first, second = (tab.locator(f"#curve .timed >> nth={i}").bounding_box() for i in (0, 1))
     full = tab.locator("#curve line.full").bounding_box()
     assert full["x"] < second["x"] < first["x"], "left of the axis' 0, but in the picture"
     tab.focus("#curve .timed >> nth=0")
     assert "inputs a request: all\ntime saving 41.0 %\nf1 0.839\nthreshold cross-fitted" in text(tab, "#tip")  # fmt: skip
-    assert "on the clock" in text(tab, "#legend")
+    assert "time saving" in text(tab, "#legend")
     tab.select_option("#split", "validation_mismatched")  # not timed
-    assert not tab.locator("#clock").is_visible()
+    assert not tab.locator("#latency").is_visible()
     assert tab.locator("#curve .timed").count() == 0
 
 
 def test_timing_without_labels_has_no_scores(show: Open) -> None:
     tab = show(bare_results() | {"timing": [timed([0.1, 0.2], score=None, precision="int8")]})
-    assert "int8\tall\t10\t0.1, 0.2\t\N{EN DASH}\t" in text(tab, "#clock-table")
-    assert "own speed-up" not in text(tab, "#clock-text")
+    assert "int8\tall\t10\t0.1, 0.2\t\N{EN DASH}\t" in text(tab, "#latency-table")
+    assert "own speed-up" not in text(tab, "#latency-text")
 
 
 def test_dark_and_light(show: Open) -> None:
@@ -483,7 +300,7 @@ def test_texts_of_the_results_are_never_markup(show: Open) -> None:
         ramp["scores"][HOSTILE] = 0.5
     results["timing"] = [timed(precision=HOSTILE, device=HOSTILE, threshold=0.1)]
     results["examples"]["last"][0] |= {"label": HOSTILE, "prediction": HOSTILE + "!"}
-    assert page(results).count("<img") == 0
+    assert html_report(results).count("<img") == 0
     tab = show(results)
     assert tab.locator("#first p").first.inner_text() == HOSTILE
     assert HOSTILE in tab.locator("h1").inner_text()
@@ -536,7 +353,7 @@ def test_where_there_is_nothing_to_choose_there_is_no_slider(
     assert tab.locator("#ramp-table tbody tr").count() == LAYERS
 
 
-def test_the_page_is_one_small_file_and_refuses_nan() -> None:
-    assert len(page(full_results()).encode()) < 200_000
+def test_the_report_is_one_small_file_and_refuses_nan() -> None:
+    assert len(html_report(full_results()).encode()) < 200_000
     with pytest.raises(ValueError, match="JSON compliant"):
-        page({"task": math.nan})
+        html_report({"task": math.nan})

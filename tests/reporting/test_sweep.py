@@ -4,7 +4,6 @@ import csv
 import json
 import logging
 import os
-import runpy
 import shutil
 import statistics
 import subprocess
@@ -15,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TINY, CommandFailed, results
+from conftest import ROOT, TINY, CommandFailed, command, results
 from filelock import FileLock
+from helpers import results as made_by_hand
 from helpers.timed import timed
-from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from deebert.errors import UserError
 from deebert.reporting import sweep, sweep_rows
 from deebert.runs import sweep_callback
 
@@ -37,15 +38,6 @@ def table(folder: Path) -> list[dict[str, str]]:
 
 def numbers(rows: Iterable[Any]) -> list[tuple[float, ...]]:
     return [tuple(float(row[name]) for name in ("threshold", *sweep_rows.MEASURED)) for row in rows]
-
-
-def command(script: str, *overrides: str) -> None:
-    """As the `run` fixture, for fixtures of the whole module."""
-    GlobalHydra.instance().clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(ROOT / script), *overrides])
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    GlobalHydra.instance().clear()
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +75,13 @@ def test_the_command_writes_the_same_again(swept: Path, capsys: pytest.CaptureFi
     before = {name: (swept / name).read_bytes() for name in WRITTEN}
     for name in WRITTEN:
         (swept / name).unlink()
-    assert sweep.main([str(swept)]) == 0
+    sweep.run(sweep.SweepOptions(str(swept)))
     assert capsys.readouterr().out == f"Sweep: {swept / 'sweep.md'}\n"
     assert {name: (swept / name).read_bytes() for name in WRITTEN} == before
     assert before["sweep.png"].startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_failing_job_is_listed_and_the_others_are_there(
     run: Run, glue: Path, tmp_path: Path
 ) -> None:
@@ -97,7 +90,7 @@ def test_a_failing_job_is_listed_and_the_others_are_there(
         run("train.py", "-m", "task=mrpc", "stage=3,1", "seed=1,2", *FAST, f"data.root={glue}", "objective=joint", f"hydra.sweep.dir={tmp_path}")  # fmt: skip
     rows = table(tmp_path)
     runs = {job: results(tmp_path / job) for job in ("2", "3")}
-    assert numbers(rows) == numbers(point for found in runs.values() for point in found["curve"])
+    assert numbers(rows) == numbers(point for result in runs.values() for point in result["curve"])
     text = (tmp_path / "sweep.md").read_text()
     assert text.startswith(f"# Sweep {tmp_path.name}: 2 of 4 jobs finished")
     assert "| 0 | task=mrpc stage=3 seed=1 " in text
@@ -112,39 +105,14 @@ def test_a_failing_job_is_listed_and_the_others_are_there(
         assert mean.expected_saving_spread == pytest.approx(abs(a - b) / 2**0.5)
 
 
-def test_jobs_in_parallel_processes(stage2: Path, swept: Path, tmp_path: Path) -> None:
-    parallel = [
-        sys.executable, "evaluate.py", "-m", f"ckpt={stage2}", THRESHOLDS, "logger=csv",
-        f"hydra.sweep.dir={tmp_path / 'sweep'}", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
-    ]  # fmt: skip
-    done = subprocess.run(
-        parallel, cwd=ROOT, check=True, capture_output=True, text=True, timeout=200
-    )
-    assert f"sweep: {tmp_path / 'sweep' / 'sweep.md'}" in done.stdout
-    assert "no summary" not in done.stdout + done.stderr
-    for name in WRITTEN:
-        assert (tmp_path / "sweep" / name).read_bytes() == (swept / name).read_bytes()
-    assert not list((tmp_path / "sweep").glob(".*.part"))
-
-
 def made(
     place: Path, overrides: str, points: Iterable[tuple[Any, float | None, float]], **values: Any
 ) -> None:
     """A finished job by hand; points are threshold, score, saving."""
     (place / ".hydra").mkdir(parents=True)
     OmegaConf.save(OmegaConf.create(overrides.split()), place / ".hydra" / "overrides.yaml")
-    found = {
-        "task": "mrpc", "backbone": "tiny", "stage": 2, "objective": "ramps", "seed": 1,
-        "metric": "f1", "split": "validation", "exits": [{"score": 0.9}],
-        "curve": [
-            {
-                "threshold": threshold, "score": score, "expected_saving": saving,
-                "cost_ratio": 1 - saving, "speed_up": 1 / (1 - saving),
-            }
-            for threshold, score, saving in points
-        ],
-    } | values  # fmt: skip
-    (place / "results.json").write_text(json.dumps(found))
+    content = made_by_hand.run(curve=[made_by_hand.point(*each) for each in points], **values)
+    (place / "results.json").write_text(json.dumps(content))
     (place / "results.md").write_text("")
 
 
@@ -186,13 +154,15 @@ def test_checkpoints_of_one_seed_are_not_averaged(tmp_path: Path) -> None:
     assert [(mean.line["ckpt"], mean.score, len(mean.seeds)) for mean in means] == [("SLOW", 0.8, 1), ("FAST", 0.9, 1)]  # fmt: skip
 
 
-def test_a_wish_gives_what_was_measured(tmp_path: Path) -> None:
+def test_a_target_gives_what_was_measured(tmp_path: Path) -> None:
     """One row in place of the curve; with another threshold for each seed, and one mean."""
     for job, (saving, seed) in enumerate(((0.4, 1), (0.4, 2), (0.5, 1), (0.5, 2))):
-        calibration = {
-            "target": {"target_saving": saving, "per_ramp": False}, "thresholds": seed / 10,
-            "measured": {"score": (80 + seed) / 100, "expected_saving": saving + seed / 1000},
-        }  # fmt: skip
+        calibration = made_by_hand.calibrated(
+            {"target_saving": saving, "per_ramp": False},
+            (80 + seed) / 100,
+            saving + seed / 1000,
+            thresholds=seed / 10,
+        )
         overrides = f"ckpt=RUN{seed} target_saving={saving} split=validation"
         made(tmp_path / str(job), overrides, [(0.1, 0.5, 0.1)], seed=seed, calibration=calibration)
     rows = sweep_rows.rows(tmp_path)
@@ -206,6 +176,18 @@ def test_a_wish_gives_what_was_measured(tmp_path: Path) -> None:
     assert [(mean.target, len(mean.seeds)) for mean in means] == [("target_saving=0.4", 2), ("target_saving=0.5", 2)]  # fmt: skip
     assert means[0].line == means[1].line, "one line of the picture"
     assert means[0].score == pytest.approx(0.815)
+
+
+def test_a_file_from_before_is_read(tmp_path: Path) -> None:
+    """It calls the target `wish`, and lacks keys that were added later."""
+    calibration = made_by_hand.calibrated({"target_saving": 0.4}, 0.8, 0.41)
+    calibration["wish"] = calibration.pop("target")
+    del calibration["prior"]
+    timing = timed(0.1, 0.3)
+    del timing["runtime"]
+    made(tmp_path / "0", "", [(0.1, 0.5, 0.1)], calibration=calibration, timing=[timing])
+    [row] = sweep_rows.rows(tmp_path)
+    assert (row["target"], row["score"], row["time_saving"]) == ("target_saving=0.4", 0.8, 0.3)
 
 
 def test_only_overrides_that_differ_are_columns(tmp_path: Path) -> None:
@@ -228,13 +210,13 @@ def test_what_cannot_be_read_is_listed(tmp_path: Path, capsys: pytest.CaptureFix
     made(tmp_path / "11", "seed=5 note=a|b", [])
     (tmp_path / "11" / "results.json").unlink()
     (tmp_path / "11" / ".hydra" / "overrides.yaml").write_text("- 'seed")
-    assert sweep.main([str(tmp_path)]) == 0
+    sweep.run(sweep.SweepOptions(str(tmp_path)))
     assert str(tmp_path / "sweep.md") in capsys.readouterr().out
     assert [row["job"] for row in table(tmp_path)] == ["0"]
     lines = (tmp_path / "sweep.md").read_text().splitlines()
     assert lines[0].endswith("1 of 5 jobs finished")
     assert lines[6].startswith("| 1 | seed=2 | results.json is damaged (JSONDecodeError) |")
-    assert lines[7] == "| 2 | seed=3 | damaged results.json (KeyError: 'backbone') |"
+    assert lines[7] == "| 2 | seed=3 | damaged results.json (KeyError: 'exits') |"
     assert lines[8] == "| 10 | seed=4 | stopped after epoch 2 |"
     assert lines[9] == "| 11 |  | no results |"
 
@@ -254,12 +236,13 @@ def test_untrained_ramps_and_missing_labels(tmp_path: Path) -> None:
 
 
 def test_both_splits_of_mnli(tmp_path: Path) -> None:
-    other = {"split": "mismatched", "exits": [], "curve": [{"threshold": 0.1, "score": 0.6, "expected_saving": 0.3}]}  # fmt: skip
-    target = {
-        "target": {"max_drop": 0.01, "confidence": 0.95, "loss": "excess"},
-        "measured": {"score": 0.8, "expected_saving": 0.4},
-        "measured_elsewhere": {"mismatched": {"score": 0.7, "expected_saving": 0.5}},
-    }
+    other = made_by_hand.split("mismatched", curve=[made_by_hand.point(0.1, 0.6, 0.3)])
+    target = made_by_hand.calibrated(
+        {"max_drop": 0.01, "confidence": 0.95, "loss": "excess"},
+        0.8,
+        0.4,
+        measured_elsewhere={"mismatched": made_by_hand.measured(0.7, 0.5)},
+    )
     made(tmp_path / "0", "", [(0.1, 0.7, 0.2)], task="mnli", other_splits=[other])
     made(tmp_path / "1", "max_drop=0.01", [(0.1, 0.7, 0.2)], task="mnli", other_splits=[other], calibration=target)  # fmt: skip
     rows = sweep_rows.rows(tmp_path)
@@ -312,29 +295,28 @@ def test_seconds_stand_beside_what_was_timed(tmp_path: Path) -> None:
     assert (tmp_path / "sweep.png").read_bytes() != drawn, "no dashed line"
 
 
-def test_seconds_of_a_wish(tmp_path: Path) -> None:
+def test_seconds_of_a_target(tmp_path: Path) -> None:
     """Its thresholds may be cross-fitted: not those that the report names. One split is timed."""
-    calibration = {
-        "target": {"target_speedup": 1.5}, "thresholds": 0.1, "fold_thresholds": [0.1, 0.2],
-        "measured": {"score": 0.8, "expected_saving": 0.4},
-        "measured_elsewhere": {"mismatched": {"score": 0.7, "expected_saving": 0.5}},
-    }  # fmt: skip
+    calibration = made_by_hand.calibrated(
+        {"target_speedup": 1.5},
+        0.8,
+        0.4,
+        fold_thresholds=[0.1, 0.2],
+        measured_elsewhere={"mismatched": made_by_hand.measured(0.7, 0.5)},
+    )
     made(tmp_path / "0", "", [(0.1, 0.7, 0.2)], calibration=calibration, timing=[timed([0.1, 0.2], 0.45)])  # fmt: skip
     here, elsewhere = sweep_rows.rows(tmp_path)
     assert (here["target"], here["time_saving"], elsewhere["time_saving"]) == ("target_speedup=1.5", 0.45, None)  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "message"), [("nowhere", "is not a folder"), ("failed", "holds no results: 1 jobs"), ("empty", "holds no results: 0 jobs")])  # fmt: skip
-def test_a_bad_folder_is_one_line(
-    name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_folder_is_one_line(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "failed" / "0" / ".hydra").mkdir(parents=True)
     (tmp_path / "failed" / "0" / ".hydra" / "overrides.yaml").write_text("- seed=1\n")
     (tmp_path / "empty").mkdir()
-    assert sweep.main([str(tmp_path / name)]) == 2
-    printed = capsys.readouterr()
-    assert printed.err.startswith(f"Error: {tmp_path / name} {message}")
-    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    with pytest.raises(UserError) as failure:
+        sweep.run(sweep.SweepOptions(str(tmp_path / name)))
+    assert str(failure.value).startswith(f"{tmp_path / name} {message}")
     assert not list(tmp_path.glob("*/sweep.*"))
 
 
@@ -343,7 +325,7 @@ def test_the_summary_never_makes_a_job_fail(
 ) -> None:
     made(tmp_path / "0", "seed=1", [(0.1, 0.8, 0.2)])
     config = OmegaConf.create({"hydra": {"mode": "MULTIRUN", "runtime": {"cwd": str(tmp_path)}, "sweep": {"dir": "."}}})  # fmt: skip
-    config.hydra.mode = sweep.RunMode.MULTIRUN
+    config.hydra.mode = RunMode.MULTIRUN
     callback = sweep_callback.SweepSummary()
     (tmp_path / "sweep.md").mkdir()  # cannot be written
     with caplog.at_level(logging.WARNING):
@@ -355,7 +337,7 @@ def test_the_summary_never_makes_a_job_fail(
     callback.on_job_end(config, None)
     assert not (tmp_path / "sweep.csv").exists(), "a helper process writes nothing"
     monkeypatch.delenv("LOCAL_RANK")
-    config.hydra.mode = sweep.RunMode.RUN
+    config.hydra.mode = RunMode.RUN
     callback.on_job_end(config, None)
     assert not (tmp_path / "sweep.csv").exists(), "a single run is no sweep"
 
@@ -376,6 +358,6 @@ def test_writers_wait_for_each_other(tmp_path: Path) -> None:
 def test_nothing_heavy_is_imported() -> None:
     """Every command loads this module, --help too."""
     heavy = "('torch', 'lightning', 'matplotlib', 'numpy', 'pandas', 'filelock')"
-    code = f"import sys, deebert.sweep; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, deebert.reporting.sweep; print([name for name in {heavy} if name in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ)  # fmt: skip
     assert printed.stdout.strip() == "[]"

@@ -5,14 +5,18 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import CommandFailed
+from helpers import results as made_by_hand
 from helpers.timed import timed
 
+from deebert.errors import UserError
 from deebert.reporting import dashboard, wandb
+from deebert.reporting.results import Results
 
 ONLY_TINY = ("backbone=tiny", "data.max_length=64", "data.limit_train=64")
 
@@ -59,6 +63,7 @@ def assert_logged(patterns: list[str], names: set[str]) -> None:
         assert any(re.fullmatch(pattern, name) for name in names), f"{pattern} is not logged"
 
 
+@pytest.mark.slow
 def test_a_failing_job_leaves_no_open_run_to_the_next(
     run: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -71,6 +76,7 @@ def test_a_failing_job_leaves_no_open_run_to_the_next(
     )
 
 
+@pytest.mark.slow
 def test_a_sweep_leaves_a_finished_run_per_job(run: Callable[..., str], tmp_path: Path) -> None:
     run("train.py", "-m", "task=demo", "stage=1", "seed=1,2", *ONLY_TINY, "stages.1.epochs=2", f"hydra.sweep.dir={tmp_path}")  # fmt: skip
     ids = set()
@@ -106,13 +112,7 @@ def test_a_sweep_leaves_a_finished_run_per_job(run: Callable[..., str], tmp_path
     assert len(ids) == 2, "two runs, not one shared one"
 
 
-def outcome(threshold: float, saving: float, score: float | None, *counts: int) -> dict[str, Any]:
-    return {
-        "threshold": threshold, "score": score, "cost_ratio": 1 - saving, "expected_saving": saving,
-        "speed_up": 1 / (1 - saving), "exit_counts": list(counts),
-    }  # fmt: skip
-
-
+@pytest.mark.slow
 def test_what_runs_are_compared_by(tmp_path: Path) -> None:
     """A history that W&B overlays, the headline in the summary, exits; and the dashboard of it."""
     from lightning.pytorch.loggers import WandbLogger
@@ -120,30 +120,35 @@ def test_what_runs_are_compared_by(tmp_path: Path) -> None:
 
     picture = tmp_path / "curve.png"
     Figure().savefig(picture)
-    exits = [{"layer": 1, "score": 0.6}, {"layer": 2, "score": 0.9}]
-    results = {
-        "objective": "ramps", "split": "validation_matched", "num_rows": 10, "num_layers": 2, "exits": exits,
-        "curve": [outcome(0.0, 0.0, 0.9, 0, 10), outcome(0.5, 0.3, 0.8, 6, 4)],
-        # Patience and the like: a larger threshold need not come with a larger saving.
-        "trade_off": [outcome(0.1, 0.1, 0.85, 2, 8), outcome(0.7, 0.5, 0.6, 10, 0), outcome(0.6, 0.4, 0.7, 8, 2)],
-        "calibration": {
-            "target": {"target_saving": 0.4, "per_ramp": False},
-            "measured": {"score": 0.72, "expected_saving": 0.41},
-        },
-        "other_splits": [{
-            "split": "unlabelled", "num_rows": 4, "num_layers": 2, "exits": [{"layer": 1, "score": None}, {"layer": 2, "score": None}],
-            "curve": [outcome(0.5, 0.25, None, 2, 2)],
-        }],
-        "timing": [
-            timed(0.1, 0.3), timed([0.5], 0.5, 0.75), timed(0.1, 0.6, precision="int8", batch_size=8),
-        ],
-    }  # fmt: skip
+    point, ramp = made_by_hand.point, made_by_hand.ramp
+    unlabelled = made_by_hand.split(
+        "unlabelled",
+        num_rows=4,
+        exits=[ramp(1, None), ramp(2, None)],
+        curve=[point(0.5, None, 0.25, (2, 2))],
+    )
+    # Patience and the like: a larger threshold need not come with a larger saving.
+    trade_off = [
+        point(0.1, 0.85, 0.1, (2, 8)), point(0.7, 0.6, 0.5, (10, 0)), point(0.6, 0.7, 0.4, (8, 2)),
+    ]  # fmt: skip
+    timing = [
+        timed(0.1, 0.3), timed([0.5], 0.5, 0.75), timed(0.1, 0.6, precision="int8", batch_size=8),
+    ]  # fmt: skip
+    values = made_by_hand.run(
+        split="validation_matched",
+        curve=[point(0.0, 0.9, 0.0, (0, 10)), point(0.5, 0.8, 0.3, (6, 4))],
+        trade_off=trade_off,
+        calibration=made_by_hand.calibrated({"target_saving": 0.4, "per_ramp": False}, 0.72, 0.41),
+        other_splits=[unlabelled],
+        timing=timing,
+    )
+    results = Results.from_json(values)
     logger = WandbLogger(project="deebert", save_dir=str(tmp_path), offline=True)
     run = logger.experiment
-    wandb.log_evaluation(run, "val", results, 7)
-    wandb.log_evaluation(run, "val_unlabelled", results["other_splits"][0], 7)
+    wandb.log_evaluation(run, "val", results.headline, 7)
+    wandb.log_evaluation(run, "val_unlabelled", results.splits[1], 7)
     untimed = {"objective": "final", "calibration": None, "timing": None}
-    wandb.log_final(run, results | untimed, picture)
+    wandb.log_final(run, replace(results, **untimed), picture)
     assert not any(key.startswith("timing") for key in dict(run.summary))
     assert "calibration/score" not in dict(run.summary)
     wandb.log_final(run, results, picture)
@@ -204,13 +209,13 @@ def test_what_runs_are_compared_by(tmp_path: Path) -> None:
 
 
 def test_the_dashboard_that_cannot_be_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no account"))
     for place, message in (("me/deebert", "the view was not saved, W&B says: No API key"), ("deebert", "deebert is no project; give ENTITY/PROJECT")):  # fmt: skip
-        assert dashboard.main([place]) == 2
-        assert f"Error: {message}" in capsys.readouterr().err
+        with pytest.raises(UserError, match=message):
+            dashboard.run(dashboard.DashboardOptions(place))
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)  # not installed
-    assert dashboard.main(["me/deebert"]) == 2
-    assert "pip install 'deebert[dashboard]'" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"pip install 'deebert\[dashboard\]'"):
+        dashboard.run(dashboard.DashboardOptions("me/deebert"))

@@ -6,6 +6,7 @@ import pytest
 from helpers.configs import choices, composed
 from omegaconf import OmegaConf
 
+from deebert.exits import rules
 from deebert.models.ramps import PAPER, RampKind, make
 from deebert.training import objectives
 from deebert.training.objectives import OBJECTIVES
@@ -38,6 +39,19 @@ def test_every_objective(name: str) -> None:
     assert values == {"name": name} | {key: known.default for key, known in defaults.items()}
     for stage in OBJECTIVES[name]().stages:
         assert objectives.build(values, stage).name == name
+
+
+def test_every_rule_has_a_file() -> None:
+    assert set(choices("exit")) == set(rules.RULES)
+
+
+@pytest.mark.parametrize("name", choices("exit"))
+def test_every_rule(name: str) -> None:
+    """Its options and their defaults are those of the code."""
+    values = OmegaConf.to_container(composed(f"exit={name}", name="evaluate").exit)
+    rule = rules.named(name, 1 if name == "change" else 3)
+    expected = {"name": name} | rule.options | ({"prior": None} if rule.relative else {})
+    assert values == expected
 
 
 @pytest.mark.parametrize("name", choices("ramp"))

@@ -1,127 +1,34 @@
 """The service: real processes on a free port, answers as offline, bad requests, and how it stops."""
 
-import asyncio
 import http.client
 import json
 import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, mrpc_rows
+from conftest import mrpc_rows
+from helpers.services import JSON, MOST_BYTES, MOST_CHARS, MOST_TEXTS, Served, served
 from prometheus_client.parser import text_string_to_metric_families
-from pydantic import ValidationError
 
 from deebert import EarlyExitClassifier
-from deebert.errors import UserError
-from deebert.options import parse, target_of
-from deebert.serve import command as serve
-from deebert.serve import replies, request_limits
-from deebert.serve.command import ServeOptions, checked
-from deebert.serve.metrics import Metrics
-from deebert.serve.predictor import described
-from deebert.serve.request_limits import Admission, RequestLimits
-from deebert.serve.requests import Limits, Request, work
+
+pytestmark = pytest.mark.slow
 
 PAIRS = [[row["sentence1"], row["sentence2"]] for row in mrpc_rows("validation", 40)]
-MOST_TEXTS, MOST_CHARS, MOST_BYTES = 8, 500, 20_000
+
 TOKEN = "correct horse"
-JSON = {"Content-Type": "application/json"}
-
-
-@dataclass
-class Served:
-    """A service that runs."""
-
-    process: subprocess.Popen
-    port: int
-    log: Path
-
-    def send(
-        self,
-        method: str = "POST",
-        path: str = "/predict",
-        body: Any = None,
-        headers: dict[str, str] = JSON,
-    ) -> tuple[int, http.client.HTTPMessage, bytes]:
-        """Status, headers and content of an answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        try:
-            connection.request(
-                method, path, body, headers, encode_chunked=isinstance(body, Iterator)
-            )
-            response = connection.getresponse()
-            return response.status, response.headers, response.read()
-        finally:
-            connection.close()
-
-    def predict(self, headers: dict[str, str] = JSON, **fields: Any) -> dict[str, Any]:
-        status, _, content = self.send(body=json.dumps(fields), headers=headers)
-        assert status == 200, content
-        return json.loads(content)
-
-    def processes(self) -> list[int]:
-        """All that belong to it: it has a session of its own."""
-        found = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = stat.read_text().rpartition(")")[2].split()
-            except OSError:  # it has just ended
-                continue
-            if int(fields[3]) == self.process.pid and fields[0] != "Z":
-                found.append(int(stat.parent.name))
-        return found
 
 
 def command_line(process: int) -> str:
     return Path(f"/proc/{process}/cmdline").read_text()
-
-
-@contextmanager
-def served(model: Path, folder: Path, *options: str, **environment: str) -> Iterator[Served]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-W", "error::ResourceWarning", "-m", "deebert.serve", f"model={model}", f"port={port}", "threads=1",
-        f"max_texts={MOST_TEXTS}", f"max_length_chars={MOST_CHARS}", f"max_body_bytes={MOST_BYTES}", *options,
-    ]  # fmt: skip
-    log = folder / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command, cwd=folder, stdout=out, stderr=out, start_new_session=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        )  # fmt: skip
-    there = Served(process, port, log)
-    try:
-        end = time.monotonic() + 200
-        while True:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < end, log.read_text()
-            try:
-                if there.send("GET", "/health")[0] == 200:
-                    break
-            except OSError:
-                pass
-            time.sleep(0.1)
-        yield there
-        if process.poll() is None:
-            process.terminate()
-        assert process.wait(60) == 0, log.read_text()
-    finally:
-        for left in there.processes():
-            os.kill(left, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -154,15 +61,15 @@ def test_answers_as_offline_whoever_else_asks(
     service: Served, offline: EarlyExitClassifier
 ) -> None:
     chosen = random.Random(0)
-    asked = [
+    requests = [
         (chosen.choices(PAIRS, k=chosen.randint(1, MOST_TEXTS)), TARGETS[turn % len(TARGETS)])
         for turn in range(12 * len(TARGETS))
     ]
     before = counted(service)
     with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda each: service.predict(texts=each[0], **each[1]), asked))
+        answers = list(pool.map(lambda each: service.predict(texts=each[0], **each[1]), requests))
     layers = 0
-    for (texts, target), answer in zip(asked, answers, strict=True):
+    for (texts, target), answer in zip(requests, answers, strict=True):
         assert answer["target"] == target
         if "target_speedup" in target:  # what layers cost was measured there
             expected = offline.predict(texts, threshold=answer["threshold"])
@@ -171,25 +78,25 @@ def test_answers_as_offline_whoever_else_asks(
             assert answer["threshold"] == offline.calibrate(**target).thresholds
         assert [each["label"] for each in answer["answers"]] == expected.labels
         assert [each["exit_layer"] for each in answer["answers"]] == expected.exit_layers
-        for found, each in zip(answer["answers"], expected, strict=True):
-            assert found["probability"] == pytest.approx(each["probability"], abs=1e-5)
-            assert found["probabilities"][found["label"]] == found["probability"]
-            assert sum(found["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        for counts, each in zip(answer["answers"], expected, strict=True):
+            assert counts["probability"] == pytest.approx(each["probability"], abs=1e-5)
+            assert counts["probabilities"][counts["label"]] == counts["probability"]
+            assert sum(counts["probabilities"].values()) == pytest.approx(1, abs=1e-5)
         assert answer["saving"] == pytest.approx(expected.saving)
         layers += sum(expected.exit_layers)
     assert len({answer["saving"] for answer in answers}) > 3, "targets make a difference"
 
-    texts = sum(len(each[0]) for each in asked)
-    found = {name: value - before.get(name, 0) for name, value in counted(service).items()}
-    assert found["deebert_requests_total", "/predict", "200"] == len(asked)
-    assert found["deebert_request_seconds_count", "/predict"] == len(asked)
-    assert found["deebert_texts_total",] == found["deebert_exit_layer_count",] == texts
-    assert found["deebert_exit_layer_sum",] == layers
-    assert found["deebert_exit_layer_bucket", "3.0"] == texts
-    assert 0 < found["deebert_exit_layer_bucket", "1.0"] < texts
-    assert found["deebert_batch_requests_sum",] == len(asked)
-    assert found["deebert_batch_texts_sum",] == texts
-    assert found["deebert_batch_requests_count",] < len(asked), "some ran together"
+    texts = sum(len(each[0]) for each in requests)
+    counts = {name: value - before.get(name, 0) for name, value in counted(service).items()}
+    assert counts["deebert_requests_total", "/predict", "200"] == len(requests)
+    assert counts["deebert_request_seconds_count", "/predict"] == len(requests)
+    assert counts["deebert_texts_total",] == counts["deebert_exit_layer_count",] == texts
+    assert counts["deebert_exit_layer_sum",] == layers
+    assert counts["deebert_exit_layer_bucket", "3.0"] == texts
+    assert 0 < counts["deebert_exit_layer_bucket", "1.0"] < texts
+    assert counts["deebert_batch_requests_sum",] == len(requests)
+    assert counts["deebert_batch_texts_sum",] == texts
+    assert counts["deebert_batch_requests_count",] < len(requests), "some ran together"
 
 
 def counted(service: Served) -> dict[tuple[str, ...], float]:
@@ -208,12 +115,12 @@ def test_one_text_in_every_form(service: Served, offline: EarlyExitClassifier) -
     a, b = "a fine film", "caf\u00e9 \U0001f600 \x00 \u65e5\u672c"
     [expected] = offline.predict((a, b), threshold=0.69)
     for text in ([a, b], {"sentence1": a, "sentence2": b}):
-        [found] = service.predict(text=text, threshold=0.69)["answers"]
-        assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+        [reply] = service.predict(text=text, threshold=0.69)["answers"]
+        assert {name: reply[name] for name in expected} == pytest.approx(expected, abs=1e-5)
     utf8 = json.dumps({"text": [a, b], "threshold": 0.69}, ensure_ascii=False).encode()
     status, _, content = service.send(body=utf8)
     assert status == 200
-    assert json.loads(content)["answers"] == [found]
+    assert json.loads(content)["answers"] == [reply]
     assert service.predict(text=["", ""])["answers"][0]["exit_layer"] == 3
 
 
@@ -231,7 +138,7 @@ def test_says_what_it_is(service: Served, stage2: Path) -> None:
     assert str(stage2) not in content.decode(), "no folder of this machine"
 
 
-def test_the_page_tells_how_to_use_it(service: Served) -> None:
+def test_the_docs_say_how_to_use_it(service: Served) -> None:
     status, headers, content = service.send("GET", "/docs")
     assert status == 200
     assert headers["Content-Type"].startswith("text/html")
@@ -259,7 +166,9 @@ def chunks(total: int) -> Iterator[bytes]:
 
 
 ONE = '"text": ["a", "b"]'
+
 A = ["a", "b"]
+
 BAD: dict[str, tuple[Any, int, str]] = {  # what is sent, the status, what is said
     "an empty body": (b"", 422, "is empty"),
     "half of a JSON": (b'{"text": ["a", "b"]', 422, "not JSON"),
@@ -345,7 +254,9 @@ BAD: dict[str, tuple[Any, int, str]] = {  # what is sent, the status, what is sa
     "per_ramp in words": ({"text": A, "target_saving": 0.1, "per_ramp": "yes"}, 422, "per_ramp is 'yes'; it must be true or false"),
     "per_ramp of a promise": ({"text": A, "max_drop": 0.5, "per_ramp": True}, 422, "per_ramp=true with max_drop"),
 }  # fmt: skip
+
 GOOD = json.dumps({"text": A})
+
 STRANGE: dict[str, tuple[str, str, Any, dict[str, str], int, str]] = {
     "GET": ("GET", "/predict", None, {}, 405, "Method Not Allowed"),
     "PUT": ("PUT", "/predict", GOOD, JSON, 405, "Method Not Allowed"),
@@ -370,13 +281,13 @@ STRANGE: dict[str, tuple[str, str, Any, dict[str, str], int, str]] = {
 
 def reason(answer: tuple[int, http.client.HTTPMessage, bytes], status: int, says: str) -> None:
     """One line of JSON, and nothing else."""
-    found, headers, content = answer
-    assert found == status, content
+    code, headers, content = answer
+    assert code == status, content
     assert headers["Content-Type"] == "application/json"
-    told = json.loads(content)
-    assert list(told) == ["detail"]
-    assert says in told["detail"]
-    assert "\n" not in told["detail"]
+    fields = json.loads(content)
+    assert list(fields) == ["detail"]
+    assert says in fields["detail"]
+    assert "\n" not in fields["detail"]
     assert len(content) < 1000
 
 
@@ -407,8 +318,8 @@ def test_bad_requests_leave_the_others_alone(service: Served, offline: EarlyExit
         wrong = [pool.submit(service.send, body=body) for body in bad]
         right = [pool.submit(service.predict, text=pair, threshold=0.68) for pair in good]
         assert all(400 <= each.result()[0] < 500 for each in wrong)
-        found = [each.result()["answers"][0]["label"] for each in right]
-    assert found == offline.predict(good, threshold=0.68).labels
+        labels = [each.result()["answers"][0]["label"] for each in right]
+    assert labels == offline.predict(good, threshold=0.68).labels
 
 
 def test_noise_on_the_wire(service: Served) -> None:
@@ -478,11 +389,11 @@ def test_token_then_stops_under_load(stage2: Path, tmp_path: Path) -> None:
         def ask_on() -> None:
             while True:
                 try:
-                    found = there.predict(known, texts=PAIRS[:MOST_TEXTS])
+                    reply = there.predict(known, texts=PAIRS[:MOST_TEXTS])
                 except (OSError, http.client.HTTPException) as error:
                     broken.append(error)
                     return
-                assert len(found["answers"]) == MOST_TEXTS
+                assert len(reply["answers"]) == MOST_TEXTS
                 answered.append(MOST_TEXTS)
                 if len(answered) > 100:
                     enough.set()
@@ -505,213 +416,3 @@ def test_token_then_stops_under_load(stage2: Path, tmp_path: Path) -> None:
     assert "Traceback" not in log, log
     assert log.rstrip().endswith("stopped"), log
     assert not list(tmp_path.glob("*.py")), "LitServe would leave a client here"
-
-
-def through(
-    request_limits: RequestLimits, messages: list[bytes], **headers: str
-) -> tuple[list[dict], asyncio.Task]:
-    """What it sends for a POST of so many parts, which end with an empty one; and its task."""
-    sent: list[dict] = []
-    parts = [{"type": "http.request", "body": part, "more_body": bool(part)} for part in messages]
-
-    async def receive() -> dict:
-        if not parts:
-            await asyncio.sleep(60)
-        return parts.pop(0)
-
-    async def send(message: dict) -> None:
-        sent.append(message)
-
-    told = {"content-type": "application/json", **headers}.items()
-    scope = {
-        "type": "http", "method": "POST", "path": "/predict",
-        "headers": [(name.encode(), value.encode()) for name, value in told],
-    }  # fmt: skip
-    return sent, asyncio.ensure_future(request_limits(scope, receive, send))
-
-
-async def never(scope: dict, receive: Any, send: Any) -> None:
-    """An application that takes all, and does not answer."""
-    await receive()
-    await asyncio.sleep(60)
-
-
-def opened(**limits: Any) -> RequestLimits:
-    values = {"max_body": 100, "max_waiting": 2, "max_seconds": 60.0, "token": None} | limits
-    return RequestLimits(never, Admission(("/predict",), "/predict", **values), Metrics(3))
-
-
-def status(sent: list[dict], says: str) -> int:
-    start, content = sent
-    assert says in json.loads(content["body"])["detail"]
-    return start["status"]
-
-
-def test_the_door_is_shut_when_too_many_wait() -> None:
-    async def check() -> None:
-        request_limits = opened()
-        inside = [through(request_limits, [b"{}", b""])[1] for _ in range(2)]
-        await asyncio.sleep(0.01)
-        sent, task = through(request_limits, [b"{}", b""])
-        await task
-        assert status(sent, "2 requests are waiting already") == 503
-        assert (b"retry-after", b"1") in sent[0]["headers"]
-        for each in inside:
-            each.cancel()
-        await asyncio.wait(inside)
-        assert request_limits.waiting == 0
-        assert (request_limits.taken, request_limits.answered) == (2, 0)
-
-    asyncio.run(check())
-
-
-def test_whose_body_is_still_coming_waits_too() -> None:
-    async def check() -> None:
-        request_limits = opened()
-        coming = [through(request_limits, [b"{"])[1] for _ in range(2)]
-        await asyncio.sleep(0.01)
-        sent, task = through(request_limits, [b"{}", b""])
-        await task
-        assert status(sent, "2 requests are waiting already") == 503
-        for each in coming:
-            each.cancel()
-        await asyncio.wait(coming)
-        assert (request_limits.waiting, request_limits.taken) == (0, 0)
-
-    asyncio.run(check())
-
-
-def test_an_answer_that_comes_too_late_is_taken_and_dropped() -> None:
-    """LitServe would keep it for ever if its handler were broken off."""
-
-    async def check() -> None:
-        finished = []
-
-        async def late(scope: dict, receive: Any, send: Any) -> None:
-            await asyncio.sleep(0.05)
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-            finished.append(True)
-
-        request_limits = opened(max_seconds=0.01)
-        request_limits.app = late
-        sent, task = through(request_limits, [b"{}", b""])
-        await task
-        assert status(sent, "no answer was found within 0.01 s") == 504
-        assert request_limits.waiting == 1, "the model still works on it"
-        await asyncio.sleep(0.1)
-        assert finished == [True]
-        assert len(sent) == 2, "the client has its 504"
-        assert (request_limits.waiting, request_limits.taken, request_limits.answered) == (0, 1, 0)
-
-    asyncio.run(check())
-
-
-@pytest.mark.parametrize("field", ["texts", "text", "threshold"])
-def test_a_list_of_nonsense_is_refused_at_its_first_item(field: str) -> None:
-    body = json.dumps({"text": "a", field: [None] * 100_000})
-    with pytest.raises(ValidationError) as error:
-        Request.model_validate_json(body)
-    assert error.value.error_count() < 5
-
-
-def test_a_request_s_wish_stands_for_the_whole_of_the_service_s() -> None:
-    default = {"exit": "patience", "target_saving": 0.4, "confidence": 0.9}
-    assert replies._whole({}, default) == default
-    assert replies._whole({"exit": "margin"}, default) == default | {"exit": "margin"}
-    assert replies._whole({"threshold": 2.0}, default) == {"exit": "patience", "threshold": 2.0}
-
-
-def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither for an answer, nor for a body, nor for the end of one that is too large."""
-    monkeypatch.setattr(request_limits, "BODY_SECONDS", 0.01)
-    monkeypatch.setattr(request_limits, "DROP_SECONDS", 0.01)
-
-    async def check() -> None:
-        for messages, code, says in (
-            ([b"{}", b""], 504, "no answer was found within 0.01 s"),
-            ([b"{"], 408, "has not come within 0.01 s"),
-            ([b"a" * 101], 413, "more than 100 bytes"),
-            ([b"a" * 101] * 20, 413, "more than 100 bytes"),
-        ):
-            sent, task = through(opened(max_seconds=0.01), messages)
-            await task
-            assert status(sent, says) == code
-            if code != 504:
-                assert (b"connection", b"close") in sent[0]["headers"]
-
-    asyncio.run(check())
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"port": 0}, "port=0 must be in 1..65535"),
-        ({"port": 70000}, "port=70000"),
-        ({"workers": 0}, "workers=0 must be more than 0"),
-        ({"max_batch": -1}, "max_batch=-1 must be more than 0"),
-        ({"batch_window_ms": -1}, "batch_window_ms=-1 must be in"),
-        ({"host": "0.0.0.0"}, "host=0.0.0.0 would let anyone in who reaches this machine"),
-        ({"token": ""}, "the token is empty"),
-    ],
-)
-def test_bad_options(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError, match=says) as error:
-        checked(ServeOptions(model="RUN", **options))
-    assert "\n" not in str(error.value)
-
-
-def test_a_token_from_a_file_ends_in_a_newline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEEBERT_TOKEN", "secret\n")
-    assert checked(ServeOptions(model="RUN", host="0.0.0.0")).token == "secret"
-
-
-def test_open_with_a_token_or_when_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert checked(ServeOptions(model="RUN", host="0.0.0.0", no_token=True)).token is None
-    monkeypatch.setenv("DEEBERT_TOKEN", TOKEN)
-    assert checked(ServeOptions(model="RUN", host="0.0.0.0")).token == TOKEN
-    assert checked(ServeOptions(model="RUN", token="mine")).token == "mine"
-
-
-def test_refused_before_anything_is_started() -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        for host, why in (("127.0.0.1", "it is taken"), ("192.0.2.1", "Cannot assign")):
-            with pytest.raises(UserError, match=f"cannot listen at host={host} port={port}: {why}"):
-                serve.run(ServeOptions(model="missing", host=host, port=port, no_token=True))
-    with pytest.raises(UserError, match="model=missing: no such") as error:
-        serve.run(ServeOptions(model="missing", port=port))
-    assert "\n" not in str(error.value)
-
-
-def test_a_wish_that_cannot_be_granted_is_refused_at_the_start(stage2: Path, stage1: Path) -> None:
-    for model, target, says in (
-        (stage2, {"target_saving": 1.5}, "target_saving=1.5 must be in"),
-        (stage2, {"target_saving": 0.4, "threshold": 0.1}, "ask for one of them"),
-        (stage1, {"target_saving": 0.4}, "its ramps say nothing yet"),
-    ):
-        with pytest.raises(UserError, match=says):
-            described(ServeOptions(model=str(model), **target))
-
-
-def test_what_layers_cost_is_measured_at_the_start(stage2: Path, stage1: Path) -> None:
-    """Where somebody may ask for it, and there is something to measure it on."""
-    assert described(ServeOptions(model=str(stage2))).costs is None
-    for target in ({"speedups": True}, {"target_speedup": 1.01}):
-        assert len(described(ServeOptions(model=str(stage2), **target)).costs) == 3
-    assert described(ServeOptions(model=str(stage1), speedups=True)).costs is None
-
-
-def test_a_missing_extra_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "litserve", None)
-    with pytest.raises(UserError, match=r'pip install "deebert\[serve\]"'):
-        serve.run(ServeOptions(model="RUN"))
-
-
-def test_null_says_something_of_confidence_only() -> None:
-    request = Request(text="a", max_drop=0.02, confidence=None, exit=None)
-    assert work(request, Limits(1, 9), ("a",)).target == {"max_drop": 0.02, "confidence": None}
-    options = parse(ServeOptions, ["model=RUN", "max_drop=0.02", "confidence=null"])
-    assert target_of(options) == {"max_drop": 0.02, "confidence": None}
-    assert target_of(parse(ServeOptions, ["model=RUN", "max_drop=0.02"])) == {"max_drop": 0.02}

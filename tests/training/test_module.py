@@ -7,12 +7,13 @@ import lightning as L
 import pytest
 import torch
 from helpers.tiny_models import VARIANTS, tiny
-from helpers.trainings import QUIET, SaveAndStop, a_batch, build, fit, source
+from helpers.trainings import QUIET, SaveAndStop, a_batch, build, fit, plain, source
 from lightning.pytorch.plugins import MixedPrecision
 
 from deebert.data.datamodule import TextDataModule
 from deebert.data.tasks import UNLABELLED
 from deebert.errors import UserError
+from deebert.hub.run_config import RunConfig
 from deebert.models.early_exit import EarlyExitModel
 from deebert.training.feature_cache import FeatureCache
 from deebert.training.module import EarlyExitModule
@@ -83,14 +84,14 @@ def test_what_trains_and_in_which_mode(
 def faithful_norms(glue: Path, path: Path, steps: int, **options: Any) -> list[tuple[float, ...]]:
     """The norms that the gradients of each step are left with: of all, the backbone's, the ramps'."""
     module, data = build("stage 2 faithful", glue)
-    found = []
+    norms = []
 
     class Norms(L.Callback):
         def on_train_batch_end(
             self, trainer: L.Trainer, module: EarlyExitModule, *_: object
         ) -> None:
             parts = [[p.grad for p in part.parameters() if p.grad is not None] for part in (module, module.model.backbone, module.model.ramps)]  # fmt: skip
-            found.append(
+            norms.append(
                 tuple(torch.stack([g.norm() for g in part]).norm().item() for part in parts)
             )
 
@@ -100,7 +101,7 @@ def faithful_norms(glue: Path, path: Path, steps: int, **options: Any) -> list[t
         gradient_clip_val=1e-3, accelerator="cpu", use_distributed_sampler=False, **options,
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
-    return found
+    return norms
 
 
 def test_faithful_stage_2_clips_the_norm_of_everything(glue: Path, tmp_path: Path) -> None:
@@ -141,9 +142,11 @@ def test_weight_decay_spares_biases_and_layer_norms(glue: Path) -> None:
 def test_no_norm_is_decayed_whatever_its_name(model_type: str, more: dict) -> None:
     torch.manual_seed(0)
     model = EarlyExitModel.from_backbone(tiny(model_type, **more), 2)
-    config = {"stage": 1, "seed": 1, "objective": {"name": "joint"}}
-    config["stages"] = {"1": {"lr": 0.1, "weight_decay": 0.1}}
-    module = EarlyExitModule(model, config, {})
+    config = {
+        "task": plain("task", "mrpc"), "backbone": tiny(model_type), "data": {}, "stage": 1, "seed": 1,
+        "stages": {"1": {"lr": 0.1, "weight_decay": 0.1}}, "objective": {"name": "joint"},
+    }  # fmt: skip
+    module = EarlyExitModule(model, RunConfig.from_checked(config), {})
     decay, spared = (
         {id(parameter) for parameter in group["params"]} for group in module.parameter_groups()
     )
@@ -240,10 +243,10 @@ SHARES = {
 
 
 def gradients(loss: torch.Tensor, model: EarlyExitModel) -> dict[str, torch.Tensor]:
-    found = torch.autograd.grad(
+    grads = torch.autograd.grad(
         loss, list(model.parameters()), retain_graph=True, allow_unused=True
     )
-    named = zip(model.named_parameters(), found, strict=True)
+    named = zip(model.named_parameters(), grads, strict=True)
     return {n: torch.zeros_like(p) if grad is None else grad for (n, p), grad in named}
 
 
@@ -265,9 +268,9 @@ def test_gradients_flow_as_worked_out_by_hand(objective: str, ramp: str, glue: P
     assert torch.equal(flowing, logits), "forward it changes nothing"
     cross_entropy = torch.nn.functional.cross_entropy
     singles = [gradients(cross_entropy(logits[:, k], labels), model) for k in range(3)]
-    found = gradients(module.objective.loss(flowing, labels), model)
+    grads = gradients(module.objective.loss(flowing, labels), model)
     counted = 0
-    for name, gradient in found.items():
+    for name, gradient in grads.items():
         if name.startswith("ramps."):  # a ramp's own parameters know of no flow
             expected = singles[int(name.split(".")[1])][name]
         else:
@@ -282,11 +285,11 @@ def test_distillation_moves_the_backbone_but_not_the_teacher(glue: Path) -> None
     """Without labels, in stage 1: neither the final classifier nor the layer below it alone."""
     module, _ = build("stage 1", glue, objective="distill")
     logits = module.model.eval()(**a_batch())
-    found = gradients(module.objective.loss(logits, torch.full((4,), UNLABELLED)), module.model)
-    moved = {name for name, gradient in found.items() if gradient.abs().sum() > 0}
-    still = {name for name in found if name.startswith("ramps.2.") or ".layer.2." in name}
+    grads = gradients(module.objective.loss(logits, torch.full((4,), UNLABELLED)), module.model)
+    moved = {name for name, gradient in grads.items() if gradient.abs().sum() > 0}
+    still = {name for name in grads if name.startswith("ramps.2.") or ".layer.2." in name}
     assert not moved & still
-    assert all(name.endswith("key.bias") for name in set(found) - still - moved)
+    assert all(name.endswith("key.bias") for name in set(grads) - still - moved)
 
 
 @pytest.mark.parametrize(("objective", "alone"), [("alternating", (0, 2, 4)), ("mixed", (0, 1, 2))])
@@ -327,8 +330,8 @@ def test_a_resumed_run_goes_on_with_the_turns_of_the_unbroken_one(
     assert len(fit(part, data, tmp_path, SaveAndStop(tmp_path / "x.ckpt")).steps) == 3
     rest, data = started()
     spy = fit(rest, data, tmp_path, ckpt_path=tmp_path / "x.ckpt")
-    asked = ["ramps.0.classifier.weight" in gradients for gradients in spy.steps]
-    assert asked == [bool(turn) for turn in turns]
+    ramps_trained = ["ramps.0.classifier.weight" in gradients for gradients in spy.steps]
+    assert ramps_trained == [bool(turn) for turn in turns]
     unbroken, data = started()
     assert len(fit(unbroken, data, tmp_path).steps) == 6
     for name, value in rest.state_dict().items():

@@ -2,7 +2,7 @@
 
 import math
 import pickle
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,18 +13,15 @@ from deebert.errors import UserError
 from deebert.exits import rules
 from deebert.models import trained_ramps
 from deebert.training import objectives
+from deebert.training.losses import final, leaving_shares, ramp_losses, ramps
 from deebert.training.objectives import (
     OBJECTIVES,
-    detached,
-    distill,
-    equilibrium,
-    exit_weighted,
-    final,
-    joint,
-    leaving_shares,
-    ramp_losses,
-    ramps,
-    weighted,
+    Detached,
+    Distill,
+    Equilibrium,
+    ExitWeighted,
+    Joint,
+    Weighted,
 )
 
 # Three ramps, two rows, two labels; loss of a row = log(1 + exp(other - own)).
@@ -56,13 +53,13 @@ def test_mean_over_the_batch_for_each_ramp() -> None:
     [
         (final, LAST, 1),
         (ramps, FIRST + SECOND, 10 + 1),
-        (joint, FIRST + SECOND + LAST, 10 + 1 + 1),
-        (weighted, (1 * FIRST + 2 * SECOND + 3 * LAST) / 6, (10 + 2 * 1 + 3 * 1) / 6),
-        (partial(weighted, weights=(0, 3, 1)), (3 * SECOND + LAST) / 4, (3 * 1 + 1) / 4),
+        (Joint().loss, FIRST + SECOND + LAST, 10 + 1 + 1),
+        (Weighted().loss, (1 * FIRST + 2 * SECOND + 3 * LAST) / 6, (10 + 2 * 1 + 3 * 1) / 6),
+        (Weighted((0, 3, 1)).loss, (3 * SECOND + LAST) / 4, (3 * 1 + 1) / 4),
     ],
 )
 def test_sums_of_the_ramps_losses(
-    formula: objectives.Loss, expected: float, of_values: float
+    formula: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], expected: float, of_values: float
 ) -> None:
     assert formula(LOGITS, LABELS).item() == pytest.approx(expected, abs=1e-6)
     assert formula(VALUES, torch.tensor([3.0, 4.0])).item() == pytest.approx(of_values, abs=1e-6)
@@ -83,19 +80,19 @@ def test_distillation(temperature: float, label_weight: float, labels: tuple[int
     losses = [sum(column) / len(rows) for column in zip(*rows, strict=True)] if rows else [0, 0, 0]
     expected = losses[2] + label_weight * (losses[0] + losses[1])
     expected += (1 - label_weight) * from_teacher
-    found = distill(
-        LOGITS, torch.tensor(labels), temperature=temperature, label_weight=label_weight
-    )
-    assert found.item() == pytest.approx(expected, abs=1e-5)
+    objective = Distill(temperature=temperature, label_weight=label_weight)
+    assert objective.loss(LOGITS, torch.tensor(labels)).item() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(("labels", "losses"), [((3.0, 4.0), (10, 1, 1)), ((3.0, math.nan), (4, 1, 1)), ((math.nan, math.nan), (0, 0, 0))])  # fmt: skip
 def test_distillation_of_a_regression_is_by_squares(labels: tuple, losses: tuple) -> None:
     from_teacher = ((1 - 4) ** 2 + (0 - 3) ** 2) / 2 + ((2 - 4) ** 2 + (5 - 3) ** 2) / 2
     for weight in (0.0, 0.3):
-        found = distill(VALUES, torch.tensor(labels), temperature=3.0, label_weight=weight)
+        objective = Distill(temperature=3.0, label_weight=weight)
         expected = losses[2] + weight * (losses[0] + losses[1]) + (1 - weight) * from_teacher
-        assert found.item() == pytest.approx(expected, rel=1e-6)
+        assert objective.loss(VALUES, torch.tensor(labels)).item() == pytest.approx(
+            expected, rel=1e-6
+        )
 
 
 # Entropies of LOGITS' ramps before the last: ln 2 and H(1), ln 2 and H(2); H(2) < H(1) < ln 2. A row
@@ -112,8 +109,8 @@ def test_losses_weighted_by_where_rows_leave(exit_weight: float) -> None:
         for row, shares in zip(rows, SHARES, strict=True)
         for each, share in zip(row, shares, strict=True)
     ]
-    found = exit_weighted(LOGITS, LABELS, exit_weight=exit_weight)
-    assert found.item() == pytest.approx(sum(expected) / 2, abs=1e-6)
+    total = ExitWeighted(exit_weight).loss(LOGITS, LABELS).item()
+    assert total == pytest.approx(sum(expected) / 2, abs=1e-6)
 
 
 def test_shares_of_exits_are_those_of_the_rule() -> None:
@@ -130,7 +127,7 @@ def test_shares_of_exits_are_those_of_the_rule() -> None:
 def test_the_weights_of_exits_are_no_way_for_gradients() -> None:
     """Or ramps would learn to be unsure where they are wrong, instead of right."""
     logits = LOGITS.clone().requires_grad_()
-    exit_weighted(logits, LABELS, exit_weight=1.0).backward()
+    ExitWeighted(1.0).loss(logits, LABELS).backward()
     for row in (0, 1):
         for k in range(3):
             own = LOGITS[row, k].clone().requires_grad_()
@@ -158,10 +155,10 @@ def test_gradients_reach_only_the_ramps_of_the_objective() -> None:
 
 def test_how_gradients_flow() -> None:
     """Of three ramps. Every ramp's share in layer 1's gradient is then 1/3, in layer 2's 1/2."""
-    ramp, onward = equilibrium(3)
+    ramp, onward = Equilibrium().flow(3)
     assert ramp == pytest.approx([1 / 3, 1 / 2, 1])
     assert onward == pytest.approx([2 / 3, 1 / 2, 0])
-    assert detached(3) == ([1, 1, 1], [0, 0, 0])
+    assert Detached().flow(3) == ([1, 1, 1], [0, 0, 0])
 
 
 @pytest.mark.parametrize(
@@ -175,15 +172,15 @@ def test_how_gradients_flow() -> None:
         ("mixed", [1], None),
         ("distill", [1, 2], None),
         ("exit_weighted", [1, 2], None),
-        ("equilibrium", [1], equilibrium),
-        ("detached", [1], detached),
+        ("equilibrium", [1], Equilibrium().flow(3)),
+        ("detached", [1], Detached().flow(3)),
     ],
 )
 def test_what_the_names_stand_for(name: str, stages: list[int], flow: Any) -> None:
-    found = objectives.build({"name": name}, stages[0])
-    assert (found.name, list(found.stages), found.flow) == (name, stages, flow)
-    assert found.unlabelled == (name == "distill")
-    assert found.trains_ramps == trained_ramps.trains_ramps(name) == (name != "final")
+    built = objectives.build({"name": name}, stages[0])
+    assert (built.name, list(built.stages), built.flow(3)) == (name, stages, flow)
+    assert built.unlabelled == (name == "distill")
+    assert built.trains_ramps == trained_ramps.trains_ramps(name) == (name != "final")
     for stage in {1, 2} - set(stages):
         others = [other for other in OBJECTIVES if stage in OBJECTIVES[other]().stages]
         with pytest.raises(UserError) as refused:
@@ -220,9 +217,9 @@ def test_spawned_processes_get_it_whole(name: str) -> None:
 def test_whose_turn_a_step_is(values: dict, turns: str) -> None:
     objective = objectives.build(values, 1)
     losses = [final if objective.alone(step, 6) else objective.loss for step in range(6)]
-    found = [loss(LOGITS, LABELS).item() for loss in losses]
+    totals = [loss(LOGITS, LABELS).item() for loss in losses]
     expected = {"f": LAST, "r": FIRST + SECOND + LAST}
-    assert found == pytest.approx([expected[turn] for turn in turns], abs=1e-6)
+    assert totals == pytest.approx([expected[turn] for turn in turns], abs=1e-6)
 
 
 @pytest.mark.parametrize(

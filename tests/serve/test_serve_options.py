@@ -1,0 +1,110 @@
+"""Options of the service and fields of a request: refused before anything is started."""
+
+import json
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from deebert.errors import UserError
+from deebert.options import parse, target_of
+from deebert.serve import command as serve
+from deebert.serve import replies
+from deebert.serve.command import ServeOptions, checked
+from deebert.serve.predictor import described
+from deebert.serve.requests import Limits, Request, work
+
+TOKEN = "correct horse"
+
+
+@pytest.mark.parametrize("field", ["texts", "text", "threshold"])
+def test_a_list_of_nonsense_is_refused_at_its_first_item(field: str) -> None:
+    body = json.dumps({"text": "a", field: [None] * 100_000})
+    with pytest.raises(ValidationError) as error:
+        Request.model_validate_json(body)
+    assert error.value.error_count() < 5
+
+
+def test_a_request_s_target_replaces_the_whole_of_the_service_s() -> None:
+    default = {"exit": "patience", "target_saving": 0.4, "confidence": 0.9}
+    assert replies._whole({}, default) == default
+    assert replies._whole({"exit": "margin"}, default) == default | {"exit": "margin"}
+    assert replies._whole({"threshold": 2.0}, default) == {"exit": "patience", "threshold": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"port": 0}, "port=0 must be in 1..65535"),
+        ({"port": 70000}, "port=70000"),
+        ({"workers": 0}, "workers=0 must be more than 0"),
+        ({"max_batch": -1}, "max_batch=-1 must be more than 0"),
+        ({"batch_window_ms": -1}, "batch_window_ms=-1 must be in"),
+        ({"host": "0.0.0.0"}, "host=0.0.0.0 would let anyone in who reaches this machine"),
+        ({"token": ""}, "the token is empty"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says) as error:
+        checked(ServeOptions(model="RUN", **options))
+    assert "\n" not in str(error.value)
+
+
+def test_a_token_from_a_file_ends_in_a_newline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEBERT_TOKEN", "secret\n")
+    assert checked(ServeOptions(model="RUN", host="0.0.0.0")).token == "secret"
+
+
+def test_open_with_a_token_or_with_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checked(ServeOptions(model="RUN", host="0.0.0.0", no_token=True)).token is None
+    monkeypatch.setenv("DEEBERT_TOKEN", TOKEN)
+    assert checked(ServeOptions(model="RUN", host="0.0.0.0")).token == TOKEN
+    assert checked(ServeOptions(model="RUN", token="mine")).token == "mine"
+
+
+def test_refused_before_anything_is_started() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for host, why in (("127.0.0.1", "it is taken"), ("192.0.2.1", "Cannot assign")):
+            with pytest.raises(UserError, match=f"cannot listen at host={host} port={port}: {why}"):
+                serve.run(ServeOptions(model="missing", host=host, port=port, no_token=True))
+    with pytest.raises(UserError, match="model=missing: no such") as error:
+        serve.run(ServeOptions(model="missing", port=port))
+    assert "\n" not in str(error.value)
+
+
+def test_a_target_that_cannot_be_met_is_refused_at_the_start(stage2: Path, stage1: Path) -> None:
+    for model, target, says in (
+        (stage2, {"target_saving": 1.5}, "target_saving=1.5 must be in"),
+        (stage2, {"target_saving": 0.4, "threshold": 0.1}, "ask for one of them"),
+        (stage1, {"target_saving": 0.4}, "its ramps say nothing yet"),
+    ):
+        with pytest.raises(UserError, match=says):
+            described(ServeOptions(model=str(model), **target))
+
+
+def test_what_layers_cost_is_measured_at_the_start(stage2: Path, stage1: Path) -> None:
+    """Where somebody may ask for it, and there is something to measure it on."""
+    assert described(ServeOptions(model=str(stage2))).costs is None
+    for target in ({"speedups": True}, {"target_speedup": 1.01}):
+        assert len(described(ServeOptions(model=str(stage2), **target)).costs) == 3
+    assert described(ServeOptions(model=str(stage1), speedups=True)).costs is None
+
+
+def test_a_missing_extra_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "litserve", None)
+    with pytest.raises(UserError, match=r'pip install "deebert\[serve\]"'):
+        serve.run(ServeOptions(model="RUN"))
+
+
+def test_null_says_something_of_confidence_only() -> None:
+    request = Request(text="a", max_drop=0.02, confidence=None, exit=None)
+    assert work(request, Limits(1, 9), ("a",)).target == {"max_drop": 0.02, "confidence": None}
+    options = parse(ServeOptions, ["model=RUN", "max_drop=0.02", "confidence=null"])
+    assert target_of(options) == {"max_drop": 0.02, "confidence": None}
+    assert target_of(parse(ServeOptions, ["model=RUN", "max_drop=0.02"])) == {"max_drop": 0.02}
