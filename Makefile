@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 RUN ?= runs/demo/$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test test-fast lint
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -16,10 +16,19 @@ demo: setup
 	$(PY) train.py stage=2 ckpt=$(RUN)/stage1 hydra.run.dir=$(RUN)/stage2
 	$(PY) evaluate.py ckpt=$(RUN)/stage2 target_saving=0.4 hydra.run.dir=$(RUN)/evaluate
 
+# Whole files to each process, the longest ones first (tests/conftest.py).
+PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: setup
-	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+# Without the tests that start processes or train for seconds.
+test-fast: setup
+	$(PYTEST) -m "not slow"
 
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	.venv/bin/lint-imports --no-logo
+	$(PY) .ci/retired_words.py
