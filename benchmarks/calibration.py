@@ -23,12 +23,13 @@ from deebert.data.tasks import Task
 from deebert.evaluation.analysis import analysis
 from deebert.exits import calibration, curves, risk_control, target, threshold_search
 from deebert.exits import rules as exits
-from deebert.exits.calibration import OperatingPoint
+from deebert.exits.curves import OperatingPoint
 from deebert.exits.records import Record
 from deebert.exits.rules import Rule
 from deebert.exits.target import Target
 from deebert.hub import record_files
 from deebert.reporting import report
+from deebert.reporting.split_results import plain
 
 HERE = Path(__file__).parent
 SAVINGS = (0.2, 0.3, 0.4, 0.5)
@@ -39,13 +40,13 @@ DELTAS = (0.05, 0.1)
 def pools(folders: list[Path]) -> Iterable[tuple[str, Task, Record, dict[str, Any]]]:
     """Rows of each task that are alike, labelled and unlabelled ones apart."""
     for folder in folders:
-        found = [
+        pools_of = [
             record_files.load(file) for file in sorted((folder / "records").glob("*.safetensors"))
         ]
-        reported = next(record for record, _ in found if record.split != "calibration")
-        rows = [record for record, _ in found if not calibration.unlike(record, reported)]
-        config = found[0][1]["config"]
-        task = Task.from_config(config["task"])
+        reported = next(record for record, _ in pools_of if record.split != "calibration")
+        rows = [record for record, _ in pools_of if not calibration.unlike(record, reported)]
+        run = pools_of[0][1].config
+        task, config = run.task, run.plain()
         recipe = {key: config[key] for key in ("seed", "stages", "data")}
         recipe["data"] = {key: v for key, v in config["data"].items() if key != "root"}
         if not task.is_regression:
@@ -131,8 +132,8 @@ def promises(task: Task, pool: Record, rule: Rule, draws: int) -> list[dict[str,
                                 saving_NT[new, s - 1].mean() if s else 0.0,
                             ]
                         )
-                for name, found in kept.items():
-                    broken, broken_half, saved = np.mean(found, 0)
+                for name, kept_pools in kept.items():
+                    broken, broken_half, saved = np.mean(kept_pools, 0)
                     rows.append(
                         {
                             "loss": loss,
@@ -227,9 +228,9 @@ def selections(task: Task, pool: Record, rule: Rule, draws: int) -> list[dict[st
 
     def always(seen: Record, saving: float) -> OperatingPoint:
         score, right = parts(seen)
-        found = threshold_search._best(score, right, saving)
+        points = threshold_search._best(score, right, saving)
         return OperatingPoint(
-            rule, ramps(seen, saving).thresholds if found is None else found.tolist()
+            rule, ramps(seen, saving).thresholds if points is None else points.tolist()
         )
 
     def dropped(seen: Record, saving: float) -> OperatingPoint:
@@ -276,13 +277,13 @@ def selections(task: Task, pool: Record, rule: Rule, draws: int) -> list[dict[st
         "temperature=true": temperature,
         "one threshold, fewer ramps": dropped,
     }
-    wished = np.linspace(0, 1 - 1 / pool.num_layers, 51)
+    savings = np.linspace(0, 1 - 1 / pool.num_layers, 51)
     curve: list[list[tuple[float, float]]] = []
-    found: dict[tuple[str, float], list[tuple[float, float, bool]]] = {}
+    points: dict[tuple[str, float], list[tuple[float, float, bool]]] = {}
     for draw in range(draws):
         seen, new = halves(pool, draw)
         score_NL = curves.exit_scores_of(rule, seen).score_NL
-        levels = curves.thresholds_for(score_NL, wished.tolist())
+        levels = curves.thresholds_for(score_NL, savings.tolist())
         curve.append([measure(OperatingPoint(rule, level), new, task) for level in levels])
         for name, way in ways.items():
             for saving in SAVINGS:
@@ -290,12 +291,12 @@ def selections(task: Task, pool: Record, rule: Rule, draws: int) -> list[dict[st
                 used = (
                     isinstance(operating_point.thresholds, list) or operating_point.rule is not rule
                 )
-                found.setdefault((name, saving), []).append(
+                points.setdefault((name, saving), []).append(
                     (*measure(operating_point, new, task), used)
                 )
     mean = np.mean(curve, 0)  # (points, [saving, accuracy])
     rows = []
-    for (name, saving), values in found.items():
+    for (name, saving), values in points.items():
         saved, accuracy, used = np.mean(values, 0)
         at_saving = float(np.interp(saved, mean[:, 0], mean[:, 1]))
         reached = mean[mean[:, 1] >= accuracy, 0]
@@ -324,9 +325,9 @@ def measure(operating_point: OperatingPoint, record: Record, task: Task) -> tupl
 
 def ensembles(task: Task, pool: Record) -> list[dict[str, Any]]:
     """Bar F: each ramp alone, the mean of the ramps so far, their vote; and as exit rules."""
-    found = analysis(pool, task)
-    table: list[dict[str, Any]] = found["ensemble"]
-    for row, ramp in zip(table, found["error_correlation"], strict=True):
+    measures = analysis(pool, task)
+    table: list[dict[str, Any]] = plain(measures.ensemble)
+    for row, ramp in zip(table, measures.error_correlation or [], strict=True):
         row["error_correlation_with_last"] = ramp[-1]
     return table
 
@@ -408,11 +409,11 @@ def main() -> None:
     risk_control.p_value = functools.cache(
         risk_control.p_value
     )  # the same few counts come again and again
-    found: dict[str, Any] = {"environment": report.environment(), "draws": given.draws}
-    found["cost"] = cost()  # first, so that the peak is its own
-    found["cost_peak_mib"] = peak_mib()
-    print(json.dumps(found["cost"], indent=1), found["cost_peak_mib"], flush=True)
-    found["simulated"] = simulated(given.draws)
+    content: dict[str, Any] = {"environment": vars(report.environment()), "draws": given.draws}
+    content["cost"] = cost()  # first, so that the peak is its own
+    content["cost_peak_mib"] = peak_mib()
+    print(json.dumps(content["cost"], indent=1), content["cost_peak_mib"], flush=True)
+    content["simulated"] = simulated(given.draws)
     tasks: dict[str, dict[str, Any]] = {}
     for splits, task, pool, config in pools(given.runs):
         print(task.name, splits, len(pool), flush=True)
@@ -424,13 +425,13 @@ def main() -> None:
             entry["selections"] = selections(task, pool, rule, 100)
             entry["ensembles"] = ensembles(task, pool)
             entry["rules"] = rules(task, pool, 50)
-    found["tasks"] = tasks
-    (HERE / "calibration.json").write_text(json.dumps(found, indent=1) + "\n")
-    (HERE / "calibration.md").write_text("\n".join(markdown(found)))
+    content["tasks"] = tasks
+    (HERE / "calibration.json").write_text(json.dumps(content, indent=1) + "\n")
+    (HERE / "calibration.md").write_text("\n".join(markdown(content)))
 
 
-def markdown(found: dict[str, Any]) -> list[str]:
-    machine = found["environment"]
+def markdown(content: dict[str, Any]) -> list[str]:
+    machine = content["environment"]
     lines = [
         "# Targets and promises on real records",
         "",
@@ -441,19 +442,20 @@ def markdown(found: dict[str, Any]) -> list[str]:
         "",
         "## Cost: 40,000 rows x 12 ramps x 3 labels",
         "",
-        *table(found["cost"]),
-        f"Peak memory of the process, torch and record included: {found['cost_peak_mib']:.0f} MiB.",
+        *table(content["cost"]),
+        "Peak memory of the process, torch and record included: "
+        f"{content['cost_peak_mib']:.0f} MiB.",
         "",
         "## A promise where the truth is known (simulated)",
         "",
         "`broken`: share of draws in which the true risk of the chosen threshold is above the "
         "limit; it may be delta at most.",
         "",
-        *table(found["simulated"]),
+        *table(content["simulated"]),
     ]
     headings = {
         "savings": "Saving asked for, and saving measured (200 splits)",
-        "promises": f"Promises ({found['draws']} draws). `broken`: the risk on the whole pool is "
+        "promises": f"Promises ({content['draws']} draws). `broken`: the risk on the whole pool is "
         "above the limit, calibration rows drawn from the pool with replacement; `broken on the "
         "other half`: the risk measured on the other half of a random split is, noise included",
         "selections": "Other ways than one global threshold, against the best global threshold "
@@ -461,7 +463,7 @@ def markdown(found: dict[str, Any]) -> list[str]:
         "ensembles": "Ensembles: each ramp alone, the mean of the ramps so far, their vote",
         "rules": "Exit rules (50 splits)",
     }
-    for name, entry in found["tasks"].items():
+    for name, entry in content["tasks"].items():
         lines += [f"# {name}: {entry['rows']} rows", ""]
         for key, heading in headings.items():
             if entry.get(key):

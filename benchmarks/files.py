@@ -46,9 +46,9 @@ PARTS = ("rate", "memory", "kills")
 COUNTED = """
 import sys
 from pathlib import Path
-from deebert import commands
-from deebert.files.work import PredictOptions
-from deebert.predict import predict
+from deebert.options import parse
+from deebert.predict.command import predict
+from deebert.predict.work import PredictOptions
 predict(parse(PredictOptions, sys.argv[1:]))
 status = Path("/proc/self/status").read_text().splitlines()
 print(next(line.split()[1] for line in status if line.startswith("VmHWM:")))
@@ -57,15 +57,15 @@ print(next(line.split()[1] for line in status if line.startswith("VmHWM:")))
 
 def texts(task: Task, root: str) -> Iterator[tuple[str, ...]]:
     """All texts of the task that are there, without end."""
-    found: list[tuple[str, ...]] = []
+    rows_of_texts: list[tuple[str, ...]] = []
     for split in (*filter(None, [task.train]), *task.validation, *task.test):
         with contextlib.suppress(UserError):
             rows = loading.load(task, split, root)
             columns = ("text_a", "text_b")[: len(task.columns)]
-            found += zip(*(rows[name][:] for name in columns), strict=True)
-    if not found:
+            rows_of_texts += zip(*(rows[name][:] for name in columns), strict=True)
+    if not rows_of_texts:
         raise SystemExit(f"no texts of {task.name} under {root}")
-    return itertools.cycle(found)
+    return itertools.cycle(rows_of_texts)
 
 
 def write(file: Path, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
@@ -76,25 +76,29 @@ def write(file: Path, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> 
 
 
 def process(*words: str) -> list[str]:
-    return [sys.executable, "-m", "deebert.predict", *words]
+    return [sys.executable, "-m", "deebert", "predict", *words]
 
 
 def rates(
-    classifier: EarlyExitClassifier, rows: list[tuple[str, ...]], said: list[str], repeats: int
+    classifier: EarlyExitClassifier, rows: list[tuple[str, ...]], words: list[str], repeats: int
 ) -> dict[str, Any]:
     """Seconds of the whole command and of the engine alone on the same tokens, in turns."""
-    saving = next(float(word.partition("=")[2]) for word in said if "target_saving" in word)
-    asked = classifier.calibrate(target_saving=saving)
+    saving = next(float(word.partition("=")[2]) for word in words if "target_saving" in word)
+    operating_point = classifier.calibrate(target_saving=saving)
     inputs = classifier.encode(rows)
-    engine = classifier.engine.at(asked.thresholds, asked.rule)
-    options = parse(PredictOptions, [*said, "overwrite=true"])
+    engine = classifier.engine.at(operating_point.thresholds, operating_point.rule)
+    options = parse(PredictOptions, [*words, "overwrite=true"])
 
-    told: list[float] = []  # by the command: without loading the model and joining the parts
+    command_rates: list[
+        float
+    ] = []  # by the command: without loading the model and joining the parts
 
     def of_file() -> None:
-        with contextlib.redirect_stdout(io.StringIO()) as said:
+        with contextlib.redirect_stdout(io.StringIO()) as stream:
             predict(options)
-        told.append(float(re.findall(r"([\d,]+) rows/s", said.getvalue())[0].replace(",", "")))
+        command_rates.append(
+            float(re.findall(r"([\d,]+) rows/s", stream.getvalue())[0].replace(",", ""))
+        )
 
     systems = {"file": of_file, "engine": lambda: engine.run(inputs)}
     engine.run(inputs[:1000])
@@ -114,30 +118,30 @@ def rates(
         "file_rows_per_second": len(rows) / statistics.median(turns["file"]),
         "engine_rows_per_second": len(rows) / statistics.median(turns["engine"]),
         "rate_against_engine": statistics.median(shares),
-        "told_rows_per_second": told,
+        "told_rows_per_second": command_rates,
     }
 
 
-def memory(said: list[str]) -> float:
+def memory(options: list[str]) -> float:
     """Peak of a process, in MiB."""
-    command = [sys.executable, "-c", COUNTED, *said]
+    command = [sys.executable, "-c", COUNTED, *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout.split()[-1]) / 1024
 
 
-def kills(said: list[str], folder: Path, number: int, ending: str) -> dict[str, Any]:
+def kills(options: list[str], folder: Path, number: int, suffix: str) -> dict[str, Any]:
     """Kill so many times; where a run gets to its end before, the next one begins anew."""
-    whole = folder / f"whole{ending}"
+    whole = folder / f"whole{suffix}"
     start = time.perf_counter()
-    subprocess.run(process(*said, f"output={whole}"), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(process(*options, f"output={whole}"), check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - start
     source, moments, runs = random.Random(0), [], 0
     equal = True
     while len(moments) < number:
-        output = folder / f"killed{runs}{ending}"
+        output = folder / f"killed{runs}{suffix}"
         while not output.exists():
             child = subprocess.Popen(
-                process(*said, f"output={output}"),
+                process(*options, f"output={output}"),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
@@ -155,7 +159,7 @@ def kills(said: list[str], folder: Path, number: int, ending: str) -> dict[str, 
                 # Once all was in its place there is nothing to go on with, which is an error, too.
                 assert code == 0 or output.exists(), code
         if parts.parts_of(output).exists():  # killed in its very last step
-            subprocess.run(process(*said, f"output={output}"), stdout=subprocess.DEVNULL)
+            subprocess.run(process(*options, f"output={output}"), stdout=subprocess.DEVNULL)
         for beside in (lambda file: file, parts.errors_of):
             ours, theirs = beside(output), beside(whole)
             same = ours.exists() == theirs.exists()
@@ -165,11 +169,11 @@ def kills(said: list[str], folder: Path, number: int, ending: str) -> dict[str, 
     return {"kills": moments, "runs": runs, "seconds_unbroken": seconds, "equal": equal}
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(content: dict[str, Any]) -> str:
     lines = ["# Prediction over files"]
     for part, of in zip(PARTS, (of_rate, of_memory, of_kills), strict=True):
-        if part in found:
-            about = found[part]
+        if part in content:
+            about = content[part]
             where = about["environment"]
             lines += [
                 "",
@@ -189,7 +193,7 @@ def markdown(found: dict[str, Any]) -> str:
 def of_rate(rate: dict[str, Any]) -> list[str]:
     share = rate["rate_against_engine"]
     reached = "reached" if share >= 0.9 else "**not reached**"
-    told = statistics.median(rate["told_rows_per_second"])
+    printed_rate = statistics.median(rate["told_rows_per_second"])
     return [
         f"{rate['rows']:,} rows, {rate['tokens']:,} tokens; medians over "
         f"{len(rate['file_seconds'])} turns. The command's own figure leaves out loading the model "
@@ -199,8 +203,8 @@ def of_rate(rate: dict[str, Any]) -> list[str]:
         "| --- | ---: | ---: | ---: |",
         f"| the whole command | {statistics.median(rate['file_seconds']):.1f} | "
         f"{rate['file_rows_per_second']:,.0f} | {share:.1%} |",
-        f"| the command's own figure | | {told:,.0f} | "
-        f"{told / rate['engine_rows_per_second']:.1%} |",
+        f"| the command's own figure | | {printed_rate:,.0f} | "
+        f"{printed_rate / rate['engine_rows_per_second']:.1%} |",
         f"| the engine, same tokens | {statistics.median(rate['engine_seconds']):.1f} | "
         f"{rate['engine_rows_per_second']:,.0f} | 100% |",
         "",
@@ -239,9 +243,9 @@ def of_kills(killed: dict[str, Any]) -> list[str]:
 def command(given: argparse.Namespace) -> str:
     """Without the folders of this machine."""
     names = ("rows", "kills", "repeats", "target_saving", "part_rows", "ending")
-    said = " ".join(f"--{name.replace('_', '-')} {getattr(given, name)}" for name in names)
+    options = " ".join(f"--{name.replace('_', '-')} {getattr(given, name)}" for name in names)
     only = "" if given.only == PARTS else f" --only {' '.join(given.only)}"
-    return f"python benchmarks/files.py RUN --root DIR {said}{only}"
+    return f"python benchmarks/files.py RUN --root DIR {options}{only}"
 
 
 def main() -> None:
@@ -258,7 +262,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     given = parser.parse_args()
     results = given.out / "files.json"
-    found = json.loads(results.read_text()) if results.exists() else {}
+    content = json.loads(results.read_text()) if results.exists() else {}
     classifier = EarlyExitClassifier.from_pretrained(given.run)
     task = classifier.task
     rows = list(itertools.islice(texts(task, given.root), given.rows))
@@ -270,12 +274,12 @@ def main() -> None:
         inputs = {size: file for size, file in sorted(inputs.items()) if size <= given.rows}
         for size, file in inputs.items():
             write(file, task.columns, rows[:size])
-        said = [
+        options = [
             f"model={given.run}",
             f"target_saving={given.target_saving}",
             f"part_rows={given.part_rows}",
         ]
-        of_all = [*said, f"input={inputs[given.rows]}"]
+        of_all = [*options, f"input={inputs[given.rows]}"]
         output = f"output={folder / 'out'}{given.ending}"
         about = {
             "command": command(given),
@@ -283,13 +287,13 @@ def main() -> None:
             "ending": given.ending,
             "target_saving": given.target_saving,
             "threads": torch.get_num_threads(),
-            "environment": report.environment(),
+            "environment": vars(report.environment()),
         }
         measured: dict[str, Callable[[], dict[str, Any]]] = {
             "rate": lambda: rates(classifier, rows, [*of_all, output], given.repeats),
             "memory": lambda: {
                 "mebibytes": {
-                    str(size): memory([*said, f"input={file}", output, "overwrite=true"])
+                    str(size): memory([*options, f"input={file}", output, "overwrite=true"])
                     for size, file in inputs.items()
                 }
             },
@@ -297,10 +301,10 @@ def main() -> None:
         }
         for part in given.only:
             start = time.perf_counter()
-            found[part] = about | measured[part]()
-            found[part]["minutes"] = (time.perf_counter() - start) / 60
-            report.replace_text(results, json.dumps(found, indent=1) + "\n")
-            report.replace_text(given.out / "files.md", markdown(found))
+            content[part] = about | measured[part]()
+            content[part]["minutes"] = (time.perf_counter() - start) / 60
+            report.replace_text(results, json.dumps(content, indent=1) + "\n")
+            report.replace_text(given.out / "files.md", markdown(content))
 
 
 if __name__ == "__main__":

@@ -65,33 +65,35 @@ def ramp(sizes: Sizes, num_tokens: int, layer: int) -> int:
     """Pooler and classifier after a layer, 2 F H + 2 P C: F features that it reads, P that its
     classifier does. The paper's, which is always the last: 2 H² + 2 H C.
 
-    Attention over S tokens takes 4 S H more (scores and mix). A mean is no matrix product.
+    What a reader multiplies itself, it counts itself (`Reader.operations`).
     """
     kind = sizes.ramp if layer < sizes.num_layers else PAPER
     hidden, num_labels = sizes.hidden_size, sizes.num_labels
     pooled = hidden + (num_labels if kind.sees_previous else 0)
-    attention = 4 * num_tokens * hidden if kind.reads == "attention" else 0
-    return 2 * kind.num_parts * hidden * hidden + 2 * pooled * num_labels + attention
+    read = kind.reader.operations(num_tokens, hidden)
+    return 2 * kind.reader.num_parts * hidden * hidden + 2 * pooled * num_labels + read
 
 
-def ramps(sizes: Sizes, num_tokens: int, exit_layer: int, asked: Collection[int]) -> int:
+def ramps(sizes: Sizes, num_tokens: int, exit_layer: int, evaluated_ramps: Collection[int]) -> int:
     """Each ramp that was run.
 
     Args:
         exit_layer: k, 1-based; its ramp gives the answer, so it is always run.
         asked: layers, 1-based, whose ramps are asked; those after k are not reached.
     """
-    run = {*asked, exit_layer} & set(range(1, exit_layer + 1))
+    run = {*evaluated_ramps, exit_layer} & set(range(1, exit_layer + 1))
     return sum(ramp(sizes, num_tokens, layer) for layer in run)
 
 
-def plain(sizes: Sizes, num_tokens: int, exit_layer: int, asked: Collection[int]) -> int:
+def plain(sizes: Sizes, num_tokens: int, exit_layer: int, evaluated_ramps: Collection[int]) -> int:
     """An input of S tokens that leaves at layer k: k full layers and the ramps (see `ramps`)."""
-    return exit_layer * layer(sizes, num_tokens) + ramps(sizes, num_tokens, exit_layer, asked)
+    return exit_layer * layer(sizes, num_tokens) + ramps(
+        sizes, num_tokens, exit_layer, evaluated_ramps
+    )
 
 
 def first_token_first(
-    sizes: Sizes, num_tokens: int, exit_layer: int, asked: Collection[int]
+    sizes: Sizes, num_tokens: int, exit_layer: int, evaluated_ramps: Collection[int]
 ) -> int:
     """The same, where layer k computes its first token alone from the keys and values of all.
 
@@ -100,12 +102,12 @@ def first_token_first(
     is about k - 5/6 layers. Ramps that read all tokens of their layer cost as in `plain`.
     """
     if sizes.ramp.reads_tokens and exit_layer < sizes.num_layers:
-        return plain(sizes, num_tokens, exit_layer, asked)
+        return plain(sizes, num_tokens, exit_layer, evaluated_ramps)
     return (
         (exit_layer - 1) * layer(sizes, num_tokens)
         + keys_values(sizes, num_tokens)
         + queries(sizes, num_tokens, 1)
-        + ramps(sizes, num_tokens, exit_layer, asked)
+        + ramps(sizes, num_tokens, exit_layer, evaluated_ramps)
     )
 
 
@@ -113,7 +115,7 @@ def total(
     sizes: Sizes,
     exit_layers_N: Tensor,
     num_tokens_N: Tensor,
-    asked: Collection[int],
+    evaluated_ramps: Collection[int],
     cost: Callable[[Sizes, int, int, Collection[int]], int] = first_token_first,
 ) -> tuple[int, float]:
     """A whole set: (N,) exit layers, 1-based, and (N,) lengths, padding included where computed.
@@ -127,6 +129,6 @@ def total(
         no ramp but the last, at the same lengths.
     """
     rows = Counter(zip(num_tokens_N.tolist(), exit_layers_N.tolist(), strict=True))
-    spent = sum(n * cost(sizes, tokens, k, asked) for (tokens, k), n in rows.items())
+    spent = sum(n * cost(sizes, tokens, k, evaluated_ramps) for (tokens, k), n in rows.items())
     full = sum(n * plain(sizes, tokens, sizes.num_layers, ()) for (tokens, _), n in rows.items())
     return spent, 1 - spent / full

@@ -28,11 +28,11 @@ def measure(ckpt: Path, recipe: str, folder: Path) -> dict[str, Any]:
     command += ["logger=csv", f"hydra.run.dir={folder}"]
     subprocess.run(command, cwd=HERE.parent, check=True, capture_output=True)
     results = json.loads((folder / "results.json").read_text())
-    said = re.search(r"trained in ([\d.]+) s", (folder / "train.log").read_text())
-    assert said
+    match = re.search(r"trained in ([\d.]+) s", (folder / "train.log").read_text())
+    assert match
     return {
         "seed": results["seed"],
-        "seconds": float(said[1]),
+        "seconds": float(match[1]),
         "accuracy": [ramp["scores"]["accuracy"] for ramp in results["exits"]],
         "environment": results["environment"],
     }

@@ -100,8 +100,8 @@ def prepare(work: Path) -> Path:
             config["stages"]["1"]["epochs"] = config["trainer"]["max_epochs"] = 3
             config["trainer"].pop("max_steps", None)
             torch.save(content, file)
-    said = f"ckpt={runs / 'stage1'}", "logger=csv"
-    command("train.py", "stage=2", *said, f"hydra.run.dir={runs / 'stage2'}")
+    overrides = f"ckpt={runs / 'stage1'}", "logger=csv"
+    command("train.py", "stage=2", *overrides, f"hydra.run.dir={runs / 'stage2'}")
     warm = [f"hydra.run.dir={work / 'record'}", f"hydra.run.dir={work / 'resumed'}"]
     command("evaluate.py", f"record={runs / 'stage2'}", warm[0])
     command("train.py", f"resume={runs / 'part'}", "logger=csv", warm[1])
@@ -118,7 +118,7 @@ def way(dice: random.Random, folder: Path, how: str, out: Path) -> tuple[str, Ca
     from deebert.export import onnx_folder
 
     trained = folder.name in ("stage2", "saved")
-    said = [f"hydra.run.dir={out / 'run'}", "logger=csv"]
+    overrides = [f"hydra.run.dir={out / 'run'}", "logger=csv"]
 
     def from_pretrained() -> None:
         classifier = EarlyExitClassifier.from_pretrained(folder)
@@ -130,18 +130,18 @@ def way(dice: random.Random, folder: Path, how: str, out: Path) -> tuple[str, Ca
     def exported() -> None:
         onnx_folder.export(EarlyExitClassifier.from_pretrained(folder), out / "onnx")
 
-    asked = "target_saving=0.3" if trained else "threshold=0"
+    target = "target_saving=0.3" if trained else "threshold=0"
     ways: dict[str, Callable[[], None]] = {
         "from_pretrained": from_pretrained,
         "export": exported,
-        "evaluate.py ckpt=": lambda: command("evaluate.py", f"ckpt={folder}", asked, *said),
-        "evaluate.py record=": lambda: command("evaluate.py", f"record={folder}", *said),
+        "evaluate.py ckpt=": lambda: command("evaluate.py", f"ckpt={folder}", target, *overrides),
+        "evaluate.py record=": lambda: command("evaluate.py", f"record={folder}", *overrides),
         "train.py stage=2 ckpt=": lambda: command(
-            "train.py", "stage=2", f"ckpt={folder}", "stages.2.epochs=1", *said
+            "train.py", "stage=2", f"ckpt={folder}", "stages.2.epochs=1", *overrides
         ),
-        "train.py resume=": lambda: command("train.py", f"resume={folder}", *said),
+        "train.py resume=": lambda: command("train.py", f"resume={folder}", *overrides),
         "train.py teacher=": lambda: command(
-            "train.py", f"teacher={folder}", "backbone.layers=[1]", "stages.1.epochs=1", *said
+            "train.py", f"teacher={folder}", "backbone.layers=[1]", "stages.1.epochs=1", *overrides
         ),
     }
     if "record" in how:
@@ -169,14 +169,14 @@ def watched(do: Callable[[], None], allowed: list[str], report: int) -> None:
                 seen.append(f"{event} {real}")
 
     sys.addaudithook(watch)
-    outcome, said, held = "accepted", "", _megabytes("VmRSS")
+    outcome, message, held = "accepted", "", _megabytes("VmRSS")
     try:
         do()
     except Exception as error:
         from deebert.errors import UserError
 
-        outcome, said = "refused", str(error)
-        in_one_line = isinstance(error, UserError) and said.isprintable()
+        outcome, message = "refused", str(error)
+        in_one_line = isinstance(error, UserError) and message.isprintable()
         if not isinstance(error, Refused) and not in_one_line:
             outcome = "traceback"
             traceback.print_exc()
@@ -184,7 +184,7 @@ def watched(do: Callable[[], None], allowed: list[str], report: int) -> None:
     sys.stderr.flush()
     with open(report, "w") as stream:
         grown = _megabytes("VmHWM") - held
-        json.dump({"outcome": outcome, "said": said, "seen": seen[:5], "grown": grown}, stream)
+        json.dump({"outcome": outcome, "said": message, "seen": seen[:5], "grown": grown}, stream)
     os._exit(0)
 
 
@@ -215,7 +215,7 @@ def observe(
         watched(do, allowed, send)
     os.close(send)
     with open(receive) as stream:
-        told = stream.read()
+        reply = stream.read()
     _, status, used = os.wait4(pid, 0)
     seconds = time.perf_counter() - start
     killed = {
@@ -224,30 +224,30 @@ def observe(
         "seen": [],
         "grown": used.ru_maxrss / 1024,
     }
-    found = json.loads(told) if told else killed
-    grown = found["grown"]
+    observed = json.loads(reply) if reply else killed
+    grown = observed["grown"]
     printed = (place / "printed").read_text(errors="replace")
     if "Traceback (most recent" in printed:
-        found["outcome"] = "traceback"
+        observed["outcome"] = "traceback"
     files = [file for file in out.rglob("*") if file.is_file()]
     shown = (
-        printed + found["said"] + "".join(f.read_bytes().decode(errors="replace") for f in files)
+        printed + observed["said"] + "".join(f.read_bytes().decode(errors="replace") for f in files)
     )
-    judged = {
+    kept = {
         "code ran": (bait / "owned").exists(),
         "wrote outside": _times(bait) != before,
         "shows a secret": any(secret in shown for secret in SECRETS),
-        found["outcome"]: found["outcome"] not in ("accepted", "refused"),
+        observed["outcome"]: observed["outcome"] not in ("accepted", "refused"),
         f"{seconds:.1f} s": seconds > limit,
         f"{grown:.0f} MB": grown > MEGABYTES,
     }
     last = (printed.strip().splitlines() or [""])[-1]
     return {
-        "outcome": found["outcome"],
-        "says": (last if found["said"].startswith("exit code") else found["said"])[:300],
+        "outcome": observed["outcome"],
+        "says": (last if observed["said"].startswith("exit code") else observed["said"])[:300],
         "seconds": round(seconds, 2),
         "megabytes": round(grown),
-        "faults": [*found["seen"], *(fault for fault, is_so in judged.items() if is_so)],
+        "faults": [*observed["seen"], *(fault for fault, is_so in kept.items() if is_so)],
     }
 
 
@@ -274,11 +274,11 @@ def case(number: int, seed: int, originals: Path, work: Path) -> dict[str, Any]:
     folder, how = make(dice, runs, bait)
     name, do = way(dice, runs / folder, how, out)
     limit = TRAINING_SECONDS if name.startswith("train.py") else SECONDS
-    found = observe(do, place, out, bait, limit)
-    if not found["faults"]:
+    observed = observe(do, place, out, bait, limit)
+    if not observed["faults"]:
         shutil.rmtree(place)
     about = {"case": number, "spoiled": make.__name__, "what": f"{folder}: {how}", "way": name}
-    return about | found
+    return about | observed
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -326,16 +326,17 @@ def main(arguments: list[str]) -> int:
 
     cases = []
     for number in options.only or range(options.cases):
-        cases.append(found := case(number, options.seed, originals, work))
-        if found["faults"] or options.only:
-            print(json.dumps(found, indent=2), flush=True)
+        cases.append(observed := case(number, options.seed, originals, work))
+        if observed["faults"] or options.only:
+            print(json.dumps(observed, indent=2), flush=True)
     faulty = [row["case"] for row in cases if row["faults"]]
     counts = ", ".join(f"{n} {name}" for name, n in Counter(r["outcome"] for r in cases).items())
     print(f"{len(cases)} cases: {counts}; with a fault: {faulty or 'none'}")
     if not options.only:
         results = {
             "command": shlex.join(["python", "benchmarks/fuzz.py", *arguments]),
-            "seed": options.seed, "processor": processor(), "environment": report.environment(),
+            "seed": options.seed, "processor": processor(),
+            "environment": vars(report.environment()),
             "cases": cases,
         }  # fmt: skip
         (options.out / "fuzz.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -3,7 +3,7 @@
     python benchmarks/growth.py [--million] [--rows N] [--repeats R] [--only SERIES ...]
 
 Random weights; exits are forced (all inputs leave after half of the layers) or mixed (as many at
-each layer). Beside the clock stands the formula of deebert/flops.py. The numbers of inputs are run
+each layer). Beside the clock stands the formula of flops.py. The numbers of inputs are run
 in processes of their own, from a generator, for their peak memory; --million adds 1,000,000 of
 them (some minutes). After each series growth.json and growth.md are written anew.
 """
@@ -18,12 +18,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import flops
 import torch
 from synthetic import NUM_LABELS, evenly, made, mixed, model_of
 from torch import Tensor
 
-from deebert import flops
-from deebert.evaluation.latency import FullDepth, Inputs, forced, leaving_at
+from deebert.evaluation.engine_latency import FullDepth, Inputs, forced, leaving_at
 from deebert.evaluation.timing import compare
 from deebert.inference.engine import Engine
 from deebert.reporting import report
@@ -64,10 +64,12 @@ def point(series: str, size: int, most: int | None, repeats: int) -> list[dict[s
     timings = compare({"full depth": library.run, **runs}, requests, repeats)
     length_N = torch.full((num,), length)
 
-    def cost(sizes: flops.Sizes, tokens: int, k: int, asked: Collection[int]) -> int:
+    def cost(sizes: flops.Sizes, tokens: int, k: int, evaluated_ramps: Collection[int]) -> int:
         """What the engine does: first token first not in small groups, but at the last layer."""
         first = k == layers or batch * tokens >= engine.first_token_from
-        return (flops.first_token_first if first else flops.plain)(sizes, tokens, k, asked)
+        return (flops.first_token_first if first else flops.plain)(
+            sizes, tokens, k, evaluated_ramps
+        )
 
     rows = []
     for name, timing in timings.items():
@@ -75,8 +77,8 @@ def point(series: str, size: int, most: int | None, repeats: int) -> list[dict[s
         layer_N: Tensor = torch.full((num,), layers)
         if name != "full depth":
             layer_N = torch.cat([engines[name].run(request).layer_N for request in requests])
-            asked = [i + 1 for i in sorted(engines[name].asked)]
-            spent, saved = flops.total(sizes, layer_N, length_N, asked, cost)
+            evaluated_ramps = [i + 1 for i in sorted(engines[name].exit_ramps)]
+            spent, saved = flops.total(sizes, layer_N, length_N, evaluated_ramps, cost)
         rows.append(
             {
                 "series": series,
@@ -95,7 +97,7 @@ def point(series: str, size: int, most: int | None, repeats: int) -> list[dict[s
     return rows
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(content: dict[str, Any]) -> str:
     lines = [
         "# How the cost grows",
         "",
@@ -106,7 +108,7 @@ def markdown(found: dict[str, Any]) -> str:
         + ", ".join(f"{name} {value}" for name, value in BASE.items())
         + ".",
     ]
-    for series, part in found.items():
+    for series, part in content.items():
         where = part["environment"]
         lines += [
             "",
@@ -162,11 +164,11 @@ def _memory(rows: list[dict[str, Any]]) -> list[str]:
     )
     largest = rows[-1]
     if largest["num_inputs"] == MILLION:
-        found = beside(largest) / beside(base)
-        exit_scores = "reached" if found <= 1.2 else "**not reached**"
+        growth = beside(largest) / beside(base)
+        exit_scores = "reached" if growth <= 1.2 else "**not reached**"
         lines += [
             "",
-            f"Bar G (at most 1.2 times the peak with 10,000): {found:.3f}, {exit_scores}.",
+            f"Bar G (at most 1.2 times the peak with 10,000): {growth:.3f}, {exit_scores}.",
         ]
     return lines
 
@@ -188,7 +190,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     given = parser.parse_args()
     file = given.out / "growth.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for series in given.only:
         start, rows = time.perf_counter(), []
         for size in SERIES.get(series, (*COUNTS, *([MILLION] if given.million else []))):
@@ -200,16 +202,16 @@ def main() -> None:
             else:
                 rows += point(series, size, given.rows, given.repeats)
             print(f"{series} {size}: {time.perf_counter() - start:.0f} s {rows[-1]}", flush=True)
-        found[series] = {
+        content[series] = {
             "command": f"python {shlex.join(sys.argv)}",
             "repeats": given.repeats,
             "threads": torch.get_num_threads(),
             "minutes": (time.perf_counter() - start) / 60,
-            "environment": report.environment(),
+            "environment": vars(report.environment()),
             "rows": rows,
         }
-        report.replace_text(file, json.dumps(found, indent=1) + "\n")
-        (given.out / "growth.md").write_text(markdown(found))
+        report.replace_text(file, json.dumps(content, indent=1) + "\n")
+        (given.out / "growth.md").write_text(markdown(content))
 
 
 if __name__ == "__main__":

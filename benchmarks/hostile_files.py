@@ -70,12 +70,12 @@ def nasty(dice: random.Random, bait: Path, shares: bool) -> Any:
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Where a tree of dicts and lists can be changed."""
-    found = [path] if path else []
+    paths = [path] if path else []
     listed = dict(enumerate(value)) if isinstance(value, list) else value
     inner = listed if isinstance(listed, dict) and len(path) < DEEPEST else {}
     for key, each in inner.items():
-        found += places(each, (*path, key))
-    return found
+        paths += places(each, (*path, key))
+    return paths
 
 
 def spoil(dice: random.Random, value: Any, bait: Path, times: int = 1, shares: bool = False) -> str:

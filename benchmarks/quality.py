@@ -38,7 +38,6 @@ from deebert.exits.calibration import Infeasible
 from deebert.exits.records import Record
 from deebert.exits.target import Target
 from deebert.hub import record_files
-from deebert.models.ramps import RampKind
 from deebert.reporting import report
 
 HERE = Path(__file__).parent
@@ -226,9 +225,12 @@ class Runs:
                 [*PYTHON, *command], cwd=HERE.parent, stdout=to, stderr=to
             ).returncode
         if code:
-            said = [f"exit code {code}", *log.read_text().splitlines()]  # Hydra indents details
-            told = [t for t in said if t and t[0] != " " and "HYDRA_FULL" not in t]
-            self.made[folder] = told[-1].removeprefix("Error: ")
+            log_lines = [
+                f"exit code {code}",
+                *log.read_text().splitlines(),
+            ]  # Hydra indents details
+            errors = [t for t in log_lines if t and t[0] != " " and "HYDRA_FULL" not in t]
+            self.made[folder] = errors[-1].removeprefix("Error: ")
             raise UserError(self.made[folder])
         if not weights:
             shutil.rmtree(part / "checkpoints", ignore_errors=True)
@@ -251,29 +253,29 @@ def trade_off(
         depth are saved (`work`), empty where they cannot be.
     """
     ramps, most = curves.ramp_table(record, task), 1 - 1 / record.num_layers
-    points, targets = {0.0: ramps[-1]["score"], most: ramps[0]["score"]}, {}
+    points, targets = {0.0: ramps[-1].score, most: ramps[0].score}, {}
     learned = record.learned_score_NL is not None
     exit = exit or ("learned" if learned else None)
     rule = rules.named(exit, task.num_labels) if exit else rules.default(task.num_labels)
     for saving in [saving for saving in GRID[1:] if saving < most]:
         target = Target(target_saving=saving)
         try:
-            seen = calibration.calibration(None, [record], task, rule, target)["measured"]
+            seen = calibration.calibration(None, [record], task, rule, target).measured
         except Infeasible:  # a rule that must see two ramps before it lets go
             break
-        points[seen["expected_saving"]] = seen["score"]
+        points[seen.expected_saving] = seen.score
         if saving in TARGETS:
-            targets[str(saving)] = {"saving": seen["expected_saving"], **seen["scores"]}
+            targets[str(saving)] = {"saving": seen.expected_saving, **seen.scores}
     savings, scores = zip(*sorted(points.items()), strict=True)
     curve = np.interp(np.array(GRID), savings, scores)
     area = ((curve[1:] + curve[:-1]) / 2).mean().item()
-    found = {"rule": rule.name, "targets": targets, "curve": curve.tolist(), "area": area}
-    found["half_the_work"] = {}
+    measures = {"rule": rule.name, "targets": targets, "curve": curve.tolist(), "area": area}
+    measures["half_the_work"] = {}
     target = Target(target_speedup=2.0, costs=work(record.num_layers, reads_tokens))
     with contextlib.suppress(Infeasible):
-        seen = calibration.calibration(None, [record], task, rule, target)["measured"]
-        found["half_the_work"] = {"saving": seen["expected_saving"], **seen["scores"]}
-    return {"ramps": [ramp["scores"] for ramp in ramps], **found}
+        seen = calibration.calibration(None, [record], task, rule, target).measured
+        measures["half_the_work"] = {"saving": seen.expected_saving, **seen.scores}
+    return {"ramps": [ramp.scores for ramp in ramps], **measures}
 
 
 def work(num_layers: int, reads_tokens: bool) -> tuple[float, ...]:
@@ -287,33 +289,31 @@ def work(num_layers: int, reads_tokens: bool) -> tuple[float, ...]:
     return tuple(each / (num_layers - 5 / 6) for each in [*layers, num_layers - 5 / 6])
 
 
-def cell(runs: Runs, asked: dict[str, Any], name: str, data: Path) -> dict[str, Any]:
+def cell(runs: Runs, settings: dict[str, Any], name: str, data: Path) -> dict[str, Any]:
     """Make the runs of a cell; what the last one's record says, and the seconds of each."""
-    recipe, lines = asked["recipe"], asked["commands"]
+    recipe, lines = settings["recipe"], settings["commands"]
     folder, seconds = runs.folder(lines, name, data, RECIPES[recipe] in BEGUN), []
     for end in range(1, len(lines) + 1):
         log = runs.folder(lines[:end], name, data, end < len(lines)) / "train.log"
-        said = re.findall(r"trained in ([\d.]+) s", log.read_text() if log.exists() else "")
-        seconds.append(float(said[-1]) if said else 0.0)
+        matches = re.findall(r"trained in ([\d.]+) s", log.read_text() if log.exists() else "")
+        seconds.append(float(matches[-1]) if matches else 0.0)
     results = json.loads((folder / "results.json").read_text())
     depth = ANSWERS.get(recipe, results["num_layers"])
-    found = {"metric": results["metric"], "num_layers": depth, "seconds": seconds}
-    found["full"] = results["exits"][depth - 1]["scores"]
+    measures = {"metric": results["metric"], "num_layers": depth, "seconds": seconds}
+    measures["full"] = results["exits"][depth - 1]["scores"]
     if recipe in ANSWERS:
-        return found | {"operations": depth}  # its ramp reads all tokens
+        return measures | {"operations": depth}  # its ramp reads all tokens
     if "trade_off" not in results:  # its ramps are not trained
-        return found
+        return measures
     record, header = record_files.load(folder / "records" / f"{results['split']}.safetensors")
-    config = header["config"]
-    reads_tokens = RampKind.from_config(config["ramp"]).reads_tokens
-    return found | trade_off(
-        record, Task.from_config(config["task"]), reads_tokens, asked.get("rule")
-    )
+    config = header.config
+    reads_tokens = config.ramp_kind.reads_tokens
+    return measures | trade_off(record, config.task, reads_tokens, settings.get("rule"))
 
 
-def save(found: dict[str, Any], file: Path) -> None:
+def save(content: dict[str, Any], file: Path) -> None:
     """A line a cell."""
-    rounded = json.loads(json.dumps(found), parse_float=lambda text: round(float(text), 5))
+    rounded = json.loads(json.dumps(content), parse_float=lambda text: round(float(text), 5))
     kinds = []
     for kind, entries in rounded.items():
         lines = [f"{json.dumps(key)}: {json.dumps(entries[key])}" for key in sorted(entries)]
@@ -324,8 +324,8 @@ def save(found: dict[str, Any], file: Path) -> None:
 def load(file: Path) -> dict[str, Any]:
     """Commands and machines; the last line of cells that failed; those that are finished; the score
     of a constant answer, by task."""
-    found = json.loads(file.read_text()) if file.exists() else {}
-    return {kind: found.get(kind, {}) for kind in ("starts", "failed", "cells", "floors")}
+    content = json.loads(file.read_text()) if file.exists() else {}
+    return {kind: content.get(kind, {}) for kind in ("starts", "failed", "cells", "floors")}
 
 
 def run_all(given: argparse.Namespace, file: Path) -> list[str]:
@@ -333,7 +333,7 @@ def run_all(given: argparse.Namespace, file: Path) -> list[str]:
     out, failed = given.out.absolute(), []
     out.mkdir(parents=True, exist_ok=True)
     runs = Runs(out, given.again)
-    start = {"command": given.command, "environment": report.environment()}
+    start = {"command": given.command, "environment": vars(report.environment())}
     number = _digest(json.dumps(start))
     recipes = dict.fromkeys(["plain", *given.recipes])  # all is told in % of plain
     for seed, task, recipe in product(given.seeds, given.tasks, recipes):
@@ -358,14 +358,14 @@ def run_all(given: argparse.Namespace, file: Path) -> list[str]:
             made, kind = new | {"error": str(error)}, "failed"
             failed.append(f"failed: {key}: {error}")
             print(f"  failed: {error}", flush=True)
-        found = load(file)  # again: another process may have written to it meanwhile
-        found["failed"].pop(key, None)
+        content = load(file)  # again: another process may have written to it meanwhile
+        content["failed"].pop(key, None)
         if not new.items() <= there.items():  # what is there is of other rows or commands
-            found["cells"].pop(key, None)
-        found[kind][key] = made | {"start": number}
-        found["starts"][number] = start
-        found["floors"] |= {} if floor is None else {task: floor}
-        save(found, file)
+            content["cells"].pop(key, None)
+        content[kind][key] = made | {"start": number}
+        content["starts"][number] = start
+        content["floors"] |= {} if floor is None else {task: floor}
+        save(content, file)
     return failed
 
 
@@ -374,7 +374,7 @@ def _apart(word: str) -> list[str]:
     return word.split("=", 1) if word.startswith(("--root=", "--out=", "--results=")) else [word]
 
 
-def told(arguments: list[str]) -> str:
+def public_command(arguments: list[str]) -> str:
     """The command for anyone to repeat: without the folders of this machine."""
     words = iter([part for word in arguments for part in _apart(word)])
     kept = ["python", "benchmarks/quality.py"]
@@ -403,7 +403,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--root=DIR is missing: the folder with the GLUE files")
     if given.overrides and given.results == HERE:
         parser.error("--overrides makes other cells than those of the table: say --results=DIR")
-    given.command = told(sys.argv[1:] if arguments is None else arguments)
+    given.command = public_command(sys.argv[1:] if arguments is None else arguments)
     file, failed = given.results / "quality.json", []
     try:
         if not given.report_only:

@@ -78,13 +78,13 @@ class TaskCells:
         self.points = sorted(recipe for recipe in kinds if not kinds[recipe])
 
     def values(self, recipe: str, value: Value) -> list[float]:
-        found = [value(cell) for cell in self.of[recipe].values()]
-        return [each for each in found if each is not None]
+        numbers = [value(cell) for cell in self.of[recipe].values()]
+        return [each for each in numbers if each is not None]
 
-    def share(self, found: float | None, seed: int) -> float | None:
+    def share(self, part: float | None, seed: int) -> float | None:
         """In % of plain fine-tuning with the same seed, where that is there and not 0."""
         full = score(self.plain[seed]) if seed in self.plain else 0
-        return None if found is None or full == 0 else 100 * found / full
+        return None if part is None or full == 0 else 100 * part / full
 
     def relative(self, recipe: str, value: Value) -> list[float]:
         """The same of all seeds."""
@@ -103,23 +103,23 @@ class TaskCells:
 
     def fixed(self) -> dict[str, dict[int, Fixed]]:
         """The baselines, and the recommended recipe if all leave at the same ramp, by seed."""
-        found: dict[str, dict[int, Fixed]] = {}
+        points: dict[str, dict[int, Fixed]] = {}
         for recipe in [recipe for recipe in self.points if recipe != "plain"]:
             for seed, cell in self.of[recipe].items():
                 layers = cell["num_layers"]
                 computed = cell.get("operations", layers - TOKEN)
-                found.setdefault(recipe, {})[seed] = Fixed(score(cell), layers, computed)
+                points.setdefault(recipe, {})[seed] = Fixed(score(cell), layers, computed)
         for seed, cell in self.of.get(RECOMMENDED, {}).items():
             for k, ramp in enumerate(cell["ramps"][1:-1], 2):  # at the first, early exit is it
                 its = Fixed(ramp[cell["metric"]], k, k)
-                found.setdefault(f"ramp {k}", {})[seed] = its
-        return found
+                points.setdefault(f"ramp {k}", {})[seed] = its
+        return points
 
     def against(self, rival: str) -> list[tuple[float, float, float]]:
         """A rival, and the recommended recipe at its saving and at its operations (NaN: it needs
         more), of each seed that both have: in % of plain fine-tuning."""
         mine, theirs = self.of.get(RECOMMENDED, {}), self.fixed().get(rival, {})
-        found = []
+        differences = []
         for seed in mine.keys() & theirs.keys():
             its, cell = theirs[seed], mine[seed]
             # An input that leaves at layer k computes k at most: the ramps may read all tokens.
@@ -129,26 +129,26 @@ class TaskCells:
                 best[1] = math.nan
             shares = [self.share(each, seed) for each in (its.score, *best)]
             if None not in shares:
-                found.append(tuple(shares))
-        return found
+                differences.append(tuple(shares))
+        return differences
 
     def floor_share(self) -> float | None:
         """What a constant answer scores, in % of plain fine-tuning."""
         shares = [self.share(self.floor, seed) for seed in self.plain]
-        found = [share for share in shares if share is not None]
-        return mean(found) if found else None
+        known = [share for share in shares if share is not None]
+        return mean(known) if known else None
 
     def best_at(self, saving: float, seeds: set[int]) -> tuple[float, str]:
         """The mean score at a saving of the recommended recipe, or where that lacks these seeds the
         highest of all recipes that have them, and whose it is."""
-        found = {
+        scores = {
             recipe: mean(at(self.of[recipe][seed], saving) for seed in seeds)
             for recipe in self.exits
             if seeds <= self.of[recipe].keys()
         }
-        if RECOMMENDED in found:
-            return found[RECOMMENDED], RECOMMENDED
-        return max(((value, recipe) for recipe, value in found.items()), default=(math.nan, "-"))
+        if RECOMMENDED in scores:
+            return scores[RECOMMENDED], RECOMMENDED
+        return max(((value, recipe) for recipe, value in scores.items()), default=(math.nan, "-"))
 
 
 def score(cell: Cell) -> float:
@@ -163,7 +163,7 @@ def seconds(cell: Cell) -> float:
     return sum(cell["seconds"])
 
 
-def wished(saving: float) -> Value:
+def score_at(saving: float) -> Value:
     return lambda cell: cell["targets"].get(str(saving), {}).get(cell["metric"])
 
 
@@ -201,12 +201,12 @@ def exit_table(task: TaskCells) -> list[str]:
     for recipe in task.exits:
         differences = task.differences(recipe)
         wins = sum(value > 0 for value in differences)
-        told = f"{spread(differences, '+.3f')} ({wins} of {len(differences)})"
+        difference = f"{spread(differences, '+.3f')} ({wins} of {len(differences)})"
         row = [recipe, seeds(len(task.of[recipe]))]
         for value in (score, area):
             row += [spread(task.values(recipe, value)), spread(task.relative(recipe, value), ".1f")]
-        row.append(told if differences else "-")
-        row += [spread(task.relative(recipe, wished(target)), ".1f") for target in TARGETS]
+        row.append(difference if differences else "-")
+        row += [spread(task.relative(recipe, score_at(target)), ".1f") for target in TARGETS]
         row.append(spread(task.relative(recipe, half_the_work), ".1f"))
         rows.append([*row, spread(task.values(recipe, seconds), ".0f")])
     columns += [*(f"at {target:.0%}, %" for target in TARGETS), "half the work, %", "seconds"]
@@ -245,18 +245,18 @@ def over_tasks(tasks: list[TaskCells]) -> list[dict[str, Any]]:
     Without regressions, which leave by another rule.
     """
     tasks = [task for task in tasks if task.metric not in REGRESSION]
-    found = []
+    rows = []
     for recipe in dict.fromkeys(recipe for task in tasks for recipe in task.exits):
         theirs = [task for task in tasks if recipe in task.exits and task.relative(recipe, area)]
         paired = [each for task in theirs if (each := task.differences(recipe))]
-        halves = [each for task in theirs if (each := task.relative(recipe, wished(0.5)))]
+        halves = [each for task in theirs if (each := task.relative(recipe, score_at(0.5)))]
         if theirs:
             row: dict[str, Any] = {"recipe": recipe, "tasks": len(theirs)}
             row["seeds"] = min(len(task.of[recipe]) for task in theirs)
             row["better"] = f"{sum(mean(each) > 0 for each in paired)} of {len(paired)}"
             row["area"] = mean(mean(task.relative(recipe, area)) for task in theirs)
-            found.append(row | {"half": spread([mean(map(mean, halves))] if halves else [], ".1f")})
-    return sorted(found, key=lambda row: (-row["tasks"], -row["area"]))
+            rows.append(row | {"half": spread([mean(map(mean, halves))] if halves else [], ".1f")})
+    return sorted(rows, key=lambda row: (-row["tasks"], -row["area"]))
 
 
 def summary(tasks: list[TaskCells]) -> list[str]:
@@ -290,7 +290,7 @@ def rivals(tasks: list[TaskCells]) -> list[str]:
         row = [rival, f"{1 - its.layers / full:.1%}", str(len(met))]
         row += [seeds(min(len(pairs) for _, pairs in met)), f"{mean(scores):.1f}", *sides[:2]]
         rows.append([*row, f"{its.computed / (full - TOKEN):.1%}", *sides[2:]])
-    if floors := [found for task in tasks if (found := task.floor_share()) is not None]:
+    if floors := [floor for task in tasks if (floor := task.floor_share()) is not None]:
         row = ["constant", "100.0%", str(len(floors)), "-", f"{mean(floors):.1f}"]
         rows.append([*row, "-", "-", "0.0%", "-", "-"])
     return markdown(columns, rows)
@@ -300,7 +300,7 @@ def strangers(task: TaskCells) -> list[str]:
     """The cells that should not stand beside the others: of other rows than plain fine-tuning's, or
     made by other commands than the same recipe's with another seed."""
     rows = next(iter(task.plain.values()))["rows"]
-    found = []
+    lines = []
     for recipe, cells in task.of.items():
         made = [
             [line.replace(f" seed={seed} ", " ") for line in cell["commands"]]
@@ -308,8 +308,8 @@ def strangers(task: TaskCells) -> list[str]:
         ]
         for (seed, cell), commands in zip(cells.items(), made, strict=True):
             if cell["rows"] != rows or commands != made[0]:
-                found.append(f"- **of other rows or commands** {task.name} {recipe} {seed}")
-    return found
+                lines.append(f"- **of other rows or commands** {task.name} {recipe} {seed}")
+    return lines
 
 
 def conditions(start: dict[str, Any], number: int) -> str:
@@ -322,11 +322,11 @@ def conditions(start: dict[str, Any], number: int) -> str:
     )
 
 
-def write(found: dict[str, Any], folder: Path) -> None:
+def write(content: dict[str, Any], folder: Path) -> None:
     """quality.md and quality.png."""
-    cells = sorted(found["cells"].values(), key=lambda cell: cell["seed"])
+    cells = sorted(content["cells"].values(), key=lambda cell: cell["seed"])
     names = sorted({cell["task"] for cell in cells if cell["recipe"] == "plain"})
-    tasks = [TaskCells(name, cells, found["floors"].get(name)) for name in names]
+    tasks = [TaskCells(name, cells, content["floors"].get(name)) for name in names]
     lines = ["# Ways to train the ramps", "", READING, "", "![score against saving](quality.png)"]
     lines += ["", "## Over tasks", "", *summary(tasks), "", RIVALS, "", *rivals(tasks)]
     for task in tasks:
@@ -337,14 +337,14 @@ def write(found: dict[str, Any], folder: Path) -> None:
         lines += ["", *ramp_table(task)] if task.exits else []
         lines += ["", BASELINES, "", *point_table(task)]
     lines += ["", "## How it was made", ""]
-    for number, start in found["starts"].items():
+    for number, start in content["starts"].items():
         if made := sum(cell["start"] == number for cell in cells):
             lines.append(conditions(start, made))
     lines += ["", "The commands of each recipe, here of one task and seed:", ""]
-    told = {cell["recipe"]: cell["commands"] for cell in reversed(cells)}
-    lines += [f"- {recipe}: `{'`, `'.join(told[recipe])}`" for recipe in sorted(told)]
+    commands = {cell["recipe"]: cell["commands"] for cell in reversed(cells)}
+    lines += [f"- {recipe}: `{'`, `'.join(commands[recipe])}`" for recipe in sorted(commands)]
     lines += [line for task in tasks for line in strangers(task)]
-    lines += [f"- **failed** {key}: {cell['error']}" for key, cell in found["failed"].items()]
+    lines += [f"- **failed** {key}: {cell['error']}" for key, cell in content["failed"].items()]
     (folder / "quality.md").write_text("\n".join(lines) + "\n")
     if tasks:
         picture(tasks, folder / "quality.png")
@@ -369,11 +369,11 @@ def picture(tasks: list[TaskCells], file: Path) -> None:
                 savings = [100 * saving for saving in GRID]
                 above = 3 if recipe == RECOMMENDED else 2
                 handles[recipe] = axis.plot(savings, curve, color=f"C{i}", zorder=above)[0]
-        ramps = [found for name, found in task.fixed().items() if name.startswith("ramp ")]
+        ramps = [points for name, points in task.fixed().items() if name.startswith("ramp ")]
         if ramps:  # the same ramps without early exit
             full = task.of[RECOMMENDED][next(iter(ramps[0]))]["num_layers"]
-            savings = [100 * (1 - next(iter(found.values())).layers / full) for found in ramps]
-            means = [mean(its.score for its in found.values()) for found in ramps]
+            savings = [100 * (1 - next(iter(points.values())).layers / full) for points in ramps]
+            means = [mean(its.score for its in points.values()) for points in ramps]
             [line] = axis.plot(savings, means, ":", marker=".", color="C1")
             handles[f"{RECOMMENDED}, all leave at a ramp"] = line
         for kind, mark in {

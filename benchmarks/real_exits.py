@@ -16,7 +16,6 @@ import rivals
 import torch
 
 from deebert.data.datamodule import TextDataModule
-from deebert.data.tasks import Task
 from deebert.exits import curves, records, rules
 from deebert.hub import checkpoints
 from deebert.models.early_exit import INPUTS, EarlyExitModel
@@ -49,13 +48,13 @@ def leave(model: EarlyExitModel, batch: dict[str, Any], threshold: float) -> tup
 
 def compare(run: Path) -> list[dict[str, Any]]:
     source = checkpoints.read(checkpoints.find(str(run), "RUN", "best.ckpt"), "RUN")
-    task = Task.from_config(source.config["task"])
-    model, values = source.model(), source.config["data"]
+    task = source.config.task
+    model, values = source.model(), source.config.data
     rivals.check_paper(model)
     data = TextDataModule(
-        task, source.tokenizer(), root=values["root"], max_length=values["max_length"],
+        task, source.tokenizer(), root=values.root, max_length=values.max_length,
         limit_train=None, calibration_size=0, batch_size=1, num_workers=0, seed=0,
-        eval_batch_size=values["eval_batch_size"],
+        eval_batch_size=values.eval_batch_size,
     )  # fmt: skip
     batches = list(data.loader("validation"))
     with torch.no_grad():
@@ -72,16 +71,16 @@ def compare(run: Path) -> list[dict[str, Any]]:
         predictions = torch.empty(len(record), dtype=torch.long)
         for batch in batches:
             layers[batch["index"]], predictions[batch["index"]] = leave(
-                model, batch, point["threshold"]
+                model, batch, point.threshold
             )
         assert record.labels_N is not None
         rows.append(
             {
                 "task": task.name,
-                "threshold": point["threshold"],
-                "score from the record": point["score"],
+                "threshold": point.threshold,
+                "score from the record": point.score,
                 "score of real exits": task.score(predictions, record.labels_N),
-                "exits from the record": point["exit_counts"],
+                "exits from the record": point.exit_counts,
                 "real exits": layers.bincount(minlength=record.num_layers + 1)[1:].tolist(),
             }
         )
@@ -93,8 +92,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path)
     rows = [row for run in parser.parse_args().runs for row in compare(run)]
-    found = {"environment": report.environment(), "rows": rows}
-    (HERE / "real_exits.json").write_text(json.dumps(found, indent=1) + "\n")
+    content = {"environment": vars(report.environment()), "rows": rows}
+    (HERE / "real_exits.json").write_text(json.dumps(content, indent=1) + "\n")
     equal = sum(
         row["score from the record"] == row["score of real exits"]
         and row["exits from the record"] == row["real exits"]

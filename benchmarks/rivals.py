@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from deebert.data.batching import by_length, padded
 from deebert.errors import UserError
-from deebert.evaluation.latency import Inputs
+from deebert.evaluation.engine_latency import Inputs
 from deebert.exits import rules
 from deebert.inference import onnx_layer
 from deebert.inference.survivors import Answers
@@ -77,12 +77,12 @@ def _in_batches(
 
     @torch.inference_mode()
     def run(inputs: Inputs) -> Tensor:
-        found: list[Any] = [None] * len(inputs)
+        outputs: list[Any] = [None] * len(inputs)
         for rows in by_length([len(given["input_ids"]) for given in inputs], token_budget):
             logits_BC = forward(padded([inputs[row] for row in rows], pad_token_id))
             for row, logits_C in zip(rows, logits_BC, strict=True):
-                found[row] = logits_C
-        return torch.stack(found)
+                outputs[row] = logits_C
+        return torch.stack(outputs)
 
     return run
 
@@ -100,8 +100,8 @@ class _Full(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        found = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types)
-        return self.ramp(found.last_hidden_state[:, 0].float())
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types)
+        return self.ramp(states.last_hidden_state[:, 0].float())
 
 
 def plain(model: EarlyExitModel, precision: str, token_budget: int) -> Run:
@@ -173,7 +173,7 @@ def onnx_runtime(file: Path, pad_token_id: int, token_budget: int) -> Run:
     session = onnx_layer.session(file)
 
     def forward(tokens: dict[str, Tensor]) -> Tensor:
-        found = session.run(None, {name: values.numpy() for name, values in tokens.items()})
-        return torch.from_numpy(found[0])
+        outputs = session.run(None, {name: values.numpy() for name, values in tokens.items()})
+        return torch.from_numpy(outputs[0])
 
     return _in_batches(forward, pad_token_id, token_budget)

@@ -34,8 +34,8 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from deebert import EarlyExitClassifier
-from deebert.classifier import CalibratedPoint
 from deebert.data import loading
+from deebert.exits.calibration import CalibratedPoint
 from deebert.reporting import report
 
 HERE = Path(__file__).parent
@@ -58,11 +58,11 @@ TARGETS: list[dict[str, Any]] = [
 
 @dataclass(frozen=True)
 class Expected:
-    """What a request is to be answered with; `asked` is None where that is only known there."""
+    """How a request is to be answered; no `operating_point` where only the service knows it."""
 
     texts: list[Any]
     target: dict[str, Any]
-    asked: CalibratedPoint | None
+    operating_point: CalibratedPoint | None
     labels: list[Any]
     exit_layers: list[int]
 
@@ -71,26 +71,26 @@ def requests_of(
     classifier: EarlyExitClassifier, rows: list[Any], num: int
 ) -> tuple[list[Expected], float]:
     """So many requests, and the seconds that answering them one after the other takes offline."""
-    chosen, found, seconds = random.Random(0), [], 0.0
+    chosen, requests, seconds = random.Random(0), [], 0.0
     for turn in range(num):
         texts = chosen.choices(rows, k=chosen.randint(1, MOST_TEXTS))
         target = TARGETS[turn % len(TARGETS)]
-        asked = classifier.calibrate(**target)
+        operating_point = classifier.calibrate(**target)
         start = time.perf_counter()
-        answer = classifier.answer(classifier.encode(texts), asked)
+        answer = classifier.answer(classifier.encode(texts), operating_point)
         seconds += time.perf_counter() - start
-        known = None if "target_speedup" in target else asked
-        found.append(Expected(texts, target, known, answer.labels, answer.exit_layers))
-    return found, seconds
+        known = None if "target_speedup" in target else operating_point
+        requests.append(Expected(texts, target, known, answer.labels, answer.exit_layers))
+    return requests, seconds
 
 
 def wrong(classifier: EarlyExitClassifier, expected: Expected, answer: dict[str, Any]) -> bool:
     """Is an answer another one than offline? What layers cost, the service measures itself."""
     labels, exit_layers = expected.labels, expected.exit_layers
-    if expected.asked is None:
-        found = classifier.predict(expected.texts, threshold=answer["threshold"])
-        labels, exit_layers = found.labels, found.exit_layers
-    elif answer["threshold"] != expected.asked.thresholds:
+    if expected.operating_point is None:
+        predictions = classifier.predict(expected.texts, threshold=answer["threshold"])
+        labels, exit_layers = predictions.labels, predictions.exit_layers
+    elif answer["threshold"] != expected.operating_point.thresholds:
         return True
     answers = answer["answers"]
     return (
@@ -110,7 +110,7 @@ def service(run: str, window_ms: int, threads: int | None) -> Iterator[int]:
     options += [] if threads is None else [f"threads={threads}"]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "deebert.serve", *options],
+            [sys.executable, "-m", "deebert", "serve", *options],
             cwd=HERE.parent,
             stdout=log,
             stderr=log,
@@ -169,8 +169,8 @@ def load(port: int, bodies: list[bytes], at_once: int) -> tuple[float, list[floa
                 connection.request("POST", "/predict", bodies[row], JSON)
                 response = connection.getresponse()
                 content = response.read()
-                said = json.loads(content)
-                answers[row] = said if response.status == 200 else f"{response.status}: {said}"
+                reply = json.loads(content)
+                answers[row] = reply if response.status == 200 else f"{response.status}: {reply}"
             except (OSError, http.client.HTTPException, ValueError) as error:
                 answers[row] = f"{type(error).__name__}: {error}"
                 connection.close()
@@ -185,23 +185,25 @@ def load(port: int, bodies: list[bytes], at_once: int) -> tuple[float, list[floa
 
 
 def turn(
-    classifier: EarlyExitClassifier, port: int, asked: list[Expected], at_once: int
+    classifier: EarlyExitClassifier, port: int, requests: list[Expected], at_once: int
 ) -> dict[str, Any]:
     """All requests once."""
-    bodies = [json.dumps({"texts": each.texts, **each.target}).encode() for each in asked]
+    bodies = [json.dumps({"texts": each.texts, **each.target}).encode() for each in requests]
     batches_before, together_before = batches(port)
     seconds, each_seconds, answers = load(port, bodies, at_once)
     batches_after, together_after = batches(port)
-    told = [isinstance(answer, dict) for answer in answers]
+    answered = [isinstance(answer, dict) for answer in answers]
     pairs = [
-        pair for pair, there in zip(zip(asked, answers, strict=True), told, strict=True) if there
+        pair
+        for pair, there in zip(zip(requests, answers, strict=True), answered, strict=True)
+        if there
     ]
     saved = [answer["saving"] * len(each.texts) for each, answer in pairs]
     p50, p95, p99 = np.percentile(np.array(each_seconds) * 1e3, [50, 95, 99]).tolist()
     return {
         "seconds": seconds,
         "latency_ms": {"p50": p50, "p95": p95, "p99": p99},
-        "lost": told.count(False),
+        "lost": answered.count(False),
         "wrong": sum(wrong(classifier, *pair) for pair in pairs),
         "requests_a_batch": (together_after - together_before) / (batches_after - batches_before),
         "layer_saving": sum(saved) / sum(len(each.texts) for each, _ in pairs),
@@ -209,17 +211,17 @@ def turn(
     }
 
 
-def markdown(found: dict[str, Any]) -> str:
-    where, texts, num = found["environment"], found["texts"], found["requests"]
+def markdown(content: dict[str, Any]) -> str:
+    where, texts, num = content["environment"], content["texts"], content["requests"]
     lines = [
         "# The service under load",
         "",
-        f"`{found['command']}`: {num:,} requests of 1 to {MOST_TEXTS} texts ({texts:,} of task "
-        f"{found['task']}), {found['at_once']} at once, with {len(found['targets'])} targets that "
-        f"take turns; {found['repeats']} turns of each service; {where['cpus']} CPU cores "
+        f"`{content['command']}`: {num:,} requests of 1 to {MOST_TEXTS} texts ({texts:,} of task "
+        f"{content['task']}), {content['at_once']} at once, with {len(content['targets'])} targets "
+        f"that take turns; {content['repeats']} turns of each service; {where['cpus']} CPU cores "
         f"({where['device']}) for the service and its clients alike, torch "
-        f"{where['versions']['torch']}, litserve {found['litserve']}, commit "
-        f"{(where['git_commit'] or 'unknown')[:7]}; {found['minutes']:.1f} minutes. Medians over "
+        f"{where['versions']['torch']}, litserve {content['litserve']}, commit "
+        f"{(where['git_commit'] or 'unknown')[:7]}; {content['minutes']:.1f} minutes. Medians over "
         "the turns; *lost*: not answered with status 200, *wrong*: another label, exit layer, "
         "threshold or target than offline, both over all turns.",
         "",
@@ -227,7 +229,7 @@ def markdown(found: dict[str, Any]) -> str:
     columns = ["batch window", "requests/s", "texts/s", "p50 ms", "p95 ms", "p99 ms"]
     columns += ["requests a batch", "layer saving", "lost", "wrong"]
     rows = []
-    for window, turns in found["windows"].items():
+    for window, turns in content["windows"].items():
         if not turns:
             continue
         rate = num / median(each["seconds"] for each in turns)
@@ -241,7 +243,7 @@ def markdown(found: dict[str, Any]) -> str:
             f"{median(each['layer_saving'] for each in turns):.1%}",
             sum(each["lost"] for each in turns), sum(each["wrong"] for each in turns),
         ])  # fmt: skip
-    seconds = found["offline_seconds"]
+    seconds = content["offline_seconds"]
     rows.append([
         "offline, one after the other", f"{num / seconds:.1f}", f"{texts / seconds:.0f}",
         *["-"] * 3, "1.0", *["-"] * 3,
@@ -251,7 +253,9 @@ def markdown(found: dict[str, Any]) -> str:
     ]
     lines += [
         "",
-        "The targets: " + ", ".join(f"`{json.dumps(target)}`" for target in found["targets"]) + ".",
+        "The targets: "
+        + ", ".join(f"`{json.dumps(target)}`" for target in content["targets"])
+        + ".",
     ]
     return "\n".join(lines) + "\n"
 
@@ -277,18 +281,18 @@ def main() -> None:
     data = loading.load(classifier.task, given.split, given.root)
     rows = list(zip(*(data[name][:] for name in columns), strict=True))
     rows = [row[0] if len(row) == 1 else list(row) for row in rows]
-    asked, offline_seconds = requests_of(classifier, rows, given.requests)
-    found: dict[str, Any] = {
+    requests, offline_seconds = requests_of(classifier, rows, given.requests)
+    content: dict[str, Any] = {
         "command": f"python {shlex.join([os.path.relpath(sys.argv[0]), *_public(given)])}",
         "task": classifier.task.name,
-        "requests": len(asked),
-        "texts": sum(len(each.texts) for each in asked),
+        "requests": len(requests),
+        "texts": sum(len(each.texts) for each in requests),
         "at_once": given.at_once,
         "repeats": given.repeats,
         "targets": TARGETS,
         "offline_seconds": offline_seconds,
         "litserve": litserve.__version__,
-        "environment": report.environment(),
+        "environment": vars(report.environment()),
         "windows": {str(window): [] for window in WINDOWS_MS},
     }
     with ExitStack() as stack:
@@ -297,21 +301,23 @@ def main() -> None:
             for window in WINDOWS_MS
         }
         for port in ports.values():
-            turn(classifier, port, asked[:WARM_UP], given.at_once)
+            turn(classifier, port, requests[:WARM_UP], given.at_once)
         for number in range(given.repeats):
             for window in WINDOWS_MS[:: -1 if number % 2 else 1]:
-                one = turn(classifier, ports[window], asked, given.at_once)
-                found["windows"][str(window)].append(one)
+                one = turn(classifier, ports[window], requests, given.at_once)
+                content["windows"][str(window)].append(one)
                 print(f"window {window} ms: {json.dumps(one)}", flush=True)
-                found["minutes"] = (time.perf_counter() - start) / 60
-                report.replace_text(given.out / "service.json", json.dumps(found, indent=1) + "\n")
-                report.replace_text(given.out / "service.md", markdown(found))
+                content["minutes"] = (time.perf_counter() - start) / 60
+                report.replace_text(
+                    given.out / "service.json", json.dumps(content, indent=1) + "\n"
+                )
+                report.replace_text(given.out / "service.md", markdown(content))
 
 
 def _public(given: argparse.Namespace) -> list[str]:
     """The command's arguments, without this machine's folders."""
-    said = ["RUN", "--root", "DIR", "--requests", str(given.requests)]
-    return [*said, "--at-once", str(given.at_once), "--repeats", str(given.repeats)]
+    words = ["RUN", "--root", "DIR", "--requests", str(given.requests)]
+    return [*words, "--at-once", str(given.at_once), "--repeats", str(given.repeats)]
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ from deebert.data.datamodule import TextDataModule
 from deebert.data.tasks import Task
 from deebert.data.tokenization import TOKENS
 from deebert.errors import UserError
-from deebert.evaluation import latency
-from deebert.evaluation.latency import FullDepth, Inputs
+from deebert.evaluation import engine_latency
+from deebert.evaluation.engine_latency import FullDepth, Inputs
 from deebert.evaluation.timing import Timing, compare
 from deebert.exits import calibration, curves, rules
 from deebert.exits.records import Record
@@ -78,15 +78,15 @@ class Subject:
     @cached_property
     def engines(self) -> dict[str, Engine]:
         """At full depth, by precision."""
-        found = {"float32": Engine(self.model, self.rule, 0.0)}
+        by_precision = {"float32": Engine(self.model, self.rule, 0.0)}
         try:
             kernels.check_precision("int8", torch.device("cpu"))
-            found["int8"] = Engine(self.model, self.rule, 0.0, precision="int8")
+            by_precision["int8"] = Engine(self.model, self.rule, 0.0, precision="int8")
         except UserError as error:
             print(f"without int8: {error}", flush=True)
         if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            found["bfloat16"] = Engine(self.model, self.rule, 0.0, precision="bfloat16")
-        return found
+            by_precision["bfloat16"] = Engine(self.model, self.rule, 0.0, precision="bfloat16")
+        return by_precision
 
     @cached_property
     def onnx_engines(self) -> dict[str, Engine]:
@@ -102,8 +102,8 @@ class Subject:
         Chosen on the rows that are timed: speed is measured here, nothing is promised.
         """
         exit_scores = curves.exit_scores_of(self.rule, self.record)
-        found = curves.thresholds_for(exit_scores.score_NL, list(SAVINGS))
-        shared = {f"{s:.0%} saving": t for s, t in zip(SAVINGS, found, strict=True)}
+        thresholds = curves.thresholds_for(exit_scores.score_NL, list(SAVINGS))
+        shared = {f"{s:.0%} saving": t for s, t in zip(SAVINGS, thresholds, strict=True)}
         return {
             engine: shared | {speed_report.ONE_POINT: self._one_point(engine, batched)}
             for engine in engines
@@ -117,19 +117,20 @@ class Subject:
         record = self.record
         if engine.precision != "float32":
             given = [self.inputs] if batched else [[one] for one in self.inputs]
-            found = [engine.run(inputs, all_ramps=True).ramps_NLC for inputs in given]
-            logits_NLC = torch.cat([ramps_NLC for ramps_NLC in found if ramps_NLC is not None])
+            ramps_of = [engine.run(inputs, all_ramps=True).ramps_NLC for inputs in given]
+            logits_NLC = torch.cat([ramps_NLC for ramps_NLC in ramps_of if ramps_NLC is not None])
             record = replace(record, logits_NLC=logits_NLC)
         score_NL = curves.exit_scores_of(self.rule, record).score_NL
         candidates = curves.thresholds_for(score_NL, np.linspace(0, 1, 401).tolist())
         points = curves.curve(record, self.task, self.rule, [*sorted(set(candidates))])
         least = self.full_score - speed_report.POINT
-        good = [point for point in points if point["score"] >= least] or [{"threshold": 0.0}]
-        return float(max(good, key=lambda point: point.get("expected_saving", 0))["threshold"])
+        good = [point for point in points if point.score >= least]
+        best = max(good, key=lambda point: point.expected_saving, default=None)
+        return 0.0 if best is None else float(best.threshold)
 
     @cached_property
     def full_score(self) -> float:
-        return curves.ramp_table(self.record, self.task)[-1]["score"]
+        return curves.ramp_table(self.record, self.task)[-1].score
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class System:
         kind = "batched" if self.batched else "single"
         return f"({self.letter}) {self.name}, {self.precision}, {self.point}, {kind}"
 
-    def asked(self, request: Inputs) -> Any:
+    def timed(self, request: Inputs) -> Any:
         """Its share of requests of one input, and of one of all of them."""
         return self.run(request) if (len(request) > 1) == self.batched else None
 
@@ -217,7 +218,7 @@ def timed(subject: Subject, chosen: list[System], singles: list[int], repeats: i
         row = rows[-1]
         print(f"  {system.key}: score {row['score']:.4f}, {seconds:.1f} s", flush=True)
     print(f"  now {repeats} turns, about {expected * (repeats + 1):.0f} s", flush=True)
-    timings = compare({system.key: system.asked for system in chosen}, requests, repeats)
+    timings = compare({system.key: system.timed for system in chosen}, requests, repeats)
     for system, row in zip(chosen, rows, strict=True):
         seconds_RQ = timings[system.key].seconds_RQ
         mine = Timing(seconds_RQ[:, -1:] if system.batched else seconds_RQ[:, : len(singles)])
@@ -229,14 +230,14 @@ def timed(subject: Subject, chosen: list[System], singles: list[int], repeats: i
 def _answered(subject: Subject, system: System, singles: list[int]) -> dict[str, Any]:
     """What a system answers to all rows, in the way it is timed, beside what the record says."""
     task, record, inputs = subject.task, subject.record, subject.inputs
-    found = [system.run(inputs)] if system.batched else [system.run([given]) for given in inputs]
-    logits_NC = torch.cat([p.logits_NC if isinstance(p, Answers) else p for p in found])
+    outputs = [system.run(inputs)] if system.batched else [system.run([given]) for given in inputs]
+    logits_NC = torch.cat([p.logits_NC if isinstance(p, Answers) else p for p in outputs])
     exit_scores = curves.exit_scores_of(subject.rule, record)
     if system.threshold is None:
         expected_N = torch.full((len(inputs),), system.depth or record.num_layers)
     else:
         expected_N = rules.exit_layer(exit_scores.score_NL, system.threshold)
-    layer_N = torch.cat([p.layer_N for p in found if isinstance(p, Answers)] or [expected_N])
+    layer_N = torch.cat([p.layer_N for p in outputs if isinstance(p, Answers)] or [expected_N])
     predictions_N = task.predict(logits_NC)
     same_N = predictions_N == curves.answered(exit_scores, task, expected_N)
     timed_N = layer_N if system.batched else layer_N[singles]
@@ -249,7 +250,7 @@ def _answered(subject: Subject, system: System, singles: list[int]) -> dict[str,
         "threshold": system.threshold,
         "num_rows": len(timed_N),
         "layer_saving": 1 - timed_N.double().mean().item() / record.num_layers,
-        "score": curves.outcome(record, task, layer_N, predictions_N)["score"],
+        "score": curves.outcome(record, task, layer_N, predictions_N).score,
         "equal_exits": (layer_N == expected_N).double().mean().item(),
         "equal_predictions": same_N.double().mean().item(),
     }
@@ -280,21 +281,23 @@ def targets(subject: Subject, given: argparse.Namespace) -> list[Any]:
     fold_N = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0)) % 2
     rows_of = [(fold_N == fold).nonzero().flatten() for fold in (0, 1)]
     others = rows_of[::-1]  # for whom each fold is unseen
-    protocol = latency.Protocol(repeats=given.repeats)
+    protocol = engine_latency.Protocol(repeats=given.repeats)
     costs = []
     for seen in others:
         half = [inputs[row] for row in seen.tolist()]
-        costs.append(tuple(latency.layer_costs(subject.model, half, task.num_labels, protocol)))
+        costs.append(
+            tuple(engine_latency.layer_costs(subject.model, half, task.num_labels, protocol))
+        )
         print(f"  costs of the layers: {' '.join(f'{cost:.3f}' for cost in costs[-1])}", flush=True)
     rows: list[Any] = []
     full = FullDepth(subject.model)
     runs: dict[str, Callable[[Any], Any]] = {"full depth": lambda request: full.run(request.inputs)}
     for target in SPEEDUPS:
         try:
-            wished = [Target(target_speedup=target, costs=each) for each in costs]
+            speedup_targets = [Target(target_speedup=target, costs=each) for each in costs]
             choices = [
                 calibration.choose(subject.record.rows(seen), task, subject.rule, target)
-                for seen, target in zip(others, wished, strict=True)
+                for seen, target in zip(others, speedup_targets, strict=True)
             ]
         except UserError as error:
             print(f"  target_speedup={target}: {error}", flush=True)
@@ -312,13 +315,13 @@ def targets(subject: Subject, given: argparse.Namespace) -> list[Any]:
             {
                 "target": target,
                 "threshold": [operating_point.thresholds for operating_point in choices],
-                "layer_saving": outcome["expected_saving"],
-                "score": outcome["score"],
+                "layer_saving": outcome.expected_saving,
+                "score": outcome.score,
                 "num_rows": len(inputs),
                 "costs": costs,
             }
         )
-    timings = compare(runs, latency.requests(inputs, fold_N, None), given.repeats)
+    timings = compare(runs, engine_latency.requests(inputs, fold_N, None), given.repeats)
     for row in rows:
         if timing := timings.get(str(row["target"])):
             row["speed_up"] = 1 / (1 - timing.saving(timings["full depth"]))
@@ -342,14 +345,14 @@ def spread(num: int, most: int | None) -> torch.Tensor:
 def subject_of(run: Path, most: int | None, with_onnx: bool, folder: Path) -> Subject:
     """A stage-2 run, its validation split (some rows of it) and the record of them."""
     source = checkpoints.read(checkpoints.find(str(run), "RUN", "best.ckpt"), "RUN")
-    task = Task.from_config(source.config["task"])
+    task = source.config.task
     if task.is_regression:
         raise UserError(f"{run}: task {task.name} is a regression; give a run with classes")
-    model, values = source.model().eval(), source.config["data"]
+    model, values = source.model().eval(), source.config.data
     data = TextDataModule(
-        task, source.tokenizer(), root=values["root"], max_length=values["max_length"],
+        task, source.tokenizer(), root=values.root, max_length=values.max_length,
         limit_train=None, calibration_size=0, batch_size=1, num_workers=0, seed=0,
-        eval_batch_size=values["eval_batch_size"],
+        eval_batch_size=values.eval_batch_size,
     )  # fmt: skip
     split = data.eval_splits[0]
     with torch.no_grad():
@@ -388,7 +391,7 @@ def main() -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     file = given.out / "speed.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for run in given.runs:
         with tempfile.TemporaryDirectory() as folder:
             print(f"{run}: record, ONNX files", flush=True)
@@ -397,7 +400,7 @@ def main() -> None:
                 print(f"{subject.task.name}, {part}: {len(subject.inputs)} rows", flush=True)
                 start = time.perf_counter()
                 rows = PARTS[part](subject, given)
-                found.setdefault(subject.name, {})[part] = {
+                content.setdefault(subject.name, {})[part] = {
                     "command": f"python {shlex.join(sys.argv)}",
                     "metric": subject.task.metrics[0],
                     "full_score": subject.full_score,
@@ -407,12 +410,12 @@ def main() -> None:
                     "threads": torch.get_num_threads(),
                     "onnxruntime": version("onnxruntime") if subject.onnx else None,
                     "minutes": (time.perf_counter() - start) / 60,
-                    "environment": report.environment(),
+                    "environment": vars(report.environment()),
                     "rows": rows,
                 }
-                report.replace_text(file, json.dumps(found, indent=1) + "\n")
-                speed_report.write(found, given.out)
-    speed_report.write(found, given.out)
+                report.replace_text(file, json.dumps(content, indent=1) + "\n")
+                speed_report.write(content, given.out)
+    speed_report.write(content, given.out)
 
 
 if __name__ == "__main__":

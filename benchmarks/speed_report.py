@@ -70,7 +70,7 @@ def ratio(row: Row, other: Row) -> float | None:
 def bars(parts: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Bar, what was found, and whether it is reached, for one task."""
     batched, single, targets = (parts.get(name) for name in ("batched", "single", "targets"))
-    found = []
+    bars_of = []
     for precision, least in (("float32", 1.20), ("bfloat16", 1.10)):
         points = {
             f"{row['point']}, {against}": value
@@ -80,7 +80,7 @@ def bars(parts: dict[str, Any]) -> list[tuple[str, str, str]]:
             if (value := ratio(row, other)) is not None
         }
         text = f"B. batched {precision}, 30 to 50 % of the layers: time / layer saving >= {least}"
-        found.append(_bar(text, points, _from(least)))
+        bars_of.append(_bar(text, points, _from(least)))
     for part, most, kind in ((batched, 0.97, "batched"), (single, 1.05, "one at a time")):
         shares = {
             f"{row['precision']}, {against}": 1 - time_saving(row, other)
@@ -89,8 +89,8 @@ def bars(parts: dict[str, Any]) -> list[tuple[str, str, str]]:
             for against, other in _full_depths(part, row)
         }
         text = f"C. threshold 0, {kind}: <= {most} of the time of (b)"
-        found.append(_bar(text, shares, lambda value, most=most: value <= most))
-    found.append(
+        bars_of.append(_bar(text, shares, lambda value, most=most: value <= most))
+    bars_of.append(
         _bar("D. one at a time: p50 saving / layer saving >= 0.9", _p50(single), _from(0.9))
     )
     for precision, least in (("float32", 8), ("bfloat16", 14)):
@@ -105,7 +105,7 @@ def bars(parts: dict[str, Any]) -> list[tuple[str, str, str]]:
                 name = f"{row['point']} ({equal:.2%} equal predictions)"
                 times[name] = times_faster(row, other)
         text = f"E. {precision} in batches against (a), same thresholds: >= {least} times"
-        found.append(_bar(text, times, _from(least)))
+        bars_of.append(_bar(text, times, _from(least)))
     for part, kind in ((batched, "batched"), (single, "one at a time")):
         times = {
             f"({letter}) {row['precision']} (score {row['score']:.4f})": times_faster(row, other)
@@ -115,15 +115,15 @@ def bars(parts: dict[str, Any]) -> list[tuple[str, str, str]]:
             for other in select(part, letter="f", precision="int8")
         }
         text = f"F. <= 1 point below against (f) int8, {kind}, the best: >= 1.3 times"
-        found.append(_bar(text, times, _from(1.3), any))
+        bars_of.append(_bar(text, times, _from(1.3), any))
     speeds = {
         f"{row['target']} wished": row["speed_up"] / row["target"] - 1
         for row in select(targets)
         if "speed_up" in row
     }
     text = "H. target_speedup: the clock on unseen rows is within 7 %"
-    found.append(_bar(text, speeds, lambda value: abs(value) <= 0.07, form="{:+.1%}"))
-    return found
+    bars_of.append(_bar(text, speeds, lambda value: abs(value) <= 0.07, form="{:+.1%}"))
+    return bars_of
 
 
 def _from(least: float) -> Any:
@@ -140,14 +140,14 @@ def _full_depths(part: dict[str, Any] | None, row: Row) -> list[tuple[str, Row]]
 
 
 def _p50(part: dict[str, Any] | None) -> dict[str, float]:
-    found = {}
+    medians = {}
     for row in select(part, letter="d", batched=False):
         if row["precision"] == "int8" or row["layer_saving"] < 1e-9:
             continue
         assert part is not None
         saving = 1 - row["latency_ms"]["p50"] / reference(part, row)["latency_ms"]["p50"]
-        found[f"{row['precision']}, {row['point']}"] = saving / row["layer_saving"]
-    return found
+        medians[f"{row['precision']}, {row['point']}"] = saving / row["layer_saving"]
+    return medians
 
 
 def _bar(
@@ -228,18 +228,18 @@ def _conditions(part: dict[str, Any]) -> str:
     )
 
 
-def write(found: dict[str, Any], folder: Path) -> None:
+def write(content: dict[str, Any], folder: Path) -> None:
     """speed.md and speed.png."""
     lines = ["# The engine on the clock", "", SYSTEMS, "", "![score against time](speed.png)", ""]
     lines += ["## Bars", ""]
-    verdicts = [[task, *bar] for task, parts in found.items() for bar in bars(parts)]
+    verdicts = [[task, *bar] for task, parts in content.items() for bar in bars(parts)]
     lines += markdown(["task", "bar", "found", "reached"], verdicts)
     titles = {
         "batched": "in batches",
         "single": "one at a time",
         "targets": '"so many times faster", on rows not chosen on',
     }
-    for task, parts in found.items():
+    for task, parts in content.items():
         for name, title in titles.items():
             if name not in parts:
                 continue
@@ -253,17 +253,17 @@ def write(found: dict[str, Any], folder: Path) -> None:
                 lines += ["", "The engine's batches, in turns with (a) above:", ""]
                 lines += table(part, True)
     (folder / "speed.md").write_text("\n".join(lines) + "\n")
-    picture(found, folder / "speed.png")
+    picture(content, folder / "speed.png")
 
 
-def picture(found: dict[str, Any], file: Path) -> None:
+def picture(content: dict[str, Any], file: Path) -> None:
     """Score against milliseconds an input: a curve for what has thresholds or depths."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    tasks = {task: parts for task, parts in found.items() if {"batched", "single"} & parts.keys()}
+    tasks = {task: parts for task, parts in content.items() if {"batched", "single"} & parts.keys()}
     if not tasks:
         return
     figure, axes = plt.subplots(

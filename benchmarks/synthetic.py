@@ -5,9 +5,9 @@
 runs NUM short inputs through a tiny model and prints seconds and memory as JSON.
 """
 
+import argparse
 import json
 import random
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,4 +96,6 @@ def _peak() -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(counted(int(sys.argv[1]))))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("num", type=int, help="number of inputs")
+    print(json.dumps(counted(parser.parse_args().num)))

@@ -108,11 +108,11 @@ def ours(root: str, epochs: int, seed: int, batch_size: int, more: list[str]) ->
         subprocess.run(command, cwd=HERE.parent, check=True, capture_output=True)
         assert not list(Path(folder).rglob("*.ckpt"))
         results = json.loads(Path(folder, "run", "results.json").read_text())
-        said = re.search(r"trained in ([\d.]+) s", Path(folder, "run", "train.log").read_text())
-    assert said
+        match = re.search(r"trained in ([\d.]+) s", Path(folder, "run", "train.log").read_text())
+    assert match
     return {
         "seed": seed,
-        "seconds": float(said[1]),
+        "seconds": float(match[1]),
         "accuracy": results["exits"][-1]["scores"]["accuracy"],
         "environment": results["environment"],
     }
@@ -160,14 +160,14 @@ def main() -> None:
         order = list(turns)
         for name in order[seed % 3 :] + order[: seed % 3]:
             if name in OURS:
-                found = ours(root, given.epochs, seed, OURS[name], given.train.split())
+                measures = ours(root, given.epochs, seed, OURS[name], given.train.split())
             else:
                 command = [sys.executable, __file__, "--root", root, "--epochs", str(given.epochs)]
                 command += ["--original", str(seed)]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
-                found = json.loads(done.stdout.splitlines()[-1])
-            turns[name].append(found)
-            print(name, found["seconds"], flush=True)
+                measures = json.loads(done.stdout.splitlines()[-1])
+            turns[name].append(measures)
+            print(name, measures["seconds"], flush=True)
     (HERE / "training.json").write_text(json.dumps(turns, indent=1) + "\n")
     text = report(turns, given.epochs, given.train)
     (HERE / "training.md").write_text(text)
