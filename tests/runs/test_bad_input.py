@@ -93,7 +93,7 @@ def bad_input(tmp_path: Path, glue: Path, stage1: Path, stage2: Path) -> dict[st
         "half a patience": (evaluate, (f"ckpt={stage2}", "exit=confident_patience", "exit.patience=2.5"), "exit.patience=2.5 must be"),
         "a former option": (evaluate, (f"ckpt={stage2}", "exit=confident_patience", "exit.score.patience=3"), "exit.score.patience=3 is now exit.patience=3"),
         "a former function": (evaluate, (f"ckpt={stage2}", "exit=entropy", "exit.score._target_=os.getcwd"), "is now registered with @exit_rule(NAME), and named by exit=NAME modules=[MODULE]"),
-        "a former file": (evaluate, ("--config-dir", str(tmp_path / "conf"), f"ckpt={stage2}", "exit=former"), "is now registered with @exit_rule(NAME)"),
+        "a former file": (evaluate, (f"hydra.searchpath=[file://{tmp_path / 'conf'}]", f"ckpt={stage2}", "exit=former"), "is now registered with @exit_rule(NAME)"),
         "a fact of the function": (evaluate, (f"ckpt={stage2}", "exit=entropy", "+exit.looks_back=false"), "is now said where the rule is defined: @exit_rule(NAME, looks_back=...)"),
         "an unknown rule": (evaluate, (f"ckpt={stage2}", "+exit.name=mine"), "exit 'mine' is unknown; choose one of: entropy, relative_entropy"),
         "an option that a rule lacks": (evaluate, (f"ckpt={stage2}", "exit=entropy", "+exit.patience=2"), "exit.patience: exit=entropy has no such option; it has none"),
