@@ -21,7 +21,7 @@ from torch import Tensor
 
 from deebert.data.tasks import Task
 from deebert.evaluation.analysis import analysis
-from deebert.exits import calibration, curves, risk_control, target, threshold_search
+from deebert.exits import calibration, curves, per_ramp_thresholds, risk_control, target
 from deebert.exits import rules as exits
 from deebert.exits.curves import OperatingPoint
 from deebert.exits.records import Record
@@ -228,7 +228,7 @@ def selections(task: Task, pool: Record, rule: Rule, draws: int) -> list[dict[st
 
     def always(seen: Record, saving: float) -> OperatingPoint:
         score, right = parts(seen)
-        points = threshold_search._best(score, right, saving)
+        points = per_ramp_thresholds._best(score, right, saving)
         return OperatingPoint(
             rule, ramps(seen, saving).thresholds if points is None else points.tolist()
         )

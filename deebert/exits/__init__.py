@@ -1,6 +1,7 @@
 """Exit rules, and the thresholds that meet a target: arithmetic on arrays (paper, section 3.3).
 
-rules: logits -> exit scores. records: logits of a split. curves: thresholds -> score and saving.
-target: what the user wants. calibration: target -> thresholds. fitting: temperatures and priors.
-threshold_search: a threshold per ramp. risk_control: guarantees. Knows no model, file or run.
+`rules` (logits to exit scores), `registry` (rules by name), `records` (the logits of a split),
+`curves` (thresholds to score and saving), `target` (what the user wants), `calibration` (target to
+thresholds), `per_ramp_thresholds`, `fitting` (temperatures, priors), `risk_control` (guarantees).
+The package does not know models, files or runs.
 """

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deebert.data.tasks import Task
 from deebert.errors import UserError
-from deebert.exits import curves, fitting, risk_control, rules, threshold_search
+from deebert.exits import curves, fitting, per_ramp_thresholds, risk_control, rules
 from deebert.exits.curves import OperatingPoint, Thresholds
 from deebert.exits.records import Record
 from deebert.exits.rules import ExitScores, Rule, exit_layer
@@ -90,7 +90,9 @@ def choose(record: Record, task: Task, rule: Rule, target: Target) -> OperatingP
     if target.per_ramp:
         assert record.labels_N is not None
         right_NL = task.predict(exit_scores.answer_NLC) == record.labels_N[:, None]
-        thresholds = threshold_search.search(exit_scores.score_NL, right_NL, target.target_saving)
+        thresholds = per_ramp_thresholds.search(
+            exit_scores.score_NL, right_NL, target.target_saving
+        )
         if thresholds is not None:
             return OperatingPoint(rule, thresholds)
     return OperatingPoint(rule, threshold)

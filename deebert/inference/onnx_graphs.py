@@ -1,7 +1,7 @@
 """ONNX graphs of a model's blocks, made of ONNX Runtime's fused operators.
 
 A block is the embeddings, a whole layer, one of the parts that `SplitLayer` runs, or a layer with
-its ramp. What a ramp reads, its reader adds itself (`readers`). This module knows neither how
+its ramp. What a ramp reads, its reader adds itself (`ramp_readers`). This module knows neither how
 graphs are run nor what an exit is.
 Shapes: B batch, S tokens, T of them that are computed, H hidden, C labels.
 """
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from deebert.errors import UserError
 from deebert.models.architectures import EmbeddingParts, LayerParts
+from deebert.models.ramp_readers import MASK, SECOND
 from deebert.models.ramps import Ramp
-from deebert.models.readers import MASK, SECOND
 
 FUSED = "com.microsoft"  # the domain of ONNX Runtime's own operators
 MANY = 2**62  # end of a slice of all tokens: more than any input has

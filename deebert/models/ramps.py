@@ -1,8 +1,8 @@
 """Ramps: the classifiers on the features that a reader takes from a layer's tokens.
 
 The default is the paper's ramp (section 3.1): a pooler (linear and tanh) on the first token, and a
-linear classifier. `conf/ramp/` holds the other kinds, and `readers` the readers. The module knows
-nothing of the backbone or of training.
+linear classifier. `conf/ramp/` holds the other kinds, and `ramp_readers` the readers. The module
+knows nothing of the backbone or of training.
 Shapes: B batch, S tokens, H hidden, F features that a ramp reads, C labels.
 """
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from deebert.errors import UserError, unknown
-from deebert.models import readers
-from deebert.models.readers import LayerStates, Reader
+from deebert.models import ramp_readers
+from deebert.models.ramp_readers import LayerStates, Reader
 
 PREDICTS = ("wrong", "disagrees")
 
@@ -25,7 +25,7 @@ class RampKind:
     """The kind of the ramps before the last; the last ramp is always the paper's.
 
     Attributes:
-        reads: name of the reader, which computes the features (`readers`).
+        reads: name of the reader, which computes the features (`ramp_readers`).
         shared_pooler: True if these ramps share one pooler (PABEE, Zhou et al., NeurIPS 2020).
         sees_previous: True if the classifier of a ramp also reads the probabilities of the ramp
             before it (after sledgehammer, Schwartz et al., ACL 2020). They carry no gradient.
@@ -50,7 +50,7 @@ class RampKind:
         if unknown_keys := set(values) - set(cls.__dataclass_fields__):
             raise unknown("ramp setting", min(unknown_keys), cls.__dataclass_fields__, "ramp.*")
         kind = cls(**values)
-        readers.named(kind.reads)
+        ramp_readers.named(kind.reads)
         if kind.predicts is not None and kind.predicts not in PREDICTS:
             raise unknown("ramp.predicts", kind.predicts, (*PREDICTS, "null"), "ramp.predicts")
         for name in ("shared_pooler", "sees_previous"):
@@ -61,7 +61,7 @@ class RampKind:
     @property
     def reader(self) -> Reader:
         """The reader, which computes the features of a ramp."""
-        return readers.named(self.reads)
+        return ramp_readers.named(self.reads)
 
     @property
     def reads_tokens(self) -> bool:

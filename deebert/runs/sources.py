@@ -15,7 +15,7 @@ from deebert.errors import UserError, unknown
 from deebert.hub import checkpoints, locate, record_files
 from deebert.hub.checkpoints import Checkpoint, Source
 from deebert.hub.run_config import RunDefaults
-from deebert.models.readers import READERS
+from deebert.models.ramp_readers import READERS
 from deebert.runs import inheritance
 from deebert.runs.job import Job
 from deebert.training.objectives import PAPER

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForSequenceClassification
 
 from deebert.models.early_exit import EarlyExitModel
+from deebert.models.ramp_readers import READERS
 from deebert.models.ramps import RampKind
-from deebert.models.readers import READERS
 
 BERT = {
     "model_type": "bert",

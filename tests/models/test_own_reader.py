@@ -19,7 +19,7 @@ from deebert.exits import rules
 from deebert.export import onnx_folder
 from deebert.export.onnx_folder import ExportOptions
 from deebert.export.onnx_runner import Runner
-from deebert.models import readers
+from deebert.models import ramp_readers
 from deebert.models.early_exit import EarlyExitModel
 from deebert.models.ramps import RampKind
 from deebert.options import import_modules, parse
@@ -32,7 +32,7 @@ OWN = '''
 import numpy as np
 import torch
 
-from deebert.models.readers import Reader, reader, real_node
+from deebert.models.ramp_readers import Reader, reader, real_node
 
 
 @reader("largest")
@@ -54,7 +54,7 @@ class Largest(Reader):
 
 def forget(name: str) -> None:
     """As if this process had never imported the module."""
-    readers.READERS.pop("largest", None)
+    ramp_readers.READERS.pop("largest", None)
     sys.modules.pop(name, None)
 
 
@@ -95,7 +95,7 @@ def test_one_class_is_enough(own: Path, run: Run, fails: Run, glue: Path) -> Non
     assert classifier.model.ramp_kind == RampKind("largest")
     expected = classifier.predict(PAIRS, target_saving=0.3)
     assert len(set(expected.exit_layers)) > 1
-    del type(readers.READERS["largest"]).onnx
+    del type(ramp_readers.READERS["largest"]).onnx
     with pytest.raises(UserError, match="no ONNX graph, as its class has no method `onnx`"):
         Engine(classifier.model, rules.default(2), 0.0, runtime="onnx")
 
@@ -135,14 +135,14 @@ def test_its_facts_have_defaults_that_are_always_right(own: Path) -> None:
 def test_its_weights_are_part_of_the_ramp(own: Path) -> None:
     import_modules("my_readers")
 
-    class Scaled(type(readers.READERS["largest"])):
+    class Scaled(type(ramp_readers.READERS["largest"])):
         def weights(self, hidden_size: int) -> dict[str, torch.nn.Module]:
             return {"gain": torch.nn.Linear(hidden_size, hidden_size)}
 
-        def read(self, states: readers.LayerStates, ramp: torch.nn.Module) -> torch.Tensor:
+        def read(self, states: ramp_readers.LayerStates, ramp: torch.nn.Module) -> torch.Tensor:
             return ramp.gain(super().read(states, ramp))
 
-    readers.reader("scaled")(Scaled)
+    ramp_readers.reader("scaled")(Scaled)
     try:
         assert RampKind("scaled").reader.has_weights
         model = EarlyExitModel(plain("backbone", "tiny")["config"], 2, {"reads": "scaled"})
@@ -150,17 +150,19 @@ def test_its_weights_are_part_of_the_ramp(own: Path) -> None:
         assert names == [f"ramps.{k}.gain.{part}" for k in (0, 1) for part in ("weight", "bias")]
         assert model.ramps[0].gain.bias.abs().sum() == 0, "initialized as the ramp's linear maps"
     finally:
-        del readers.READERS["scaled"]
+        del ramp_readers.READERS["scaled"]
 
 
 def test_no_name_has_two_readers(own: Path) -> None:
     import_modules("my_readers")
-    largest = type(readers.READERS["largest"])
-    assert readers.reader("largest")(largest) is largest, "the same class again, as in a notebook"
+    largest = type(ramp_readers.READERS["largest"])
+    assert ramp_readers.reader("largest")(largest) is largest, (
+        "the same class again, as in a notebook"
+    )
     with pytest.raises(UserError) as refused:
-        readers.reader("mean")(largest)
+        ramp_readers.reader("mean")(largest)
     assert str(refused.value) == (
-        "the ramp reader 'mean' is deebert.models.readers.Mean already; give my_readers.Largest "
+        "the ramp reader 'mean' is deebert.models.ramp_readers.Mean already; give my_readers.Largest "
         "another name"
     )
 
@@ -170,7 +172,7 @@ def test_no_name_has_two_readers(own: Path) -> None:
     [
         (["not_there"], "modules: not_there cannot be imported: ModuleNotFoundError: No module named 'not_there' (modules=[...])"),
         ("broken", "modules: broken cannot be imported: ZeroDivisionError: division by zero (modules=[...])"),
-        (["taken"], "modules: taken cannot be imported: the ramp reader 'mean' is deebert.models.readers.Mean already; give taken.Mine another name (modules=[...])"),
+        (["taken"], "modules: taken cannot be imported: the ramp reader 'mean' is deebert.models.ramp_readers.Mean already; give taken.Mine another name (modules=[...])"),
         (3, "modules=3 must be a list of Python modules: modules=[my_readers]"),
         ([3], "modules=[3] must be a list of Python modules: modules=[my_readers]"),
     ],
@@ -178,7 +180,7 @@ def test_no_name_has_two_readers(own: Path) -> None:
 def test_modules_that_cannot_be_imported(modules: object, message: str, own: Path) -> None:
     (own / "broken.py").write_text("1 / 0\n")
     (own / "taken.py").write_text(
-        "from deebert.models.readers import Reader, reader\n@reader('mean')\nclass Mine(Reader): pass\n"
+        "from deebert.models.ramp_readers import Reader, reader\n@reader('mean')\nclass Mine(Reader): pass\n"
     )
     with pytest.raises(UserError) as refused:
         import_modules(modules)

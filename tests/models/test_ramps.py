@@ -17,8 +17,8 @@ from deebert.errors import UserError
 from deebert.hub import checkpoints
 from deebert.models import backbones, ramps
 from deebert.models.early_exit import EarlyExitModel
+from deebert.models.ramp_readers import READERS
 from deebert.models.ramps import PAPER, Ramp, RampKind
-from deebert.models.readers import READERS
 from deebert.training.feature_cache import FeatureCache
 
 pytestmark = pytest.mark.filterwarnings(*QUIET)

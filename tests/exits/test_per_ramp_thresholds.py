@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from test_calibration import simulated, task
 
-from deebert.exits import curves, rules, threshold_search
+from deebert.exits import curves, per_ramp_thresholds, rules
 from deebert.exits.calibration import choose
 from deebert.exits.records import Record
 from deebert.exits.rules import exit_layer
@@ -57,7 +57,7 @@ def test_ramps_without_an_opinion_are_no_exits() -> None:
     exit_scores = curves.exit_scores_of(rule, record)
     right_NL = exit_scores.answer_NLC.argmax(-1) == record.labels_N[:, None]
     for saving in (0.2, 0.4, 0.5):
-        actual = threshold_search.search(exit_scores.score_NL, right_NL, saving)
+        actual = per_ramp_thresholds.search(exit_scores.score_NL, right_NL, saving)
         if actual is not None:
             saved = 1 - exit_layer(exit_scores.score_NL, actual).double().mean().item() / 5
             assert saved >= saving
@@ -69,13 +69,13 @@ def test_rows_of_equal_scores_leave_together() -> None:
     worth = np.array([[1, 0]] * 2 + [[0, 1]] * 4 + [[1, 0]] * 2, float)
     order = [np.arange(8)]  # the first two gain, the next four lose, the last two gain
     start = np.zeros(1, np.float32)
-    assert threshold_search._ascend(score, worth, 0.0, order, start).tolist() == [0.0]
-    left = threshold_search._ascend(score, worth[[0, 1, 6, 2, 3, 4, 5, 7]], 0.0, order, start)
+    assert per_ramp_thresholds._ascend(score, worth, 0.0, order, start).tolist() == [0.0]
+    left = per_ramp_thresholds._ascend(score, worth[[0, 1, 6, 2, 3, 4, 5, 7]], 0.0, order, start)
     assert 0.1 < left[0] <= 0.2, "all of the first step, none of the second"
 
 
 def test_a_threshold_is_above_its_row_in_float32() -> None:
     ordered = torch.tensor([0.3, 0.3]).numpy()
     ordered[1] = torch.nextafter(torch.tensor(0.3), torch.tensor(1.0)).item()
-    limit = torch.tensor(threshold_search._above(ordered, 0))
+    limit = torch.tensor(per_ramp_thresholds._above(ordered, 0))
     assert ordered[0] < limit <= ordered[1]
