@@ -22,7 +22,7 @@ from deebert.data import texts as input_texts
 from deebert.data import tokenization
 from deebert.data.tasks import HELD_OUT
 from deebert.data.texts import Text
-from deebert.errors import UserError
+from deebert.errors import UserError, unknown
 from deebert.evaluation import engine_latency, evaluate_records
 from deebert.evaluation.engine_latency import Protocol
 from deebert.evaluation.evaluate_records import EvaluationConfig
@@ -268,6 +268,8 @@ class EarlyExitClassifier:
 
     def _rule(self, name: str | None) -> Rule:
         """Return the exit rule of a name: the same object each time, since requests group by it."""
+        if not isinstance(name, str | None):
+            raise unknown("exit", name, rules.RULES, "exit", own=True)
         key = name, rules.RULES.get(str(name))
         if key not in self._rules:
             num = self.task.num_labels

@@ -92,7 +92,12 @@ def _job(cfg: "DictConfig", module: str, name: str) -> float | None:
 
 
 def main() -> None:
-    """Run the command line. A user's mistake ends it with one line and exit code 2."""
+    """Run the command line.
+
+    A user's mistake ends it with one line and exit code 2. What Hydra itself refuses ends it with
+    Hydra's message and exit code 1.
+    """
+    name: str | None
     name, *arguments = sys.argv[1:] or ["--help"]
     if name == "-sc":
         name, arguments = _completed(name, arguments)
@@ -110,7 +115,7 @@ def main() -> None:
         example = f"deebert {name} {command.example}"
         options, run = getattr(module, command.options), getattr(module, command.run)
         run_command(options, run, f"deebert {name}", example, arguments)
-    elif name:
+    elif name is not None:
         known = ", ".join([*JOBS, *COMMANDS])
         refuse(UserError(f"command {name!r} is unknown; choose one of: {known} (deebert COMMAND)"))
 
@@ -131,19 +136,22 @@ def _run_hydra(name: str, arguments: list[str]) -> None:
         folder = conf_folder()
     except UserError as error:
         refuse(error)
-    refuse_moved(arguments)
+    if name == "evaluate":
+        refuse_moved(arguments)
     _command_line[:] = sys.argv
     sys.argv[1:] = arguments
     job = {"train": train, "evaluate": evaluate}[name]
     hydra.main(version_base="1.3", config_path=str(folder), config_name=name)(job)()
 
 
-def _completed(flag: str, arguments: list[str]) -> tuple[str, list[str]]:
+def _completed(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
     """Complete the word that stands in the environment, as Hydra's shell function asks for it.
 
     Returns:
-        The command and the arguments that Hydra is to complete; an empty name where it is done.
+        The command and the arguments for Hydra; None where the word is completed already.
     """
+    if not any(word.startswith("query=") for word in arguments):
+        return "train", [flag, *arguments]  # Hydra's function for the shell serves all commands
     line = os.environ.get("COMP_LINE", "")
     program, *rest = line.split(" ")
     name = rest[0] if rest else ""
@@ -156,7 +164,7 @@ def _completed(flag: str, arguments: list[str]) -> tuple[str, list[str]]:
         command = COMMANDS[name]
         options = fields(getattr(import_module(command.module), command.options))
         print(" ".join(f"{each.name}=" for each in options if each.name.startswith(rest[-1])))
-    return "", []
+    return None, []
 
 
 if __name__ == "__main__":

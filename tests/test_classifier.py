@@ -252,6 +252,7 @@ HOSTILE = {
     "such a size, and no such weight": "its weights do not fit its shape",
     "a record of other weights": "other weights",
     "a rule that is no name": "is no name",
+    "a target's rule that is no name": "is no name",
     "an unknown rule": "exit 'os.system' is unknown",
     "pairs, and no separator": "its configuration has no sep_token_id",
 }
@@ -304,6 +305,8 @@ def test_refuses_a_damaged_or_hostile_folder(
         damaged(folder, "config.json", lambda a: a["config"].update(sep_token_id=None))
     elif what == "a rule that is no name":
         damaged(folder, "deebert.json", lambda a: a.update(exit={"_target_": "os.system"}))
+    elif what == "a target's rule that is no name":
+        damaged(folder, "deebert.json", lambda a: a["target"].update(exit=["entropy"]))
     else:
         damaged(folder, "deebert.json", lambda a: a.update(exit="os.system"))
     with pytest.raises(UserError, match=HOSTILE[what]) as error:
@@ -404,6 +407,7 @@ def test_numbers_of_numpy_and_slices(classifier: EarlyExitClassifier) -> None:
         (7, {}, "texts are 7"),
         (b"abc", {}, "an input is b'abc', not a text"),
         (("\ud800", "b"), {}, "half of a surrogate pair"),
+        (PAIRS, {"exit": ["entropy"], "threshold": 0.1}, "is unknown; choose one of: entropy, "),
         (PAIRS, {"target_savings": 0.4}, "target_savings= is no part of a target; "),
         (PAIRS, {"target_saving": "0.4"}, r"target_saving='0\.4' must be in"),
         (PAIRS, {"target_saving": 0.4, "per_ramp": "yes"}, "per_ramp='yes' must be true or false"),

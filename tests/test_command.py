@@ -51,6 +51,7 @@ def test_help_of_a_command(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
+        ([""], "command '' is unknown"),
         (["trian"], "command 'trian' is unknown; choose one of: train, evaluate, predict,"),
         (["predict"], "model= is missing"),
         (["sweep", "folder=nowhere"], "nowhere is not a folder"),
@@ -85,6 +86,14 @@ def test_completion(
 ) -> None:
     monkeypatch.setenv("COMP_LINE", line)  # as Hydra's function for bash sets it
     assert called(monkeypatch, capsys, "-sc", "query=bash")[1].split() == words.split()
+
+
+@pytest.mark.parametrize("arguments", [["-sc"], ["train", "-sc"]])
+def test_completion_is_installed(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = called(monkeypatch, capsys, *arguments, "install=bash")[1]
+    assert printed.rstrip().endswith("hydra_bash_completion deebert")
 
 
 @pytest.mark.slow

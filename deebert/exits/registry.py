@@ -267,7 +267,7 @@ def named(name: str, num_labels: int, **options: Any) -> Rule:
             option, or its function fails.
     """
     if not isinstance(name, str) or name not in RULES:
-        raise unknown("exit", name, RULES, "exit")
+        raise unknown("exit", name, RULES, "exit", own=True)
     rule = RULES[name](num_labels)
     defaults = _options(rule.function, rule.relative)
     for option in options:

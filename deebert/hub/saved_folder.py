@@ -185,14 +185,15 @@ def _read(folder: Path) -> Saved:
         raise UserError(f"{FILE}: epochs_done={epochs_done!a} is no number of epochs")
     # Older files call the target "wish".
     rule, target = about["exit"], about["wish" if "wish" in about else "target"]
-    if not isinstance(rule, str | None):
-        raise UserError(f"{FILE}: exit={rule!a} is no name")
     if (
         not isinstance(target, dict)
         or not set(target) <= {*TARGET}
         or not checkpoint_config.PLAIN_MAPPING.fits(target)
     ):
         raise UserError(f"{FILE}: target={target!a} is none; its names may be: {', '.join(TARGET)}")
+    for name in (rule, target.get("exit")):
+        if not isinstance(name, str | None):
+            raise UserError(f"{FILE}: exit={name!a} is no name")
     config, _ = checkpoint_config.accepted(about["config"])
     checkpoint = Checkpoint(
         folder,

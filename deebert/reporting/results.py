@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from deebert.errors import UserError
+from deebert.errors import UserError, is_whole
 from deebert.reporting.split_results import (
     Measured,
     SplitResults,
@@ -217,6 +217,7 @@ class Results:
             UserError: a value is missing or of another kind.
         """
         try:
+            _check_kinds(values)
             environment, calibration = values.get("environment"), values.get("calibration")
             timing = [{"runtime": "torch"} | case for case in values.get("timing") or ()]
             return read_block(
@@ -236,3 +237,19 @@ class Results:
         except (LookupError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UserError(f"damaged results.json ({reason})") from error
+
+
+def _check_kinds(values: Mapping[str, Any]) -> None:
+    """Check the kinds of the values that tables and sweeps group by.
+
+    Raises:
+        KeyError, TypeError: a value is missing or of another kind.
+    """
+    parts = (values, *(values.get("other_splits") or ()))
+    texts = [values[key] for key in ("task", "backbone", "objective", "metric")]
+    texts += [part["split"] for part in parts]
+    numbers = [values[key] for key in ("stage", "seed")]
+    if not all(isinstance(each, str) for each in texts) or not all(map(is_whole, numbers)):
+        raise TypeError("a name is no text, or a number is no whole number")
+    if not isinstance(values.get("exit", {}), dict):
+        raise TypeError("exit is no mapping")

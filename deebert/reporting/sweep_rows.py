@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deebert.errors import UserError
+from deebert.errors import UserError, first_line
 from deebert.models.trained_ramps import trains_ramps
 from deebert.reporting.results import Results, TimedCase
 from deebert.reporting.split_results import Outcome, SplitResults, Thresholds
@@ -133,10 +133,14 @@ def _job(folder: Path, name: str) -> Job:
     overrides = _overrides(place / ".hydra" / "overrides.yaml")
     try:
         results = Results.from_json(plain_files.json_file(place / "results.json"))
+        _measured(results)  # a damaged value may show only where it is used
     except FileNotFoundError:
         return Job(name, overrides, None, "no results")
     except UserError as error:
         return Job(name, overrides, None, str(error))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        return Job(name, overrides, None, f"damaged results.json ({reason})")
     if not (place / "results.md").exists():  # only written at the end
         return Job(name, overrides, None, f"stopped after epoch {results.epoch or '?'}")
     return Job(name, overrides, results)

@@ -88,6 +88,7 @@ def train(cfg: DictConfig) -> float | None:
 
 def _from_backbone(run: RunConfig) -> Start:
     """Return the start of a training on a pretrained backbone."""
+    _ = run.ramp_kind  # an unknown reader is named before a backbone is fetched
     tokenizer = backbones.tokenizer(run.backbone)
     files = tokenization.files_of(tokenizer)
     model = EarlyExitModel.from_backbone(run.backbone, run.task.num_labels, run.ramp)

@@ -199,6 +199,20 @@ def test_only_overrides_that_differ_are_columns(tmp_path: Path) -> None:
     assert len(sweep_rows.over_seeds([first, second])) == 2
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("exit", None), ("task", ["mrpc"]), ("seed", {}), ("metric", 5), ("split", []), ("curve", 3)],
+)
+def test_a_damaged_value_spoils_its_own_job_only(tmp_path: Path, key: str, value: object) -> None:
+    made(tmp_path / "0", "seed=1", [(0.1, 0.8, 0.2)])
+    made(tmp_path / "1", "seed=2", [(0.1, 0.8, 0.2)])
+    file = tmp_path / "1" / "results.json"
+    file.write_text(json.dumps(results(file.parent) | {key: value}))
+    sweep.run(sweep.SweepOptions(str(tmp_path)))
+    assert [row["job"] for row in table(tmp_path)] == ["0"]
+    assert "| 1 | seed=2 | damaged results.json (" in (tmp_path / "sweep.md").read_text()
+
+
 def test_what_cannot_be_read_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made(tmp_path / "0", "seed=1", [(0.1, 0.8, 0.2)])
     made(tmp_path / "1", "seed=2", [])
@@ -216,7 +230,7 @@ def test_what_cannot_be_read_is_listed(tmp_path: Path, capsys: pytest.CaptureFix
     lines = (tmp_path / "sweep.md").read_text().splitlines()
     assert lines[0].endswith("1 of 5 jobs finished")
     assert lines[6].startswith("| 1 | seed=2 | results.json is damaged (JSONDecodeError) |")
-    assert lines[7] == "| 2 | seed=3 | damaged results.json (KeyError: 'exits') |"
+    assert lines[7] == "| 2 | seed=3 | damaged results.json (KeyError: 'backbone') |"
     assert lines[8] == "| 10 | seed=4 | stopped after epoch 2 |"
     assert lines[9] == "| 11 |  | no results |"
 
