@@ -51,7 +51,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What records show: the part of `Results` that does not describe a run.
+    """The part of `Results` that comes from records, and does not describe a run.
 
     Attributes:
         splits: the results of each split, in the order of the records.

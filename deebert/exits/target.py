@@ -15,7 +15,7 @@ LOSSES = ("excess", "disagreement")
 
 @dataclass(frozen=True)
 class Target:
-    """What the user wants: a `target_saving`, a `target_speedup` or a `max_drop`.
+    """A `target_saving`, a `target_speedup` or a `max_drop` that the user wants.
 
     Attributes:
         target_saving: share of the layers to save.
