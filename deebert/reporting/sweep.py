@@ -68,7 +68,7 @@ def run(options: SweepOptions) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give a multirun folder (folder=multirun/...)")
     jobs = jobs_of(folder)
-    if all(job.results is None for job in jobs):
+    if all(job.measured is None for job in jobs):
         raise UserError(
             f"{folder} holds no results: {len(jobs)} jobs, none of them finished; give a "
             "multirun folder (folder=multirun/...) with a results.json in each job's folder"
@@ -86,7 +86,7 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 
 
 def _markdown(title: str, jobs: list[Job], rows: list[dict[str, Any]]) -> str:
-    missing = [job for job in jobs if job.results is None]
+    missing = [job for job in jobs if job.measured is None]
     lines = [f"# Sweep {text(title)}: {len(jobs) - len(missing)} of {len(jobs)} jobs finished", ""]
     if missing:
         table = [

@@ -34,13 +34,13 @@ class Job:
     Attributes:
         name: the path of its folder below the multirun folder.
         overrides: its overrides, as on the command line.
-        results: its results, or None if there is a problem.
-        problem: what is wrong with a job without results.
+        measured: its rows, with the columns COLUMNS and TIMED, or None if there is a problem.
+        problem: what is wrong with a job without rows.
     """
 
     name: str
     overrides: tuple[str, ...]
-    results: Results | None
+    measured: list[dict[str, Any]] | None
     problem: str = ""
 
 
@@ -133,7 +133,7 @@ def _job(folder: Path, name: str) -> Job:
     overrides = _overrides(place / ".hydra" / "overrides.yaml")
     try:
         results = Results.from_json(plain_files.json_file(place / "results.json"))
-        _measured(results)  # a damaged value may show only where it is used
+        measured = _measured(results)  # a damaged value may show only where it is used
     except FileNotFoundError:
         return Job(name, overrides, None, "no results")
     except UserError as error:
@@ -143,7 +143,7 @@ def _job(folder: Path, name: str) -> Job:
         return Job(name, overrides, None, f"damaged results.json ({reason})")
     if not (place / "results.md").exists():  # only written at the end
         return Job(name, overrides, None, f"stopped after epoch {results.epoch or '?'}")
-    return Job(name, overrides, results)
+    return Job(name, overrides, measured)
 
 
 def _overrides(file: Path) -> tuple[str, ...]:
@@ -160,7 +160,9 @@ def _overrides(file: Path) -> tuple[str, ...]:
 
 def rows_of(jobs: list[Job]) -> list[dict[str, Any]]:
     """Return the rows of jobs, as `rows` describes them."""
-    finished = [(job, _override_values(job), _measured(job.results)) for job in jobs if job.results]
+    finished = [
+        (job, _override_values(job), job.measured) for job in jobs if job.measured is not None
+    ]
     targets = {row["target"] or "" for _, _, measured in finished for row in measured}
     columns = {*COLUMNS, *(part.partition("=")[0] for target in targets for part in target.split())}
     keys = dict.fromkeys(key for _, overrides, _ in finished for key in overrides)
