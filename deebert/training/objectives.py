@@ -146,6 +146,16 @@ def _check(option: str, value: Any, low: float, high: float) -> None:
         raise UserError(f"objective.{option}={value} must be a number between {low} and {high}")
 
 
+def _check_weights(temperature: float, label_weight: float) -> None:
+    """Check the options of an objective that learns from logits.
+
+    Raises:
+        UserError: an option is outside its range.
+    """
+    _check("temperature", temperature, 0.01, 100)
+    _check("label_weight", label_weight, 0, 1)
+
+
 @objective("final")
 class Final(Objective):
     """The final classifier alone."""
@@ -296,8 +306,7 @@ class Distill(Objective):
     label_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0.01, 100)
-        _check("label_weight", self.label_weight, 0, 1)
+        _check_weights(self.temperature, self.label_weight)
 
     def loss(self, logits_BLC: Tensor, labels_B: Tensor) -> Tensor:
         teacher_B1C = logits_BLC[:, -1:].detach()
@@ -352,8 +361,7 @@ class Student(Objective):
     label_weight: float = 0.5
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0.01, 100)
-        _check("label_weight", self.label_weight, 0, 1)
+        _check_weights(self.temperature, self.label_weight)
 
     def loss(self, logits_BLC: Tensor, labels_B: Tensor) -> Tensor:
         labelled_B = labelled(labels_B)
