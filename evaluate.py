@@ -14,7 +14,7 @@ from deebert import options
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> float | None:
-    """Run the job, and return the score that was asked for."""
+    """Run the job, and return its score."""
     from deebert import cli
 
     return cli.evaluate(cfg)

@@ -75,7 +75,7 @@ def train(cfg: "DictConfig") -> float | None:
 
 
 def evaluate(cfg: "DictConfig") -> float | None:
-    """Run the job of `evaluate`; return the score that was asked for."""
+    """Run the job of `evaluate`; return its score."""
     return _job(cfg, "deebert.runs.evaluate", "evaluate")
 
 
