@@ -22,6 +22,7 @@ os.environ |= {
 import pytest
 import torch
 from filelock import FileLock
+from helpers.ports import free_port
 from hydra.core.global_hydra import GlobalHydra
 from matplotlib.figure import Figure
 
@@ -62,6 +63,7 @@ def command(script: str, *overrides: str) -> None:
     GlobalHydra.instance().clear()
     try:
         with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MASTER_PORT", str(free_port()))  # for trainer.strategy=ddp
             if script == "-m":
                 module, *overrides = overrides
                 patch.setattr(sys, "argv", [module, *overrides])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, results
+from helpers.ports import free_port
 
 import deebert
 from deebert import cli
@@ -115,7 +116,7 @@ def test_processes_of_a_training_get_the_whole_command_line(glue: Path, tmp_path
     ]  # fmt: skip
     subprocess.run(
         command, cwd=tmp_path, check=True, capture_output=True, timeout=250,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MASTER_PORT": str(free_port())},
     )  # fmt: skip
     assert (tmp_path / "run" / "train.log").is_file()
     assert results(tmp_path / "run")["num_rows"] == 40

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from helpers.ports import free_port
 
 TEXT = (ROOT / "docs" / "scale.md").read_text()
 
@@ -56,24 +57,18 @@ def written(*words: str) -> list[str]:
     return shlex.split(command)
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def execute(command: list[str], place: Path, *more: str, **environment: str) -> str:
     """Run a command in a folder; returns what it printed."""
     scripts = {name: str(ROOT / name) for name in ("train.py", "evaluate.py")}
     path = os.pathsep.join(
         [str(place / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
     )
+    port = str(free_port())
     variables = {
         "PATH": path,
         "CUDA_VISIBLE_DEVICES": "",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": port,
+        "PET_MASTER_PORT": port,  # torchrun's
     } | environment
     done = subprocess.run(
         [*(scripts.get(word, word) for word in command), *more],

@@ -4,7 +4,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import ROOT
+from helpers.ports import free_port
 
 MOST_TEXTS, MOST_CHARS, MOST_BYTES = 8, 500, 20_000
 JSON = {"Content-Type": "application/json"}
@@ -66,9 +66,7 @@ class Served:
 
 @contextmanager
 def served(model: Path, folder: Path, *options: str, **environment: str) -> Iterator[Served]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [
         sys.executable, "-W", "error::ResourceWarning", "-m", "deebert", "serve", f"model={model}", f"port={port}", "threads=1",
         f"max_texts={MOST_TEXTS}", f"max_length_chars={MOST_CHARS}", f"max_body_bytes={MOST_BYTES}", *options,

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pyarrow.dataset
 import pytest
-from helpers.scale_commands import execute, free_port, written
+from helpers.ports import free_port
+from helpers.scale_commands import execute, written
 
 from deebert.data import demo
 from deebert.errors import UserError

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, CommandFailed, mrpc_rows, results, write_rows
+from helpers.ports import free_port
 
 Run = Callable[..., str]
 
@@ -222,7 +224,8 @@ def test_spawned_processes_are_stopped_too(stage1: Path, tmp_path: Path) -> None
     command = [sys.executable, "train.py", "stage=2", f"ckpt={stage1}", "logger=csv", "stages.2.epochs=1000000", "stages.2.cache=false", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp_spawn", f"hydra.run.dir={tmp_path / 'run'}"]  # fmt: skip
     printed, last = tmp_path / "told", tmp_path / "run" / "checkpoints" / "last.ckpt"
     with printed.open("w") as to:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=to, stderr=to)
+        environment = os.environ | {"MASTER_PORT": str(free_port())}
+        process = subprocess.Popen(command, cwd=ROOT, stdout=to, stderr=to, env=environment)
     try:
         while process.poll() is None and not last.exists():
             time.sleep(0.05)
