@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc
 
 from deebert.data.tasks import Task
 from deebert.exits import curves, rules
@@ -63,7 +64,7 @@ def analysis(record: Record, task: Task) -> Analysis:
         agreements,
         confidence_NL.unbind(1),
         right_NL.unbind(1),
-        _plain(auroc(confidence_NL, right_NL)),
+        _plain([*map(auroc, confidence_NL.unbind(1), right_NL.unbind(1))]),
         _plain(right_NL[~right_NL[:, -1]].double().mean(0)),  # NaN if the last is never wrong
         strict=True,
     )
@@ -93,28 +94,23 @@ def correlation(values_NL: Tensor) -> Tensor:
     return (unit_NL.T @ unit_NL).clamp(-1, 1)
 
 
-def auroc(confidence_NL: Tensor, right_NL: Tensor) -> Tensor:
-    """Compute each ramp's area under the ROC curve of its confidence: (N, L), (N, L) -> (L,).
+def auroc(confidence_N: Tensor, right_N: Tensor) -> float:
+    """Compute the area under the ROC curve of a ramp's confidence for being right.
 
     It is the probability that a right row has a higher confidence than a wrong row, where a tie
-    counts half (Mann and Whitney's U from ranks). It is NaN for a ramp that is always or never
-    right. For two classes it does not change with the temperature of the logits, unlike `ece`. An
-    exit rule on confidence needs a high value.
+    counts half. For two classes it does not change with the temperature of the logits, unlike the
+    calibration error. An exit rule on confidence needs a high value.
 
     Args:
-        confidence_NL: the confidence of each ramp in its prediction.
-        right_NL: whether the prediction is right.
+        confidence_N: the confidence in each prediction.
+        right_N: whether the prediction is right.
+
+    Returns:
+        The area; NaN if the ramp is always or never right.
     """
-    confidence_LN, right_LN = confidence_NL.T.contiguous(), right_NL.T.contiguous()
-    sorted_LN = confidence_LN.sort(dim=1).values
-    # Equal values share the mean of their ranks: (first + last) / 2, counted from 1.
-    below_LN = torch.searchsorted(sorted_LN, confidence_LN)
-    up_to_LN = torch.searchsorted(sorted_LN, confidence_LN, right=True)
-    rank_LN = (below_LN + 1 + up_to_LN).double() / 2
-    num_right_L = right_LN.sum(1).double()
-    num_wrong_L = len(right_NL) - num_right_L
-    lowest_L = num_right_L * (num_right_L + 1) / 2  # the rank sum if all wrong rows were above
-    return ((rank_LN * right_LN).sum(1) - lowest_L) / (num_right_L * num_wrong_L)
+    if right_N.all() or not right_N.any():
+        return math.nan
+    return binary_auroc(confidence_N, right_N.long(), validate_args=False).item()
 
 
 def calibration(confidence_N: Tensor, right_N: Tensor) -> tuple[float, list[ReliabilityBin]]:
@@ -178,6 +174,7 @@ def _oracle(record: Record, predictions_NL: Tensor, labels_N: Tensor, task: Task
     return Oracle(outcome.score, outcome.expected_saving, outcome.exit_counts)
 
 
-def _plain(values: Tensor) -> list[float | None]:
-    """Return the values of a 1-d tensor, with None for NaN, which JSON does not have."""
-    return [None if math.isnan(value) else value for value in values.tolist()]
+def _plain(values: Tensor | list[float]) -> list[float | None]:
+    """Return values, (L,), as a list with None for NaN, which JSON does not have."""
+    listed = values.tolist() if isinstance(values, Tensor) else values
+    return [None if math.isnan(value) else value for value in listed]
