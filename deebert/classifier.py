@@ -37,7 +37,7 @@ from deebert.hub import locate, model_card, saved_folder
 from deebert.hub.saved_folder import Saved
 from deebert.inference.engine import WINDOW, Engine
 from deebert.inference.predictions import Predictions
-from deebert.options import ONE_OF, TARGET, given
+from deebert.options import ONE_OF, TARGET, TargetOptions, check_needs, given, job_command
 
 Tokens = Mapping[str, Any]
 
@@ -217,7 +217,9 @@ class EarlyExitClassifier:
             UserError: a value is outside its range, several targets contradict each other, or there
                 is no record that thresholds can be chosen on.
         """
-        target = given(target) or dict(self.saved.target)
+        target = given(target)
+        check_needs(TargetOptions, target, target.keys())
+        target = target or dict(self.saved.target)
         if hasattr(target.get("threshold"), "tolist"):  # numpy's and torch's
             target["threshold"] = target["threshold"].tolist()
         targets = [name for name in ONE_OF if name in target]
@@ -287,13 +289,14 @@ class EarlyExitClassifier:
         if not records:
             raise UserError(
                 f"{source.path} has no records to choose thresholds on: give threshold=, or let "
-                "python evaluate.py write some and use its run folder"
+                f"{job_command('evaluate')} write some and use its run folder"
             )
         trained = source.config.objective.name
         if not source.ramps_trained:
             raise UserError(
                 f"{source.path} was trained with objective={trained}, the final classifier alone: "
-                "its ramps say nothing yet; train them with python train.py stage=2 ckpt=RUN"
+                "its ramps say nothing yet; train them with "
+                f"{job_command('train')} stage=2 ckpt=RUN"
             )
         held_out = records.get(HELD_OUT)
         reported = [records[split] for split in records if split != HELD_OUT]

@@ -141,7 +141,10 @@ def _run_hydra(name: str, arguments: list[str]) -> None:
     _command_line[:] = sys.argv
     sys.argv[1:] = arguments
     job = {"train": train, "evaluate": evaluate}[name]
-    hydra.main(version_base="1.3", config_path=str(folder), config_name=name)(job)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(folder), config_name=name)(job)()
+    finally:
+        _command_line.clear()
 
 
 def _completed(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -8,7 +8,7 @@ of models.
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
@@ -21,15 +21,20 @@ from deebert.errors import UserError, first_line, unknown
 Options = TypeVar("Options")  # the dataclass of a command
 
 
-def option(default: Any, meaning: str, in_request: str | None = None) -> Any:
+def option(
+    default: Any, meaning: str, in_request: str | None = None, needs: str | None = None
+) -> Any:
     """Return a field of a command's dataclass, with its default and its line of the help text.
 
     Args:
         default: the default.
         meaning: the line of the help text.
         in_request: the meaning of the field in a request to the service, if it may stand there.
+        needs: the option without which this one does nothing: `max_drop`, or `engine=ray` if it
+            must have that value.
     """
-    return field(default=default, metadata={"meaning": meaning, "in_request": in_request})
+    metadata = {"meaning": meaning, "in_request": in_request, "needs": needs}
+    return field(default=default, metadata=metadata)
 
 
 MODULES = "your Python modules with readers, exit rules, ...: [my_readers]"
@@ -76,11 +81,13 @@ class TargetOptions:
         0.95,
         "that max_drop holds; null: on average",
         "a number: that max_drop holds; null: on average",
+        needs="max_drop",
     )
     loss: str | None = option(
         None,
         "what max_drop limits: excess or disagreement",
         "'excess' or 'disagreement': what max_drop limits",
+        needs="max_drop",
     )
     per_ramp: bool | None = option(
         None,
@@ -108,6 +115,27 @@ def given(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: v for name, v in values.items() if v is not None or name == "confidence"}
 
 
+def check_needs(kind: type, values: Mapping[str, Any], names: Collection[str]) -> None:
+    """Check that no option does nothing because another one is missing (`option(needs=)`).
+
+    Args:
+        kind: the dataclass of the options.
+        values: the values of the options, by name.
+        names: the options that the user has set.
+
+    Raises:
+        UserError: an option does nothing.
+    """
+    for each in fields(kind):
+        if each.name not in names or not (needs := each.metadata.get("needs")):
+            continue
+        name, _, value = needs.partition("=")
+        other = values.get(name)
+        if other is None or (value and other != value):
+            needed = needs if value else f"{needs}="
+            raise UserError(f"{each.name}={values[each.name]} needs {needed}")
+
+
 def engine_of(options: ModelOptions) -> dict[str, Any]:
     """Return the keyword arguments that `EarlyExitClassifier` takes beside the model."""
     return {name: getattr(options, name) for name in ("precision", "runtime", "device")}
@@ -121,6 +149,17 @@ def target_of(options: TargetOptions) -> dict[str, Any]:
         for each in fields(TargetOptions)
         if getattr(options, each.name) != each.default
     }
+
+
+def refuse_rule_alone(options: TargetOptions) -> None:
+    """Refuse an exit rule without a threshold and a target: all inputs would run all layers.
+
+    Raises:
+        UserError: the options name a rule alone.
+    """
+    target = target_of(options)
+    if "exit" in target and not {*ONE_OF} & {*target}:
+        raise UserError(f"exit={options.exit} needs {' or '.join(f'{name}=' for name in ONE_OF)}")
 
 
 def import_modules(names: Any) -> None:
@@ -200,6 +239,7 @@ def parse(kind: type[Options], arguments: Sequence[str]) -> Options:
     options: Any = OmegaConf.to_object(values)
     for key, text in texts.items():  # not set through OmegaConf, because it replaces ${...}
         setattr(options, key, text)
+    check_needs(kind, vars(options), given_keys)
     return options
 
 
@@ -239,6 +279,16 @@ def run_command(
     except BrokenPipeError:  # the reader has closed its end of the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def job_command(name: str) -> str:
+    """Return how the user calls a job, for messages: `deebert train`, or `python train.py`.
+
+    Args:
+        name: the name of the job, `train` or `evaluate`.
+    """
+    is_script = Path(sys.argv[0]).name in ("train.py", "evaluate.py")
+    return f"python {name}.py" if is_script else f"deebert {name}"
 
 
 def moved(setting: str) -> str | None:

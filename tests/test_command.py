@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from helpers.ports import free_port
 
 import deebert
 from deebert import cli
+from deebert.options import job_command
 
 
 def called(
@@ -68,6 +70,33 @@ def test_a_mistake_ends_in_one_line(
     code, printed, error = called(monkeypatch, capsys, *arguments)
     assert (code, printed, len(error.splitlines())) == (2, "", 1)
     assert line in error
+
+
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [
+        ("train.py", "python train.py"),
+        ("/somewhere/evaluate.py", "python train.py"),
+        ("/usr/bin/deebert", "deebert train"),
+        ("/somewhere/deebert/__main__.py", "deebert train"),
+        ("ipykernel_launcher.py", "deebert train"),
+    ],
+)
+def test_hints_name_the_program_that_was_started(
+    program: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [program, "task=mrpc"])
+    assert job_command("train") == command
+
+
+def test_a_hint_names_what_the_user_has(fails: Callable[..., str]) -> None:
+    """`deebert` is installed without train.py and evaluate.py."""
+    for job, script, line in (
+        ("train", "train.py", "task= is missing: {} task=mrpc stage=1; "),
+        ("evaluate", "evaluate.py", "ckpt= is missing: {} ckpt=RUN "),
+    ):
+        assert line.format(f"deebert {job}") in fails("-m", "deebert", job)
+        assert line.format(f"python {script}") in fails(script)
 
 
 @pytest.mark.parametrize(

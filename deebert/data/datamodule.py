@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from deebert.data import loading, tokenization
 from deebert.data.tasks import HELD_OUT, UNLABELLED, Task
 from deebert.errors import UserError
+from deebert.options import job_command
 
 log = logging.getLogger(__name__)
 
@@ -264,7 +265,8 @@ class TextDataModule(L.LightningDataModule):
         if self.train_split is None:
             raise UserError(
                 f"task {self.task.name} has no training split; score it with a checkpoint of "
-                f"{self.task.checkpoint_task}: python evaluate.py ckpt=... task={self.task.name}"
+                f"{self.task.checkpoint_task}: {job_command('evaluate')} ckpt=... "
+                f"task={self.task.name}"
             )
         return self.loader(self.train_split, shuffle=True)
 

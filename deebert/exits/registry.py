@@ -40,7 +40,7 @@ NOT_LEARNED = (
 )
 NO_PRIOR = (
     "exit={} needs a prior, which target_saving= and target_speedup= find on the calibration rows; "
-    "with anything else say exit.prior=[...] to evaluate.py, or use exit=entropy"
+    "with anything else evaluate with exit.prior=[...], or use exit=entropy"
 )
 
 

@@ -21,6 +21,7 @@ from deebert.hub import checkpoint_config
 from deebert.hub.run_config import RunConfig
 from deebert.models import architectures
 from deebert.models.early_exit import EarlyExitModel
+from deebert.options import job_command
 from deebert.untrusted import plain_files, tensor_files
 
 WEIGHTS_FINGERPRINT = "weights_fingerprint"  # a key in a checkpoint; older ones lack it
@@ -220,7 +221,7 @@ def read(path: Path, flag: str) -> Checkpoint:
         reason = first_line(error) if isinstance(error, UserError) else type(error).__name__
         raise UserError(
             f"{flag}={path}: not a checkpoint of this program, or a damaged one ({reason}); give "
-            "the run folder or checkpoints/best.ckpt of a `python train.py` run"
+            f"the run folder or checkpoints/best.ckpt of a `{job_command('train')}` run"
         ) from error
 
 

@@ -24,6 +24,7 @@ from deebert.hub.run_config import RunConfig, RunDefaults
 from deebert.models import ramps
 from deebert.models.architectures import architecture, longest_input, settings
 from deebert.models.early_exit import EarlyExitModel
+from deebert.options import job_command
 
 log = logging.getLogger(__name__)
 
@@ -173,8 +174,8 @@ def _read(folder: Path, source: str, defaults: RunDefaults) -> Checkpoint:
     if (between := head.between(values)) != "tanh":
         raise UserError(
             f"a {kind} classifier computes {between} where a final classifier here has tanh, so it "
-            "would not answer the same; train one on its encoder: python train.py stage=1 "
-            f"backbone.path={source}"
+            "would not answer the same; train one on its encoder: "
+            f"{job_command('train')} stage=1 backbone.path={source}"
         )
     num_layers = _num_layers(values, weights)
     named = {our_name(name, head, num_layers - 1): value for name, value in weights.items()}
@@ -241,8 +242,8 @@ def _num_labels(classifier: Tensor | None, task: Task, source: str) -> int:
     """
     if classifier is None:
         raise UserError(
-            "it holds no trained classifier; train one on its encoder: python train.py stage=1 "
-            f"backbone.path={source}"
+            f"it holds no trained classifier; train one on its encoder: {job_command('train')} "
+            f"stage=1 backbone.path={source}"
         )
     num_rows = classifier.shape[0] if classifier.ndim else 0
     if num_rows != task.num_labels:

@@ -21,6 +21,7 @@ from deebert.exits.records import Record
 from deebert.hub import checkpoint_config
 from deebert.hub.checkpoints import Source
 from deebert.hub.run_config import RunConfig
+from deebert.options import job_command
 from deebert.untrusted import plain_files, tensor_files
 
 SCHEMA = 1
@@ -134,7 +135,7 @@ def load(file: Path) -> tuple[Record, Header]:
         header = Header(facts["checkpoint"], facts.get("data"), config)
     except UserError as error:
         raise UserError(
-            f"record={file}: {error}; record again with evaluate.py ckpt=RUN"
+            f"record={file}: {error}; record again with {job_command('evaluate')} ckpt=RUN"
         ) from error
     except (LookupError, TypeError, AttributeError) as error:
         raise UserError(f"record={file}: not a record of this program") from error

@@ -53,9 +53,14 @@ class Recipe:
     lr: float = 0.0
     weight_decay: float = 0.0
     warmup: float = 0.0
-    layer_drop: float = 0.0
-    cache: bool = False
-    standardize: bool = False
+    layer_drop: float = field(default=0.0, metadata={"stage": 1})
+    cache: bool = field(default=False, metadata={"stage": 2})
+    standardize: bool = field(default=False, metadata={"stage": 2})
+
+    @classmethod
+    def keys(cls, stage: int) -> list[str]:
+        """Return the keys of the recipe of a stage."""
+        return [each.name for each in fields(cls) if each.metadata.get("stage", stage) == stage]
 
     @classmethod
     def from_checked(cls, values: Mapping[str, Any] | None) -> Self:

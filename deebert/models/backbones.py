@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from string import ascii_lowercase, digits, punctuation
 from typing import Any, Self
@@ -256,11 +257,31 @@ def random_config(spec: Spec) -> dict[str, Any]:
     """Return the full configuration of a backbone with random weights (`backbone=tiny`)."""
     settings = typed(spec).config or {}
     architecture(settings["model_type"])
+    _check_settings(settings)
     tokens = _character_tokenizer()
     # All special ids are set: the library warns if a default of the type is not in the vocabulary.
     names = [f"{kind}_token_id" for kind in ("pad", "bos", "eos", "cls", "sep")]
     special = {name: getattr(tokens, name) for name in names}
     return {"vocab_size": len(tokens), **special, **settings}
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Check that the settings of a backbone with random weights exist.
+
+    They may be those of another type: `backbone=tiny` has a few that only some types read.
+
+    Raises:
+        UserError: no type has such a setting.
+    """
+    configs = [AutoConfig.for_model(name) for name in architectures.ARCHITECTURES]
+    known = [name for each in configs for name in (*each.to_dict(), *each.attribute_map)]
+    for key, value in settings.items():
+        if key not in known:
+            nearest = get_close_matches(key, known, 1, 0)[0]
+            raise UserError(
+                f"backbone.config.{key}={value}: nothing reads this key; the nearest known key is "
+                f"backbone.config.{nearest}"
+            )
 
 
 def _character_tokenizer() -> PreTrainedTokenizerBase:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deebert.errors import UserError, unknown
-from deebert.options import engine_of, import_modules
+from deebert.options import engine_of, import_modules, refuse_rule_alone
 from deebert.predict import long_job, on_ray, parts, rows_in, rows_out
 from deebert.predict.answers import summary, summary_line
 from deebert.predict.folder_out import ERRORS, Folder
@@ -37,14 +37,11 @@ def predict(options: PredictOptions) -> None:
     """
     if options.engine not in ENGINES:
         raise unknown("engine", options.engine, ENGINES, "engine")
+    refuse_rule_alone(options)
     if options.engine == "ray":
         run_on_ray(options)
-        return
-    default = PredictOptions()
-    for name in ("workers", "threads", "parts"):
-        if getattr(options, name) != getattr(default, name):
-            raise UserError(f"{name}={getattr(options, name)} needs engine=ray")
-    run(options, locally)
+    else:
+        run(options, locally)
 
 
 def run(options: PredictOptions, answer: Answer) -> None:
@@ -72,7 +69,10 @@ def run(options: PredictOptions, answer: Answer) -> None:
         classifier = EarlyExitClassifier.from_pretrained(
             options.model, task=options.task, **engine_of(options)
         )
-        columns = chosen_columns(options, source, classifier.task.columns, rows_out.is_free(kind))
+        task, free = classifier.task, rows_out.is_free(kind)
+        columns = chosen_columns(
+            options, source, task.columns, free, is_regression=task.is_regression
+        )
         work = Work(options, source, classifier, columns)
         with Parts(output) as kept:
             done = kept.ended(work.job) or work.do(kept, answer)
@@ -207,12 +207,14 @@ def _inspect(
     Raises:
         UserError: a file cannot be read, has no rows, or lacks a column that is needed.
     """
-    inspected = []
+    inspected, task = [], classifier.task
     for number, (name, path) in enumerate(files):
         single = replace(options, input=str(path))
         with rows_in.opened(str(path), options.format) as source:
             free = rows_out.is_free(kind)
-            columns = chosen_columns(single, source, classifier.task.columns, free)
+            columns = chosen_columns(
+                single, source, task.columns, free, is_regression=task.is_regression
+            )
             if kind == "parquet" and source.free and columns.kept:
                 raise UserError(
                     f"input={path}: a column of Parquet has one type, and JSON lines do not say "

@@ -51,9 +51,13 @@ class PredictOptions(TargetOptions, ModelOptions):
     part_rows: int = option(8192, "rows that are answered and kept at a time")
     overwrite: bool = option(False, "begin anew, and replace an output that is there")
     engine: str = option("local", "local, or ray for many processes or machines")
-    workers: int = option(2, "with engine=ray: processes that hold the model")
-    threads: int | None = option(None, "with engine=ray: threads of each worker; null: its share")
-    parts: str | None = option(None, "with engine=ray: csv, jsonl or parquet; null: as the input")
+    workers: int = option(2, "with engine=ray: processes that hold the model", needs="engine=ray")
+    threads: int | None = option(
+        None, "with engine=ray: threads of each worker; null: its share", needs="engine=ray"
+    )
+    parts: str | None = option(
+        None, "with engine=ray: csv, jsonl or parquet; null: as the input", needs="engine=ray"
+    )
 
 
 # Takes blocks of rows and gives their results, in their order. It may take some blocks ahead.
@@ -233,7 +237,12 @@ def _digest(rows: Sequence[Row]) -> str:
 
 
 def chosen_columns(
-    options: PredictOptions, source: Source, of_task: Sequence[str], free: bool
+    options: PredictOptions,
+    source: Source,
+    of_task: Sequence[str],
+    free: bool,
+    *,
+    is_regression: bool = False,
 ) -> Columns:
     """Choose the columns that are read and written.
 
@@ -242,10 +251,13 @@ def chosen_columns(
         source: the input.
         of_task: the names that the columns of the texts had in training.
         free: whether every row of the output may have columns of its own.
+        is_regression: whether the answers are numbers.
 
     Raises:
         UserError: a column does not exist or holds no texts, or the number of columns is wrong.
     """
+    if options.probabilities and is_regression:
+        raise UserError("probabilities=true: a regression has none; leave it out")
     where = f"input={options.input}"
     has = f"it has: {', '.join(source.names[:20]) or 'none'}{', ...' * (len(source.names) > 20)}"
     texts = list(of_task)

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
+from deebert.options import job_command
+
 
 def html_report(results: Mapping[str, Any]) -> str:
     """Return the text of report.html.
@@ -23,6 +25,7 @@ def html_report(results: Mapping[str, Any]) -> str:
     template = (
         resources.files("deebert.reporting").joinpath("report.html").read_text(encoding="utf-8")
     )
+    template = template.replace("EVALUATE", job_command("evaluate"), 1)
     script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)
     assert script is not None
     # With this Content-Security-Policy the browser runs this one script and loads nothing.

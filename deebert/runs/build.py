@@ -30,6 +30,7 @@ from deebert.models.early_exit import EarlyExitModel
 from deebert.models.trained_ramps import ObjectiveConfig
 from deebert.runs.config import JobConfig
 from deebert.runs.job import Job
+from deebert.training import progress
 from deebert.training.checkpoint_io import SafeCheckpointIO
 
 log = logging.getLogger(__name__)
@@ -127,22 +128,24 @@ def trainer(
             callback.dirpath = str(job.folder / "checkpoints")
     loggers = []
     for key, values in (cfg.get("logger") or {}).items():
-        extra: dict[str, Any] = {"save_dir": str(job.folder)}
+        defaults: dict[str, Any] = {"save_dir": str(job.folder)}
         if values and values["_target_"].endswith("WandbLogger"):
-            group = values.get("group") or (job.sweep.name if job.sweep else None)
-            extra |= {"name": config.name(kind), "group": group}
+            defaults |= {"name": config.name(kind), "group": job.sweep.name if job.sweep else None}
+        extra = {n: v for n, v in defaults.items() if (values or {}).get(n) is None}
         if (logger := instantiated(f"logger.{key}", values, **extra)) is not None:
             loggers.append(logger)
     if not loggers:  # LearningRateMonitor would fail
         configured = [c for c in configured if not isinstance(c, LearningRateMonitor)]
+    settings = {key: value for key, value in cfg.trainer.items() if key != "plugins"}
+    wanted = settings.get("enable_progress_bar")
+    configured, settings["enable_progress_bar"] = progress.with_bar(configured, wanted)
     trainer = instantiated(
         "trainer",
-        {key: value for key, value in cfg.trainer.items() if key != "plugins"},
+        settings,
         plugins=_plugins(cfg.trainer.get("plugins")),
         callbacks=[*configured, *callbacks],
         logger=loggers,
         default_root_dir=str(job.folder),
-        enable_progress_bar=sys.stderr.isatty(),
     )
     for logger in loggers:  # this opens the W&B run, so it comes after everything that may fail
         logger.log_hyperparams(config.plain())

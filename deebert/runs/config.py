@@ -22,7 +22,7 @@ from deebert.exits.target import Target
 from deebert.hub.run_config import RunConfig
 from deebert.inference.kernels import PRECISIONS
 from deebert.inference.settings import RUNTIMES
-from deebert.options import import_modules, moved
+from deebert.options import import_modules, job_command
 from deebert.runs.job import Job
 from deebert.training import objectives
 from deebert.training.objectives import Objective
@@ -161,8 +161,7 @@ class EvaluateConfig(JobConfig):
         _check_points(values)
         protocol = _protocol(values)
         _check_protocol(values, protocol, job)
-        blocks = {name: values[name] for name in ("task", "data", "backbone")}
-        run = source.replaced(**blocks)
+        run = source.replaced(**{name: values[name] for name in ("task", "data", "backbone")})
         names = ("ckpt", "record", "split", "layers", "calibration", "analysis", "threshold")
         return cls(
             run=run,
@@ -183,16 +182,22 @@ class EvaluateConfig(JobConfig):
 
         Raises:
             UserError: thresholds or temperatures are not as many as the ramps, the exit rule reads
-                a learned score that the ramps do not have, or a target or a timing needs trained
-                ramps.
+                a learned score that the ramps do not have, or a value needs trained ramps.
         """
-        is_timed = self.is_timed and self.threshold != 0
         rule = self.evaluation.rule
-        if not trained and (self.evaluation.target is not None or is_timed):
+        needs_ramps = {
+            "timing=": self.is_timed and self.threshold != 0,
+            "a target": self.evaluation.target is not None,
+            f"exit={rule.name}": self.written.get("exit"),
+        }
+        for name in ("threshold", "thresholds"):
+            needs_ramps[f"{name}={self.written[name]}"] = self.written[name] not in (None, 0)
+        needing = [name for name, is_set in needs_ramps.items() if is_set]
+        if needing and not trained:
             raise UserError(
-                f"{'timing=' if is_timed else 'a target'} needs trained ramps, and this "
-                "checkpoint is of stage 1: train them with python train.py stage=2 ckpt=RUN, or "
-                "look at full depth alone: threshold=0"
+                f"{needing[0]} needs trained ramps, and this checkpoint is of stage 1: train them "
+                f"with {job_command('train')} stage=2 ckpt=RUN, or look at full depth alone: "
+                "threshold=0"
             )
         if rule.reads == "learned_score" and not learned:
             raise UserError(rules.NOT_LEARNED.format(rule.name))
@@ -216,7 +221,7 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
     if values.get("task") is None:
         tasks = GlobalHydra.instance().config_loader().get_group_options("task")
         raise UserError(
-            "task= is missing: python train.py task=mrpc stage=1; choose one of: "
+            f"task= is missing: {job_command('train')} task=mrpc stage=1; choose one of: "
             f"{', '.join(tasks)}"
         )
     # The paths are saved in the checkpoint, and must be valid in another working directory, too.
@@ -291,7 +296,7 @@ def _protocol(values: Mapping[str, Any]) -> Protocol | None:
         return None
     sizes, precisions = _listed("all" if timing is None else timing), _listed(values["precision"])
     for size in sizes:
-        if size != "all" and not _is_count(size):
+        if size != "all" and not (is_whole(size) and size >= 1):
             raise UserError(
                 f"timing={timing}: {size} is neither all nor a whole number of inputs a "
                 "request (1 or more); give one of them or a list"
@@ -305,9 +310,8 @@ def _protocol(values: Mapping[str, Any]) -> Protocol | None:
     for flag, listed in (("timing", sizes), ("precision", precisions)):
         if not listed:
             raise UserError(f"{flag}=[] is empty; leave it out, or name something to time")
-    if not _is_count(repeats):
-        raise UserError(f"repeats={repeats} must be a whole number of 1 or more")
-    if threads is not None and not _is_count(threads):
+    check_whole("repeats", repeats, 1)
+    if threads is not None and not (is_whole(threads) and threads >= 1):
         raise UserError(f"threads={threads} must be a whole number of 1 or more, or null")
     numbers = tuple(None if size == "all" else size for size in sizes)
     return Protocol(numbers, tuple(precisions), runtime, repeats, threads)
@@ -315,10 +319,6 @@ def _protocol(values: Mapping[str, Any]) -> Protocol | None:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-def _is_count(value: Any) -> bool:
-    return is_whole(value) and value >= 1
 
 
 def _check_protocol(values: Mapping[str, Any], protocol: Protocol | None, job: Job) -> None:
@@ -389,9 +389,6 @@ def _rule(values: dict[str, Any] | None, task: Task) -> Rule:
     if not values:
         return rules.default(task.num_labels)
     options = dict(values)
-    for key, value in options.items():
-        if message := moved(f"exit.{key}={value}"):
-            raise UserError(message)
     name, prior = options.pop("name"), options.pop("prior", None)
     if (module := options.pop("module", None)) is not None:
         if not isinstance(module, str):

@@ -26,7 +26,7 @@ from deebert.models.early_exit import EarlyExitModel
 from deebert.options import import_modules
 from deebert.reporting import report
 from deebert.reporting.results import Results
-from deebert.runs import build, sources
+from deebert.runs import build, keys, sources
 from deebert.runs.config import EvaluateConfig
 from deebert.runs.job import Job, finish
 from deebert.training.callbacks import EarlyExitEvaluation
@@ -51,6 +51,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     job = Job.current()
     job.refuse_used_folder()
     import_modules(cfg.get("modules"))
+    keys.check(cfg, job)
     source = sources.complete_evaluation(cfg, job)
     config = EvaluateConfig.from_hydra(cfg, source.config, job)
     build.warn_of_untrained_ramps(source.config.objective)

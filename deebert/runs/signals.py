@@ -25,6 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from deebert.errors import UserError
+from deebert.options import job_command
 
 log = logging.getLogger(__name__)
 
@@ -136,4 +137,4 @@ def _resume_hint(cfg: DictConfig) -> str:
         return "; no epoch has ended, so there is nothing yet to go on with"
     is_plain = re.fullmatch(r"[\w/.:%+@-]+", run)
     word = shlex.quote(f"resume={run}" if is_plain else f'resume="{run}"')
-    return f"; to go on after the last epoch that ended: python train.py {word}"
+    return f"; to go on after the last epoch that ended: {job_command('train')} {word}"

@@ -16,6 +16,7 @@ from deebert.hub import checkpoints, locate, record_files
 from deebert.hub.checkpoints import Checkpoint, Source
 from deebert.hub.run_config import RunDefaults
 from deebert.models.ramp_readers import READERS
+from deebert.options import job_command
 from deebert.runs import inheritance
 from deebert.runs.job import Job
 from deebert.training.objectives import PAPER
@@ -113,7 +114,8 @@ def _complete_stage_2(cfg: DictConfig, job: Job) -> Checkpoint:
     if not cfg.ckpt:
         raise UserError(
             "stage=2 needs ckpt=RUN, the run folder or checkpoint of a stage-1 run, or a "
-            "fine-tuned classifier (folder or hub id): python train.py stage=2 ckpt=runs/..."
+            "fine-tuned classifier (folder or hub id): "
+            f"{job_command('train')} stage=2 ckpt=runs/..."
         )
     source = _of_stage_1(
         cfg,
@@ -248,8 +250,8 @@ def _evaluated(cfg: DictConfig) -> Source:
     """
     if not cfg.ckpt and not cfg.record:
         raise UserError(
-            "ckpt= is missing: python evaluate.py ckpt=RUN (a run folder or .ckpt), or record=RUN "
-            "for the logits that a run has left"
+            f"ckpt= is missing: {job_command('evaluate')} ckpt=RUN (a run folder or .ckpt), or "
+            "record=RUN for the logits that a run has left"
         )
     checkpoint = None
     if cfg.ckpt:

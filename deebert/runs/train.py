@@ -23,11 +23,12 @@ from deebert.hub.run_config import RunConfig
 from deebert.models import backbones
 from deebert.models.early_exit import EarlyExitModel
 from deebert.options import import_modules
-from deebert.runs import build, sources
+from deebert.runs import build, keys, sources
 from deebert.runs.config import TrainConfig
 from deebert.runs.job import Job, finish
 from deebert.training.feature_cache import FeatureCache
 from deebert.training.module import EarlyExitModule
+from deebert.training.progress import EpochLine
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ def train(cfg: DictConfig) -> float | None:
     job = Job.current()
     job.refuse_used_folder()
     import_modules(cfg.get("modules"))
+    keys.check(cfg, job)
     source = sources.complete(cfg, job)
     config = TrainConfig.from_hydra(cfg)
     L.seed_everything(config.run.seed, workers=True, verbose=False)
@@ -78,7 +80,7 @@ def train(cfg: DictConfig) -> float | None:
     module = EarlyExitModule(start.model, config.run, start.tokenizer_files, start.teacher)
     datamodule = _cache(data, start, config, job) if module.is_cached else data
     with build.closing():
-        trainer = build.trainer(cfg, config, job, f"stage{config.run.stage}")
+        trainer = build.trainer(cfg, config, job, f"stage{config.run.stage}", EpochLine())
         build.refuse_unsafe_sweep(trainer, job)
         _check_strategy(trainer, config)
         _fit(trainer, module, datamodule, config, source)
@@ -215,6 +217,8 @@ def _fit(
     except (UserError, OSError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if "val_check_interval" in str(error):  # more than the batches of an epoch
+            raise UserError(f"trainer.val_check_interval: {first_line(error)}") from error
         if resume is None or module.is_restored:
             raise
         # A checkpoint with wrong states of optimizer, loops or callbacks fails in many ways.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from deebert.errors import UserError
-from deebert.options import ModelOptions, TargetOptions, option
+from deebert.options import ModelOptions, TargetOptions, option, refuse_rule_alone
 
 HERE = ("127.0.0.1", "::1", "localhost")  # addresses that only this machine reaches
 TOKEN = "DEEBERT_TOKEN"
@@ -60,6 +60,14 @@ def checked(options: ServeOptions) -> ServeOptions:
         )
     if not 1 <= options.port <= 65535:
         raise UserError(f"port={options.port} must be in 1..65535")
+    refuse_rule_alone(options)
+    if options.no_token and options.token is not None:
+        raise UserError("no_token=true and token=: give one of them")
+    if options.max_batch == 1 and options.batch_window_ms != ServeOptions.batch_window_ms:
+        raise UserError(
+            f"batch_window_ms={options.batch_window_ms} does nothing with max_batch=1: no request "
+            "waits for others"
+        )
     if options.token is None:
         given = [os.environ[name] for name in (TOKEN, LITSERVE_TOKEN) if name in os.environ]
         options.token = given[0] if given else None

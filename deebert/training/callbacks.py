@@ -168,10 +168,6 @@ class EarlyExitEvaluation(Callback):
             # The validation after training repeats the best epoch, which has its rows already.
             if trainer.state.fn != "validate":
                 _append_csv(folder / "csv" / "curve.csv", self.results)
-            if self.results.epoch is not None:
-                full = self.results.headline.exits[-1].scores
-                scores = ", ".join(f"{name} {value:.4f}" for name, value in full.items())
-                log.info("epoch %d: %s at full depth", self.results.epoch, scores)
 
     def _with_layers(
         self, trainer: L.Trainer, pl_module: EarlyExitModule, part: SplitResults

@@ -158,7 +158,7 @@ def test_refuses_another_head(model_type: str, config: dict, says: str, tmp_path
     folder = plain_folder(tmp_path / "theirs", reference(model_type, **config))
     with pytest.raises(UserError, match=says) as error:
         locate.checkpoint(folder, "ckpt", defaults=config_of())
-    assert f"python train.py stage=1 backbone.path={folder}" in str(error.value)
+    assert f"deebert train stage=1 backbone.path={folder}" in str(error.value)
     assert "\n" not in str(error.value)
     backbone, _ = backbones.pretrained({"name": "x", "path": str(folder)})
     assert len(backbone.layers) == 3, "what it says works"

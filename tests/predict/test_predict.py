@@ -178,6 +178,10 @@ def test_which_columns_are_read() -> None:
     ):
         with pytest.raises(UserError, match="it has no column 'a'"):
             columns_of(names, texts, of_task)
+    source = Source(("a",), ("a",), lambda _: iter(()), lambda: 0, 0, {})
+    options = PredictOptions(probabilities=True)
+    with pytest.raises(UserError, match="probabilities=true: a regression has none"):
+        chosen_columns(options, source, ("a",), free=False, is_regression=True)
 
 
 def test_names_that_are_taken() -> None:
@@ -253,6 +257,16 @@ def test_json_lines_with_keys_of_their_own(
         (["input={csv}", "output={out}.csv", "part_rows=many"], "part_rows=many"),
         (["input={csv}", "output={out}.csv", "engine=spark"], "engine 'spark' is unknown; choose one of: local, ray"),
         (["input={csv}", "output={out}.csv", "workers=9"], "workers=9 needs engine=ray"),
+        (["input={csv}", "output={out}.csv", "workers=2"], "workers=2 needs engine=ray"),
+        (["input={csv}", "output={out}.csv", "threads=2"], "threads=2 needs engine=ray"),
+        (["input={csv}", "output={out}.csv", "parts=csv"], "parts=csv needs engine=ray"),
+        (["input={csv}", "output={out}.csv", "confidence=0.9", "target_saving=0.3"], "confidence=0.9 needs max_drop="),
+        (["input={csv}", "output={out}.csv", "confidence=0.95"], "confidence=0.95 needs max_drop="),
+        (["input={csv}", "output={out}.csv", "loss=excess", "target_speedup=1.2"], "loss=excess needs max_drop="),
+        (["input={csv}", "output={out}.csv", "exit=margin"], "exit=margin needs threshold= or target_saving= or target_speedup= or max_drop="),
+        (["input={csv}", "output={out}.csv", "per_ramp=true", "threshold=0.1"], "per_ramp=True needs target_saving"),
+        (["input={csv}", "output={out}.csv", "temperature=true"], "temperature=True needs target_saving"),
+        (["input={csv}", "output={out}.csv", "task=rte"], "was trained for task=mrpc; leave task= out"),
         (["input={csv}", "output={out}.csv", "format=xlsx"], "format 'xlsx' is unknown"),
         (["input={csv}", "output={out}.csv", "target_saving=2"], "target_saving=2"),
         (["input={csv}", "output={out}.csv", "threshold=[0,"], "threshold=[0,: while parsing"),

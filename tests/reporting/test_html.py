@@ -93,7 +93,7 @@ def check_shown(tab: Any, part: dict[str, Any], wanted: int) -> None:
     assert text(tab, "#actual") == f"{100 * expected['expected_saving']:.1f} %"
     assert text(tab, "#speed-up") == f"{expected['speed_up']:.2f}\N{MULTIPLICATION SIGN}"
     assert text(tab, "#command") == (
-        f"python evaluate.py ckpt=runs/2025-01-02/13-14-15 target_saving={wanted / 100:.2f}"
+        f"deebert evaluate ckpt=runs/2025-01-02/13-14-15 target_saving={wanted / 100:.2f}"
     )
     bars = tab.locator("#histogram rect")
     counts = bars.evaluate_all("bars => bars.map(bar => Number(bar.dataset.count))")
@@ -205,7 +205,7 @@ def test_the_command_can_be_copied(show: Open, clipboard: bool) -> None:
     tab.evaluate("document.body.append(document.createElement('textarea'))")
     tab.focus("textarea")
     tab.keyboard.press("Control+V")
-    command = "python evaluate.py ckpt=runs/2025-01-02/13-14-15 target_saving=0.25"
+    command = "deebert evaluate ckpt=runs/2025-01-02/13-14-15 target_saving=0.25"
     assert tab.locator("textarea").input_value().strip() == command
 
 
@@ -219,7 +219,7 @@ def test_the_command_names_the_rule_and_quotes_the_run(show: Open) -> None:
         " exit=relative_entropy 'exit.prior=[0.25,0.75]' 'temperature=[2,0.5,1]' target_saving=0.40"
     )
     assert text(tab, "#command").startswith(
-        """python evaluate.py 'ckpt="my runs/it'\\''s=1"' target_saving="""
+        """deebert evaluate 'ckpt="my runs/it'\\''s=1"' target_saving="""
     )
 
 
@@ -320,7 +320,7 @@ def test_results_without_any_optional_field(show: Open) -> None:
     slide(tab, 30)
     expected = next(p for p in results["curve"] if p["expected_saving"] >= 0.3)
     assert float(text(tab, "#threshold")) == expected["threshold"]
-    assert text(tab, "#command") == "python evaluate.py ckpt=RUN target_saving=0.30"
+    assert text(tab, "#command") == "deebert evaluate ckpt=RUN target_saving=0.30"
     del results["environment"]
     results |= {"other_splits": None, "trade_off": None, "analysis": None, "calibration": None}
     assert show(results).locator("#trade").is_visible()

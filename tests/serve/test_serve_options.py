@@ -45,12 +45,23 @@ def test_a_request_s_target_replaces_the_whole_of_the_service_s() -> None:
         ({"batch_window_ms": -1}, "batch_window_ms=-1 must be in"),
         ({"host": "0.0.0.0"}, "host=0.0.0.0 would let anyone in who reaches this machine"),
         ({"token": ""}, "the token is empty"),
+        ({"token": TOKEN, "no_token": True}, "no_token=true and token=: give one of them"),
+        (
+            {"max_batch": 1, "batch_window_ms": 9.0},
+            "batch_window_ms=9.0 does nothing with max_batch=1",
+        ),
+        ({"exit": "margin"}, "exit=margin needs threshold= or target_saving="),
     ],
 )
 def test_bad_options(options: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says) as error:
         checked(ServeOptions(model="RUN", **options))
     assert "\n" not in str(error.value)
+
+
+def test_an_option_that_needs_another() -> None:
+    with pytest.raises(UserError, match=r"^loss=disagreement needs max_drop=$"):
+        parse(ServeOptions, ["model=RUN", "target_saving=0.4", "loss=disagreement"])
 
 
 def test_a_token_from_a_file_ends_in_a_newline(monkeypatch: pytest.MonkeyPatch) -> None:
