@@ -7,6 +7,9 @@ Shapes: B batch, S tokens, H hidden.
 
 import hashlib
 import importlib.util
+import inspect
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -266,17 +269,20 @@ def random_config(spec: Spec) -> dict[str, Any]:
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:
-    """Check that the settings of a backbone with random weights exist.
+    """Check that something reads each setting of a backbone with random weights.
 
-    They may be those of another type: `backbone=tiny` has a few that only some types read.
+    They may be those of another type: `backbone=tiny` has a few that only some types read. The code
+    of a type may read settings that its configuration does not declare.
 
     Raises:
-        UserError: no type has such a setting.
+        UserError: nothing reads a setting.
     """
     configs = [AutoConfig.for_model(name) for name in architectures.ARCHITECTURES]
-    known = [name for each in configs for name in (*each.to_dict(), *each.attribute_map)]
+    known = {name for each in configs for name in (*each.to_dict(), *each.attribute_map)}
+    encoder = transformers.MODEL_MAPPING[type(AutoConfig.for_model(settings["model_type"]))]
+    code = set(re.findall(r"\w+", inspect.getsource(sys.modules[encoder.__module__])))
     for key, value in settings.items():
-        if key not in known:
+        if key not in known | code:
             nearest = get_close_matches(key, known, 1, 0)[0]
             raise UserError(
                 f"backbone.config.{key}={value}: nothing reads this key; the nearest known key is "

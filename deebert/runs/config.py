@@ -182,22 +182,16 @@ class EvaluateConfig(JobConfig):
 
         Raises:
             UserError: thresholds or temperatures are not as many as the ramps, the exit rule reads
-                a learned score that the ramps do not have, or a value needs trained ramps.
+                a learned score that the ramps do not have, or a target or a timing needs trained
+                ramps.
         """
+        is_timed = self.is_timed and self.threshold != 0
         rule = self.evaluation.rule
-        needs_ramps = {
-            "timing=": self.is_timed and self.threshold != 0,
-            "a target": self.evaluation.target is not None,
-            f"exit={rule.name}": self.written.get("exit"),
-        }
-        for name in ("threshold", "thresholds"):
-            needs_ramps[f"{name}={self.written[name]}"] = self.written[name] not in (None, 0)
-        needing = [name for name, is_set in needs_ramps.items() if is_set]
-        if needing and not trained:
+        if not trained and (self.evaluation.target is not None or is_timed):
             raise UserError(
-                f"{needing[0]} needs trained ramps, and this checkpoint is of stage 1: train them "
-                f"with {job_command('train')} stage=2 ckpt=RUN, or look at full depth alone: "
-                "threshold=0"
+                f"{'timing=' if is_timed else 'a target'} needs trained ramps, and this "
+                f"checkpoint is of stage 1: train them with {job_command('train')} stage=2 "
+                "ckpt=RUN, or look at full depth alone: threshold=0"
             )
         if rule.reads == "learned_score" and not learned:
             raise UserError(rules.NOT_LEARNED.format(rule.name))

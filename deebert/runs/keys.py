@@ -24,10 +24,8 @@ from deebert.errors import UserError, check_whole, is_number
 from deebert.exits.target import Target
 from deebert.hub.run_config import KEYS, Recipe
 from deebert.models.backbones import BackboneConfig
-from deebert.models.trained_ramps import trains_ramps
 from deebert.options import moved
 from deebert.runs.job import Job
-from deebert.training.objectives import PAPER
 
 # The arguments of the Trainer that a run sets itself, or cannot do with: why, and what to say.
 REFUSED = {
@@ -164,11 +162,6 @@ def _idle_in_training(cfg: DictConfig) -> dict[str, str]:
     if "backbone.epochs" not in references(OmegaConf.to_container(cfg, resolve=False)):
         instead = f"set stages.{cfg.stage}.epochs"
         idle["backbone.epochs"] = f"is read by experiment=deebert_paper alone: {instead}"
-    name = OmegaConf.select(cfg, "objective.name") or PAPER.get(cfg.stage)
-    if not cfg.resume and not trains_ramps(name):
-        idle["thresholds"] = (
-            f"does nothing with objective={name}, which trains no ramp before the last"
-        )
     if cfg.stage == 2 and not cfg.resume:
         idle["stages.1"] = "does nothing in stage=2: set stages.2"
     return idle

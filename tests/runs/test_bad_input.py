@@ -124,7 +124,7 @@ def bad_input(tmp_path: Path, glue: Path, stage1: Path, stage2: Path) -> dict[st
         "held-out rows in stage 2": (train, ("stage=2", f"ckpt={stage1}", "data.calibration_size=20"), "data.calibration_size=20 contradicts"),
         "all rows held out": (train, (*mrpc, here, "data.calibration_size=96"), "leaves nothing of the 96 training rows"),
         "held-out below 0": (train, (*mrpc, here, "data.calibration_size=-1"), "data.calibration_size=-1 must be a whole number"),
-        "thresholds below 0": (train, (*mrpc, here, "objective=joint", "thresholds=[-0.1]"), "thresholds=-0.1 is not"),
+        "thresholds below 0": (train, (*mrpc, here, "thresholds=[-0.1]"), "thresholds=-0.1 is not"),
         "unknown split": (evaluate, (f"ckpt={stage2}", "split=dev2"), "no file for split 'dev2'"),
         "root missing": (train, (*mrpc, f"data.root={tmp_path / 'none'}"), "no such folder"),
         "root lacks a split": (train, (*mrpc, f"data.root={tmp_path / 'no-validation'}"), "no file for split 'validation'"),

@@ -76,7 +76,6 @@ def refused(glue: Path, stage1: Path, stage2: Path) -> list[tuple[str, list[str]
         (train, "+trainer.reload_dataloaders_every_n_epochs=1", "trainer.reload_dataloaders_every_n_epochs=1 does nothing"),
         (train, "+trainer.model_registry=x", "trainer.model_registry=x does nothing"),
         (train, "backbone.epochs=4", "backbone.epochs=4 is read by experiment=deebert_paper alone: set stages.1.epochs"),
-        (train, "thresholds=[0.1]", "thresholds=[0.1] does nothing with objective=final"),
         (second, "stages.1.lr=1", "stages.1.lr=1 does nothing in stage=2: set stages.2"),
         (second, "backbone.epochs=4", "backbone.epochs=4 is read by experiment=deebert_paper alone: set stages.2.epochs"),
         (evaluate, "trainer.max_epochs=2", "trainer.max_epochs=2 does nothing here: an evaluation trains nothing"),
@@ -91,9 +90,6 @@ def refused(glue: Path, stage1: Path, stage2: Path) -> list[tuple[str, list[str]
         (evaluate, "threads=1", "threads=1 is of what is timed"),
         (evaluate, "per_ramp=true threshold=0.1", "per_ramp=true needs target_saving="),
         (evaluate, "temperature=true thresholds=[0.1]", "temperature=true needs target_saving="),
-        (("evaluate.py", [f"ckpt={stage1}", "logger=csv"]), "threshold=0.1", "threshold=0.1 needs trained ramps"),
-        (("evaluate.py", [f"ckpt={stage1}", "logger=csv"]), "thresholds=[0.1]", "thresholds=[0.1] needs trained ramps"),
-        (("evaluate.py", [f"ckpt={stage1}", "logger=csv"]), "exit=margin", "exit=margin needs trained ramps"),
     ]  # fmt: skip
     return [(script, [*base, *more.split()], line) for (script, base), more, line in cases]
 
