@@ -32,6 +32,7 @@ import torch
 from deebert import EarlyExitClassifier
 from deebert.data import loading
 from deebert.data.tasks import Task
+from deebert.disk import whole_files
 from deebert.errors import UserError
 from deebert.options import parse
 from deebert.predict import parts
@@ -303,8 +304,8 @@ def main() -> None:
             start = time.perf_counter()
             content[part] = about | measured[part]()
             content[part]["minutes"] = (time.perf_counter() - start) / 60
-            report.replace_text(results, json.dumps(content, indent=1) + "\n")
-            report.replace_text(given.out / "files.md", markdown(content))
+            whole_files.replace(results, json.dumps(content, indent=1) + "\n")
+            whole_files.replace(given.out / "files.md", markdown(content))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch
 from synthetic import NUM_LABELS, evenly, made, mixed, model_of
 from torch import Tensor
 
+from deebert.disk import whole_files
 from deebert.evaluation.engine_latency import FullDepth, Inputs, forced, leaving_at
 from deebert.evaluation.timing import compare
 from deebert.inference.engine import Engine
@@ -210,7 +211,7 @@ def main() -> None:
             "environment": vars(report.environment()),
             "rows": rows,
         }
-        report.replace_text(file, json.dumps(content, indent=1) + "\n")
+        whole_files.replace(file, json.dumps(content, indent=1) + "\n")
         (given.out / "growth.md").write_text(markdown(content))
 
 

@@ -32,6 +32,7 @@ from quality_report import GRID, TARGETS
 
 from deebert.data import loading
 from deebert.data.tasks import Task
+from deebert.disk import whole_files
 from deebert.errors import UserError
 from deebert.exits import calibration, curves, rules
 from deebert.exits.calibration import Infeasible
@@ -318,7 +319,7 @@ def save(content: dict[str, Any], file: Path) -> None:
     for kind, entries in rounded.items():
         lines = [f"{json.dumps(key)}: {json.dumps(entries[key])}" for key in sorted(entries)]
         kinds.append(f'"{kind}": {{\n' + ",\n".join(lines) + "\n}")
-    report.replace_text(file, "{" + ",\n".join(kinds) + "}\n")
+    whole_files.replace(file, "{" + ",\n".join(kinds) + "}\n")
 
 
 def load(file: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deebert import EarlyExitClassifier
 from deebert.data import loading
+from deebert.disk import whole_files
 from deebert.exits.calibration import CalibratedPoint
 from deebert.reporting import report
 
@@ -308,10 +309,10 @@ def main() -> None:
                 content["windows"][str(window)].append(one)
                 print(f"window {window} ms: {json.dumps(one)}", flush=True)
                 content["minutes"] = (time.perf_counter() - start) / 60
-                report.replace_text(
+                whole_files.replace(
                     given.out / "service.json", json.dumps(content, indent=1) + "\n"
                 )
-                report.replace_text(given.out / "service.md", markdown(content))
+                whole_files.replace(given.out / "service.md", markdown(content))
 
 
 def _public(given: argparse.Namespace) -> list[str]:

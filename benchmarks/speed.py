@@ -31,6 +31,7 @@ from rivals import Run
 from deebert.data.datamodule import TextDataModule
 from deebert.data.tasks import Task
 from deebert.data.tokenization import TOKENS
+from deebert.disk import whole_files
 from deebert.errors import UserError
 from deebert.evaluation import engine_latency
 from deebert.evaluation.engine_latency import FullDepth, Inputs
@@ -413,7 +414,7 @@ def main() -> None:
                     "environment": vars(report.environment()),
                     "rows": rows,
                 }
-                report.replace_text(file, json.dumps(content, indent=1) + "\n")
+                whole_files.replace(file, json.dumps(content, indent=1) + "\n")
                 speed_report.write(content, given.out)
     speed_report.write(content, given.out)
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from deebert.errors import UserError
@@ -80,13 +81,16 @@ def evaluate(cfg: "DictConfig") -> float | None:
 
 
 def _job(cfg: "DictConfig", module: str, name: str) -> float | None:
-    from deebert.runs import signals
+    from hydra.core.hydra_config import HydraConfig
+
+    from deebert.runs import run_folder, signals
 
     if _command_line:
         # Lightning starts the other processes of a job with these words: the name of the command
         # that Hydra must not see belongs to them.
         sys.argv[:] = _command_line
-    with signals.in_one_line(cfg):
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    with signals.in_one_line(cfg), run_folder.claimed(folder):
         job: Callable[[DictConfig], float | None] = getattr(import_module(module), name)
         return job(cfg)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from helpers.disks import limited_files, of_other_modes
 from safetensors.torch import load_file, save_file
 
 from deebert import EarlyExitClassifier
@@ -21,7 +22,7 @@ from deebert.data import tasks
 from deebert.errors import UserError
 from deebert.exits import curves
 from deebert.exits.rules import entropy, exit_layer
-from deebert.hub import model_card, record_files
+from deebert.hub import model_card
 from deebert.untrusted import tensor_files
 
 PAIRS = [("a fine film", "no film"), ("red", "red"), ("one two three four", "two"), ("x", "y z")]
@@ -347,22 +348,29 @@ def test_not_saved_over_something_else(classifier: EarlyExitClassifier, tmp_path
 
 
 def test_a_save_that_breaks_off(
-    classifier: EarlyExitClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    classifier: EarlyExitClassifier, stage1: Path, tmp_path: Path
 ) -> None:
-    """Nothing, rather than a mix of old and new; and it can be done again."""
+    """The old model, whole, rather than a mix of old and new; and it can be done again."""
     classifier.save_pretrained(tmp_path)
-    with monkeypatch.context() as full:
-        full.setattr(
-            record_files, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full"))
-        )
-        with pytest.raises(OSError, match="disk full"):
-            classifier.save_pretrained(tmp_path)
+    other = EarlyExitClassifier.from_pretrained(stage1)
+    largest = max(file.stat().st_size for file in tmp_path.iterdir())
+    for size in (1, 2000, largest - 1):
+        with limited_files(size), pytest.raises(UserError) as error:
+            other.save_pretrained(tmp_path)
+        assert "cannot be written (File too large); a model that was saved there before stays" in str(error.value)  # fmt: skip
+        answers = EarlyExitClassifier.from_pretrained(tmp_path).predict(PAIRS)
+        assert torch.equal(answers.probabilities_NC, classifier.predict(PAIRS).probabilities_NC)
+    # Killed while the files were moved.
+    (tmp_path / ".saving").touch()
+    (tmp_path / "deebert.json").unlink()
+    (tmp_path / ".saving-x").mkdir()
     with pytest.raises(UserError):
         EarlyExitClassifier.from_pretrained(tmp_path)
     classifier.save_pretrained(tmp_path)
     answers = EarlyExitClassifier.from_pretrained(tmp_path).predict(PAIRS)
     assert torch.equal(answers.probabilities_NC, classifier.predict(PAIRS).probabilities_NC)
     assert not [file.name for file in tmp_path.iterdir() if file.name[0] == "."]
+    assert not of_other_modes(tmp_path)
 
 
 def test_nothing_there(tmp_path: Path) -> None:

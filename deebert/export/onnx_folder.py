@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -28,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deebert.classifier import EarlyExitClassifier
 from deebert.data.tasks import Task
+from deebert.disk import whole_files
 from deebert.errors import UserError, unknown
 from deebert.exits.calibration import CalibratedPoint
 from deebert.exits.rules import Rule
@@ -114,11 +116,8 @@ def export(
     point, savings = _calibrated_point(classifier, target), []
     rule_graph(point.rule, classifier.num_layers)  # it is kept; a rule may have none
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
+    with whole_files.write_errors(f"output={folder}"), _removed_at_the_end(part):
         part.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"output={folder} cannot be written: {error.strerror}") from error
-    try:
         about = described(classifier.model, classifier.task, point, precision)
         about["token_type_ids"] = "token_type_ids" in classifier.encode(_sample(classifier))[0]
         about["max_length"] = classifier.max_length
@@ -130,8 +129,6 @@ def export(
         if precision == "float32":
             _check_close(folder, difference_L, classifier.model)
         _move(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     return Exported(
         folder, size, point, [each["target_saving"] for each in savings], max(difference_L)
@@ -288,8 +285,19 @@ def _check_output(folder: Path, overwrite: bool) -> None:
         raise UserError(f"output={folder} is no export; overwrite=true replaces nothing else")
 
 
+@contextmanager
+def _removed_at_the_end(folder: Path) -> Iterator[None]:
+    """Remove a folder after the `with` block, if it is still there."""
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _move(part: Path, folder: Path) -> None:
     """Rename the finished folder. An existing export is removed after that."""
+    for file in part.rglob("*"):
+        whole_files.sync(file)
     if not folder.exists():
         part.rename(folder)
         return

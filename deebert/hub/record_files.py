@@ -5,7 +5,6 @@ how records are made or used.
 """
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deebert.data.tasks import MOST_GROUPS, SPLIT
+from deebert.disk import whole_files
 from deebert.errors import UserError
 from deebert.exits.records import Record
 from deebert.hub import checkpoint_config
@@ -84,15 +84,16 @@ def files(folder: Path, place: str = FOLDER) -> list[Path]:
 
 
 def save(record: Record, folder: Path, header: Header) -> None:
-    """Write `<split>.safetensors` in one step: a reader never sees a file that is partly written.
+    """Write `<split>.safetensors`, whole or not at all.
 
     Args:
         record: the logits of every ramp for a split.
         folder: where the file is written; it is made if it is missing.
         header: the facts about the record.
+
+    Raises:
+        OSError: the file cannot be written. It names the folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{record.split}.part"
     tensors = {name: values.contiguous() for name, values in record.tensors().items()}
     facts = {
         "schema": SCHEMA,
@@ -102,8 +103,8 @@ def save(record: Record, folder: Path, header: Header) -> None:
         "data": header.data,
         "config": header.config.plain(),
     }
-    save_file(tensors, part, {"deebert": json.dumps(facts)})
-    os.replace(part, folder / f"{record.split}.safetensors")
+    with whole_files.replaced(folder / f"{record.split}.safetensors") as part:
+        save_file(tensors, part, {"deebert": json.dumps(facts)})
 
 
 def load(file: Path) -> tuple[Record, Header]:

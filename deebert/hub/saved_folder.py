@@ -11,13 +11,17 @@ in it leads out of it. This module does not know how a target is met or a model 
 """
 
 import json
+import os
+import shutil
 import stat
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from deebert.data import tokenization
+from deebert.disk import whole_files
 from deebert.errors import UserError, is_whole
 from deebert.exits.records import Record
 from deebert.hub import checkpoint_config, record_files
@@ -28,7 +32,8 @@ from deebert.options import TARGET
 from deebert.untrusted import plain_files, tensor_files
 
 FILE = "deebert.json"
-SAVING = ".saving"  # exists beside `FILE` until all is written
+SAVING = ".saving"  # exists while files are moved to their places
+STAGED = ".saving-"  # begins the name of the folder that they are written in
 SCHEMA = 1
 
 
@@ -67,11 +72,31 @@ def write(saved: Saved, model: EarlyExitModel, folder: Path, model_card: str) ->
         UserError: the folder cannot be written, or `check_place` refuses it.
     """
     check_place(folder)
-    try:
+    with whole_files.write_errors(folder, "; a model that was saved there before stays"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}") from error
+        for left in folder.glob(f"{STAGED}*"):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        staged = Path(tempfile.mkdtemp(dir=folder, prefix=STAGED))
+        try:
+            _write_files(saved, model, staged, model_card)
+            _move(staged, folder)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+
+def _write_files(saved: Saved, model: EarlyExitModel, folder: Path, model_card: str) -> None:
+    """Write all files of a saved folder into an empty folder."""
     config = saved.checkpoint.config.public()
+    model.save_pretrained(folder)
+    for name, text in saved.checkpoint.tokenizer_files.items():
+        whole_files.replace(folder / Path(name).name, text)
+    # Read back, because the file holds only one of the weights that share their values.
+    weights, _ = tensor_files.safetensors_file(folder / "model.safetensors")
+    fingerprint = tensor_files.fingerprint(weights)
+    for record in saved.records.values():
+        header = record_files.Header(fingerprint, None, config)
+        record_files.save(record, folder / "records", header)
+    whole_files.replace(folder / "README.md", model_card)
     about = {
         "schema": SCHEMA,
         "config": config.plain(),
@@ -79,25 +104,27 @@ def write(saved: Saved, model: EarlyExitModel, folder: Path, model_card: str) ->
         "epochs_done": saved.checkpoint.epochs_done,
         "exit": saved.exit,
         "target": dict(saved.target),
+        "weights": fingerprint,
     }
+    whole_files.replace(folder / FILE, json.dumps(about, indent=2, allow_nan=False) + "\n")
+
+
+def _move(staged: Path, folder: Path) -> None:
+    """Move the files of a complete staged folder to their places, `FILE` last.
+
+    The moves take milliseconds. A folder in which they were interrupted is not read.
+    """
     (folder / SAVING).touch()
-    (folder / FILE).unlink(missing_ok=True)  # a folder that is partly written is not read
-    model.save_pretrained(folder)
-    for name, text in saved.checkpoint.tokenizer_files.items():
-        (folder / Path(name).name).write_text(text, "utf-8")
-    # Records of a model that was saved here before.
-    for old in (folder / "records").glob("*.safetensors"):
-        old.unlink()
-    # Read back, because the file holds only one of the weights that share their values.
-    weights, _ = tensor_files.safetensors_file(folder / "model.safetensors")
-    fingerprint = tensor_files.fingerprint(weights)
-    for record in saved.records.values():
-        header = record_files.Header(fingerprint, None, config)
-        record_files.save(record, folder / "records", header)
-    (folder / "README.md").write_text(model_card, "utf-8")
-    about["weights"] = fingerprint
-    (folder / FILE).write_text(json.dumps(about, indent=2, allow_nan=False) + "\n", "utf-8")
+    (folder / FILE).unlink(missing_ok=True)
+    for old in (folder / record_files.FOLDER).glob("*.safetensors"):
+        old.unlink()  # a record of the model that was saved here before
+    files = [file for file in staged.rglob("*") if file.is_file() and file != staged / FILE]
+    for file in (*files, staged / FILE):
+        to = folder / file.relative_to(staged)
+        to.parent.mkdir(exist_ok=True)
+        os.replace(file, to)
     (folder / SAVING).unlink()
+    whole_files.sync(folder)
 
 
 def check_place(folder: Path) -> None:

@@ -7,12 +7,16 @@ for most kinds of ramp) and R features of all ramps together.
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
+from deebert.disk import whole_files
 from deebert.models import architectures, backbones, ramps
 from deebert.models.ramps import Ramp, RampKind
 
@@ -140,6 +144,11 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
             "config": self.config, "num_labels": self.num_labels, "ramp": asdict(self.ramp_kind)
         }  # fmt: skip
         return super().save_pretrained(save_directory, **options)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write the weights, with the permissions that the user's umask allows."""
+        with whole_files.replaced(save_directory / SAFETENSORS_SINGLE_FILE) as part:
+            save_model(self, str(part))
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Load weights, also from a file that holds a shared parameter once (safetensors).

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deebert.disk import whole_files
 from deebert.errors import UserError
 from deebert.predict import long_job, rows_out
 from deebert.predict.rows_out import Layout
@@ -161,7 +162,7 @@ class Folder:
             rest.write_bytes(layout.part(rows))
             layout.join([rest], whole)  # a complete file of its format, such as CSV with a header
             rest.unlink()
-            long_job.sync(whole)
+            whole_files.sync(whole)
             os.replace(whole, self.path / f"{stem}.{self.kind}")
         self._write(f"_{stem}.json", about)
 

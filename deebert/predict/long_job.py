@@ -1,25 +1,24 @@
 """The tools of a long job: files that appear whole, a lock on its output, a progress display.
 
-A file is written under another name and then renamed, so nobody ever sees half of it. The lock
-keeps other processes from writing the same output. Knows nothing of what the files hold and of
-what the job computes.
+The messages say how the job goes on. Knows nothing of what the files hold and of what the job
+computes.
 """
 
 import json
-import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from deebert.disk import locks, whole_files
 from deebert.errors import UserError
 
 GOES_ON = "the same command goes on (without overwrite=true)"
@@ -27,32 +26,13 @@ EVERY = 10.0  # seconds between the lines of progress where there is no terminal
 
 
 def replace(file: Path, content: bytes, part: Path) -> None:
-    """Write a file so that it is whole or missing, however the process or the machine stops.
-
-    Args:
-        file: the file.
-        content: all of its bytes.
-        part: the name of the file until it is whole; in the same folder.
+    """Write a file so that it is whole or missing (`whole_files.replace`).
 
     Raises:
         UserError: the file cannot be written.
     """
     with write_errors(file.parent):
-        with part.open("wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(part, file)
-        sync(file.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until the content of a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        whole_files.replace(file, content, part)
 
 
 def content(values: Mapping[str, Any]) -> bytes:
@@ -94,16 +74,10 @@ def locked(file: Path, output: Path) -> FileLock:
     Raises:
         UserError: another process holds the lock, or the file cannot be written.
     """
-    lock = FileLock(file)
     with write_errors(file.parent):
-        file.parent.mkdir(exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                f"output={output}: another process is writing it; wait for its end"
-            ) from None
-    return lock
+        return locks.locked(
+            file, f"output={output}: another process is writing it; wait for its end"
+        )
 
 
 def exists_error(output: Path) -> UserError:
@@ -116,9 +90,8 @@ def no_folder_error(output: Path) -> UserError:
     return UserError(f"output={output}: there is no folder {output.parent}; make it first")
 
 
-@contextmanager
-def write_errors(where: Path) -> Iterator[None]:
-    """Turn an error of the disk into one line for the user.
+def write_errors(where: Path) -> AbstractContextManager[None]:
+    """Turn an error of the disk into one line for the user (`whole_files.write_errors`).
 
     Args:
         where: the file or folder that is written inside the `with` block; for the message.
@@ -126,13 +99,7 @@ def write_errors(where: Path) -> Iterator[None]:
     Raises:
         UserError: the block raised an OSError.
     """
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{where}: it cannot be written ({error.strerror or error}); what is done stays, and "
-            f"{GOES_ON}"
-        ) from error
+    return whole_files.write_errors(where, f"; what is done stays, and {GOES_ON}")
 
 
 class Progress:

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from filelock import FileLock
 
+from deebert.disk import whole_files
 from deebert.errors import UserError
 from deebert.predict import long_job
 
@@ -161,7 +162,7 @@ class Parts:
                     with self._file(f"{name}.bad").open("rb") as content:
                         shutil.copyfileobj(content, out)
             for made in (JOINED, ERRORS):
-                long_job.sync(self._file(made))
+                whole_files.sync(self._file(made))
         self._write(FINISHED, long_job.content({"job": job, "told": summary}))
         self._move()
 
@@ -176,7 +177,7 @@ class Parts:
                 errors.unlink()
             if joined.exists():
                 os.replace(joined, self.output)
-            long_job.sync(self.output.parent)
+            whole_files.sync(self.output.parent)
             self._clear()
             self._file(FINISHED).unlink()
 

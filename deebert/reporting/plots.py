@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from deebert.disk import whole_files
 from deebert.models.trained_ramps import trains_ramps
 from deebert.reporting.results import Results
 from deebert.reporting.split_results import Thresholds
@@ -86,7 +87,8 @@ def curve(results: Results, title: str, file: Path) -> None:
     right.set_xticks(positions, [_tick(p.threshold) for p in main.curve], rotation=60)
     right.set(xlabel="threshold", ylabel="% of inputs", title="Where inputs exit")
     right.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(file, dpi=120)
+    with whole_files.replaced(file) as new:
+        figure.savefig(new, dpi=120, format="png")
     plt.close(figure)
 
 
@@ -136,7 +138,8 @@ def layers(results: Results, title: str, file: Path) -> None:
     for axis in (axes[0, 0], axes[1, 1]):
         axis.legend(fontsize="small")
         axis.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
+    with whole_files.replaced(file) as new:
+        figure.savefig(new, dpi=120, format="png")
     plt.close(figure)
 
 

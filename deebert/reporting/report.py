@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from deebert.disk import whole_files
 from deebert.reporting import plots
 from deebert.reporting.html import html_report
 from deebert.reporting.markdown import text
@@ -75,27 +76,27 @@ def environment() -> Environment:
 def save_json(results: Results, folder: Path) -> None:
     """Write results.json."""
     text = json.dumps(results.to_json(), indent=2, allow_nan=False)
-    replace_text(folder / "results.json", text + "\n")
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Write a file in one step, so that a reader never sees a part of it."""
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(text)
-    part.replace(file)
+    whole_files.replace(folder / "results.json", text + "\n")
 
 
 def save(results: Results, folder: Path) -> None:
     """Write results.json, results.md, report.html and curve.png, and layers.png if it applies.
 
-    layers.png needs the scores of the model without each of its layers.
+    layers.png needs the scores of the model without each of its layers. An old curve.png is removed
+    first, and the new one is written last (`is_complete`).
     """
+    (folder / "curve.png").unlink(missing_ok=True)
     save_json(results, folder)
-    (folder / "results.md").write_text(markdown(results))
-    (folder / "report.html").write_text(html_report(results.to_json()), encoding="utf-8")
-    plots.curve(results, title(results), folder / "curve.png")
+    whole_files.replace(folder / "results.md", markdown(results))
+    whole_files.replace(folder / "report.html", html_report(results.to_json()))
     if results.headline.analysis.layers:
         plots.layers(results, title(results), folder / "layers.png")
+    plots.curve(results, title(results), folder / "curve.png")
+
+
+def is_complete(folder: Path) -> bool:
+    """Say whether `save` has written the results of a run folder to the end."""
+    return (folder / "curve.png").exists()
 
 
 def show(results: Results, folder: Path) -> None:

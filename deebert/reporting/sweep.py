@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deebert.disk import whole_files
 from deebert.errors import UserError
 from deebert.options import option
 from deebert.reporting.markdown import text
@@ -45,10 +46,10 @@ def write(folder: Path) -> None:
     with FileLock(folder / ".sweep.lock", timeout=60):
         jobs = jobs_of(folder)
         rows = rows_of(jobs)
-        _replace(folder / "sweep.csv", _csv(rows).encode())
-        _replace(folder / "sweep.md", _markdown(folder.name, jobs, rows).encode())
+        whole_files.replace(folder / "sweep.csv", _csv(rows))
+        whole_files.replace(folder / "sweep.md", _markdown(folder.name, jobs, rows))
         if points := [mean for mean in over_seeds(rows) if mean.score is not None]:
-            _replace(folder / "sweep.png", _plot(points))
+            whole_files.replace(folder / "sweep.png", _plot(points))
 
 
 @dataclass
@@ -201,9 +202,3 @@ def _label(key: str, value: Any) -> str:
     if key in ("task", "backbone", "objective", "exit", "target_kind"):
         return str(value)
     return f"stage {value}" if key == "stage" else f"{key}={value}"
-
-
-def _replace(file: Path, content: bytes) -> None:
-    part = file.with_name(f".{file.name}.part")
-    part.write_bytes(content)
-    part.replace(file)

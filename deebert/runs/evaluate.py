@@ -49,7 +49,6 @@ def evaluate(cfg: DictConfig) -> float | None:
         UserError: the configuration or the data has a mistake.
     """
     job = Job.current()
-    job.refuse_used_folder()
     import_modules(cfg.get("modules"))
     keys.check(cfg, job)
     source = sources.complete_evaluation(cfg, job)

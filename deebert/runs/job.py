@@ -11,10 +11,8 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from deebert.errors import UserError
 from deebert.reporting import report
 from deebert.reporting.results import Results
-from deebert.runs import signals
 
 log = logging.getLogger(__name__)
 
@@ -43,23 +41,6 @@ class Job:
             keys.add("ramp")  # an experiment names a ramp, which wins over the checkpoint's ramp
         sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
         return cls(Path(hydra.runtime.output_dir), frozenset(keys), sweep)
-
-    def refuse_used_folder(self) -> None:
-        """Refuse a run folder that another run has used.
-
-        In a reused folder, the results would no longer belong to the weights.
-
-        Raises:
-            UserError: another run has written here.
-        """
-        if not signals.is_first_process():
-            return  # the first process of this run may have written here already
-        for name in ("results.json", "checkpoints", "csv"):
-            if (self.folder / name).exists():
-                raise UserError(
-                    f"hydra.run.dir={self.folder} holds the {name} of another run, and a run "
-                    "folder is never reused: choose another hydra.run.dir, or leave it out"
-                )
 
     def is_set(self, key: str) -> bool:
         """Say whether the user has set this key, or a key inside it, on the command line."""

@@ -5,6 +5,7 @@ A job that ends early prints one line and has its own exit code. It ends early b
 heavy, so that it works before the slow imports are done. It does not know training or evaluation.
 """
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from deebert.disk import whole_files
 from deebert.errors import UserError
 from deebert.options import job_command
 
@@ -43,7 +45,7 @@ def is_first_process() -> bool:
 
 @contextmanager
 def in_one_line(cfg: DictConfig) -> Iterator[None]:
-    """Run a job so that a signal or a user's mistake ends it with one line.
+    """Run a job so that a signal, a user's mistake or a full disk ends it with one line.
 
     Without this, Lightning would end with exit code 0 at SIGTERM, and ignore SIGTERM while
     callbacks run.
@@ -70,6 +72,9 @@ def in_one_line(cfg: DictConfig) -> Iterator[None]:
     except UserError as error:
         if not received:
             _refuse(error)
+    except OSError as error:
+        if not received:
+            _refuse_disk(cfg, error)
     except BaseException:
         if not received:
             raise
@@ -108,6 +113,21 @@ def _refuse(error: UserError) -> NoReturn:
         raise CompactHydraException(str(error)) from None
     print(f"Error: {error}", file=sys.stderr)
     sys.exit(2)
+
+
+def _refuse_disk(cfg: DictConfig, error: OSError) -> NoReturn:
+    """End the job with one line about a disk that takes no more, or a path that is closed to it.
+
+    Raises:
+        OSError: the error is another one.
+    """
+    if error.errno not in (*whole_files.FULL, errno.EACCES, errno.EPERM):
+        raise error
+    # An error of an open file does not name it.
+    where = error.filename or HydraConfig.get().runtime.output_dir
+    if error.errno not in whole_files.FULL:
+        _refuse(UserError(f"{where}: {error.strerror}"))
+    _refuse(UserError(f"{where}: it cannot be written ({error.strerror}){_resume_hint(cfg)}"))
 
 
 def _end(cfg: DictConfig, number: signal.Signals) -> NoReturn:

@@ -7,9 +7,11 @@ model, and reads no rows of data.
 
 import logging
 from collections.abc import Sequence
+from os.path import lexists
+from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from deebert.errors import UserError, unknown
 from deebert.hub import checkpoints, locate, record_files
@@ -17,9 +19,11 @@ from deebert.hub.checkpoints import Checkpoint, Source
 from deebert.hub.run_config import RunDefaults
 from deebert.models.ramp_readers import READERS
 from deebert.options import job_command
+from deebert.reporting import report
 from deebert.runs import inheritance
 from deebert.runs.job import Job
 from deebert.training.objectives import PAPER
+from deebert.untrusted import plain_files
 
 log = logging.getLogger(__name__)
 
@@ -88,19 +92,62 @@ def _complete_resumed(cfg: DictConfig, job: Job) -> Checkpoint:
     """
     if cfg.ckpt:
         raise UserError(f"resume={cfg.resume} and ckpt={cfg.ckpt}: give one of them")
-    source = checkpoints.read(checkpoints.find(str(cfg.resume), "resume", "last.ckpt"), "resume")
+    source = _last_checkpoint(str(cfg.resume))
     _replace_reader_of_one_text(cfg, source.config.task.columns)
     inheritance.inherit(cfg, source, job, "resume")
     if cfg.teacher:
         _refuse_another_teacher(cfg, fetch=job.is_set("teacher"))
     inheritance.report_left_out(cfg, source, job)
     epochs = cfg.stages[str(cfg.stage)].epochs
-    if source.epochs_done >= epochs:
+    if source.epochs_done >= epochs and _has_results(cfg, source):
         raise UserError(
             f"resume={cfg.resume} has finished all of its {epochs} epochs; for other settings "
             "start a new run"
         )
     return source
+
+
+def _last_checkpoint(given: str) -> Checkpoint:
+    """Read the checkpoint that a run is resumed from.
+
+    A run that was killed in its first epoch's end may have written best.ckpt alone, which is as
+    good. Where last.ckpt is there and damaged, the message names the other one.
+
+    Raises:
+        UserError: there is no checkpoint, or it cannot be read.
+    """
+    folder = Path(given) / "checkpoints"
+    best = folder / "best.ckpt"
+    name = "last.ckpt" if lexists(folder / "last.ckpt") or not best.is_file() else "best.ckpt"
+    try:
+        return checkpoints.read(checkpoints.find(given, "resume", name), "resume")
+    except UserError as error:
+        if not best.is_file() or name == "best.ckpt":
+            raise
+        try:
+            epochs = checkpoints.read(best, "resume").epochs_done
+        except UserError:
+            raise error from None
+        raise UserError(f"{error}; best.ckpt of epoch {epochs} is whole: resume={best}") from error
+
+
+def _has_results(cfg: DictConfig, source: Checkpoint) -> bool:
+    """Say whether a run has written its results after its last epoch.
+
+    A run that was killed before that is resumed to validate its weights. With a monitored score,
+    the results are those of the best epoch, which are written without the number of an epoch.
+    """
+    if source.path.parent.name != "checkpoints":
+        return False
+    folder = source.path.parent.parent
+    if not report.is_complete(folder):
+        return False
+    if not OmegaConf.select(cfg, "callbacks.best.monitor"):
+        return True
+    try:
+        return plain_files.json_file(folder / "results.json").get("epoch") is None
+    except (OSError, UserError):
+        return False
 
 
 def _complete_stage_2(cfg: DictConfig, job: Job) -> Checkpoint:

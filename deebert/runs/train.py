@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from deebert.data import tokenization
 from deebert.data.datamodule import TextDataModule
+from deebert.disk import whole_files
 from deebert.errors import UserError, first_line
 from deebert.hub.checkpoints import Checkpoint
 from deebert.hub.run_config import RunConfig
@@ -26,6 +27,7 @@ from deebert.options import import_modules
 from deebert.runs import build, keys, sources
 from deebert.runs.config import TrainConfig
 from deebert.runs.job import Job, finish
+from deebert.training.callbacks import EarlyExitEvaluation
 from deebert.training.feature_cache import FeatureCache
 from deebert.training.module import EarlyExitModule
 from deebert.training.progress import EpochLine
@@ -67,7 +69,6 @@ def train(cfg: DictConfig) -> float | None:
         UserError: the configuration or the data has a mistake.
     """
     job = Job.current()
-    job.refuse_used_folder()
     import_modules(cfg.get("modules"))
     keys.check(cfg, job)
     source = sources.complete(cfg, job)
@@ -84,6 +85,8 @@ def train(cfg: DictConfig) -> float | None:
         build.refuse_unsafe_sweep(trainer, job)
         _check_strategy(trainer, config)
         _fit(trainer, module, datamodule, config, source)
+        if source and config.resume and not _is_evaluated(trainer, job):
+            _validate_resumed(trainer, module, datamodule, source, job)
         _validate_best(trainer, module, datamodule)
     return finish(trainer.is_global_zero, job)
 
@@ -229,11 +232,44 @@ def _fit(
     log.info("trained in %.1f s", time.perf_counter() - start)
 
 
+def _is_evaluated(trainer: L.Trainer, job: Job) -> bool:
+    """Say whether an epoch has ended with results. All processes get the same answer."""
+    return trainer.strategy.broadcast((job.folder / "results.json").exists())
+
+
+def _validate_resumed(
+    trainer: L.Trainer,
+    module: EarlyExitModule,
+    datamodule: L.LightningDataModule,
+    source: Checkpoint,
+    job: Job,
+) -> None:
+    """Validate a run that was interrupted after its last epoch, and take over its checkpoints.
+
+    The results of a run with a monitored score are those of its best epoch (`_validate_best`).
+    """
+    folder = job.folder / "checkpoints"
+    if trainer.is_global_zero:
+        for callback in trainer.checkpoint_callbacks:
+            file = folder / f"{getattr(callback, 'filename', None)}.ckpt"
+            if file.name in ("best.ckpt", "last.ckpt") and not file.exists():
+                whole_files.copy(source.path, file)
+    if getattr(trainer.checkpoint_callback, "monitor", None):
+        return
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyExitEvaluation):
+            callback.epoch = source.epochs_done
+    trainer.validate(
+        module, datamodule=datamodule, ckpt_path=str(source.path), verbose=False, weights_only=True
+    )
+
+
 def _validate_best(
     trainer: L.Trainer, module: EarlyExitModule, datamodule: L.LightningDataModule
 ) -> None:
     """Validate the best epoch, if the checkpoint of the best epoch is kept."""
     callback = trainer.checkpoint_callback
+    trainer.strategy.barrier()  # the first process may still copy the checkpoint of an earlier run
     if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
         trainer.validate(
             module,

@@ -7,7 +7,6 @@ This module does not know how the logits were computed.
 
 import csv
 import logging
-import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,8 +17,10 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from deebert.disk import whole_files
 from deebert.evaluation.evaluate_records import EvaluationConfig, evaluate_records
 from deebert.evaluation.layers import layer_table
 from deebert.exits import curves, rules
@@ -81,6 +82,8 @@ class EarlyExitEvaluation(Callback):
         # (chosen thresholds, reported record) -> the timed cases.
         self.timed: Callable[[Calibration | None, Record], list[TimedCase]] | None = None
         self.results: Results | None = None
+        # The epoch of the weights that `Trainer.validate` or `Trainer.test` runs, if it is known.
+        self.epoch: int | None = None
         self._records: list[Record] = []
         self._batches: dict[int, list[dict[str, Tensor]]] = defaultdict(list)
 
@@ -149,7 +152,7 @@ class EarlyExitEvaluation(Callback):
             **header,
             **vars(evaluated),
             ckpt=self.ckpt or trainer.default_root_dir,
-            epoch=trainer.current_epoch + 1 if trainer.state.fn == "fit" else None,  # from 1
+            epoch=trainer.current_epoch + 1 if trainer.state.fn == "fit" else self.epoch,  # from 1
         )
         for i, (record, evaluation) in enumerate(zip(reported, evaluated.splits, strict=True)):
             # A test has no loss: its ramps may differ from those that the objective is made for.
@@ -164,9 +167,10 @@ class EarlyExitEvaluation(Callback):
                     wandb.log_evaluation(run, name, evaluation, trainer.global_step)
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
-            report.save_json(self.results, folder)
-            # The validation after training repeats the best epoch, which has its rows already.
+            # The validation after training repeats an epoch, which has its rows in the file. Its
+            # results are written at its end.
             if trainer.state.fn != "validate":
+                report.save_json(self.results, folder)
                 _append_csv(folder / "csv" / "curve.csv", self.results)
 
     def _with_layers(
@@ -192,14 +196,19 @@ class EarlyExitEvaluation(Callback):
         if not (trainer.is_global_zero and self.results):
             return
         assert isinstance(pl_module, EarlyExitModule)
-        if trainer.state.fn != "test":
+        # The best epoch is validated after training, and logs the final results.
+        is_best_left = trainer.state.fn == "fit" and getattr(
+            trainer.checkpoint_callback, "monitor", None
+        )
+        # Records of the last epoch would be ones of other weights than those of best.ckpt.
+        if trainer.state.fn != "test" and not is_best_left:
             self._save_records(trainer, pl_module)
         folder = Path(trainer.default_root_dir)
         splits = [_with_texts(trainer.datamodule, part) for part in self.results.splits]  # type: ignore[attr-defined]
         self.results = replace(self.results, splits=splits)
         report.save(self.results, folder)
-        if trainer.state.fn == "fit" and getattr(trainer.checkpoint_callback, "monitor", None):
-            return  # the best epoch is validated after training, and logs the final results
+        if is_best_left:
+            return
         for run in _wandb_runs(trainer):
             wandb.log_final(run, self.results, folder / "curve.png")
 
@@ -223,8 +232,7 @@ class BestCheckpoint(ModelCheckpoint):
             is_fixed = self.filename and "{" not in self.filename
             name = f"{self.filename}{self.FILE_EXTENSION}" if is_fixed else earlier_best.name
             copied_best = Path(str(self.dirpath)) / name
-            copied_best.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(earlier_best, copied_best)
+            rank_zero_only(whole_files.copy)(earlier_best, copied_best)
             state_dict = state_dict | {
                 "dirpath": str(self.dirpath),
                 "best_model_path": str(copied_best),

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.optim import Optimizer
 
+from deebert.disk import whole_files
 from deebert.errors import UserError
 from deebert.hub.checkpoints import WEIGHTS_FINGERPRINT, by_name
 from deebert.untrusted import plain_files, tensor_files
@@ -37,12 +39,23 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Write a checkpoint, with the fingerprint of its weights."""
+        """Write a checkpoint, with the fingerprint of its weights.
+
+        Lightning would write it in `$TMPDIR` and copy it from there, if that is another file
+        system. A kill during the copy would destroy the checkpoint that was there before.
+
+        Raises:
+            OSError: the file cannot be written. The checkpoint that was there stays.
+        """
         # Spawned processes return their weights in a checkpoint file without this key.
         if "state_dict" in checkpoint:
             weights = tensor_files.fingerprint(by_name(checkpoint["state_dict"]))
             checkpoint = checkpoint | {WEIGHTS_FINGERPRINT: weights}
-        super().save_checkpoint(checkpoint, path, storage_options)
+        if "://" in str(path):  # a place on the network, such as S3
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with whole_files.replaced(Path(path)) as part, part.open("wb") as stream:
+            torch.save(checkpoint, stream)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None

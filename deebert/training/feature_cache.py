@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from deebert.data.datamodule import LengthBatches, TextDataModule
+from deebert.disk import whole_files
 from deebert.errors import UserError
 from deebert.models.early_exit import INPUTS, EarlyExitModel
 
@@ -154,14 +155,23 @@ def _mapped(folder: Path, size: tuple[int, ...]) -> Tensor:
     """
     numel = torch.Size(size).numel()
     free = shutil.disk_usage(folder).free
-    if 4 * numel > free:  # the file is sparse: a full disk would end the process with SIGBUS
+    if 4 * numel > free:
         raise UserError(
             f"the frozen states take {4 * numel / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB "
             "free: choose another hydra.run.dir, or stages.2.cache=false and "
             "stages.2.standardize=false"
         )
     handle, name = tempfile.mkstemp(dir=folder, prefix="states-")
-    os.close(handle)
+    try:
+        # In a sparse file, a disk that is full later would end the process with SIGBUS.
+        if numel and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, 4 * numel)
+    except OSError as error:
+        if error.errno in whole_files.FULL:  # another error: the file system cannot reserve space
+            os.unlink(name)
+            raise OSError(error.errno, error.strerror, str(folder)) from error
+    finally:
+        os.close(handle)
     tensor = torch.from_file(name, shared=True, size=numel, dtype=torch.float32)
     # Windows does not remove a mapped file, so the file stays in the folder there.
     with contextlib.suppress(PermissionError):
