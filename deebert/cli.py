@@ -5,6 +5,7 @@ Hands the command line to Hydra for `train` and `evaluate`, and to the key=value
 completion answer at once.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from deebert.errors import UserError
-from deebert.options import conf_folder, refuse, refuse_moved, run_command
+from deebert.options import conf_folder, open_streams, refuse, refuse_moved, run_command
 
 if TYPE_CHECKING:  # Hydra takes a third of a second to import
     from omegaconf import DictConfig
@@ -89,6 +90,9 @@ def _job(cfg: "DictConfig", module: str, name: str) -> float | None:
         # Lightning starts the other processes of a job with these words: the name of the command
         # that Hydra must not see belongs to them.
         sys.argv[:] = _command_line
+    open_streams()
+    # On a full disk, a line of the log file is lost, without a traceback on stderr.
+    logging.raiseExceptions = False
     folder = Path(HydraConfig.get().runtime.output_dir)
     with signals.in_one_line(cfg), run_folder.claimed(folder):
         job: Callable[[DictConfig], float | None] = getattr(import_module(module), name)

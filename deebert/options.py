@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml  # type: ignore[import-untyped]
 
+from deebert.disk import whole_files
 from deebert.errors import UserError, first_line, unknown
 
 Options = TypeVar("Options")  # the dataclass of a command
@@ -268,6 +269,7 @@ def run_command(
         example: one call of the command, for the help text.
         arguments: the words after the command's name.
     """
+    open_streams()
     try:
         if {"-h", "--help"} & set(arguments):
             print(usage(kind, command, example))
@@ -277,8 +279,36 @@ def run_command(
     except UserError as error:
         refuse(error)
     except BrokenPipeError:  # the reader has closed its end of the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_stdout()
         sys.exit(1)
+    except OSError as error:
+        if error.filename is not None or error.errno not in whole_files.FULL:
+            raise
+        drop_stdout()
+        refuse(UserError(f"stdout: it cannot be written ({error.strerror})"))
+
+
+def open_streams() -> None:
+    """Replace a closed stdout or stderr (`>&-`) by one that drops what is printed.
+
+    Otherwise the next file that is opened would get its number, and be printed into.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+
+
+def drop_stdout() -> None:
+    """Drop what is still to be printed to a stdout that takes no more.
+
+    Otherwise Python would print a traceback when it flushes stdout at its end.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def job_command(name: str) -> str:

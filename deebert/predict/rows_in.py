@@ -74,6 +74,8 @@ def opened(given: str, stated: str | None = None) -> Iterator[Source]:
     """
     where, kind = f"input={given}", format_of(given, stated)
     if given == STDIN:
+        if sys.stdin is None:  # a shell's <&-
+            raise UserError(f"{where}: stdin is closed; give a file, or pipe the rows in")
         yield _line_source(Lines(where, sys.stdin.buffer), kind, None)
         return
     with ExitStack() as stack:

@@ -6,11 +6,13 @@ run that was killed goes on after its last part. Knows neither formats nor model
 """
 
 import hashlib
+import json
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +37,7 @@ if TYPE_CHECKING:  # torch takes seconds, and --help and most mistakes need none
     from deebert.classifier import EarlyExitClassifier
     from deebert.exits.calibration import CalibratedPoint
 
-VERSION = 1  # of the files of the parts; parts of another version cannot be used
+VERSION = 2  # of the files of the parts; parts of another version cannot be used
 
 
 @dataclass
@@ -111,9 +113,26 @@ class Work:
             "keep": self.columns.kept,
             "probabilities": options.probabilities,
             "part_rows": options.part_rows,
-            "model": saved.checkpoint.fingerprint,
+            **self._model,
             **engine_of(options),
             "target": target_of(options) or dict(saved.target),
+        }
+
+    @cached_property
+    def _model(self) -> dict[str, Any]:
+        """The values of the model that decide its answers, by the names that a message shows."""
+        classifier, checkpoint = self.classifier, self.classifier.saved.checkpoint
+        given = self.options.modules
+        files = {name: sys.modules[name].__file__ for name in (_listed(given) if given else ())}
+        return {
+            "model": checkpoint.fingerprint,
+            "labels": classifier.labels,
+            "max_length": classifier.max_length,
+            "ramps": asdict(checkpoint.config.ramp_kind),
+            "rule": [classifier.rule.name, dict(classifier.rule.options)],
+            "tokenizer": _hash(checkpoint.tokenizer_files),
+            "architecture": _hash(checkpoint.architecture),
+            "modules": {n: _hash(Path(file).read_bytes()) for n, file in files.items() if file},
         }
 
     @property
@@ -227,6 +246,13 @@ class Work:
 def _sums(kept: Parts) -> dict[str, int]:
     """Add the counts of all parts."""
     return {name: sum(part[name] for part in kept.done) for name in COUNTED}
+
+
+def _hash(content: bytes | Mapping[str, Any]) -> str:
+    """Return a hash of bytes or of plain values."""
+    if not isinstance(content, bytes):
+        content = json.dumps(content, sort_keys=True, default=str).encode()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _digest(rows: Sequence[Row]) -> str:

@@ -28,9 +28,10 @@ from deebert.hub.run_config import RunConfig
 from deebert.models import backbones
 from deebert.models.early_exit import EarlyExitModel
 from deebert.models.trained_ramps import ObjectiveConfig
+from deebert.runs import signals
 from deebert.runs.config import JobConfig
 from deebert.runs.job import Job
-from deebert.training import progress
+from deebert.training import loggers, progress
 from deebert.training.checkpoint_io import SafeCheckpointIO
 
 log = logging.getLogger(__name__)
@@ -126,15 +127,17 @@ def trainer(
     for callback in configured:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(job.folder / "checkpoints")
-    loggers = []
+    given_loggers = []
     for key, values in (cfg.get("logger") or {}).items():
         defaults: dict[str, Any] = {"save_dir": str(job.folder)}
         if values and values["_target_"].endswith("WandbLogger"):
+            if loggers.wandb_mode(values.get("offline")) == "disabled":
+                continue
             defaults |= {"name": config.name(kind), "group": job.sweep.name if job.sweep else None}
         extra = {n: v for n, v in defaults.items() if (values or {}).get(n) is None}
         if (logger := instantiated(f"logger.{key}", values, **extra)) is not None:
-            loggers.append(logger)
-    if not loggers:  # LearningRateMonitor would fail
+            given_loggers.append(logger)
+    if not given_loggers:  # LearningRateMonitor would fail
         configured = [c for c in configured if not isinstance(c, LearningRateMonitor)]
     settings = {key: value for key, value in cfg.trainer.items() if key != "plugins"}
     wanted = settings.get("enable_progress_bar")
@@ -144,12 +147,25 @@ def trainer(
         settings,
         plugins=_plugins(cfg.trainer.get("plugins")),
         callbacks=[*configured, *callbacks],
-        logger=loggers,
+        logger=given_loggers,
         default_root_dir=str(job.folder),
     )
-    for logger in loggers:  # this opens the W&B run, so it comes after everything that may fail
-        logger.log_hyperparams(config.plain())
+    # This opens the W&B run, so it comes after everything that may fail.
+    for logger in given_loggers:
+        loggers.attempt(logger, logger.log_hyperparams, config.plain())
     return trainer
+
+
+def check_loggers(cfg: DictConfig) -> None:
+    """Check that W&B has an account to log to, if a run is not offline.
+
+    Raises:
+        UserError: it has none.
+    """
+    for values in (cfg.get("logger") or {}).values():
+        is_wandb = values and values.get("_target_", "").endswith("WandbLogger")
+        if is_wandb and signals.is_first_process():
+            loggers.check_login(values.get("offline"))
 
 
 def _plugins(given: Any) -> list[Any]:
@@ -208,13 +224,16 @@ def refuse_unsafe_sweep(trainer: L.Trainer, job: Job) -> None:
 
 
 @contextmanager
-def closing() -> Iterator[None]:
+def closing(job: Job) -> Iterator[None]:
     """Silence needless warnings while the Trainer runs, and close the W&B run at the end.
+
+    Args:
+        job: the job that runs, whose folder W&B writes into.
 
     Raises:
         UserError: Lightning refuses a value of the configuration.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), loggers.wandb_inside(job.folder):
         for message in ADVICE:
             warnings.filterwarnings("ignore", message=message)
         try:
@@ -225,7 +244,10 @@ def closing() -> Iterator[None]:
             # Without this, all jobs of a sweep would write into the W&B run of the first job.
             wandb = sys.modules.get("wandb")
             if wandb is not None and wandb.run is not None:
-                wandb.finish()
+                try:
+                    wandb.finish()
+                except Exception as error:  # what is logged must not end a run
+                    log.warning("W&B has not finished its run: %s", first_line(error))
 
 
 def warn_of_untrained_ramps(objective: ObjectiveConfig) -> None:

@@ -59,6 +59,7 @@ def evaluate(cfg: DictConfig) -> float | None:
         _evaluate_records(config, source, job)
         return finish(True, job, at_threshold=at_threshold)
     assert isinstance(source, Checkpoint)
+    build.check_loggers(cfg)
     model, config = _model(config, source)
     data = build.data_module(config.run, source.tokenizer(), source.architecture, 1)
     calibration_split = _choose_splits(config, data, source)
@@ -70,7 +71,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     callback = EarlyExitEvaluation(
         None, config.evaluation, calibration_split, config.analysis, ckpt
     )
-    with build.closing():
+    with build.closing(job):
         trainer = build.trainer(cfg, config, job, "evaluate", callback)
         build.refuse_unsafe_sweep(trainer, job)
         _check_devices(trainer, config)

@@ -5,12 +5,14 @@ This module does not know training or evaluation. It reads the score from result
 
 import json
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
+from deebert.options import drop_stdout
 from deebert.reporting import report
 from deebert.reporting.results import Results
 
@@ -66,7 +68,12 @@ def finish(is_global_zero: bool, job: Job, *, at_threshold: bool = False) -> flo
         log.warning("nothing was evaluated; run folder: %s", job.folder)
         return None
     results = Results.from_json(json.loads(file.read_text()))
-    report.show(results, job.folder)
+    try:
+        report.show(results, job.folder)
+        sys.stdout.flush()
+    except OSError as error:  # a full device, or a reader that has closed its end of the pipe
+        drop_stdout()
+        log.warning("stdout takes no more (%s): the results are in %s", error.strerror, job.folder)
     if results.calibration:
         return results.calibration.measured.score
     return results.headline.curve[0].score if at_threshold else results.headline.exits[-1].score

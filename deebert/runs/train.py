@@ -73,6 +73,7 @@ def train(cfg: DictConfig) -> float | None:
     keys.check(cfg, job)
     source = sources.complete(cfg, job)
     config = TrainConfig.from_hydra(cfg)
+    build.check_loggers(cfg)
     L.seed_everything(config.run.seed, workers=True, verbose=False)
     start = _from_checkpoint(cfg, config, source) if source else _from_backbone(config.run)
     _prepare_model(start, config)
@@ -80,7 +81,7 @@ def train(cfg: DictConfig) -> float | None:
     config = replace(config, run=build.with_held_out(start.run, data))
     module = EarlyExitModule(start.model, config.run, start.tokenizer_files, start.teacher)
     datamodule = _cache(data, start, config, job) if module.is_cached else data
-    with build.closing():
+    with build.closing(job):
         trainer = build.trainer(cfg, config, job, f"stage{config.run.stage}", EpochLine())
         build.refuse_unsafe_sweep(trainer, job)
         _check_strategy(trainer, config)

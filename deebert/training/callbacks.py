@@ -29,6 +29,7 @@ from deebert.hub import record_files
 from deebert.reporting import report, wandb
 from deebert.reporting.results import Calibration, Results, TimedCase
 from deebert.reporting.split_results import Example, Examples, SplitResults
+from deebert.training.loggers import attempt
 from deebert.training.module import EarlyExitModule
 from deebert.untrusted import tensor_files
 
@@ -163,8 +164,7 @@ class EarlyExitEvaluation(Callback):
                 {f"{name}/{key}": value for key, value in scalars.items()}, sync_dist=True
             )
             if trainer.is_global_zero:
-                for run in _wandb_runs(trainer):
-                    wandb.log_evaluation(run, name, evaluation, trainer.global_step)
+                _to_wandb(trainer, wandb.log_evaluation, name, evaluation, trainer.global_step)
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             # The validation after training repeats an epoch, which has its rows in the file. Its
@@ -209,8 +209,7 @@ class EarlyExitEvaluation(Callback):
         report.save(self.results, folder)
         if is_best_left:
             return
-        for run in _wandb_runs(trainer):
-            wandb.log_final(run, self.results, folder / "curve.png")
+        _to_wandb(trainer, wandb.log_final, self.results, folder / "curve.png")
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -243,8 +242,11 @@ class BestCheckpoint(ModelCheckpoint):
         super().load_state_dict(state_dict)
 
 
-def _wandb_runs(trainer: L.Trainer) -> list[Any]:
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+def _to_wandb(trainer: L.Trainer, call: Callable[..., None], *args: Any) -> None:
+    """Call a function of `reporting.wandb` with the run of each logger to W&B."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            attempt(logger, lambda logger=logger: call(logger.experiment, *args))
 
 
 def _gathered(trainer: L.Trainer, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 from helpers.tables import SAVING, command, many, read, rows, write
 
+from deebert import EarlyExitClassifier
 from deebert.errors import UserError
 from deebert.options import parse
 from deebert.predict import command as predict_command
@@ -149,6 +150,40 @@ def test_another_job_is_refused(stage2: Path, stage1: Path, tmp_path: Path) -> N
     assert output.read_bytes() == once, "the old one stays until the new one is whole"
     command(*words(threshold=100))  # that it may be replaced was said at the first start
     assert {row["exit_layer"] for row in read(output)} == {"1"}
+
+
+def test_a_model_that_has_changed_is_refused(stage2: Path, tmp_path: Path) -> None:
+    """Its answers would be mixed with those of the parts that are done."""
+    classifier = EarlyExitClassifier.from_pretrained(stage2)
+    saved = tmp_path / "saved"
+    classifier.save_pretrained(saved)
+    given, output = many(tmp_path / "in.csv", 100), tmp_path / "out.csv"
+    words = [f"model={saved}", f"input={given}", f"output={output}", "part_rows=20"]
+    started(*words)
+
+    def config(about: dict) -> dict:
+        return about["config"]
+
+    changes: dict[str, tuple[str, Callable[[dict], object]]] = {
+        "labels": ("deebert.json", lambda a: config(a)["task"].update(labels=["bad", "good"])),
+        "max_length": ("deebert.json", lambda a: config(a)["data"].update(max_length=16)),
+        "rule": ("deebert.json", lambda a: a.update(exit="probability")),
+        "target": ("deebert.json", lambda a: a.update(target={"target_saving": 0.3})),
+        "architecture": ("config.json", lambda a: a["config"].update(layer_norm_eps=1e-5)),
+        "tokenizer": ("tokenizer.json", lambda a: a["normalizer"].update(lowercase=not a["normalizer"].get("lowercase"))),
+    }  # fmt: skip
+    for key, (name, change) in changes.items():
+        file = saved / name
+        original = file.read_text("utf-8")
+        about = json.loads(original)
+        change(about)
+        file.write_text(json.dumps(about), "utf-8")
+        with pytest.raises(UserError, match=f"parts of another job, of {key}=") as error:
+            command(*words)
+        assert "\n" not in str(error.value)
+        file.write_text(original, "utf-8")
+    command(*words)
+    assert len(read(output)) == 99
 
 
 @pytest.mark.slow

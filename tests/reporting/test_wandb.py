@@ -1,6 +1,7 @@
 """Weights & Biases, for real and offline: the log is read back with wandb's own tool."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CommandFailed
+from conftest import ROOT, CommandFailed
 from helpers import results as made_by_hand
+from helpers.disks import of_other_modes
 from helpers.timed import timed
 
 from deebert.errors import UserError
 from deebert.reporting import dashboard, wandb
 from deebert.reporting.results import Results
+from deebert.training import loggers
 
 ONLY_TINY = ("backbone=tiny", "data.max_length=64", "data.limit_train=64")
 
@@ -206,6 +209,74 @@ def test_what_runs_are_compared_by(tmp_path: Path) -> None:
 
     names = keys | {key.removesuffix("._type") for key in keys} | set(headline)
     assert_logged([name for name in charted() if name.startswith(TRACKED)], names)
+
+
+LOGGED = ["task=demo", *ONLY_TINY, "stages.1.epochs=2"]
+
+
+def train(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Train in a process of its own, without the variables of W&B that the tests set."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    own |= {"PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, "train.py", *LOGGED, *words, f"hydra.run.dir={folder}"]
+    return subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.slow
+def test_a_home_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = train(tmp_path / "run", HOME=str(tmp_path / "file" / "home"))
+    assert done.returncode == 0, done.stderr
+    assert "has failed" not in done.stdout + done.stderr
+    assert "val/curve" in json.dumps(history(tmp_path / "run"))
+    staged = "wandb/data/artifacts/staging/"  # W&B's own copies, which it makes read-only
+    assert not [name for name in of_other_modes(tmp_path / "run") if not name.startswith(staged)]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "run"]
+
+
+@pytest.mark.slow
+def test_a_failing_logger_does_not_end_a_run(tmp_path: Path) -> None:
+    """W&B fails in the first epoch, and has one line."""
+    (tmp_path / "file").touch()
+    done = train(tmp_path / "run", WANDB_DATA_DIR=str(tmp_path / "file" / "data"))
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "has failed" in line]
+    assert len(lines) == 1
+    assert "WandbLogger has failed, and the run goes on without it: PermissionError: Unable to write" in lines[0]  # fmt: skip
+    assert "Traceback" not in done.stdout + done.stderr
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["epoch"] == 2
+
+
+@pytest.mark.slow
+def test_a_missing_login_is_one_line_before_training(tmp_path: Path) -> None:
+    environment = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    done = train(tmp_path / "run", "logger.wandb.offline=false", **environment)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("Error: logger.wandb.offline=false: W&B has no account to log to (No API key configured")  # fmt: skip
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "csv").exists()
+
+
+def test_the_mode_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for named, offline, mode in (
+        (None, None, "offline"), (None, True, "offline"), (None, False, "online"),
+        ("disabled", None, "disabled"), ("disabled", False, "disabled"), ("DISABLED", True, "disabled"),
+        ("offline", False, "offline"), ("dryrun", False, "offline"),
+        ("online", None, "online"), ("run", None, "online"), ("online", True, "offline"),
+    ):  # fmt: skip
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        if named is not None:
+            monkeypatch.setenv("WANDB_MODE", named)
+        assert loggers.wandb_mode(offline) == mode, (named, offline)
+
+
+def test_disabled_writes_nothing(
+    run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run("train.py", *LOGGED, f"hydra.run.dir={tmp_path}")
+    assert not (tmp_path / "wandb").exists()
+    assert (tmp_path / "csv" / "metrics.csv").exists()
 
 
 def test_the_dashboard_that_cannot_be_saved(
