@@ -3,7 +3,9 @@
 `reporting.sweep` makes the summary. This module does not know what is in it.
 """
 
+import atexit
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,27 @@ class SweepSummary(Callback):
     """The callback `hydra.callbacks.sweep`, which keeps the summary of a multirun up to date.
 
     It writes the summary after each job, in the process of the job. The summary therefore exists
-    even if a later job fails.
+    even if a later job fails. Where a launcher fails, because the process of a job was killed, the
+    summary is written when the process of the multirun ends. It names the jobs without results.
     """
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self.at_exit = partial(_write_last, config)
+        atexit.register(self.at_exit)
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
             _write_summary(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        if _write_summary(config):
-            log.info("sweep: %s", _folder(config) / "sweep.md")
+        atexit.unregister(self.at_exit)
+        _write_last(config)
+
+
+def _write_last(config: DictConfig) -> None:
+    """Write the summary at the end of a multirun, and say where it is."""
+    if _folder(config).is_dir() and _write_summary(config):
+        log.info("sweep: %s", _folder(config) / "sweep.md")
 
 
 def _write_summary(config: DictConfig) -> bool:

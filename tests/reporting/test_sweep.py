@@ -356,6 +356,26 @@ def test_the_summary_never_makes_a_job_fail(
     assert not (tmp_path / "sweep.csv").exists(), "a single run is no sweep"
 
 
+@pytest.mark.slow
+def test_a_killed_worker_is_named(glue: Path, tmp_path: Path) -> None:
+    """The launcher fails, so Hydra does not say that the multirun has ended."""
+    words = [
+        "task=mrpc", *FAST, f"data.root={glue}", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
+        "+callbacks.kill._target_=helpers.kills.Kill", "+callbacks.kill.hook=on_fit_start,none",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "train.py", "-m", *words], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "TerminatedWorkerError" in done.stderr
+    assert f"sweep: {tmp_path / 'sweep' / 'sweep.md'}" in done.stdout
+    [line] = [each for each in (tmp_path / "sweep" / "sweep.md").read_text().splitlines() if "on_fit_start" in each]  # fmt: skip
+    assert line.startswith("| 0 | ")
+    assert line.endswith("| no results |")
+
+
 def test_writers_wait_for_each_other(tmp_path: Path) -> None:
     """A job that ends while another writes must not be missing from what is written last."""
     made(tmp_path / "0", "seed=1", [(0.1, 0.8, 0.2)])
