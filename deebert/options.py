@@ -282,10 +282,11 @@ def run_command(
         drop_stdout()
         sys.exit(1)
     except OSError as error:
-        if error.filename is not None or error.errno not in whole_files.FULL:
+        if error.errno not in whole_files.FULL:
             raise
-        drop_stdout()
-        refuse(UserError(f"stdout: it cannot be written ({error.strerror})"))
+        if error.filename is None:
+            drop_stdout()
+        refuse(UserError(f"{error.filename or 'stdout'}: it cannot be written ({error.strerror})"))
 
 
 def open_streams() -> None:

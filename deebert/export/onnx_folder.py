@@ -314,7 +314,8 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, max_length
     exported.enable_truncation(
         max_length, strategy="longest_first", direction=tokenizer.truncation_side
     )
-    exported.save(str(folder / "tokenizer.json"))
+    with whole_files.replaced(folder / "tokenizer.json") as part:
+        exported.save(str(part))
 
 
 def _sample(classifier: EarlyExitClassifier) -> list[Any]:

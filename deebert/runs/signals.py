@@ -149,7 +149,7 @@ def _resume_hint(cfg: DictConfig) -> str:
     if "resume" not in cfg:
         return ""  # an evaluation cannot be resumed
     folder = Path(HydraConfig.get().runtime.output_dir)
-    if (folder / "checkpoints" / "last.ckpt").exists():
+    if any((folder / "checkpoints" / f"{name}.ckpt").exists() for name in ("last", "best")):
         run = str(folder)
     elif cfg.resume:
         run = str(cfg.resume)

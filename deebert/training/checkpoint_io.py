@@ -51,7 +51,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
         if "state_dict" in checkpoint:
             weights = tensor_files.fingerprint(by_name(checkpoint["state_dict"]))
             checkpoint = checkpoint | {WEIGHTS_FINGERPRINT: weights}
-        if "://" in str(path):  # a place on the network, such as S3
+        # A place on the network, such as S3. Options are refused there.
+        if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         with whole_files.replaced(Path(path)) as part, part.open("wb") as stream:

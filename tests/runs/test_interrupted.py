@@ -1,5 +1,6 @@
 """Trainings that are killed, that meet a full disk, or that share a folder."""
 
+import json
 import os
 import shutil
 import signal
@@ -145,3 +146,19 @@ def test_a_full_disk_is_one_line_and_what_was_finished_stays(
 def test_the_files_of_a_run_have_the_modes_of_the_umask(stage2: Path) -> None:
     """Another user's service reads weights and records."""
     assert not of_other_modes(stage2)
+
+
+@pytest.mark.slow
+def test_killed_in_chosen_moments(tmp_path: Path) -> None:
+    """The short version of the benchmark: TMPDIR is on another file system where there is one."""
+    other = Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path
+    command = [sys.executable, "benchmarks/kills.py", "--random=1", "--checkpoint=1", "--closing=1"]
+    done = subprocess.run(
+        [*command, f"--tmpdir={other}", f"--out={tmp_path}"],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "kills.json").read_text())
+    assert [(row["kind"], row["difference"]) for row in content["rows"]] == [("random", None), ("checkpoint", None), ("closing", None)]  # fmt: skip
+    assert content["rows"][1]["half_written"]
+    assert not any(row["damaged"] for row in content["rows"])
