@@ -103,7 +103,7 @@ class Run:
         results = self.folder / "results.json"
         if not (self.folder / "curve.png").exists() or not results.exists():
             return False
-        return not self.monitored or json.loads(results.read_text())["epoch"] is None
+        return not self.monitored or json.loads(results.read_text()).get("epoch") is None
 
     @property
     def monitored(self) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import command as run_command
+from helpers.disks import limited_files, of_other_modes
 from helpers.random_models import (
     CLASS_RULES,
     RAMPS,
@@ -473,7 +474,13 @@ def test_replaces_an_export(
         onnx_folder.export(classifier, folder, overwrite=True, threshold=0.6)
     assert (folder / "deebert.json").read_text() == before, "what was there stays"
     monkeypatch.undo()
+    for size in (1, 10_000):
+        with limited_files(size), pytest.raises(UserError) as error:
+            onnx_folder.export(classifier, folder, overwrite=True, threshold=0.6)
+        assert str(error.value) == f"output={folder}: it cannot be written (File too large)"
+    assert (folder / "deebert.json").read_text() == before
     onnx_folder.export(classifier, folder, overwrite=True, threshold=0.6)
+    assert not of_other_modes(tmp_path)
     assert Runner(folder).operating_point()["thresholds"] == 0.6
     assert [each.name for each in tmp_path.iterdir()] == ["model"]
 
