@@ -1,30 +1,55 @@
 """Read the rows of a split from the hub, from a local folder or from the demo task.
 
-A local file is parquet, JSON lines, TSV or CSV. Every split gets the same columns: `text_a`,
-`text_b` (pairs only), `label` (if the split has labels), `group` (if the task has one) and `index`.
-The module does not know tokens or models.
+A local file is Parquet, JSON lines, JSON, TSV or CSV, and `rows` reads it. Every split gets the
+same columns: `text_a`, `text_b` (pairs only), `label` (if the split has labels), `group` (if the
+task has one) and `index`. A row that does not fit is refused with its file and line. The module
+does not know tokens or models.
 """
 
-import csv
 import logging
-import math
 import re
-import warnings
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from os import path
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pandas as pd
 
-from deebert.data import demo
+from deebert.data import demo, labels, texts
+from deebert.data.rows import reader, split_files
+from deebert.data.rows.source import PLAIN, Table, blocks
 from deebert.data.tasks import HUB, MOST_GROUPS, WORD, Task
 from deebert.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("parquet", "jsonl", "json", "tsv", "csv")  # in the order in which they are looked for
+MISSING = object()  # the value of a column that a row lacks; null is a value
+LARGEST_INT = 2**63
+AT_ONCE = 256  # rows; more would outlive the garbage collector's first look at them
+MOST_NAMED = 20  # columns that a message names
+# Texts that are stored once and stand in many rows fill the memory, however small the file is.
+MOST_TEXT = 2**30  # characters that any file may have
+TIMES_ITS_SIZE = 100  # a larger file may have this times its size
+
+
+@dataclass(frozen=True)
+class Raw:
+    """The rows of a split as a source has them.
+
+    Attributes:
+        where: the source, for messages.
+        names: all columns of the source.
+        columns: the values of the task's columns; `MISSING` where a row has none.
+        place: gives the place of a row, for messages.
+    """
+
+    where: str
+    names: Sequence[str]
+    columns: Mapping[str, list[Any]]
+    place: Callable[[int], str]
 
 
 def load(task: Task, split: str, root: str | None) -> datasets.Dataset:
@@ -36,33 +61,38 @@ def load(task: Task, split: str, root: str | None) -> datasets.Dataset:
         root: the local folder (`data.root`), or None for the task's own folder or the hub.
 
     Raises:
-        UserError: the folder, the split or a column is missing, a text is null, a label is unknown,
-            or no row is left.
+        UserError: the folder, the split or a column is missing, a row cannot be read, a text is no
+            text, a label is unknown, or no row is left.
     """
     root = root or task.root
     if root is not None:
-        files = find_files(task, split, root)
-        if not files:
+        files = _find(task, split, root)
+        if files is None:
             raise _no_split(task, split, root)
-        raw, where = _read(task, files), str(files[0])
+        if files.others:
+            log.warning(
+                "data.root=%s: split %r is read from %s, and not from %s",
+                root, split, files.paths[0].name, ", ".join(files.others[:3]),
+            )  # fmt: skip
+        raw = _from_files(task, split, files.paths)
     elif task.hub is not None:
-        raw, where = _from_hub(task, split), "/".join(task.hub)
+        raw = _from_dataset(_from_hub(task, split), task, "/".join(task.hub), split)
     elif task.name == "demo":
         if split not in demo.SPLIT_SIZES:
             raise _unknown_split(task, split, list(demo.SPLIT_SIZES))
-        raw, where = datasets.Dataset.from_list(demo.rows(split)), "demo"
+        raw = _from_dataset(datasets.Dataset.from_list(demo.rows(split)), task, "demo", split)
     else:
         raise UserError(f"task {task.name}: no data; give data.root=a folder, or hub: in its YAML")
-    return _normalise(raw, task, split, where)
+    return _normalise(raw, task, split)
 
 
 def exists(task: Task, split: str, root: str | None) -> bool:
     """Say whether a local folder has this split. The hub and the demo have all splits of a task."""
     root = root or task.root
-    return root is None or bool(find_files(task, split, root))
+    return root is None or _find(task, split, root) is not None
 
 
-def find_files(task: Task, split: str, root: str) -> list[Path]:
+def find_files(task: Task, split: str, root: str) -> tuple[Path, ...]:
     """Find the file or the shards of a split.
 
     The files lie in DIR/<task>, in DIR/<GLUE's folder> or in DIR.
@@ -73,11 +103,16 @@ def find_files(task: Task, split: str, root: str) -> list[Path]:
         root: the local folder DIR.
 
     Returns:
-        The files, or an empty list if the folder has none for this split.
+        The files; none if the folder has none for this split.
 
     Raises:
-        UserError: the folder does not exist, or `split` is not a name.
+        UserError: the folder does not exist, `split` is not a name, or shards are missing.
     """
+    files = _find(task, split, root)
+    return files.paths if files else ()
+
+
+def _find(task: Task, split: str, root: str) -> split_files.Files | None:
     if not re.fullmatch(WORD, split):
         raise UserError(f"split={split} is no name of a split; choose from: {_splits(task)}")
     folder = Path(root)
@@ -87,58 +122,112 @@ def find_files(task: Task, split: str, root: str) -> list[Path]:
             ".jsonl, .tsv or .csv (data.root=DIR)"
         )
     classic = (task.tsv or {}).get("folder", task.name)
-    names = [split, split.replace("validation", "dev")]
-    for place in (folder / task.name, folder / classic, folder):
-        for file_format in FORMATS:
-            for name in names:
-                # The files of the hub are called train-00000-of-00001.parquet.
-                for pattern in (f"{name}.{file_format}", f"{name}-*-of-*.{file_format}"):
-                    if files := sorted(place.glob(pattern)):
-                        return files
-    return []
+    places = (folder / task.name, folder / classic, folder)
+    names = dict.fromkeys((split, split.replace("validation", "dev")))
+    return split_files.find(places, tuple(names))
 
 
-def _read(task: Task, files: list[Path]) -> datasets.Dataset:
-    file_format = files[0].suffix[1:]
-    try:
-        if file_format in ("tsv", "csv"):
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", pd.errors.ParserWarning)
-                table = pd.concat([_read_text(task, file) for file in files])
-            data = datasets.Dataset.from_pandas(table, preserve_index=False)
-        else:
-            data = datasets.load_dataset(
-                "parquet" if file_format == "parquet" else "json",
-                data_files=[str(path) for path in files],
-                split="train",
+def _wanted(task: Task) -> list[str]:
+    """Return the columns that are read, where there are all of them."""
+    return list(dict.fromkeys([*task.columns, *([task.group] if task.group else []), task.label]))
+
+
+def _from_files(task: Task, split: str, files: Sequence[Path]) -> Raw:
+    """Read the task's columns of all files.
+
+    Raises:
+        UserError: a file cannot be read, lacks a column, or has a row that cannot be read.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in _wanted(task)}
+    lines: list[int | None] = []
+    starts: list[int] = []
+    names: dict[str, None] = {}
+    for file in files:
+        kind, start = reader.ENDINGS[file.suffix], len(lines)
+        starts.append(start)
+        with reader.opened_file(file, kind, str(file), _table(task, kind)) as opened:
+            in_file = _names_in_file(task, kind, opened.names)
+            names |= dict.fromkeys(in_file)
+            if not opened.is_empty:
+                _check_columns(task, split, str(file), list(in_file))
+            pairs = [(column, in_file.get(name, name)) for name, column in columns.items()]
+            most, size = max(MOST_TEXT, TIMES_ITS_SIZE * file.stat().st_size), 0
+            for block in blocks(opened.rows({name for _, name in pairs}), AT_ONCE):
+                size += sum(row.size for row in block)
+                if bad := next((row for row in block if row.fault), None):
+                    raise UserError(f"{file}, {bad.place}: {bad.fault}")
+                if size > most:
+                    raise UserError(f"{file}: its texts have more than {most:,} characters")
+                lines += [row.line for row in block]
+                for column, name in pairs:
+                    column += [row.values.get(name, MISSING) for row in block]
+            if classes := opened.classes.get(in_file.get(task.label, task.label)):
+                given = columns[task.label]
+                given[start:] = _named(given[start:], classes, str(file))
+
+    def place(row: int) -> str:
+        number = bisect_right(starts, row) - 1  # the last file that begins at or before the row
+        line = lines[row]
+        where = f"row {row - starts[number]}" if line is None else f"line {line}"
+        return f"{files[number]}, {where}"
+
+    return Raw(str(files[0]), list(names), columns, place)
+
+
+def _table(task: Task, kind: str) -> Table:
+    """Return how a file of a task is read if it is CSV or TSV."""
+    classic = task.tsv or {}
+    if kind == "tsv" and (header := classic.get("header")):
+        in_file = {classic.get(name, name) for name in task.columns}
+        return Table(header=tuple(header), header_has=frozenset(in_file))
+    if kind == "csv":
+        is_label = labels.check_of(task)
+        return Table(is_row=lambda values: is_label(values.get(task.label)))
+    return PLAIN
+
+
+def _names_in_file(task: Task, kind: str, names: Sequence[str]) -> dict[str, str]:
+    """Return the columns of a file as the task calls them, with their names in the file.
+
+    Some of GLUE's classic files have columns of both names with different contents (label in
+    MNLI's files). The name that the task states for these files goes first.
+    """
+    classic = (task.tsv or {}) if kind == "tsv" else {}
+    stated = {name: column for name, column in classic.items() if name not in ("folder", "header")}
+    there = {name: column for name, column in stated.items() if column in names}
+    return {name: name for name in names if name not in there.values()} | there
+
+
+def _from_dataset(rows: datasets.Dataset, task: Task, where: str, split: str) -> Raw:
+    """Take the task's columns of a data set in memory."""
+    columns = {name: rows[name][:] for name in _wanted(task) if name in rows.column_names}
+    feature = rows.features.get(task.label)
+    if isinstance(feature, datasets.ClassLabel) and feature.names:
+        columns[task.label] = _named(columns[task.label], feature.names, where)
+    return Raw(where, rows.column_names, columns, lambda row: f"{where}, {split}, row {row}")
+
+
+def _named(ids: Sequence[Any], names: Sequence[str], where: str) -> list[Any]:
+    """Replace ids of classes by the names that the source itself has for them."""
+    named = []
+    for value in ids:
+        if isinstance(value, int) and value >= len(names):
+            raise UserError(f"{where}: it has the label {value}, and names for {len(names)} alone")
+        named.append(names[value] if isinstance(value, int) and value >= 0 else value)
+    return named
+
+
+def _check_columns(task: Task, split: str, where: str, names: Sequence[str]) -> None:
+    needed = _wanted(task)
+    if split != task.train and split not in task.validation:
+        needed.remove(task.label)
+    for column in needed:
+        if column not in names:
+            raise UserError(
+                f"{where}: split {split!r} lacks the column {column!r}; it has: "
+                f"{', '.join(names[:MOST_NAMED])}{', ...' * (len(names) > MOST_NAMED)} "
+                "(task.columns, task.label)"
             )
-    except Exception as error:  # datasets wraps pyarrow's and pandas' errors in its own
-        cause = error.__cause__ or error
-        reason = first_line(cause)
-        raise UserError(f"{files[0]}: cannot be read as {file_format} ({reason})") from error
-    if file_format == "tsv" and task.tsv:
-        new_names = {
-            column: name for name, column in task.tsv.items() if name not in ("folder", "header")
-        }
-        renamed = {column: new_names[column] for column in new_names if column in data.column_names}
-        if renamed:
-            # Some files have columns of both names with different contents (label in MNLI's files).
-            clashing = [name for name in renamed.values() if name in data.column_names]
-            data = data.remove_columns(clashing).rename_columns(renamed)
-    return data
-
-
-def _read_text(task: Task, file: Path) -> pd.DataFrame:
-    """Read TSV or CSV. Every cell is a text: "NA" and "null" are words, and "007" is no number."""
-    cells: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_filter": False}
-    # Without index_col, pandas would silently shift the columns of a line with a field too many.
-    cells |= {"index_col": False, "encoding": "utf-8-sig"}
-    if file.suffix == ".csv":
-        return pd.read_csv(file, **cells)
-    if header := (task.tsv or {}).get("header"):
-        cells |= {"names": list(header), "header": None}
-    # GLUE's classic files have no quotes around a cell. A single " is part of a sentence.
-    return pd.read_csv(file, sep="\t", quoting=csv.QUOTE_NONE, **cells)
 
 
 def _is_reader(name: str) -> bool:
@@ -175,7 +264,7 @@ def _no_split(task: Task, split: str, root: str) -> UserError:
     there = f"there: {', '.join(places)}" if places else f"{task.name}/ is empty or not there"
     return UserError(
         f"data.root={root}: no file for split {split!r} of task {task.name} ({there}; looked for "
-        f"{task.name}/{split} and {split} with .{', .'.join(FORMATS)})"
+        f"{task.name}/{split} and {split} with {', '.join(split_files.ENDINGS)})"
     )
 
 
@@ -185,104 +274,62 @@ def _unknown_split(task: Task, split: str, choices: list[str]) -> UserError:
     )
 
 
-def _normalise(raw: datasets.Dataset, task: Task, split: str, where: str) -> datasets.Dataset:
-    """Rename and check the columns, map labels to ids, and drop unlabelled rows among labelled.
-
-    Args:
-        raw: the rows as they were read.
-        task: the task that names the columns.
-        split: the name of the split.
-        where: the source of the rows, for messages.
-    """
-    needed = [*task.columns, *([task.group] if task.group else [])]
-    if split == task.train or split in task.validation:
-        needed.append(task.label)
-    for column in needed:
-        if column not in raw.column_names:
-            raise UserError(
-                f"{where}: split {split!r} lacks the column {column!r}; it has: "
-                f"{', '.join(raw.column_names)} (task.columns, task.label)"
-            )
-    if not len(raw):
-        raise UserError(f"{where}: split {split!r} is empty (data.root, split)")
+def _normalise(raw: Raw, task: Task, split: str) -> datasets.Dataset:
+    """Rename and check the columns, map labels to ids, and drop unlabelled rows among labelled."""
+    num_rows = len(raw.columns[task.columns[0]]) if task.columns[0] in raw.columns else 0
+    if not raw.names or num_rows:
+        _check_columns(task, split, raw.where, raw.names)
+    if not num_rows:
+        raise UserError(f"{raw.where}: split {split!r} is empty (data.root, split)")
     columns: dict[str, list[Any]] = {}
     for name, column in zip(("text_a", "text_b"), task.columns, strict=False):
-        texts = raw[column][:]
-        for row, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise UserError(
-                    f"{where}: split {split!r}, row {row}: {column!r} is {text!r}, not a text"
-                )
-        columns[name] = texts
+        columns[name] = raw.columns[column]
+        for row, text in enumerate(columns[name]):
+            if fault := texts.fault(text):
+                raise _cell_error(raw, column, row, fault)
     if task.group:
-        try:
-            columns["group"] = [int(value) for value in raw[task.group][:]]
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"{where}: column {task.group!r} must hold whole numbers ({error})"
-            ) from None
-        if len(set(columns["group"])) > MOST_GROUPS:
-            raise UserError(
-                f"{where}: column {task.group!r} holds more than {MOST_GROUPS} groups (task.group)"
-            )
-    columns["index"] = list(range(len(raw)))
-    if task.label in raw.column_names:
-        columns["label"] = _labels(raw[task.label][:], task, split, where)
+        columns["group"] = _groups(raw, task.group)
+    columns["index"] = list(range(num_rows))
+    values = raw.columns.get(task.label, [])
+    if any(value is not MISSING for value in values):
+        if MISSING in values:
+            raise _cell_error(raw, task.label, values.index(MISSING), "")
+        columns["label"] = labels.ids(values, task, raw.place)
     data = datasets.Dataset.from_dict(columns)
     if "label" not in columns:
         return data
     unlabelled = [label is None for label in columns["label"]]
     if all(unlabelled):
         if split == task.train:
-            raise UserError(f"{where}: no row of split {split!r} has a label (all are -1)")
+            raise UserError(f"{raw.where}: no row of split {split!r} has a label (all are -1)")
         return data.remove_columns("label")
     if any(unlabelled):
         log.warning(
-            "%s: %d rows of split %r have no label (-1): left out", where, sum(unlabelled), split
-        )
+            "%s: %d rows of split %r have no label (-1): left out",
+            raw.where, sum(unlabelled), split,
+        )  # fmt: skip
         data = data.select([row for row, missing in enumerate(unlabelled) if not missing])
     return data
 
 
-def _labels(values: list[Any], task: Task, split: str, where: str) -> list[Any]:
-    """Return labels as ids, or as floats for a regression. None stands for no label (-1).
-
-    A label may be the name or the id of a class.
-    """
-
-    def invalid(row: int, value: Any, choices: str) -> UserError:
-        return UserError(
-            f"{where}: split {split!r}, row {row}: label {value!r} is out of range; {choices}"
+def _groups(raw: Raw, column: str) -> list[int]:
+    """Return the values of the column of groups."""
+    groups = []
+    for row, value in enumerate(raw.columns[column]):
+        number = labels.whole(value)
+        if number is None or abs(number) >= LARGEST_INT:
+            given = "null" if value is None else texts.short(value)
+            raise _cell_error(raw, column, row, f"is {given}, not a whole number (task.group)")
+        groups.append(number)
+    if len(set(groups)) > MOST_GROUPS:
+        raise UserError(
+            f"{raw.where}: column {column!r} holds more than {MOST_GROUPS} groups (task.group)"
         )
-
-    labels: list[Any] = []
-    if task.labels is None:
-        for row, value in enumerate(values):
-            try:
-                number = float(value)
-            except (TypeError, ValueError):
-                number = math.nan
-            if not math.isfinite(number):
-                raise invalid(row, value, f"task {task.name} is a regression and needs a number")
-            labels.append(number)
-        # GLUE hides the values of a test set: all of them are -1. Among others, -1 is a value.
-        return [None] * len(labels) if set(labels) == {-1.0} else labels
-    ids: dict[Any, int | None] = {-1: None, "-1": None, "-": None}  # MNLI has "-" for no label
-    if any(map(_is_whole, task.labels)):  # names such as "1" to "5": a number is a name, no id
-        ids |= {int(name): i for i, name in enumerate(task.labels) if _is_whole(name)}
-    else:
-        ids |= {key: i for i in range(len(task.labels)) for key in (i, str(i))}
-    ids |= {name: i for i, name in enumerate(task.labels)}
-    for row, value in enumerate(values):
-        key = int(value) if isinstance(value, float) and value.is_integer() else value
-        if isinstance(key, str) and key not in ids and key.endswith(".0"):
-            key = key[:-2]  # pandas writes a column of ids with a missing value as floats
-        if not isinstance(key, int | str) or key not in ids:
-            names = ", ".join(f"{i} {name}" for i, name in enumerate(task.labels))
-            raise invalid(row, value, f"task {task.name} has: {names} (task.labels)")
-        labels.append(ids[key])
-    return labels
+    return groups
 
 
-def _is_whole(text: str) -> bool:
-    return text.removeprefix("-").isdigit()
+def _cell_error(raw: Raw, column: str, row: int, fault: str) -> UserError:
+    """Return the error for a cell. A row that lacks the cell has that fault instead."""
+    if raw.columns[column][row] is MISSING:
+        return UserError(f"{raw.place(row)}: it has no {column!r}")
+    return UserError(f"{raw.place(row)}: its {column!r} {fault}")

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deebert.predict.rows import Row
+from deebert.data import texts
+from deebert.data.rows.source import Row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from deebert.exits.calibration import CalibratedPoint
     from deebert.inference.predictions import Predictions
 
-LONGEST_TEXT = 1_000_000  # characters: a tokenizer holds 100 bytes and more for each token
 NOT_FINITE = "the model's answer is NaN or infinite (are its weights damaged?)"
 COUNTED = ("rows", "bad", "layers", "more")  # the counts of a block: see `summary`
 
@@ -129,21 +129,9 @@ def _fault(row: Row, names: Sequence[str]) -> str | None:
     for name in names:
         if name not in row.values:
             return f"it has no {name!r}"
-        value = row.values[name]
-        if not isinstance(value, str):
-            return f"its {name!r} is {_short(value)}, not a text"
-        if not value.strip():
-            return f"its {name!r} is empty"
-        if "\0" in value:
-            return f"its {name!r} holds a NUL character"
-        if len(value) > LONGEST_TEXT:
-            return f"its {name!r} has {len(value):,} characters, more than {LONGEST_TEXT:,}"
+        if fault := texts.fault(row.values[name]):
+            return f"its {name!r} {fault}"
     return None
-
-
-def _short(value: Any) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _values(predictions: "Predictions", own: Sequence[str]) -> list[dict[str, Any] | None]:

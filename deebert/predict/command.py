@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deebert.data.rows import reader
 from deebert.errors import UserError, unknown
 from deebert.options import engine_of, import_modules, refuse_rule_alone
-from deebert.predict import long_job, on_ray, parts, rows_in, rows_out
+from deebert.predict import long_job, on_ray, parts, rows_out
 from deebert.predict.answers import summary, summary_line
 from deebert.predict.folder_out import ERRORS, Folder
 from deebert.predict.on_ray import COUNTED, FILE, File, renamed
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 ENGINES = ("local", "ray")
 # The formats of the files that engine=ray writes, by the format of its input.
-PARTS = {"csv": "csv", "tsv": "csv", "jsonl": "jsonl", "parquet": "parquet"}
+PARTS = {"csv": "csv", "tsv": "csv", "jsonl": "jsonl", "json": "jsonl", "parquet": "parquet"}
 
 
 def predict(options: PredictOptions) -> None:
@@ -58,11 +59,11 @@ def run(options: PredictOptions, answer: Answer) -> None:
     kind = rows_out.format_of(output)
     if options.part_rows < 1:
         raise UserError(f"part_rows={options.part_rows} must be 1 or more")
-    from_file = options.input != rows_in.STDIN and Path(options.input).exists()
+    from_file = options.input != reader.STDIN and Path(options.input).exists()
     if from_file and output.exists() and output.samefile(options.input):
         raise UserError(f"output={output} is the input; name another file")
     parts.check(output, options.overwrite)
-    with rows_in.opened(options.input, options.format) as source:
+    with reader.opened(options.input, options.format) as source:
         from deebert.classifier import EarlyExitClassifier
 
         import_modules(options.modules)
@@ -158,7 +159,7 @@ def _files_of(options: PredictOptions) -> list[tuple[str, Path]]:
         UserError: there are none.
     """
     given = Path(options.input)
-    if options.input == rows_in.STDIN:
+    if options.input == reader.STDIN:
         raise UserError("input=- is for engine=local; give engine=ray a file or a folder")
     if not given.is_dir():
         return [(given.name, given)]
@@ -166,11 +167,11 @@ def _files_of(options: PredictOptions) -> list[tuple[str, Path]]:
     for path in sorted(given.rglob("*")):
         name = path.relative_to(given)
         hidden = any(part.startswith((".", "_")) for part in name.parts)
-        known = options.format or path.suffix.lower() in rows_in.ENDINGS
+        known = options.format or path.suffix.lower() in reader.ENDINGS
         if path.is_file() and known and not hidden:
             files.append((name.as_posix(), path))
     if not files:
-        raise UserError(f"input={given}: no file there ends with {', '.join(rows_in.ENDINGS)}")
+        raise UserError(f"input={given}: no file there ends with {', '.join(reader.ENDINGS)}")
     return files
 
 
@@ -180,7 +181,7 @@ def _kind_of_parts(options: PredictOptions, files: Sequence[tuple[str, Path]]) -
     Raises:
         UserError: the format is unknown, or the files have several.
     """
-    kinds = {PARTS[rows_in.format_of(str(path), options.format)] for _, path in files}
+    kinds = {PARTS[reader.format_of(str(path), options.format)] for _, path in files}
     if options.parts is not None:
         if options.parts not in PARTS.values():
             raise unknown("parts", options.parts, dict.fromkeys(PARTS.values()), "parts")
@@ -210,7 +211,7 @@ def _inspect(
     inspected, task = [], classifier.task
     for number, (name, path) in enumerate(files):
         single = replace(options, input=str(path))
-        with rows_in.opened(str(path), options.format) as source:
+        with reader.opened(str(path), options.format) as source:
             free = rows_out.is_free(kind)
             columns = chosen_columns(
                 single, source, task.columns, free, is_regression=task.is_regression
@@ -224,7 +225,7 @@ def _inspect(
             wanted, known = work.wanted, work.known
             next(source.rows(wanted))  # a file without rows is refused
             layout = _with_file_column(work.layout(kind))
-        stored, size = rows_in.format_of(str(path), options.format), path.stat().st_size
+        stored, size = reader.format_of(str(path), options.format), path.stat().st_size
         where = str(path.absolute())
         inspected.append(File(number, name, where, stored, size, wanted, columns, layout, known))
     return inspected, work

@@ -2,7 +2,7 @@
 
 Ray reads the files in blocks of rows and hands the blocks to long-lived workers, which hold the
 model and write the parts. The same rows are always in one block, so they get the same answers as
-from one process. Knows nothing of how rows are read (`rows_in`), answered (`answers`) or written
+from one process. Knows nothing of how rows are read (`data.rows`), answered (`answers`) or written
 (`folder_out`).
 """
 
@@ -18,13 +18,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from deebert.data.rows import reader
+from deebert.data.rows.source import Row, blocks
 from deebert.errors import UserError, first_line
 from deebert.options import engine_of, import_modules
-from deebert.predict import answers, rows_in
+from deebert.predict import answers
 from deebert.predict.answers import Columns
 from deebert.predict.folder_out import Folder
 from deebert.predict.long_job import GOES_ON
-from deebert.predict.rows import Row
 from deebert.predict.rows_out import Layout
 from deebert.predict.work import PredictOptions
 
@@ -67,9 +68,9 @@ class File:
 
     def blocks(self, part_rows: int) -> Iterator[tuple[int, list[Row], int]]:
         """Yield the blocks that are not done: their number, rows and share of the file's size."""
-        with rows_in.opened(self.path, self.kind) as source:
+        with reader.opened(self.path, self.kind) as source:
             rows, before = source.rows(self.wanted), 0
-            for number, block in enumerate(rows_in.blocks(rows, part_rows)):
+            for number, block in enumerate(blocks(rows, part_rows)):
                 position = source.position()
                 share = (position - before) * self.size // (source.size or 1)
                 before = position

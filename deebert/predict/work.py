@@ -1,8 +1,8 @@
 """The options of `deebert predict`, its job, and the work on one input and one output.
 
 Reads a block of rows, has the rows answered and keeps the answers as a part, block after block. A
-run that was killed goes on after its last part. Knows neither formats nor models: `rows_in` reads,
-`answers` answers, `rows_out` writes, and `parts` manages the files on the disk.
+run that was killed goes on after its last part. Knows neither formats nor models: `data.rows`
+reads, `answers` answers, `rows_out` writes, and `parts` manages the files on the disk.
 """
 
 import hashlib
@@ -16,9 +16,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deebert.data.rows import reader
+from deebert.data.rows.source import Row, Source, blocks
 from deebert.errors import UserError
 from deebert.options import ModelOptions, TargetOptions, engine_of, option, target_of
-from deebert.predict import long_job, rows_in, rows_out
+from deebert.predict import long_job, rows_out
 from deebert.predict.answers import (
     COUNTED,
     Answered,
@@ -31,7 +33,6 @@ from deebert.predict.answers import (
     summary_line,
 )
 from deebert.predict.parts import Parts
-from deebert.predict.rows import Row, Source
 
 if TYPE_CHECKING:  # torch takes seconds, and --help and most mistakes need none of it
     from deebert.classifier import EarlyExitClassifier
@@ -103,12 +104,12 @@ class Work:
 
         The time of the input is not among them: its rows are compared instead.
         """
-        options, saved, stdin = self.options, self.classifier.saved, rows_in.STDIN
+        options, saved, stdin = self.options, self.classifier.saved, reader.STDIN
         return {
             "version": VERSION,
             "input": stdin if options.input == stdin else str(Path(options.input).resolve()),
             "size": self.source.size,
-            "format": rows_in.format_of(options.input, options.format),
+            "format": reader.format_of(options.input, options.format),
             "columns": self.columns.texts,
             "keep": self.columns.kept,
             "probabilities": options.probabilities,
@@ -159,13 +160,13 @@ class Work:
         """
         point = self.point(kept.begin(self.job, self.options.overwrite, self.find))
         layout = self.layout(rows_out.format_of(kept.output))
-        blocks = rows_in.blocks(self.source.rows(self.wanted), self.options.part_rows)
-        before = self._pass_over(blocks, kept)
+        in_blocks = blocks(self.source.rows(self.wanted), self.options.part_rows)
+        before = self._pass_over(in_blocks, kept)
         num_layers = self.classifier.num_layers
         began, now = time.monotonic(), summary(_sums(kept), num_layers)
         try:
             with long_job.Progress(self.source.size, self.source.position()) as progress:
-                for each in answer(self.classifier, point, self.columns, self._noted(blocks)):
+                for each in answer(self.classifier, point, self.columns, self._noted(in_blocks)):
                     note = self.pending.popleft()
                     position = note.pop("position")
                     note |= {"bad": len(each.bad), "layers": each.layers}

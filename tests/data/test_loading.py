@@ -1,11 +1,12 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, write_rows
 from omegaconf import OmegaConf
 
-from deebert.data import demo, loading
+from deebert.data import demo, labels, loading
 from deebert.data.tasks import Task
 from deebert.errors import UserError
 
@@ -74,7 +75,7 @@ CLASSIC = {
 
 @pytest.mark.parametrize("name", CLASSIC)
 def test_glue_s_classic_tsv_files(tmp_path: Path, name: str) -> None:
-    folder, header, line, (first, second, labels) = CLASSIC[name]
+    folder, header, line, (first, second, ids) = CLASSIC[name]
     (tmp_path / folder).mkdir()
     split = task(name).validation[0]
     file = tmp_path / folder / f"{split.replace('validation', 'dev')}.tsv"
@@ -82,7 +83,7 @@ def test_glue_s_classic_tsv_files(tmp_path: Path, name: str) -> None:
     data = loading.load(task(name), split, str(tmp_path))
     assert data["text_a"][:] == first
     assert (data["text_b"][:] if second else None) == second
-    assert data["label"][:] == labels
+    assert data["label"][:] == ids
 
 
 @pytest.mark.parametrize(
@@ -97,15 +98,13 @@ def test_glue_s_classic_tsv_files(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_label_names_that_look_like_numbers_are_names(names: list, values: list, ids: list) -> None:
-    from dataclasses import replace
-
     kind = replace(task("sst2"), labels=tuple(names))
-    assert loading._labels(values, kind, "train", "here") == ids
+    assert labels.ids(values, kind, str) == ids
 
 
 def test_a_line_of_one_field_too_many_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("sentence1,sentence2,label\na,b,1,9\nc,d,0,9\n")
-    with pytest.raises(UserError, match="cannot be read as csv"):
+    with pytest.raises(UserError, match=r"train.csv, line 2: it has 4 fields, the header has 3"):
         loading.load(task("mrpc"), "train", str(tmp_path))
 
 
@@ -142,10 +141,10 @@ def test_regression_keeps_minus_one_among_other_values(tmp_path: Path) -> None:
 BROKEN = {
     "missing column": ([{"sentence1": "a", "label": 1}], "lacks the column 'sentence2'; it has: sentence1, label"),
     "missing label": ([{"sentence1": "a", "sentence2": "b"}], "lacks the column 'label'"),
-    "label too large": ([ROWS[1], ROWS[0] | {"label": 2}], "row 1: label 2 is out of range; task mrpc has: 0 not_equivalent, 1 equivalent"),
+    "label too large": ([ROWS[1], ROWS[0] | {"label": 2}], "line 2: label 2 is out of range; task mrpc has: 0 not_equivalent, 1 equivalent"),
     "label of another task": ([ROWS[0] | {"label": "entailment"}], "label 'entailment' is out of range"),
     "label a list": ([ROWS[0] | {"label": [1]}], "label [1] is out of range"),
-    "null text": ([ROWS[0], ROWS[1] | {"sentence2": None}], "row 1: 'sentence2' is None, not a text"),
+    "null text": ([ROWS[0], ROWS[1] | {"sentence2": None}], "line 2: its 'sentence2' is null, not a text"),
     "number for text": ([ROWS[0] | {"sentence1": 3}], "'sentence1' is 3, not a text"),
 }  # fmt: skip
 

@@ -14,13 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from deebert import EarlyExitClassifier
 from deebert.data import tokenization
+from deebert.data.rows.source import Row, Source, blocks
 from deebert.errors import UserError
 from deebert.inference import engine
 from deebert.inference.predictions import Predictions
 from deebert.predict import answers, parts
 from deebert.predict.answers import Columns, answered, out_names, own_columns
-from deebert.predict.rows import Row, Source
-from deebert.predict.rows_in import blocks
 from deebert.predict.work import PredictOptions, chosen_columns
 
 
@@ -70,8 +69,8 @@ def test_every_format_as_the_classifier(
 
 BAD = [
     ({"id": 1, "sentence1": "a film"}, "it has no 'sentence2'"),
-    ({"id": 2, "sentence1": "", "sentence2": "b"}, "its 'sentence1' is empty"),
-    ({"id": 3, "sentence1": "a", "sentence2": " \n"}, "its 'sentence2' is empty"),
+    ({"id": 2, "sentence1": True, "sentence2": "b"}, "its 'sentence1' is True, not a text"),
+    ({"id": 3, "sentence1": "a", "sentence2": {}}, "its 'sentence2' is {}, not a text"),
     ({"id": 4, "sentence1": None, "sentence2": "b"}, "its 'sentence1' is null, not a text"),
     ({"id": 5, "sentence1": ["a"], "sentence2": "b"}, "its 'sentence1' is ['a'], not a text"),
     ({"id": 6, "sentence1": "a\0", "sentence2": "b"}, "its 'sentence1' holds a NUL character"),
@@ -221,7 +220,7 @@ def test_the_order_of_blocks_is_that_of_the_rows() -> None:
 def test_json_lines_with_keys_of_their_own(
     stage2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr("deebert.predict.rows_in.FIRST_ROWS", 3)
+    monkeypatch.setattr("deebert.data.rows.reader.FIRST_ROWS", 3)
     given = rows()[:5]
     given[1]["stars"], given[4]["late"] = [4], True
     file = write(tmp_path / "in.jsonl", given)

@@ -17,9 +17,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from deebert.data.rows import reader, source
+from deebert.data.rows.lines import Lines, csv_records
+from deebert.data.rows.source import Row
 from deebert.errors import UserError
-from deebert.predict import rows_in, rows_out
-from deebert.predict.rows import Lines, Row, csv_records
+from deebert.predict import rows_out
 from deebert.predict.rows_out import Layout
 
 ROWS = [
@@ -30,8 +32,8 @@ ROWS = [
 
 
 def read(file: Path, file_format: str | None = None) -> list[Row]:
-    with rows_in.opened(str(file), file_format) as source:
-        return list(source.rows(source.names))
+    with reader.opened(str(file), file_format) as given:
+        return list(given.rows(given.names))
 
 
 def facts(rows: list[Row]) -> list[tuple]:
@@ -84,7 +86,7 @@ BROKEN = [
 def test_a_broken_csv_row_costs_itself(
     content: bytes, reasons: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deebert.predict.rows.LONGEST", 200)
+    monkeypatch.setattr("deebert.data.rows.lines.LONGEST", 200)
     rows = read(written(tmp_path, content))
     assert [row.number for row in rows] == list(range(len(rows)))
     assert rows[0].values == {"a": "1", "b": "2"}
@@ -144,7 +146,7 @@ def test_parquet_of_every_type(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     table = pa.table(columns)
     parquet.write_table(table, file, row_group_size=2)
-    with rows_in.opened(str(file)) as source:
+    with reader.opened(str(file)) as source:
         assert source.texts == ("text",)
         assert source.size == 3
         rows = list(source.rows(["when", "text", "price", "tags", "raw", "score"]))
@@ -171,7 +173,7 @@ def test_parquet_in_the_file_s_order(tmp_path: Path) -> None:
     """Whatever order is asked for: rows are compared when work goes on in another process."""
     parquet.write_table(pa.table({name: ["x"] for name in "abc"}), tmp_path / "a.parquet")
     for wanted in ("abc", "cba", "ca"):
-        with rows_in.opened(str(tmp_path / "a.parquet")) as source:
+        with reader.opened(str(tmp_path / "a.parquet")) as source:
             [row] = source.rows(list(wanted))
         assert list(row.values) == sorted(wanted)
 
@@ -244,10 +246,10 @@ def test_parquet_parts_whose_types_differ(tmp_path: Path) -> None:
 def test_blocks_are_bounded_in_rows_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     def sizes(given: list[int]) -> list[int]:
         rows = [Row(number, None, {}, None, size) for number, size in enumerate(given)]
-        return [len(block) for block in rows_in.blocks(rows, 4)]
+        return [len(block) for block in source.blocks(rows, 4)]
 
     assert sizes([1] * 9) == [4, 4, 1]
-    monkeypatch.setattr(rows_in, "ONE_BLOCK", 100)
+    monkeypatch.setattr(source, "ONE_BLOCK", 100)
     assert sizes([1, 1, 100, 1, 1, 1, 1, 50, 50]) == [3, 4, 2]
 
 
@@ -306,9 +308,10 @@ def test_a_parquet_file_that_breaks_off(tmp_path: Path) -> None:
 HOSTILE = """
 import sys
 from pathlib import Path
-from deebert.predict import rows_in
-with rows_in.opened(sys.argv[1]) as source:
-    for block in rows_in.blocks(source.rows(source.names), 8192):
+from deebert.data.rows import reader
+from deebert.data.rows.source import blocks
+with reader.opened(sys.argv[1]) as source:
+    for block in blocks(source.rows(source.names), 8192):
         for row in block:
             print(row.number, row.line, row.fault or "fine")
 status = Path("/proc/self/status").read_text().splitlines()

@@ -131,7 +131,7 @@ def bad_input(tmp_path: Path, glue: Path, stage1: Path, stage2: Path) -> dict[st
         "root lacks a column": (train, (*mrpc, f"data.root={tmp_path / 'no-column'}"), "lacks the column 'sentence2'"),
         "empty split": (train, (*mrpc, f"data.root={tmp_path / 'empty'}"), "split 'train' is empty"),
         "label out of range": (train, (*mrpc, f"data.root={tmp_path / 'range'}"), "label 5 is out of range"),
-        "null text": (train, (*mrpc, f"data.root={tmp_path / 'null'}"), "'sentence2' is None, not a text"),
+        "null text": (train, (*mrpc, f"data.root={tmp_path / 'null'}"), "'sentence2' is null, not a text"),
         "no network for data": (train, mrpc, "use data.root=a local folder"),
         "no network for a backbone": (train, ("task=mrpc", "backbone=bert-base", here), "use backbone=minilm"),
         "too long": (train, (*mrpc, here, "data.max_length=4000"), "backbone tiny takes 130 tokens at most"),

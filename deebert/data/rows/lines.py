@@ -1,4 +1,4 @@
-"""The rows of an input, and how they are read from lines of text: CSV, TSV and JSON lines.
+"""Read records from lines of text: CSV, TSV and JSON.
 
 A line or a record that is too long is never held in memory. A line that cannot be read gives a
 record with a fault, and reading goes on after it, so a broken line costs only itself. Knows
@@ -7,9 +7,8 @@ nothing of files, of Parquet and of what the columns mean.
 
 import csv
 import json
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from deebert.errors import UserError
@@ -18,58 +17,8 @@ LONGEST = 10_000_000  # bytes of a line, and of a CSV record of several lines
 MOST_LINES = 100_000  # lines of a CSV record
 READ_SIZE = 2**20  # bytes that are read at a time
 DEEPEST = 100  # levels of lists and objects of JSON inside each other
-
-
-class Row(NamedTuple):
-    """A row of the input.
-
-    Attributes:
-        number: its number from 0. A header and blank lines do not count; a row with a fault does.
-        line: the line that it begins on, from 1; None in Parquet.
-        values: its values by column; {} if it has a fault.
-        fault: the reason why it cannot be read, or None.
-        size: its size in bytes, approximately.
-    """
-
-    number: int
-    line: int | None
-    values: dict[str, Any]
-    fault: str | None
-    size: int
-
-
-@dataclass(frozen=True)
-class Source:
-    """An open input.
-
-    Attributes:
-        names: its columns; for JSON lines the columns of the first rows.
-        texts: the columns that hold texts.
-        rows: gives the rows, once, with the wanted columns (and others, where that is cheaper).
-        position: gives how much has been read, in bytes (Parquet: in rows).
-        size: the size of the whole input in the same unit; None if it is not known.
-        types: the pyarrow types of the columns, if the file states them.
-        free: whether every row may have columns of its own.
-    """
-
-    names: tuple[str, ...]
-    texts: tuple[str, ...]
-    rows: Callable[[Collection[str]], Iterator[Row]]
-    position: Callable[[], int]
-    size: int | None
-    types: dict[str, Any]
-    free: bool = False
-
-
-def check_names(where: str, names: Sequence[str]) -> None:
-    """Check that no two columns have the same name.
-
-    Raises:
-        UserError: two columns have the same name.
-    """
-    name, times = Counter(names).most_common(1)[0] if names else ("", 0)
-    if times > 1:
-        raise UserError(f"{where}: it has {times} columns {name!r}; rename them")
+TOO_DEEP = f"it is nested deeper than {DEEPEST}"
+LONE_RETURN = "it holds a carriage return that ends no line (save it with the line ends of Unix)"
 
 
 class Line(NamedTuple):
@@ -148,12 +97,14 @@ class Record(NamedTuple):
         fields: its fields; none if there is a fault.
         fault: the reason why it cannot be read, or None.
         size: its size in bytes.
+        lines: its lines if it has several, else none.
     """
 
     line: int
     fields: list[str]
     fault: str | None
     size: int
+    lines: tuple[Line, ...] = ()
 
 
 class _Feed:
@@ -204,22 +155,33 @@ def csv_records(lines: Iterator[Line]) -> Iterator[Record]:
         except StopIteration:
             return
         except csv.Error as error:
-            fault = f"it is no CSV ({error})"
+            # The message of the library is about the arguments of Python's open().
+            is_return = "new-line character" in str(error)
+            fault = LONE_RETURN if is_return else f"it is no CSV ({error})"
             feed.put_back()
         fault = next((line.fault for line in feed.taken if line.fault), fault)
         if fault:
             yield Record(feed.taken[0].number, [], fault, feed.size)
         elif fields:
-            yield Record(feed.taken[0].number, fields, None, feed.size)
+            several = tuple(feed.taken) if len(feed.taken) > 1 else ()
+            yield Record(feed.taken[0].number, fields, None, feed.size, several)
+
+
+def fields_of(line: Line) -> list[str]:
+    """Return the fields of a line of CSV by itself. A quote that is not closed is left out."""
+    try:
+        return next(csv.reader([line.text], strict=True), [])
+    except csv.Error:
+        return next(csv.reader([line.text.replace('"', "")]), [])
 
 
 def tsv_records(lines: Iterator[Line]) -> Iterator[Record]:
     """Yield the records of TSV. There is no quoting, as in training: a " is part of a text."""
     for line in lines:
         text = line.text.removesuffix("\n").removesuffix("\r")
-        if text or line.fault:
-            fields = [] if line.fault else text.split("\t")
-            yield Record(line.number, fields, line.fault, line.size)
+        fault = line.fault or (LONE_RETURN if "\r" in text else None)
+        if text or fault:
+            yield Record(line.number, [] if fault else text.split("\t"), fault, line.size)
 
 
 def json_object(text: str) -> tuple[dict[str, Any], str | None]:
@@ -228,26 +190,60 @@ def json_object(text: str) -> tuple[dict[str, Any], str | None]:
     Returns:
         The object and None, or {} and the reason why the line is not a usable JSON object.
     """
-    too_deep: tuple[dict[str, Any], str] = {}, f"it is nested deeper than {DEEPEST}"
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-        if not isinstance(value, dict):
-            return {}, "it is no JSON object"
-        if text.count("[") + text.count("{") > DEEPEST and _is_too_deep(value):
-            return too_deep
-        if "\\u" in text:  # only an escape can give half of a surrogate pair
-            json.dumps(value, ensure_ascii=False).encode()
+        value = DECODER.decode(text)
     except RecursionError:
-        return too_deep
-    except UnicodeEncodeError:
-        return {}, "it holds half of a surrogate pair, which is no character"
+        return {}, TOO_DEEP
     except ValueError as error:
         return {}, f"it is no JSON ({error})"
-    return value, None
+    fault = _fault(
+        value,
+        many=text.count("[") + text.count("{") > DEEPEST,
+        escapes="\\u" in text,  # only an escape can give half of a surrogate pair
+    )
+    return ({}, fault) if fault else (value, None)
+
+
+def json_array(text: str) -> Iterator[tuple[dict[str, Any], str | None]]:
+    """Read a list of JSON objects: the pairs that `json_object` returns, one after the other.
+
+    Raises:
+        ValueError: the text is no list of JSON.
+    """
+    try:
+        values = DECODER.decode(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    for value in values:
+        fault = _fault(value, many=True, escapes="\\u" in text)
+        yield ({}, fault) if fault else (value, None)
+
+
+def _fault(value: Any, *, many: bool, escapes: bool) -> str | None:
+    """Return the reason why a value of JSON is no usable object, or None.
+
+    Args:
+        value: the value.
+        many: whether its text has more brackets than a value may have levels.
+        escapes: whether its text has escapes of characters.
+    """
+    if not isinstance(value, dict):
+        return "it is no JSON object"
+    if many and _is_too_deep(value):
+        return TOO_DEEP
+    if escapes:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return "it holds half of a surrogate pair, which is no character"
+    return None
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
+
+
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # json.loads would make one per line
 
 
 def _is_too_deep(value: Any) -> bool:
