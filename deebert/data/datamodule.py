@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from deebert.data import loading, tokenization
+from deebert.data import batching, loading, tokenization
 from deebert.data.tasks import HELD_OUT, UNLABELLED, Task
 from deebert.errors import UserError
 from deebert.options import job_command
@@ -306,11 +306,12 @@ class TextDataModule(L.LightningDataModule):
         )
 
     def _collate(self, rows: Any) -> dict[str, Tensor]:
-        names = ("input_ids", "attention_mask", "token_type_ids")
-        batch = dict(
-            self.tokenizer.pad(
-                {name: rows[name] for name in names if name in rows}, return_tensors="pt"
-            )
+        names = [name for name in tokenization.TOKENS if name in rows]
+        tokens = zip(*(rows[name] for name in names), strict=True)
+        # The tokenizer itself might pad at the left, where ramps expect the first token.
+        batch = batching.padded(
+            [dict(zip(names, values, strict=True)) for values in tokens],
+            self.tokenizer.pad_token_id,
         )
         batch |= {
             name: torch.tensor(rows[name]) for name in ("index", "length", "group") if name in rows

@@ -5,10 +5,11 @@
     from runner import Runner
     Runner("FOLDER").predict(["a fine film"], target_saving=0.4)
 
-Each line of the input is a text in JSON, or a pair of texts as a list. Each line of the output is
-an answer. `deebert export` writes FOLDER and puts a copy of this file into it. The file
-imports nothing of deebert, and answers as deebert's engine does: batches of similar length are cut
-to their longest input, and after each layer's ramp only the inputs that stay go on.
+Each line of the input is a text in JSON, or a pair of texts as a list. Blank lines are skipped.
+Each line of the output is an answer. `deebert export` writes FOLDER and puts a copy of this file
+into it. The file imports nothing of deebert, and answers as deebert's engine does: batches of
+similar length are cut to their longest input, and after each layer's ramp only the inputs that stay
+go on.
 Shapes: N inputs, B of them in a batch, S tokens, H hidden, L layers (= ramps), K ramps so far,
 C labels.
 """
@@ -34,6 +35,7 @@ except ImportError as missing:
 FORMAT, SCHEMA = "deebert-onnx", 3  # of deebert.json; schema 3 added exit_rule.onnx
 TOKEN_BUDGET = 2048  # tokens of a batch, padding included; a longer input is a batch of its own
 WINDOW = 8192  # inputs that are sorted by length together
+LONGEST_TEXT = 1_000_000  # characters
 AT_ONCE = 250_000  # characters that are tokenized together: their cut-off tokens use memory, too
 
 
@@ -141,10 +143,9 @@ class Runner:
         if not listed or len(parts) != len(self.columns):
             kind = "a pair of texts" if len(self.columns) == 2 else "a text"
             raise RunnerError(f"{_short(text)} is not {kind} ({', '.join(self.columns)})")
-        try:
-            "".join(parts).encode()
-        except UnicodeEncodeError as error:
-            raise RunnerError(f"{_short(text)} is not Unicode: half a surrogate pair") from error
+        for part in parts:
+            if fault := _fault(part):
+                raise RunnerError(f"{_short(text)}: a text of it {fault}")
         return tuple(parts)
 
     def encode(self, rows: Sequence[tuple[str, ...]]) -> list[dict[str, list[int]]]:
@@ -490,6 +491,19 @@ def _about(folder: Path) -> dict[str, Any]:
     return about
 
 
+def _fault(text: str) -> str | None:
+    """Return the reason why deebert does not read a text, or None. An empty text is read."""
+    if "\0" in text:
+        return "holds a NUL character"
+    if len(text) > LONGEST_TEXT:
+        return f"has {len(text):,} characters, more than {LONGEST_TEXT:,}"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "holds half of a surrogate pair, which is no character"
+    return None
+
+
 def _portions(rows: Iterable[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
     """Yield the rows in portions of about as many characters as are tokenized together."""
     portion: list[tuple[str, ...]] = []
@@ -592,7 +606,10 @@ def main(arguments: Sequence[str]) -> None:
         rows = []
         for number, line in lines:
             try:
-                rows.append(runner.checked(json.loads(line)))
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if not text or text.isspace():
+                    continue
+                rows.append(runner.checked(json.loads(text)))
             except RunnerError as error:
                 wrong = RunnerError(f"line {number}: {error}")
             except (ValueError, RecursionError):

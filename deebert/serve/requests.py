@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from deebert.data import texts as input_texts
 from deebert.errors import UserError
 from deebert.options import TARGET, TargetOptions, given
 
@@ -168,12 +169,8 @@ def _check(name: str, text: Any, most: int, columns: Sequence[str]) -> None:
     for part in parts:
         if len(part) > most:
             raise Refused(TOO_LARGE, f"{name} has {len(part)} characters; at most {most} of a text")
-        try:
-            part.encode()
-        except UnicodeEncodeError as error:
-            raise Refused(
-                UNFIT, f"{name} has half of a surrogate pair at character {error.start}"
-            ) from error
+        if fault := input_texts.fault(part):
+            raise Refused(UNFIT, f"{name} {fault}")
 
 
 def reason(errors: Sequence[Mapping[str, Any]]) -> str:
