@@ -148,7 +148,7 @@ def _from_files(task: Task, split: str, files: Sequence[Path]) -> Raw:
         with reader.opened_file(file, kind, str(file), _table(task, kind)) as opened:
             in_file = _names_in_file(task, kind, opened.names)
             names |= dict.fromkeys(in_file)
-            if not opened.is_empty:
+            if in_file and not opened.is_empty:  # JSON has no columns if no row can be read
                 _check_columns(task, split, str(file), list(in_file))
             pairs = [(column, in_file.get(name, name)) for name, column in columns.items()]
             most, size = max(MOST_TEXT, TIMES_ITS_SIZE * file.stat().st_size), 0
@@ -181,8 +181,7 @@ def _table(task: Task, kind: str) -> Table:
         in_file = {classic.get(name, name) for name in task.columns}
         return Table(header=tuple(header), header_has=frozenset(in_file))
     if kind == "csv":
-        is_label = labels.check_of(task)
-        return Table(is_row=lambda values: is_label(values.get(task.label)))
+        return Table(label=task.label, is_label=labels.check_of(task))
     return PLAIN
 
 
@@ -264,7 +263,7 @@ def _no_split(task: Task, split: str, root: str) -> UserError:
     there = f"there: {', '.join(places)}" if places else f"{task.name}/ is empty or not there"
     return UserError(
         f"data.root={root}: no file for split {split!r} of task {task.name} ({there}; looked for "
-        f"{task.name}/{split} and {split} with {', '.join(split_files.ENDINGS)})"
+        f"{task.name}/{split} and {split} with {', '.join(split_files.SUFFIXES)})"
     )
 
 

@@ -74,8 +74,8 @@ class Case:
     labels: tuple[str, ...] = ("bad", "good")
 
 
-def file(ending: str, content: bytes, expected: Rows | str, *labels: str) -> Case:
-    return Case({f"train.{ending}": content}, expected, labels or ("bad", "good"))
+def file(suffix: str, content: bytes, expected: Rows | str, *labels: str) -> Case:
+    return Case({f"train.{suffix}": content}, expected, labels or ("bad", "good"))
 
 
 EIGHTY = [f"film {n} is long,{n % 2}" for n in range(80)]
@@ -104,7 +104,7 @@ CASES = {
     "a number that is no name": file("jsonl", labelled([0]), "label 0 is out of range", "1", "2"),
     "a number of two names": file("jsonl", labelled([1]), "2 classes have this value", "1", "1.0"),
     "numbers in circles": file("jsonl", labelled(["②", "①", 1]), numbered([1, 0, 1]), "①", "②"),
-    "digits of another script": file("jsonl", labelled(["٢", 2]), "line 2: label 2 is out of range", "١", "٢"),
+    "digits of another script": file("jsonl", labelled(["\u0662", 2]), "line 2: label 2 is out of range", "\u0661", "\u0662"),
     "ids": file("jsonl", labelled([1, 0.0, "1", "0.0"]), numbered([1, 0, 1, 0])),
     "half an id": file("jsonl", labelled([0.5]), "label 0.5 is out of range"),
     "a huge number": file("jsonl", labelled([10**400]), "label 1000000"),
@@ -122,6 +122,8 @@ CASES = {
     "two stray quotes that fit": file("csv", lines(AT_BOTH_ENDS), "train.csv, line 12: its quotes hold several lines, and line 12 looks like a row"),
     "a quote that is not closed": file("csv", lines([*EIGHTY[:70], '"film', *EIGHTY[70:]]), "train.csv, line 72: it is no CSV"),
     "a text of three lines": file("csv", b'text,label\n"one,\ntwo, three\nfour",1\n', [("one,\ntwo, three\nfour", 1)]),
+    "a text after its label": file("csv", b'label,text\n1,"one, 0\n0 two"\n', [("one, 0\n0 two", 1)]),
+    "stray quotes side by side": file("csv", b'label,text\n1,"one\n0,two"\n', "train.csv, line 2: its quotes hold several lines, and line 3 looks like a row"),
     "duplicate columns": file("csv", b"text,label,text\na,1,b\n", "train.csv: it has 2 columns 'text'; rename them"),
     "a lone carriage return": file("csv", b"text,label\r\na\rb,1\r\n", "train.csv, line 2: it holds a carriage return that ends no line"),
     "the same in TSV": file("tsv", b"text\tlabel\na\rb\t1\n", "train.tsv, line 2: it holds a carriage return that ends no line"),
@@ -132,7 +134,7 @@ CASES = {
     "half of a surrogate pair": file("jsonl", b'{"text": "\\ud800", "label": 1}\n', "train.jsonl, line 1: it holds half of a surrogate pair"),
     "other columns of any kind": file("jsonl", json_lines(OTHERS), [(row["text"], row["label"]) for row in OTHERS]),
     "a list of JSON": file("json", json.dumps(OTHERS, indent=1).encode(), [(row["text"], row["label"]) for row in OTHERS]),
-    "JSON lines of another ending": file("json", labelled([1, 0]), numbered([1, 0])),
+    "JSON lines of another suffix": file("json", labelled([1, 0]), numbered([1, 0])),
     "two shards": Case({f"train-0000{n}-of-00002.csv": lines([f"t{n},{n}"]) for n in range(2)}, numbered([0, 1])),
     "two shards with hashes": Case({f"train-0000{n}-of-00002-a{n}f.csv": lines([f"t{n},{n}"]) for n in range(2)}, numbered([0, 1])),
     "an empty shard": Case({f"train-0000{n}-of-00002.csv": lines(["t0,1"] * n) for n in range(2)}, [("t0", 1)]),
@@ -179,8 +181,8 @@ def test_through_python(name: str, tmp_path: Path) -> None:
     assert str(root) in str(error.value), "the file is named"
 
 
-@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
-def test_names_of_folders_are_no_patterns(ending: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_names_of_folders_are_no_patterns(suffix: str, tmp_path: Path) -> None:
     """Folders that a pattern would match hold other rows."""
 
     def content(text: str) -> bytes:
@@ -188,26 +190,26 @@ def test_names_of_folders_are_no_patterns(ending: str, tmp_path: Path) -> None:
         return {
             "csv": f"text,label\n{text},1\n".encode(), "jsonl": json_lines(rows),
             "parquet": table(text=[text], label=[1]),
-        }[ending]  # fmt: skip
+        }[suffix]  # fmt: skip
 
     for decoy in ("setA", "setB", "run1", "run2", "whats", "b", "A", "x"):
-        written(tmp_path / decoy, file(ending, content("of another folder"), ""))
+        written(tmp_path / decoy, file(suffix, content("of another folder"), ""))
     for number, name in enumerate(ODD_FOLDERS):
-        root = written(tmp_path / name, file(ending, content(f"own {number}"), ""))
+        root = written(tmp_path / name, file(suffix, content(f"own {number}"), ""))
         assert rows_of(task(["bad", "good"]), root) == [(f"own {number}", 1)]
         assert loading.exists(task(["bad", "good"]), "validation", str(root))
 
 
-@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
-def test_no_stale_rows(ending: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_no_stale_rows(suffix: str, tmp_path: Path) -> None:
     """A file of the same path, size and time, but other contents: an unpacked archive, a link."""
     contents = {
         "csv": [f"text,label\n{word},1\n".encode() for word in ("old", "new")],
         "jsonl": [json_lines([{"text": word, "label": 1}]) for word in ("old", "new")],
         "parquet": [table(text=[word], label=[1]) for word in ("old", "new")],
-    }[ending]
+    }[suffix]
     assert len(contents[0]) == len(contents[1])
-    path = tmp_path / f"train.{ending}"
+    path = tmp_path / f"train.{suffix}"
     tokens, prints = [], []
     for content in contents:
         path.write_bytes(content)

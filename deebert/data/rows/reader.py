@@ -149,9 +149,18 @@ def _table_fault(record: Record, names: Sequence[str], table: Table) -> str | No
     """Return the reason why a record is no row of a table, or None."""
     if len(record.fields) != len(names):
         return f"it has {len(record.fields)} fields, the header has {len(names)}"
-    for line in record.lines:
+    if not record.lines or table.label not in names:
+        return None
+    column = names.index(table.label)
+    inside = [place for place, text in enumerate(record.fields) if "\n" in text]
+    for number, line in enumerate(record.lines):
+        # In the first line the columns before the text stand outside its quotes, and in the last
+        # line those after it. A label there is the label of this very row.
+        outside = column < inside[0] if number == 0 else column > inside[-1]
+        if outside and number in (0, len(record.lines) - 1):
+            continue
         fields = fields_of(line)
-        if len(fields) == len(names) and table.is_row(dict(zip(names, fields, strict=True))):
+        if len(fields) == len(names) and table.is_label(fields[column]):
             return (
                 f"its quotes hold several lines, and line {line.number} looks like a row of its "
                 'own: a " stands alone somewhere (if the text is right, use JSON lines)'

@@ -67,13 +67,15 @@ class Table:
     Attributes:
         header: the columns of a file whose first line may be a row; None if it names the columns.
         header_has: the names that the first line of such a file has if it names the columns.
-        is_row: says of the values by column whether they make a row. A CSV record of several lines
-            is refused if one of its lines does, because its quotes are wrong then.
+        label: the column of labels, if there is one.
+        is_label: says whether a value is a label. A CSV record of several lines is refused if one
+            of them is a row by itself, with a label: the quotes around them are wrong.
     """
 
     header: tuple[str, ...] | None = None
     header_has: frozenset[str] = frozenset()
-    is_row: Callable[[Mapping[str, str]], bool] = lambda _: False
+    label: str | None = None
+    is_label: Callable[[str], bool] = lambda _: False
 
 
 PLAIN = Table()

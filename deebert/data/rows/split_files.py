@@ -14,7 +14,7 @@ from typing import NamedTuple
 from deebert.errors import UserError
 
 # In the order in which they are looked for.
-ENDINGS = (".parquet", ".jsonl", ".json", ".tsv", ".csv")
+SUFFIXES = (".parquet", ".jsonl", ".json", ".tsv", ".csv")
 # The files of the hub are called train-00000-of-00001.parquet, and once had a hash after that.
 SHARD = re.compile(r"-(\d+)-of-(\d+)(-[0-9a-f]+)?", re.ASCII)
 MOST_NAMED = 5  # files that a message names
@@ -65,10 +65,10 @@ def find(places: Sequence[Path], names: Sequence[str]) -> Files | None:
         there = _names(place)
         chosen: list[str] = []
         others: list[str] = []
-        for ending in ENDINGS:
+        for suffix in SUFFIXES:
             for name in names:
-                shards = [shard for file in there if (shard := _shard(file, name, ending))]
-                whole = [f"{name}{ending}"] if f"{name}{ending}" in there else []
+                shards = [shard for file in there if (shard := _shard(file, name, suffix))]
+                whole = [f"{name}{suffix}"] if f"{name}{suffix}" in there else []
                 if whole and shards:
                     raise UserError(
                         f"{place}: {whole[0]} and {shards[0].file} are of two exports; keep the "
@@ -93,11 +93,11 @@ def _names(place: Path) -> list[str]:
         raise UserError(f"{place}: it cannot be read ({error.strerror})") from error
 
 
-def _shard(file: str, name: str, ending: str) -> Shard | None:
+def _shard(file: str, name: str, suffix: str) -> Shard | None:
     """Return what the name of a shard says; None if it is no shard of this split."""
-    if not (file.startswith(name) and file.endswith(ending)):
+    if not (file.startswith(name) and file.endswith(suffix)):
         return None
-    match = SHARD.fullmatch(file[len(name) : len(file) - len(ending)])
+    match = SHARD.fullmatch(file[len(name) : len(file) - len(suffix)])
     return match and Shard(file, int(match[1]), int(match[2]), match[3] is not None)
 
 
