@@ -31,7 +31,7 @@ LARGEST_INT = 2**63
 AT_ONCE = 256  # rows; more would outlive the garbage collector's first look at them
 MOST_NAMED = 20  # columns that a message names
 # Texts that are stored once and stand in many rows fill the memory, however small the file is.
-MOST_TEXT = 2**30  # characters that any file may have
+MOST_TEXT = 2**28  # characters that any file may have
 TIMES_ITS_SIZE = 100  # a larger file may have this times its size
 
 

@@ -112,11 +112,11 @@ def out_names(kept: Iterable[str], own: Sequence[str]) -> dict[str, str]:
         kept: the kept columns.
         own: the columns of `own_columns`, whose names are taken.
     """
-    names = dict.fromkeys(kept)
+    names, taken = dict.fromkeys(kept), set(own)
     by_name = {}
     for name in names:
         out = name
-        while out in own or (out != name and out in names):
+        while out in taken or (out != name and out in names):
             out = f"input_{out}"
         by_name[name] = out
     return by_name

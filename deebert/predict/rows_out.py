@@ -95,7 +95,11 @@ class Layout:
         for part in parts:
             with part.open("rb") as content:
                 schemas.append(parquet.read_schema(content))
-        fields = [_common(name, [schema.field(name) for schema in schemas]) for name in self.names]
+        # By place: a search by name goes through all columns, of which there may be many.
+        fields = [
+            _common(name, [schema.field(place) for schema in schemas])
+            for place, name in enumerate(self.names)
+        ]
         # The mark of JSON texts is of use for joining only.
         plain = pa.schema([field.remove_metadata() for field in fields])
         with file.open("wb") as sink, parquet.ParquetWriter(sink, plain) as out:
@@ -103,7 +107,7 @@ class Layout:
                 with part.open("rb") as content:
                     table = parquet.ParquetFile(content).read()
                 if len(table):
-                    columns = [_fitted(table, field) for field in fields]
+                    columns = [_fitted(table, place, field) for place, field in enumerate(fields)]
                     out.write_table(pa.Table.from_arrays(columns, schema=plain))
 
 
@@ -174,12 +178,12 @@ def _common(name: str, fields: Sequence[Any]) -> Any:
     return pa.field(name, pa.string(), metadata=JSON)
 
 
-def _fitted(table: Any, field: Any) -> Any:
+def _fitted(table: Any, place: int, field: Any) -> Any:
     """Convert a column of a part to the field of the joined file."""
     import pyarrow as pa
 
-    column = table.column(field.name)
-    if field.metadata == JSON and table.schema.field(field.name).metadata != JSON:
+    column = table.column(place)
+    if field.metadata == JSON and table.schema.field(place).metadata != JSON:
         return pa.chunked_array([[_as_json(v) for v in column.to_pylist()]], field.type)
     # Integers beyond 2^53 in a column of floats are rounded, as by other readers of JSON.
     return column.cast(field.type, safe=False)

@@ -286,6 +286,7 @@ def chosen_columns(
     if options.probabilities and is_regression:
         raise UserError("probabilities=true: a regression has none; leave it out")
     where = f"input={options.input}"
+    names, names_of_texts = set(source.names), set(source.texts)  # there may be 100,000
     has = f"it has: {', '.join(source.names[:20]) or 'none'}{', ...' * (len(source.names) > 20)}"
     texts = list(of_task)
     if options.columns is not None:
@@ -295,25 +296,25 @@ def chosen_columns(
                 f"columns=[{', '.join(texts)}] are {len(texts)}, and the model reads "
                 f"{len(of_task)} (in training {', '.join(of_task)})"
             )
-    elif texts[0] not in source.names and len(of_task) == len(source.texts) == 1:
+    elif texts[0] not in names and len(of_task) == len(source.texts) == 1:
         texts = list(source.texts)
     for name in texts:
-        if name not in source.names:
+        if name not in names:
             raise UserError(
                 f"{where}: it has no column {name!r}; {has}; say which hold the texts "
                 "(columns=[...])"
             )
-        if name not in source.texts:
+        if name not in names_of_texts:
             raise UserError(
                 f"{where}: its column {name!r} holds no texts; those that do: "
-                f"{', '.join(source.texts) or 'none'} (columns=[...])"
+                f"{', '.join(source.texts[:20]) or 'none'} (columns=[...])"
             )
     if options.keep == "all":
         kept = None if free and source.free else source.names
     else:
         kept = () if options.keep in ("none", None) else tuple(_listed(options.keep))
     for name in kept or ():
-        if name not in source.names:
+        if name not in names:
             raise UserError(f"{where}: it has no column {name!r}; {has} (keep=[...])")
     return Columns(tuple(texts), kept, options.probabilities)
 

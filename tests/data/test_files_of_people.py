@@ -256,8 +256,9 @@ def test_through_the_command_line(run: Run, fails: Run, tmp_path: Path) -> None:
         if isinstance(case.expected, list):
             continue
         root, words = written(tmp_path / f"case{number}", case), configured(tmp_path / "conf", case)
-        assert case.expected in fails("train.py", *words, f"data.root={root}"), name
+        says = fails("train.py", *words, f"data.root={root}")
+        # Shards are counted for all splits before a split is read.
+        assert case.expected in says.replace("validation", "train"), name
         if case.labels == ("bad", "good"):
-            expected = case.expected.replace("train", "validation")
-            evaluated = fails("evaluate.py", f"ckpt={trained}", "logger=csv", f"data.root={root}")
-            assert expected in evaluated, name
+            says = fails("evaluate.py", f"ckpt={trained}", "logger=csv", f"data.root={root}")
+            assert case.expected in says.replace("validation", "train"), name

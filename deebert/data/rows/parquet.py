@@ -5,6 +5,7 @@ memory at once stays bounded all the same. Knows nothing of what a row is for.
 """
 
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
@@ -127,10 +128,7 @@ def _dictionary_size(stream: BinaryIO, chunk: Any) -> int:
     A page begins with three numbers: its kind, its size, and its compressed size. Each one is a
     byte, and then a varint of Thrift: seven bits a byte, the sign in the lowest bit.
     """
-    place = stream.tell()
-    stream.seek(chunk.dictionary_page_offset)
-    header = stream.read(HEADER_SIZE)
-    stream.seek(place)
+    header = os.pread(stream.fileno(), HEADER_SIZE, chunk.dictionary_page_offset)
     numbers: list[int] = []
     at = 0
     while len(numbers) < 2:
