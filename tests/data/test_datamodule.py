@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import datasets
@@ -6,6 +7,7 @@ import torch
 from conftest import ROOT, mrpc_rows, write_rows
 from omegaconf import OmegaConf
 
+from deebert.data import tokenization
 from deebert.data.datamodule import LengthBatches, TextDataModule
 from deebert.data.tasks import Task
 from deebert.errors import UserError
@@ -106,6 +108,29 @@ def test_a_batch(glue: Path) -> None:
     assert batch["labels"].dtype == torch.long
     rows = [i for b in data.val_dataloader()[0] for i in b["index"].tolist()]
     assert sorted(rows) == list(range(40))
+
+
+def test_padded_at_the_right_whatever_the_tokenizer_says(glue: Path) -> None:
+    """A ramp reads the first token, and the engine pads at the right."""
+    expected, data = module("mrpc", glue), module("mrpc", glue)
+    settings = {"padding_side": "left", "truncation_side": "left"}
+    files = tokenization.files_of(data.tokenizer)
+    config = json.loads(files["tokenizer_config.json"]) | settings
+    files["tokenizer_config.json"] = json.dumps(config)
+    # Twice: from a backbone's folder, and from the checkpoint that was trained with it.
+    data.tokenizer = tokenization.from_files(tokenization.files_of(tokenization.from_files(files)))
+    assert data.tokenizer.padding_side == data.tokenizer.truncation_side == "left"
+    for batch, same in zip(data.val_dataloader()[0], expected.val_dataloader()[0], strict=True):
+        assert (batch["input_ids"][:, 0] == data.tokenizer.cls_token_id).all()
+        assert (batch["attention_mask"].diff(dim=1) <= 0).all()
+        assert torch.equal(batch["attention_mask"], same["attention_mask"])
+        for row, length in zip(batch["input_ids"], batch["length"], strict=True):
+            assert (row[length:] == data.tokenizer.pad_token_id).all()
+    shorter = module("mrpc", glue, max_length=12)
+    shorter.tokenizer = data.tokenizer
+    ends = [text[-1] for text in shorter._rows("validation")["text_b"][:]]
+    cut = shorter.tokens("validation")["input_ids"][:]
+    assert [data.tokenizer.decode(ids[-2]).strip("#") for ids in cut] == ends, "cut at the left"
 
 
 def test_group_and_regression_labels(tmp_path: Path) -> None:

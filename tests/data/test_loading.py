@@ -2,6 +2,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 from conftest import ROOT, write_rows
 from omegaconf import OmegaConf
@@ -43,8 +44,6 @@ def test_json_lines(tmp_path: Path, place: str) -> None:
 
 
 def test_parquet_and_the_hub_s_shards(tmp_path: Path) -> None:
-    import datasets
-
     (tmp_path / "mrpc").mkdir()
     for shard, rows in enumerate((ROWS[:2], ROWS[2:])):
         file = tmp_path / "mrpc" / f"validation-0000{shard}-of-00002.parquet"
@@ -84,6 +83,60 @@ def test_glue_s_classic_tsv_files(tmp_path: Path, name: str) -> None:
     assert data["text_a"][:] == first
     assert (data["text_b"][:] if second else None) == second
     assert data["label"][:] == ids
+
+
+def test_cola_s_files_with_and_without_a_header(tmp_path: Path) -> None:
+    """Its training file has none, its test file has one, and so may a file of the user's."""
+    (tmp_path / "CoLA").mkdir()
+    (tmp_path / "CoLA" / "test.tsv").write_text("index\tsentence\n0\tBill fell.\n")
+    (tmp_path / "CoLA" / "dev.tsv").write_text('sentence\tlabel\nA "fine one.\t1\n\tacceptable\n')
+    assert columns(loading.load(task("cola"), "test", str(tmp_path))) == {"text_a": ["Bill fell."], "index": [0]}  # fmt: skip
+    data = loading.load(task("cola"), "validation", str(tmp_path))
+    assert (data["text_a"][:], data["label"][:]) == (['A "fine one.', ""], [1, 1])
+    (tmp_path / "CoLA" / "train.tsv").write_text("gj04\t1\t\tBill fell.\ngj04\t1\tBill\n")
+    with pytest.raises(UserError, match=r"train\.tsv, line 2: it has 3 fields, the header has 4"):
+        loading.load(task("cola"), "train", str(tmp_path))
+
+
+def test_the_hub_s_own_names_of_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = datasets.ClassLabel(names=["acceptable", "unacceptable"])
+    features = datasets.Features({"sentence": datasets.Value("string"), "label": names})
+    rows = {"sentence": ["a", "b", "c"], "label": [0, 1, -1]}
+    data = datasets.Dataset.from_dict(rows, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)  # no network here
+    assert loading.load(task("cola"), "train", None)["label"][:] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("group", "says"),
+    [(1.5, "is 1.5, not a whole number"), (None, "is null"), (True, "is True"), ("x", "is 'x'"), (2**63, "is 9223372036854775808"), ("\u2460", "not a whole number")],
+)  # fmt: skip
+def test_groups_are_whole_numbers(tmp_path: Path, group: object, says: str) -> None:
+    kind = replace(task("sst2"), group="group")
+    rows = [{"sentence": "a", "label": 1, "group": each} for each in (1, "2", 3.0)]
+    write_rows(tmp_path, "train", rows)
+    assert loading.load(kind, "train", str(tmp_path))["group"][:] == [1, 2, 3]
+    write_rows(tmp_path, "train", [*rows, rows[0] | {"group": group}])
+    with pytest.raises(UserError, match="line 4: its 'group' ") as error:
+        loading.load(kind, "train", str(tmp_path))
+    assert says in str(error.value)
+
+
+def test_another_file_of_the_split_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_rows(tmp_path, "train", ROWS)
+    (tmp_path / "train.csv").write_text("sentence1,sentence2,label\nother,rows,1\n")
+    assert columns(loading.load(task("mrpc"), "train", str(tmp_path))) == EXPECTED
+    assert "split 'train' is read from train.jsonl, and not from train.csv" in caplog.text
+
+
+def test_a_regression_s_numbers(tmp_path: Path) -> None:
+    kind = task("stsb")
+    assert labels.ids([1, 2.5, "3", " -.5 ", "1e1"], kind, str) == [1, 2.5, 3, -0.5, 10]
+    for wrong in (True, None, "1_0", "\u0663", "nan", "inf", float("nan"), 10**400, [1], "", "1,5"):
+        with pytest.raises(UserError, match=r"0: label .* is a regression and needs a number"):
+            labels.ids([wrong], kind, str)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,6 +118,20 @@ def test_a_hostile_csv(stage2: Path, classifier: EarlyExitClassifier, tmp_path: 
     assert {row["label"] for row in written} == {expected["label"]}
     assert [row["row"] for row in bad] == [1, 3, 5, 7, 9]
     assert [row["line"] for row in bad] == [4, 7, 10, 13, 16]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("suffix", "num_columns"), [("csv", 100_000), ("jsonl", 100_000), ("parquet", 20_000)])  # fmt: skip
+def test_time_grows_with_the_columns_and_not_with_their_square(
+    suffix: str, num_columns: int, stage2: Path, tmp_path: Path
+) -> None:
+    more = {f"column {number}": str(number) for number in range(num_columns)}
+    given = write(tmp_path / f"in.{suffix}", [row | more for row in rows()[:3]])
+    began = time.monotonic()
+    command(f"model={stage2}", f"input={given}", f"output={tmp_path / 'out'}.{suffix}")
+    assert time.monotonic() - began < 60, "it took three minutes and more"
+    [*_, last] = read(tmp_path / f"out.{suffix}")
+    assert last[f"column {num_columns - 1}"] == str(num_columns - 1)
 
 
 def test_nothing_but_bad_rows(stage2: Path, tmp_path: Path) -> None:

@@ -345,3 +345,36 @@ def test_a_line_of_100_megabytes(kind: str, tmp_path: Path) -> None:
         f"2 {start + 2} fine",
     ]
     assert int(peak_kib) < 80 * 1024
+
+
+@pytest.mark.slow
+def test_a_value_that_is_stored_once_and_stands_in_every_row(tmp_path: Path) -> None:
+    """A Parquet file of a kilobyte whose rows would take three gigabytes together."""
+    indices = pa.array([0] * 1000 + [1], pa.int32())
+    texts = pa.DictionaryArray.from_arrays(indices, pa.array(["a" * 3_000_000, "b"]))
+    file = tmp_path / "bomb.parquet"
+    parquet.write_table(pa.table({"text": texts}), file, compression="zstd")
+    assert file.stat().st_size < 5000
+    done = subprocess.run(
+        [sys.executable, "-c", HOSTILE, str(file)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    *lines, peak_kib = done.stdout.splitlines()
+    assert lines == [f"{number} None fine" for number in range(1001)]
+    assert int(peak_kib) < 300 * 1024
+
+
+def test_a_dictionary_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deebert.data.rows import parquet as rows_of_parquet
+
+    file = tmp_path / "large.parquet"
+    table = pa.table({"text": ["a" * 500, "b" * 700], "other": ["c" * 5000] * 2})
+    parquet.write_table(table, file, compression="zstd")
+    monkeypatch.setattr(rows_of_parquet, "LARGEST_DICTIONARY", 2000)
+    with reader.opened(str(file)) as given:
+        assert [row.values["text"][0] for row in given.rows({"text"})] == ["a", "b"]
+    with (
+        reader.opened(str(file)) as given,
+        pytest.raises(UserError, match="its column 'other' take 5,004 bytes, more than 2,000"),
+    ):
+        list(given.rows({"other"}))

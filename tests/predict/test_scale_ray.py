@@ -31,7 +31,7 @@ def reviews(place: Path) -> Path:
     folder = place / "reviews"
     (folder / "more").mkdir(parents=True)
     pairs = [(row["product"], row["review"]) for row in demo.rows("train")[:120]]
-    pairs[7], pairs[70] = ("", "no text"), ('a "quote", and more', "two\nlines")
+    pairs[7], pairs[70] = ("a\0", "no text"), ('a "quote", and more', "two\nlines")
     for name, chosen in (("a.csv", pairs[:50]), ("b.csv", pairs[50:60]), ("more/c.csv", pairs)):
         with (folder / name).open("w", newline="") as out:
             writer = csv.writer(out)
@@ -97,7 +97,7 @@ def test_ray_on_this_machine(place: Path, reviews: Path, stage2: Path) -> None:
     assert "INFO" not in printed
     errors = [*map(json.loads, (place / "answers" / "_errors.jsonl").read_text().splitlines())]
     assert [(row["file"], row["row"]) for row in errors] == [("a.csv", 7), ("more/c.csv", 7)]
-    assert errors[0]["reason"] == "its 'sentence1' is empty"
+    assert errors[0]["reason"] == "it holds a NUL byte"
     names = {path.name for path in (place / "answers").iterdir()}
     assert {name for name in names if name[0] in "._"} == {"_job.json", "_errors.jsonl"}
     assert len(names) - 2 == 4 + 1 + 8, "a part a block"
