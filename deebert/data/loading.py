@@ -20,7 +20,7 @@ import datasets
 
 from deebert.data import demo, labels, texts
 from deebert.data.rows import reader, split_files
-from deebert.data.rows.source import PLAIN, Table, blocks
+from deebert.data.rows.source import PLAIN, Table, blocks, largest_decoded
 from deebert.data.tasks import HUB, MOST_GROUPS, WORD, Task
 from deebert.errors import UserError, first_line
 
@@ -30,9 +30,6 @@ MISSING = object()  # the value of a column that a row lacks; null is a value
 LARGEST_INT = 2**63
 AT_ONCE = 256  # rows; more would outlive the garbage collector's first look at them
 MOST_NAMED = 20  # columns that a message names
-# Texts that are stored once and stand in many rows fill the memory, however small the file is.
-MOST_TEXT = 2**28  # characters that any file may have
-TIMES_ITS_SIZE = 100  # a larger file may have this times its size
 
 
 @dataclass(frozen=True)
@@ -151,7 +148,7 @@ def _from_files(task: Task, split: str, files: Sequence[Path]) -> Raw:
             if in_file and not opened.is_empty:  # JSON has no columns if no row can be read
                 _check_columns(task, split, str(file), list(in_file))
             pairs = [(column, in_file.get(name, name)) for name, column in columns.items()]
-            most, size = max(MOST_TEXT, TIMES_ITS_SIZE * file.stat().st_size), 0
+            most, size = largest_decoded(file.stat().st_size), 0
             for block in blocks(opened.rows({name for _, name in pairs}), AT_ONCE):
                 size += sum(row.size for row in block)
                 if bad := next((row for row in block if row.fault), None):

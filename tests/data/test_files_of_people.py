@@ -259,6 +259,6 @@ def test_through_the_command_line(run: Run, fails: Run, tmp_path: Path) -> None:
         says = fails("train.py", *words, f"data.root={root}")
         # Shards are counted for all splits before a split is read.
         assert case.expected in says.replace("validation", "train"), name
-        if case.labels == ("bad", "good"):
+        if number % 3 == 0 and case.labels == ("bad", "good"):  # the same reader
             says = fails("evaluate.py", f"ckpt={trained}", "logger=csv", f"data.root={root}")
             assert case.expected in says.replace("validation", "train"), name

@@ -364,17 +364,43 @@ def test_a_value_that_is_stored_once_and_stands_in_every_row(tmp_path: Path) -> 
     assert int(peak_kib) < 300 * 1024
 
 
-def test_a_dictionary_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deebert.data.rows import parquet as rows_of_parquet
-
+def test_columns_that_take_far_more_memory_than_their_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "large.parquet"
-    table = pa.table({"text": ["a" * 500, "b" * 700], "other": ["c" * 5000] * 2})
-    parquet.write_table(table, file, compression="zstd")
-    monkeypatch.setattr(rows_of_parquet, "LARGEST_DICTIONARY", 2000)
-    with reader.opened(str(file)) as given:
-        assert [row.values["text"][0] for row in given.rows({"text"})] == ["a", "b"]
-    with (
-        reader.opened(str(file)) as given,
-        pytest.raises(UserError, match="its column 'other' take 5,004 bytes, more than 2,000"),
-    ):
-        list(given.rows({"other"}))
+    table = pa.table({"text": ["a", "b"], "other": ["c" * 50_000] * 2})
+    monkeypatch.setattr(source, "SMALL", 2000)
+    for dictionary in (True, False):
+        parquet.write_table(table, file, compression="zstd", use_dictionary=dictionary)
+        with reader.opened(str(file)) as given:
+            assert [row.values["text"] for row in given.rows({"text"})] == ["a", "b"]
+        with (
+            reader.opened(str(file)) as given,
+            pytest.raises(UserError, match=r"its column 'other' holds .* more than 100 times"),
+        ):
+            list(given.rows({"other"}))
+
+
+def test_few_rows_at_once_where_values_are_large(tmp_path: Path) -> None:
+    """In nested columns, too; and a large value that no row of the first ones has."""
+    from deebert.data.rows.parquet import _rows_at_once
+
+    many, large = ["a"] * 5000, "b" * 100_000
+    columns = {
+        "text": [*many, large], "list": [*([each] for each in many), [large, large]],
+        "struct": [*({"x": each} for each in many), {"x": large}], "small": [*many, "c"],
+        "map": [*([(each, 1)] for each in many), [(large, 1)]], "number": [1] * 5001,
+        "raw": [*map(str.encode, many), large.encode()],
+    }  # fmt: skip
+    types = {"map": pa.map_(pa.string(), pa.int64())}
+    table = pa.table({name: pa.array(c, types.get(name)) for name, c in columns.items()})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with (tmp_path / "a.parquet").open("rb") as stream:
+        file = parquet.ParquetFile(stream)
+        at_once = {name: _rows_at_once("", file, stream, 0, [name]) for name in columns}
+    assert at_once["small"] == at_once["number"] == 1024
+    assert all(at_once[name] * 100_000 <= 8_000_000 for name in ("text", "list", "struct", "map"))
+    with reader.opened(str(tmp_path / "a.parquet")) as given:
+        values = [row.values for row in given.rows(columns)]
+    assert [value["text"] for value in values] == columns["text"]
+    assert [value["list"] for value in values] == columns["list"]

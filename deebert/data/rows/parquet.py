@@ -5,7 +5,6 @@ memory at once stays bounded all the same. Knows nothing of what a row is for.
 """
 
 import json
-import os
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
@@ -14,13 +13,18 @@ import pyarrow.compute as pc
 from pyarrow import parquet
 
 from deebert.data.rows.lines import READ_SIZE
-from deebert.data.rows.source import ONE_BLOCK, Row, Source, check_names
+from deebert.data.rows.source import (
+    ONE_BLOCK,
+    TIMES_ITS_SIZE,
+    Row,
+    Source,
+    check_names,
+    largest_decoded,
+)
 from deebert.errors import UserError, first_line
 
 MOST_AT_ONCE = 1024  # rows that are decoded together
 DECODED = ONE_BLOCK // 4  # bytes that are decoded together, approximately
-LARGEST_DICTIONARY = 2**27  # bytes of the different values of a column in a group of rows
-HEADER_SIZE = 32  # bytes; enough for the three numbers that a page begins with
 
 
 class Unreadable(NamedTuple):
@@ -83,66 +87,51 @@ def _rows_at_once(where: str, file: Any, stream: BinaryIO, group: int, columns: 
     """Return how many rows of a group are decoded together.
 
     Raises:
-        UserError: the values of a column take too much memory.
+        UserError: the values of a column take far more memory than they take in the file.
     """
     about = file.metadata.row_group(group)
     if not about.num_rows:
         return 1
-    largest = about.total_byte_size // about.num_rows + 1
+    largest = about.total_byte_size // about.num_rows + 1  # bytes of a row
     wanted = {*columns}
     for index in range(about.num_columns):
         chunk = about.column(index)
         path = chunk.path_in_schema  # the name of the column; for nested values longer
-        if not chunk.has_dictionary_page or chunk.physical_type != "BYTE_ARRAY":
-            continue
         if path not in wanted and path.split(".")[0] not in wanted:
             continue
-        size = _dictionary_size(stream, chunk)
-        if size > LARGEST_DICTIONARY:
+        size = chunk.total_uncompressed_size
+        if size > largest_decoded(chunk.total_compressed_size):
             raise UserError(
-                f"{where}: the values of its column {path!r} take {size:,} bytes, more than "
-                f"{LARGEST_DICTIONARY:,}; write it in smaller groups of rows"
+                f"{where}: its column {path!r} holds {size:,} bytes in "
+                f"{chunk.total_compressed_size:,} of the file, more than {TIMES_ITS_SIZE} times as "
+                "many; write it in smaller groups of rows"
             )
-        if size * MOST_AT_ONCE > DECODED:
-            value = _largest_value(stream, file, group, path) if path in wanted else size
+        if chunk.has_dictionary_page and size * MOST_AT_ONCE > DECODED:
+            value = _largest_value(stream, file, group, path) or size
             largest = max(largest, value * -(-chunk.num_values // about.num_rows))
     return min(MOST_AT_ONCE, max(1, DECODED // largest))
 
 
-def _largest_value(stream: BinaryIO, file: Any, group: int, name: str) -> int:
-    """Return the size in bytes of the largest of the different values of a column."""
+def _largest_value(stream: BinaryIO, file: Any, group: int, path: str) -> int | None:
+    """Return the size in bytes of the largest of the different values of a column.
+
+    Returns:
+        The size; None if the column is no text, or is nested in a way in which it is not known.
+    """
     once = parquet.ParquetFile(
         stream,
         metadata=file.metadata,
-        read_dictionary=[name],
+        read_dictionary=[path],
         pre_buffer=False,
         buffer_size=READ_SIZE,
     )
-    [column] = next(once.iter_batches(1, row_groups=[group], columns=[name])).columns
-    return pc.max(pc.binary_length(column.dictionary)).as_py() or 0
-
-
-def _dictionary_size(stream: BinaryIO, chunk: Any) -> int:
-    """Return the size in bytes of the different values of a column, which stand at its beginning.
-
-    A page begins with three numbers: its kind, its size, and its compressed size. Each one is a
-    byte, and then a varint of Thrift: seven bits a byte, the sign in the lowest bit.
-    """
-    header = os.pread(stream.fileno(), HEADER_SIZE, chunk.dictionary_page_offset)
-    numbers: list[int] = []
-    at = 0
-    while len(numbers) < 2:
-        number = shift = 0
-        while True:
-            at += 1
-            byte = header[at] if at < len(header) else 0
-            number |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                break
-        numbers.append(number >> 1)
-        at += 1
-    return numbers[1]
+    try:
+        [column] = next(once.iter_batches(1, row_groups=[group], columns=[path])).columns
+        while not pa.types.is_dictionary(column.type):
+            column = column.field(0) if pa.types.is_struct(column.type) else column.values
+        return pc.max(pc.binary_length(column.dictionary)).as_py()
+    except (AttributeError, ValueError, NotImplementedError, pa.ArrowException):
+        return None
 
 
 def _classes(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:

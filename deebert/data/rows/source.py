@@ -8,6 +8,14 @@ from typing import Any, NamedTuple
 from deebert.errors import UserError
 
 ONE_BLOCK = 32_000_000  # bytes at which a block of rows is full
+# What is stored once and stands in many rows fills the memory, however small the file is.
+SMALL = 2**28  # bytes that any file may hold
+TIMES_ITS_SIZE = 100  # a larger file may hold so many times its size
+
+
+def largest_decoded(size: int) -> int:
+    """Return how many bytes a file, or a part of it, of a size may hold."""
+    return max(SMALL, TIMES_ITS_SIZE * size)
 
 
 class Row(NamedTuple):
