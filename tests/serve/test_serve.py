@@ -112,7 +112,7 @@ def counted(service: Served) -> dict[tuple[str, ...], float]:
 
 
 def test_one_text_in_every_form(service: Served, offline: EarlyExitClassifier) -> None:
-    a, b = "a fine film", "caf\u00e9 \U0001f600 \x00 \u65e5\u672c"
+    a, b = "a fine film", "caf\u00e9 \U0001f600 \x01 \u65e5\u672c"
     [expected] = offline.predict((a, b), threshold=0.69)
     for text in ([a, b], {"sentence1": a, "sentence2": b}):
         [reply] = service.predict(text=text, threshold=0.69)["answers"]
@@ -180,6 +180,7 @@ BAD: dict[str, tuple[Any, int, str]] = {  # what is sent, the status, what is sa
     "half of a character": (b'{"text": ["\xe2\x82", "b"]}', 400, "UTF-8"),
     "Latin-1": ('{"text": ["caf\u00e9", "b"]}'.encode("latin-1"), 400, "UTF-8"),
     "NUL in a text": (b'{"text": ["a\x00", "b"]}', 422, "not JSON: Invalid control character"),
+    "an escaped NUL": (b'{"text": ["a\\u0000", "b"]}', 422, "text holds a NUL character"),
     "nothing but NUL": (b"\0\0\0\0\0\0", 400, "JSON in UTF-8"),
     "a line break in a text": (b'{"text": ["a\n", "b"]}', 422, "not JSON: Invalid control"),
     "half of a surrogate pair": (b'{"text": ["a\\ud800", "b"]}', 422, "surrogate pair"),
