@@ -61,7 +61,7 @@ def many(file: Path, number: int) -> Path:
             "sentence1": " ".join(
                 source.choices(PAIRS[n % 150][0].split(), k=source.randint(1, 30))
             ),
-            "sentence2": "" if n % 97 == 5 else PAIRS[n % 150][1],
+            "sentence2": "\0" if n % 97 == 5 else PAIRS[n % 150][1],
         }
         for n in range(number)
     ]
