@@ -8,6 +8,7 @@ The module brings texts, labels and targets together. It needs neither Lightning
 training data. Shapes: N inputs, C labels.
 """
 
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -38,6 +39,8 @@ from deebert.hub.saved_folder import Saved
 from deebert.inference.engine import WINDOW, Engine
 from deebert.inference.predictions import Predictions
 from deebert.options import ONE_OF, TARGET, TargetOptions, check_needs, given, job_command
+
+log = logging.getLogger(__name__)
 
 Tokens = Mapping[str, Any]
 
@@ -259,6 +262,7 @@ class EarlyExitClassifier:
         record = self._calibration_rows
         if wanted.target_speedup is not None:
             wanted = replace(wanted, costs=self.costs)
+        self._warn_of_other_precision(record)
         operating_point = calibration.choose(record, self.task, rule, wanted)
         return CalibratedPoint(
             operating_point.rule,
@@ -309,6 +313,19 @@ class EarlyExitClassifier:
             evaluate_records.calibration_rows(held_out, labelled[0], evaluation_config)[0]
             or labelled[0]
         )
+
+    def _warn_of_other_precision(self, record: Record) -> None:
+        """Warn if the model runs in another precision than thresholds are chosen in."""
+        if record.precision != self.engine.precision:
+            log.warning(
+                "%s: thresholds are chosen on logits in %s, and the model runs in %s, where the "
+                "saving and the score may differ a little; python evaluate.py ckpt=RUN timing=all "
+                "precision=%s measures them",
+                self.saved.checkpoint.path,
+                record.precision,
+                self.engine.precision,
+                self.engine.precision,
+            )
 
     @cached_property
     def costs(self) -> tuple[float, ...]:

@@ -24,6 +24,7 @@ class Record:
         length_N: (N,) number of tokens.
         group_N: (N,) values of the task's group column (difficulty grade), or None.
         learned_score_NL: (N, L) learned exit scores, or None where the ramps have none.
+        precision: the precision of the model that gave the logits, such as bfloat16.
     """
 
     split: str
@@ -33,6 +34,7 @@ class Record:
     length_N: Tensor
     group_N: Tensor | None = None
     learned_score_NL: Tensor | None = None
+    precision: str = "float32"
 
     @property
     def num_layers(self) -> int:
@@ -64,7 +66,9 @@ class Record:
             )
 
     @classmethod
-    def from_batches(cls, split: str, batches: list[dict[str, Tensor]]) -> "Record":
+    def from_batches(
+        cls, split: str, batches: list[dict[str, Tensor]], precision: str = "float32"
+    ) -> "Record":
         """Join the outputs of the evaluation steps of all processes, in row order, each row once.
 
         A row may come twice, because processes that share a split get equally many batches.
@@ -73,6 +77,7 @@ class Record:
             split: name of the split.
             batches: `logits`, `index` and `length` of each batch, and where they exist `labels`,
                 `group` and `learned_score`.
+            precision: the precision of the model.
         """
         joined = {key: torch.cat([batch[key].cpu() for batch in batches]) for key in batches[0]}
         order = joined["index"].argsort(stable=True)
@@ -88,4 +93,5 @@ class Record:
             joined["length"][rows],
             joined["group"][rows] if "group" in joined else None,
             joined["learned_score"][rows].float() if "learned_score" in joined else None,
+            precision,
         )

@@ -1,12 +1,14 @@
 """Write and read saved records: one safetensors file for each split, with a JSON header.
 
-A file may be somebody else's, so all its values are checked before use. This module does not know
-how records are made or used.
+The header is the stamp of what made the record: the weights, the length of the inputs, the rows
+and the precision. Whoever uses a record compares its stamp (`check_use`). A record that is saved
+holds all rows of its split. A file may be somebody else's, so all its values are checked before
+use. This module does not know how records are made.
 """
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,10 @@ from torch import Tensor
 
 from deebert.data.tasks import MOST_GROUPS, SPLIT
 from deebert.disk import whole_files
-from deebert.errors import UserError
+from deebert.errors import UserError, is_whole
 from deebert.exits.records import Record
 from deebert.hub import checkpoint_config
-from deebert.hub.checkpoints import Source
+from deebert.hub.checkpoints import Checkpoint, Source
 from deebert.hub.run_config import RunConfig
 from deebert.options import job_command
 from deebert.untrusted import plain_files, tensor_files
@@ -43,11 +45,13 @@ class Header:
         checkpoint: the fingerprint of the weights that the record was made with.
         data: the fingerprint of the rows, or None.
         config: the configuration of the run that made the weights.
+        max_length: the number of tokens that the inputs were cut to.
     """
 
     checkpoint: str
     data: str | None
     config: RunConfig
+    max_length: int
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,11 @@ class RecordFolder(Source):
     """The records of one checkpoint, as the source of an evaluation.
 
     Attributes:
-        fingerprint: the fingerprint of the checkpoint's weights.
+        header: the facts that all its records share; those of its first record.
         records: the records, one for each split.
     """
 
-    fingerprint: str
+    header: Header
     records: list[Record]
 
 
@@ -102,6 +106,8 @@ def save(record: Record, folder: Path, header: Header) -> None:
         "checkpoint": header.checkpoint,
         "data": header.data,
         "config": header.config.plain(),
+        "max_length": header.max_length,
+        "precision": record.precision,
     }
     with whole_files.replaced(folder / f"{record.split}.safetensors") as part:
         save_file(tensors, part, {"deebert": json.dumps(facts)})
@@ -130,10 +136,15 @@ def load(file: Path) -> tuple[Record, Header]:
         tensors = {OLD_NAMES.get(name, name): values for name, values in tensors.items()}
         _check_split(facts, file)
         _check(tensors, config.task.num_labels)
+        # Older files state neither. Their inputs were cut as their configuration says.
+        max_length = facts.get("max_length", config.data.max_length)
+        precision = facts.get("precision", "float32")
+        if not is_whole(max_length) or not isinstance(precision, str):
+            raise UserError(f"its max_length is {max_length!a}, its precision {precision!a}")
         columns: dict[str, Any] = {"labels_N": None} | tensors
-        record = Record(facts["split"], **columns)
+        record = Record(facts["split"], **columns, precision=precision)
         record.check()
-        header = Header(facts["checkpoint"], facts.get("data"), config)
+        header = Header(facts["checkpoint"], facts.get("data"), config, max_length)
     except UserError as error:
         raise UserError(
             f"record={file}: {error}; record again with {job_command('evaluate')} ckpt=RUN"
@@ -150,18 +161,50 @@ def read_folder(given: str) -> RecordFolder:
         given: the folder, as the user gave it with `record=`.
 
     Raises:
-        UserError: there is no record, or one is damaged or of another checkpoint than the others.
+        UserError: there is no record, or one is damaged, or made in another way than the others.
     """
     folder = Path(given)
     paths = files(folder, FOLDER if (folder / FOLDER).is_dir() else ".")
     if not paths:
         raise UserError(f"record={given}: no records there; give a run folder that has some")
     loaded = [load(path) for path in paths]
-    _, first = loaded[0]
-    if any((h.checkpoint, h.config) != (first.checkpoint, first.config) for _, h in loaded):
+    one, first = loaded[0]
+    if any(replace(header, data=first.data) != first for _, header in loaded):
         raise UserError(f"record={given}: its records are of different checkpoints")
+    if other := next((record for record, _ in loaded if record.precision != one.precision), None):
+        raise UserError(
+            f"record={given}: {one.split} was recorded in {one.precision}, {other.split} in "
+            f"{other.precision}; record them together with evaluate.py ckpt=RUN"
+        )
     records = [record for record, _ in loaded]
-    return RecordFolder(paths[0].parent, first.config, first.checkpoint, records)
+    return RecordFolder(paths[0].parent, first.config, first, records)
+
+
+def check_use(header: Header, record: str, checkpoint: Checkpoint) -> None:
+    """Check that a record was made as a model is used.
+
+    Args:
+        header: the facts about the record.
+        record: name of the record, for error messages.
+        checkpoint: the model.
+
+    Raises:
+        UserError: it was made with other weights, for another task, or with inputs that were cut to
+            another length.
+    """
+    config = checkpoint.config
+    if header.checkpoint != checkpoint.fingerprint:
+        raise UserError(
+            f"{record}: a record of other weights than {checkpoint.path} ({header.checkpoint}, not "
+            f"{checkpoint.fingerprint}); remove it, or record again with evaluate.py ckpt=RUN"
+        )
+    ours = {"task": config.task.name, "data.max_length": config.data.max_length}
+    theirs = {"task": header.config.task.name, "data.max_length": header.max_length}
+    if flag := next((flag for flag in ours if ours[flag] != theirs[flag]), None):
+        raise UserError(
+            f"{record}: recorded with {flag}={theirs[flag]}, and {checkpoint.path} runs with "
+            f"{flag}={ours[flag]}; give the run itself, or record again with evaluate.py ckpt=RUN"
+        )
 
 
 def _check_split(facts: dict[str, Any], file: Path) -> None:

@@ -26,6 +26,7 @@ KEYS = (
     "task", "backbone", "ramp", "data", "stage", "stages", "objective", "seed", "trainer",
     "callbacks", "thresholds", "teacher",
 )  # fmt: skip
+NEEDED = ("task", "backbone", "data", "stage", "stages", "objective", "seed")
 # The keys of a saved folder. The others hold paths of the machine that it was trained on, or name
 # code.
 PUBLIC = ("task", "backbone", "ramp", "data", "stage", "stages", "objective", "seed", "thresholds")
@@ -136,8 +137,9 @@ class RunConfig:
         """Build the configuration from plain values that `checkpoint_config` has accepted.
 
         Raises:
-            UserError: the task is invalid.
+            UserError: the task is invalid, or a block is missing.
         """
+        _check_complete(values)
         stage = values["stage"]
         return cls(
             task=Task.from_config(values["task"]),
@@ -162,12 +164,13 @@ class RunConfig:
         Raises:
             UserError: a value has the wrong type, is outside its range, or contradicts another.
         """
+        _check_complete(values)
         check_whole("seed", values["seed"], 0, 2**32 - 1)
         DataConfig.from_plain(values["data"])
         Recipe.from_plain(values["stages"].get(str(values["stage"])), values["stage"])
-        if values["thresholds"] is not None:
+        if values.get("thresholds") is not None:
             curves.check_thresholds(values["thresholds"], "thresholds")
-        config = cls.from_checked({key: values[key] for key in KEYS})
+        config = cls.from_checked({key: values.get(key) for key in KEYS})
         config._check()
         return config
 
@@ -184,7 +187,7 @@ class RunConfig:
                 "of the ramps that are trained; use callbacks.best.monitor=val/mean_ramp_score"
             )
         standardize = self.stage == 2 and self.recipe.standardize
-        precision = str(self.trainer["precision"])
+        precision = str(self.trainer.get("precision"))
         if precision in ("bf16-true", "16-true") and (standardize or self.task.is_regression):
             faint = "faint differences that stages.2.standardize=true shows"
             raise UserError(
@@ -257,6 +260,18 @@ class RunConfig:
             "seed": self.seed,
             "metric": self.task.metrics[0],
         }
+
+
+def _check_complete(values: Mapping[str, Any]) -> None:
+    """Check that the blocks are there without which there is no run.
+
+    Raises:
+        UserError: one is missing.
+    """
+    if missing := [key for key in NEEDED if values.get(key) is None]:
+        raise UserError(
+            f"a run's configuration has no {missing[0]}, and needs: {', '.join(NEEDED)}"
+        )
 
 
 @dataclass(frozen=True)

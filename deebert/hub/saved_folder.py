@@ -94,7 +94,7 @@ def _write_files(saved: Saved, model: EarlyExitModel, folder: Path, model_card: 
     weights, _ = tensor_files.safetensors_file(folder / "model.safetensors")
     fingerprint = tensor_files.fingerprint(weights)
     for record in saved.records.values():
-        header = record_files.Header(fingerprint, None, config)
+        header = record_files.Header(fingerprint, None, config, config.data.max_length)
         record_files.save(record, folder / "records", header)
     whole_files.replace(folder / "README.md", model_card)
     about = {
@@ -245,12 +245,11 @@ def records_of(folder: Path, checkpoint: Checkpoint) -> dict[str, Record]:
         Records by split, in the task's order of splits.
 
     Raises:
-        UserError: a record is damaged, was made with other weights, or is a link that leads out of
-            the folder.
+        UserError: a record is damaged, was made in another way than the model is used
+            (`record_files.check_use`), or is a link that leads out of the folder.
     """
     records, order = {}, checkpoint.config.task.order
     for file in sorted(record_files.files(folder), key=lambda file: order(file.stem)):
         records[file.stem], header = record_files.load(file)
-        if header.checkpoint != checkpoint.fingerprint:
-            raise UserError(f"{file}: a record of other weights than {checkpoint.path}; remove it")
+        record_files.check_use(header, str(file), checkpoint)
     return records

@@ -170,6 +170,7 @@ class Results:
         ckpt: the evaluated checkpoint, or the run folder of a training.
         epoch: the epoch of a training, from 1.
         timing: what was timed.
+        weights: the fingerprint of the weights that were evaluated; older files lack it.
     """
 
     schema: int
@@ -189,6 +190,7 @@ class Results:
     ckpt: str | None = None
     epoch: int | None = None
     timing: list[TimedCase] | None = None
+    weights: str | None = None
 
     @property
     def headline(self) -> SplitResults:

@@ -222,8 +222,13 @@ def _evaluate_records(config: EvaluateConfig, source: RecordFolder, job: Job) ->
     evaluated = evaluate_records.evaluate_records(
         reported, config.run.task, config.evaluation, held_out, trained=trained
     )
-    header, record = report.header(source.config.summary()), checkpoints.lasting(str(config.record))
-    report.save(Results(**header, record=record, **vars(evaluated)), job.folder)
+    results = Results(
+        **report.header(source.config.summary()),
+        **vars(evaluated),
+        record=checkpoints.lasting(str(config.record)),
+        weights=source.header.checkpoint,
+    )
+    report.save(results, job.folder)
 
 
 def _choose_records(

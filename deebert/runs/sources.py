@@ -293,7 +293,8 @@ def _evaluated(cfg: DictConfig) -> Source:
     """Return the checkpoint to score, or the folder of its records.
 
     Raises:
-        UserError: there is neither, or the records are of different checkpoints.
+        UserError: there is neither, or the records are of different checkpoints, or were made in
+            another way than the checkpoint is used.
     """
     if not cfg.ckpt and not cfg.record:
         raise UserError(
@@ -306,9 +307,6 @@ def _evaluated(cfg: DictConfig) -> Source:
         if not cfg.record:
             return checkpoint
     source = record_files.read_folder(str(cfg.record))
-    if checkpoint and source.fingerprint != checkpoint.fingerprint:
-        raise UserError(
-            f"record={cfg.record} is of another checkpoint than ckpt={cfg.ckpt}: its weights have "
-            f"the fingerprint {source.fingerprint}, not {checkpoint.fingerprint}"
-        )
+    if checkpoint:
+        record_files.check_use(source.header, f"record={cfg.record}", checkpoint)
     return source

@@ -4,9 +4,11 @@
 best epoch. The losses and the parameters of each stage are in `deebert.training`.
 """
 
+import json
 import logging
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -19,7 +21,7 @@ from deebert.data import tokenization
 from deebert.data.datamodule import TextDataModule
 from deebert.disk import whole_files
 from deebert.errors import UserError, first_line
-from deebert.hub.checkpoints import Checkpoint
+from deebert.hub.checkpoints import WEIGHTS_FINGERPRINT, Checkpoint
 from deebert.hub.run_config import RunConfig
 from deebert.models import backbones
 from deebert.models.early_exit import EarlyExitModel
@@ -31,6 +33,7 @@ from deebert.training.callbacks import EarlyExitEvaluation
 from deebert.training.feature_cache import FeatureCache
 from deebert.training.module import EarlyExitModule
 from deebert.training.progress import EpochLine
+from deebert.untrusted import tensor_files
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +91,7 @@ def train(cfg: DictConfig) -> float | None:
         _fit(trainer, module, datamodule, config, source)
         if source and config.resume and not _is_evaluated(trainer, job):
             _validate_resumed(trainer, module, datamodule, source, job)
-        _validate_best(trainer, module, datamodule)
+        _validate_kept(trainer, module, datamodule, job)
     return finish(trainer.is_global_zero, job)
 
 
@@ -247,7 +250,7 @@ def _validate_resumed(
 ) -> None:
     """Validate a run that was interrupted after its last epoch, and take over its checkpoints.
 
-    The results of a run with a monitored score are those of its best epoch (`_validate_best`).
+    The results of a run with a monitored score are those of its best epoch (`_validate_kept`).
     """
     folder = job.folder / "checkpoints"
     if trainer.is_global_zero:
@@ -265,13 +268,24 @@ def _validate_resumed(
     )
 
 
-def _validate_best(
-    trainer: L.Trainer, module: EarlyExitModule, datamodule: L.LightningDataModule
+def _validate_kept(
+    trainer: L.Trainer, module: EarlyExitModule, datamodule: L.LightningDataModule, job: Job
 ) -> None:
-    """Validate the best epoch, if the checkpoint of the best epoch is kept."""
+    """Validate the weights that the run leaves, if other weights were validated last.
+
+    These are the weights of the best epoch, or those of the last step if steps followed the last
+    validation (max_steps, check_val_every_n_epoch, val_check_interval).
+    """
     callback = trainer.checkpoint_callback
     trainer.strategy.barrier()  # the first process may still copy the checkpoint of an earlier run
-    if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
+    if not isinstance(callback, ModelCheckpoint) or not callback.best_model_path:
+        return
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if not any(isinstance(each, EarlyExitEvaluation) for each in callbacks):
+        return
+    # One process decides for all of them.
+    is_validated = not callback.monitor and _is_validated(Path(callback.best_model_path), job)
+    if not trainer.strategy.broadcast(is_validated):
         trainer.validate(
             module,
             datamodule=datamodule,
@@ -279,3 +293,12 @@ def _validate_best(
             verbose=False,
             weights_only=True,
         )
+
+
+def _is_validated(ckpt: Path, job: Job) -> bool:
+    """Say whether the results of a run are those of the weights in a checkpoint."""
+    if not ckpt.is_file():  # some strategies write folders, each process a part
+        return True
+    kept = tensor_files.torch_file(ckpt, only=(WEIGHTS_FINGERPRINT,)).get(WEIGHTS_FINGERPRINT)
+    file = job.folder / "results.json"  # with ddp_spawn, the processes return nothing but files
+    return file.exists() and json.loads(file.read_text()).get("weights") == kept

@@ -20,7 +20,9 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from deebert.data.datamodule import TextDataModule
 from deebert.disk import whole_files
+from deebert.errors import UserError
 from deebert.evaluation.evaluate_records import EvaluationConfig, evaluate_records
 from deebert.evaluation.layers import layer_table
 from deebert.exits import curves, rules
@@ -29,6 +31,7 @@ from deebert.hub import record_files
 from deebert.reporting import report, wandb
 from deebert.reporting.results import Calibration, Results, TimedCase
 from deebert.reporting.split_results import Example, Examples, SplitResults
+from deebert.training.feature_cache import FeatureCache
 from deebert.training.loggers import attempt
 from deebert.training.module import EarlyExitModule
 from deebert.untrusted import tensor_files
@@ -36,6 +39,8 @@ from deebert.untrusted import tensor_files
 log = logging.getLogger(__name__)
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits of every ramp (B, L, C), labels (B,) -> scalar
+# Lightning's name of a precision starts with one of these -> the precision of a record.
+PRECISIONS = {"32": "float32", "64": "float64", "bf16": "bfloat16", "16": "float16"}
 
 
 class EarlyExitEvaluation(Callback):
@@ -53,6 +58,10 @@ class EarlyExitEvaluation(Callback):
     A second validation split is logged under its own name. A test is logged under `test/`, without
     a loss. The files go to the run folder (`trainer.default_root_dir`). The attribute `results` has
     the last results.
+
+    It works in any Trainer with an `EarlyExitModule`. The rows may come from any loaders whose
+    batches the module takes. Records are saved only where the package's own data module knows the
+    rows, and only of splits that were evaluated as a whole.
 
     Args:
         thresholds: the curve's thresholds, entropies >= 0. None stands for the paper's list
@@ -86,7 +95,25 @@ class EarlyExitEvaluation(Callback):
         # The epoch of the weights that `Trainer.validate` or `Trainer.test` runs, if it is known.
         self.epoch: int | None = None
         self._records: list[Record] = []
+        self._weights = ""  # the fingerprint of the weights that gave these records
         self._batches: dict[int, list[dict[str, Tensor]]] = defaultdict(list)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check that the callback can evaluate this module.
+
+        Raises:
+            UserError: it cannot.
+        """
+        if not isinstance(pl_module, EarlyExitModule):
+            raise UserError(
+                f"EarlyExitEvaluation evaluates an EarlyExitModule, and {type(pl_module).__name__} "
+                "is none: subclass deebert.training.module.EarlyExitModule, or remove the callback"
+            )
+        if self.layers and _own_data(trainer) is None:
+            raise UserError(
+                "EarlyExitEvaluation(layers=True) reads the rows from a TextDataModule: "
+                "trainer.test(module, datamodule=...)"
+            )
 
     def on_validation_batch_end(
         self,
@@ -97,7 +124,18 @@ class EarlyExitEvaluation(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._batches[dataloader_idx].append({name: value.cpu() for name, value in outputs.items()})
+        columns = {name: value.cpu() for name, value in outputs.items()}
+        if "length" not in columns:
+            columns["length"] = batch["attention_mask"].sum(1).cpu()
+        if "index" not in columns:
+            if trainer.world_size > 1:
+                raise UserError(
+                    "EarlyExitEvaluation in several processes tells rows that come twice by their "
+                    "number: let batches have a column `index`, or use trainer.devices=1"
+                )
+            start = sum(len(each["index"]) for each in self._batches[dataloader_idx])
+            columns["index"] = torch.arange(start, start + len(columns["logits"]))
+        self._batches[dataloader_idx].append(columns)
 
     on_test_batch_end = on_validation_batch_end
 
@@ -129,11 +167,16 @@ class EarlyExitEvaluation(Callback):
             return
         assert isinstance(pl_module, EarlyExitModule)
         task = pl_module.config.task
+        names = _split_names(trainer, len(batches), "test" if prefix == "test" else "validation")
+        precision = str(trainer.precision)
+        precision = next((PRECISIONS[p] for p in PRECISIONS if precision.startswith(p)), precision)
         records = [
-            Record.from_batches(name, _gathered(trainer, batches[i]))
-            for i, name in enumerate(trainer.datamodule.eval_splits)  # type: ignore[attr-defined]
+            Record.from_batches(name, _gathered(trainer, batches[i]), precision)
+            for i, name in enumerate(names)
         ]
         self._records = records
+        if trainer.is_global_zero:
+            self._weights = tensor_files.fingerprint(pl_module.model.state_dict())
         # The records are saved first. They are kept even if the target cannot be met.
         if trainer.state.fn == "test":
             self._save_records(trainer, pl_module)
@@ -154,6 +197,7 @@ class EarlyExitEvaluation(Callback):
             **vars(evaluated),
             ckpt=self.ckpt or trainer.default_root_dir,
             epoch=trainer.current_epoch + 1 if trainer.state.fn == "fit" else self.epoch,  # from 1
+            weights=self._weights,
         )
         for i, (record, evaluation) in enumerate(zip(reported, evaluated.splits, strict=True)):
             # A test has no loss: its ramps may differ from those that the objective is made for.
@@ -167,6 +211,7 @@ class EarlyExitEvaluation(Callback):
                 _to_wandb(trainer, wandb.log_evaluation, name, evaluation, trainer.global_step)
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)  # a Trainer does not make it
             # The validation after training repeats an epoch, which has its rows in the file. Its
             # results are written at its end.
             if trainer.state.fn != "validate":
@@ -182,33 +227,46 @@ class EarlyExitEvaluation(Callback):
         return replace(part, analysis=replace(part.analysis, layers=table.layers, cka=table.cka))
 
     def _save_records(self, trainer: L.Trainer, pl_module: EarlyExitModule) -> None:
-        """Write the records into the run folder."""
-        if not trainer.is_global_zero:
+        """Write the records into the run folder, with the stamp of what made them."""
+        data = _own_data(trainer)
+        if not trainer.is_global_zero or data is None:
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        weights = tensor_files.fingerprint(pl_module.model.state_dict())
         for record in self._records:
-            header = record_files.Header(weights, data.fingerprint(record.split), pl_module.config)
+            if len(record) < (num_rows := len(data.tokens(record.split))):
+                log.warning(
+                    "%d of %d rows of split %s were evaluated (trainer.limit_%s_batches): their "
+                    "results are not those of the split, and no record of them is saved",
+                    len(record),
+                    num_rows,
+                    record.split,
+                    "test" if trainer.state.fn == "test" else "val",
+                )
+                continue
+            rows = data.fingerprint(record.split)
+            header = record_files.Header(self._weights, rows, pl_module.config, data.max_length)
             record_files.save(record, Path(trainer.default_root_dir) / "records", header)
+
+    def _are_kept(self, trainer: L.Trainer, pl_module: EarlyExitModule) -> bool:
+        """Say whether a training ends with the weights that were evaluated last."""
+        if getattr(trainer.checkpoint_callback, "monitor", None):
+            return False  # the best epoch is kept
+        return self._weights == tensor_files.fingerprint(pl_module.model.state_dict())
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the files of the results, with the texts of the examples, and log them to W&B."""
         if not (trainer.is_global_zero and self.results):
             return
         assert isinstance(pl_module, EarlyExitModule)
-        # The best epoch is validated after training, and logs the final results.
-        is_best_left = trainer.state.fn == "fit" and getattr(
-            trainer.checkpoint_callback, "monitor", None
-        )
-        # Records of the last epoch would be ones of other weights than those of best.ckpt.
-        if trainer.state.fn != "test" and not is_best_left:
+        is_kept = trainer.state.fn != "fit" or self._are_kept(trainer, pl_module)
+        if trainer.state.fn != "test" and is_kept:
             self._save_records(trainer, pl_module)
         folder = Path(trainer.default_root_dir)
-        splits = [_with_texts(trainer.datamodule, part) for part in self.results.splits]  # type: ignore[attr-defined]
-        self.results = replace(self.results, splits=splits)
+        if data := _own_data(trainer):
+            splits = [_with_texts(data, part) for part in self.results.splits]
+            self.results = replace(self.results, splits=splits)
         report.save(self.results, folder)
-        if is_best_left:
-            return
+        if not is_kept:
+            return  # the weights that are kept are validated after training
         _to_wandb(trainer, wandb.log_final, self.results, folder / "curve.png")
 
 
@@ -249,6 +307,20 @@ def _to_wandb(trainer: L.Trainer, call: Callable[..., None], *args: Any) -> None
             attempt(logger, lambda logger=logger: call(logger.experiment, *args))
 
 
+def _own_data(trainer: L.Trainer) -> TextDataModule | None:
+    """Return the data module that knows the rows; None with loaders of the user's own."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    data = data.data if isinstance(data, FeatureCache) else data
+    return data if isinstance(data, TextDataModule) else None
+
+
+def _split_names(trainer: L.Trainer, number: int, kind: str) -> list[str]:
+    """Return the names of the evaluated splits: those of the data module, or ones made up."""
+    if data := _own_data(trainer):
+        return list(data.eval_splits)
+    return [kind, *(f"{kind}_{i}" for i in range(1, number))]
+
+
 def _gathered(trainer: L.Trainer, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """Return the batches of all processes, on every process."""
     if trainer.world_size == 1:
@@ -258,7 +330,7 @@ def _gathered(trainer: L.Trainer, batches: list[dict[str, Tensor]]) -> list[dict
     return [batch for part in parts for batch in part]
 
 
-def _with_texts(data: Any, part: SplitResults) -> SplitResults:
+def _with_texts(data: TextDataModule, part: SplitResults) -> SplitResults:
     """Return the results of a split with the texts of the examples."""
 
     def with_texts(rows: list[Example]) -> list[Example]:

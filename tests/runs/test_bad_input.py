@@ -118,7 +118,7 @@ def bad_input(tmp_path: Path, glue: Path, stage1: Path, stage2: Path) -> dict[st
         "a rule of regressions": (evaluate, (f"ckpt={stage2}", "exit=change"), "exit=change is for a regression"),
         "no record": (evaluate, (f"record={tmp_path / 'folder'}",), "no records there"),
         "not a record": (evaluate, (f"record={tmp_path / 'not-a-record'}",), "not a record of this program"),
-        "a record of another checkpoint": (evaluate, (f"ckpt={stage1}", f"record={stage2}"), "is of another checkpoint than ckpt="),
+        "a record of another checkpoint": (evaluate, (f"ckpt={stage1}", f"record={stage2}"), ": a record of other weights than "),
         "a record without that split": (evaluate, (f"record={stage2}", "split=test"), "has records of: validation"),
         "analysis of a record": (evaluate, (f"record={stage2}", "analysis=true"), "analysis=true runs the model"),
         "held-out rows in stage 2": (train, ("stage=2", f"ckpt={stage1}", "data.calibration_size=20"), "data.calibration_size=20 contradicts"),
