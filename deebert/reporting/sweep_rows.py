@@ -14,6 +14,7 @@ from typing import Any
 
 from deebert.errors import UserError, first_line
 from deebert.models.trained_ramps import trains_ramps
+from deebert.reporting import trade_off
 from deebert.reporting.results import Results, TimedCase
 from deebert.reporting.split_results import Outcome, SplitResults, Thresholds
 from deebert.untrusted import plain_files
@@ -24,6 +25,7 @@ COLUMNS = (
     "metric", *MEASURED,
 )  # fmt: skip
 TIMED = ("seconds", "time_saving")  # further columns, if a job was timed
+AREA = "area"  # a further column, if a job has one
 SOURCE_COLUMNS = ("ckpt", "record", "teacher")  # the source of a job; it differs between seeds
 
 
@@ -34,7 +36,7 @@ class Job:
     Attributes:
         name: the path of its folder below the multirun folder.
         overrides: its overrides, as on the command line.
-        measured: its rows, with the columns COLUMNS and TIMED, or None if there is a problem.
+        measured: its rows, with the columns COLUMNS, AREA and TIMED, or None if there is a problem.
         problem: what is wrong with a job without rows.
     """
 
@@ -55,7 +57,8 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
     Returns:
         Rows of equal columns: `job`, the overrides that differ between jobs and are no other
-        column, COLUMNS, and TIMED if a job was timed. The times are those of the first precision
+        column, COLUMNS, AREA (the area under score against saving of the split) if a job has one,
+        and TIMED if a job was timed. The times are those of the first precision
         and batch size of the job on the headline split, and None elsewhere.
     """
     return rows_of(jobs_of(folder))
@@ -171,7 +174,8 @@ def rows_of(jobs: list[Job]) -> list[dict[str, Any]]:
         key for key in others if len({overrides.get(key) for _, overrides, _ in finished}) > 1
     ]
     timed = any(row["seconds"] is not None for _, _, measured in finished for row in measured)
-    kept = (*COLUMNS, *TIMED) if timed else COLUMNS
+    with_area = any(row[AREA] is not None for _, _, measured in finished for row in measured)
+    kept = (*COLUMNS, *((AREA,) if with_area else ()), *(TIMED if timed else ()))
     return [
         {"job": job.name}
         | {key: overrides.get(key, "") for key in differing}
@@ -187,7 +191,7 @@ def _override_values(job: Job) -> dict[str, str]:
 
 
 def _measured(results: Results) -> list[dict[str, Any]]:
-    """Return the rows of one job, with the columns COLUMNS and TIMED."""
+    """Return the rows of one job, with the columns COLUMNS, AREA and TIMED."""
     run_values = {
         key: getattr(results, key)
         for key in ("task", "backbone", "stage", "objective", "seed", "metric")
@@ -201,13 +205,14 @@ def _measured(results: Results) -> list[dict[str, Any]]:
     else:
         splits = {part.split: _points(part, results.objective) for part in results.splits}
     times = _times(results.timing or [])
+    areas = {part.split: trade_off.area(part) for part in results.splits}
     measured = []
     for split, points in splits.items():
         for threshold, outcome in points:
             values = run_values | {key: getattr(outcome, key) for key in MEASURED}
             values |= {"exit": results.exit_name, "split": split, "target": target}
             values["threshold"] = _hashable(threshold)
-            row = {column: values[column] for column in COLUMNS}
+            row = {column: values[column] for column in COLUMNS} | {AREA: areas.get(split)}
             # A target has one case only. Its thresholds may be cross-fitted.
             case = next(iter(times.values()), None) if target else times.get(row["threshold"])
             if split != headline:  # only the headline split is timed
@@ -259,7 +264,7 @@ def _source(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 def _line(row: Mapping[str, Any]) -> dict[str, Any]:
-    left_out = ("job", "seed", *SOURCE_COLUMNS, "target", "threshold", *MEASURED, *TIMED)
+    left_out = ("job", "seed", *SOURCE_COLUMNS, "target", "threshold", *MEASURED, AREA, *TIMED)
     line = {key: value for key, value in row.items() if key not in left_out}
     return line | {"target_kind": _kind(row["target"])}
 

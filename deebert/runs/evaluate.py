@@ -28,11 +28,16 @@ from deebert.reporting import report
 from deebert.reporting.results import Results
 from deebert.runs import build, keys, sources
 from deebert.runs.config import EvaluateConfig
-from deebert.runs.job import Job, finish
+from deebert.runs.job import Job, check_optimize, finish
 from deebert.training.callbacks import EarlyExitEvaluation
 from deebert.training.module import EarlyExitModule
 
 log = logging.getLogger(__name__)
+
+REPORTED = (
+    "calibration={} is the reported split itself: use calibration=crossfit, or report another "
+    "(split=...)"
+)
 
 
 def evaluate(cfg: DictConfig) -> float | None:
@@ -42,7 +47,7 @@ def evaluate(cfg: DictConfig) -> float | None:
         cfg: the configuration of evaluate.py.
 
     Returns:
-        The score for a sweeper (`job.finish`); None in all processes but the first, and without
+        The value for a sweeper (`job.finish`); None in all processes but the first, and without
         labels.
 
     Raises:
@@ -53,11 +58,12 @@ def evaluate(cfg: DictConfig) -> float | None:
     keys.check(cfg, job)
     source = sources.complete_evaluation(cfg, job)
     config = EvaluateConfig.from_hydra(cfg, source.config, job)
+    check_optimize(cfg.optimize, trained=source.ramps_trained)
     build.warn_of_untrained_ramps(source.config.objective)
     at_threshold = config.threshold is not None and source.ramps_trained
     if isinstance(source, RecordFolder):
         _evaluate_records(config, source, job)
-        return finish(True, job, at_threshold=at_threshold)
+        return finish(True, job, cfg.optimize, at_threshold=at_threshold)
     assert isinstance(source, Checkpoint)
     build.check_loggers(cfg)
     model, config = _model(config, source)
@@ -77,7 +83,7 @@ def evaluate(cfg: DictConfig) -> float | None:
         _check_devices(trainer, config)
         _add_timing(callback, trainer, config, model, data)
         trainer.test(module, datamodule=data, verbose=False)
-    return finish(trainer.is_global_zero, job, at_threshold=at_threshold)
+    return finish(trainer.is_global_zero, job, cfg.optimize, at_threshold=at_threshold)
 
 
 def _model(config: EvaluateConfig, source: Checkpoint) -> tuple[EarlyExitModel, EvaluateConfig]:
@@ -140,10 +146,7 @@ def _calibration_split(
             choices = ["auto", "heldout", "crossfit", *splits]
             raise unknown("calibration", place, choices, "calibration")
         if place in data.eval_splits:
-            raise UserError(
-                f"calibration={place} is the reported split itself: use "
-                "calibration=crossfit, or report another (split=...)"
-            )
+            raise UserError(REPORTED.format(place))
         return place
     # The rows of another task (ax with an MNLI checkpoint) have no held-out part.
     is_same_task = config.run.task.name == source.config.task.name
@@ -212,8 +215,6 @@ def _evaluate_records(config: EvaluateConfig, source: RecordFolder, job: Job) ->
     Raises:
         UserError: no record fits the configuration, or the records do not fit together.
     """
-    if job.is_set("logger"):
-        log.warning("record= starts no run that could be logged: logger= is left out")
     reported, held_out = _choose_records(config, source)
     learned, trained = reported[0].learned_score_NL is not None, source.ramps_trained
     config.check_model(reported[0].num_layers, learned=learned, trained=trained)
@@ -237,7 +238,7 @@ def _choose_records(
     """Return the records that are reported, and the one that thresholds are chosen on.
 
     Raises:
-        UserError: there is no record of the split.
+        UserError: there is no record of the split, or thresholds would be chosen on it.
     """
     records = sorted(source.records, key=lambda record: config.run.task.order(record.split))
     split, place = config.split, config.calibration
@@ -250,6 +251,8 @@ def _choose_records(
         for record in records
         if (record.split == split if split else record.split not in (HELD_OUT, calibration_split))
     ]
+    if place == split or (not reported and split is None and held_out is not None):
+        raise UserError(REPORTED.format(place))
     if not reported:
         splits = ", ".join(record.split for record in records)
         raise UserError(f"split={split}: {source.path} has records of: {splits} (split=...)")

@@ -1,6 +1,6 @@
-"""A job of Hydra: its folder, the keys on its command line, and its score.
+"""A job of Hydra: its folder, the keys on its command line, and its value for a sweeper.
 
-This module does not know training or evaluation. It reads the score from results.json.
+This module does not know training or evaluation. It reads the value from results.json.
 """
 
 import json
@@ -8,15 +8,19 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
+from deebert.errors import UserError, is_number
 from deebert.options import drop_stdout
-from deebert.reporting import report
+from deebert.reporting import report, trade_off
 from deebert.reporting.results import Results
 
 log = logging.getLogger(__name__)
+
+OPTIMIZE = ("auto", "score", "area")  # values for a sweeper; a saving is another
 
 
 @dataclass(frozen=True)
@@ -49,17 +53,45 @@ class Job:
         return any(name == key or name.startswith(f"{key}.") for name in self.explicit)
 
 
-def finish(is_global_zero: bool, job: Job, *, at_threshold: bool = False) -> float | None:
-    """Print the results of a job, and return its score for Hydra's sweepers.
+def check_optimize(optimize: Any, *, trained: bool) -> None:
+    """Check the key that chooses the value for a sweeper.
+
+    Args:
+        optimize: `auto`, `score`, `area`, or a saving.
+        trained: whether the job's ramps are trained.
+
+    Raises:
+        UserError: the value is none of these, or needs trained ramps.
+    """
+    is_saving = is_number(optimize) and 0 <= optimize < 1
+    if optimize not in OPTIMIZE and not is_saving:
+        raise UserError(
+            f"optimize={optimize} must be one of: {', '.join(OPTIMIZE)}, or a saving, such as 0.4 "
+            "for the score at 40 % of the layers saved (optimize=...)"
+        )
+    if not trained and (optimize == "area" or is_saving):
+        raise UserError(
+            f"optimize={optimize} needs trained ramps, and those of this job say nothing: use "
+            "optimize=score"
+        )
+
+
+def finish(
+    is_global_zero: bool, job: Job, optimize: Any = "auto", *, at_threshold: bool = False
+) -> float | None:
+    """Print the results of a job, and return its value for Hydra's sweepers: more is better.
 
     Args:
         is_global_zero: whether this is the first of all processes of the run.
         job: the job.
-        at_threshold: whether the score is that of the curve's first threshold.
+        optimize: the value: `score` at full depth, `area` under score against saving, the score at
+            a saving, or `auto`.
+        at_threshold: whether `auto` means the score at the curve's first threshold.
 
     Returns:
-        The measured score of the target, if there is one; else the score at the curve's first
-        threshold or at full depth. None in other processes, without results, or without labels.
+        The value. `auto` is the measured score of the target, if there is one; else the score at
+        the curve's first threshold, if the user gave it; else the area in stage 2, and the score in
+        stage 1. None in other processes, without results, or without labels.
     """
     if not is_global_zero:
         return None
@@ -74,6 +106,13 @@ def finish(is_global_zero: bool, job: Job, *, at_threshold: bool = False) -> flo
     except OSError as error:  # a full device, or a reader that has closed its end of the pipe
         drop_stdout()
         log.warning("stdout takes no more (%s): the results are in %s", error.strerror, job.folder)
-    if results.calibration:
-        return results.calibration.measured.score
-    return results.headline.curve[0].score if at_threshold else results.headline.exits[-1].score
+    part = results.headline
+    if optimize == "auto":
+        if results.calibration:
+            return results.calibration.measured.score
+        if at_threshold:
+            return part.curve[0].score
+        optimize = "area" if results.stage == 2 and part.trade_off else "score"
+    if optimize == "score":
+        return part.exits[-1].score
+    return trade_off.area(part) if optimize == "area" else trade_off.score_at(part, optimize)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from difflib import SequenceMatcher
+from itertools import accumulate
 from typing import Any
 
 import wandb
@@ -49,6 +50,8 @@ TESTING = (
     "limit_test_batches", "deterministic", "benchmark", "inference_mode", "profiler", "plugins",
     "enable_progress_bar", "use_distributed_sampler",
 )  # fmt: skip
+# Blocks of an evaluation that say how a model is run.
+OF_MODEL = ("data", "trainer", "logger", "backbone", "seed")
 # The smallest values of some arguments of the Trainer, which it does not check itself.
 SMALLEST = {
     "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "min_epochs": 0, "min_steps": 0,
@@ -119,9 +122,11 @@ def _refuse_idle(cfg: DictConfig, job: Job) -> None:
     _check_trainer({str(key): value for key, value in cfg.trainer.items() if value is not None})
     idle = IDLE | (_idle_in_training(cfg) if "stage" in cfg else _idle_in_evaluation(cfg))
     for key in sorted(job.explicit):
-        why = idle.get(key) or idle.get(key.rpartition(".")[0])
+        blocks = accumulate(key.split("."), "{}.{}".format)  # the key and what it lies in
+        why = next((idle[block] for block in blocks if block in idle), None)
         if why and OmegaConf.select(cfg, key) is not None:
-            raise UserError(f"{key}={OmegaConf.select(cfg, key)} {why}")
+            value = HydraConfig.get().runtime.choices.get(key, OmegaConf.select(cfg, key))
+            raise UserError(f"{key}={value} {why}")
 
 
 def _check_trainer(given: Mapping[str, Any]) -> None:
@@ -175,6 +180,9 @@ def _idle_in_evaluation(cfg: DictConfig) -> dict[str, str]:
         idle |= dict.fromkeys(("confidence", "loss"), "does nothing without max_drop=")
     if all(cfg[name] is None for name in ("target_saving", "target_speedup", "max_drop")):
         idle["calibration"] = "does nothing without target_saving=, target_speedup= or max_drop="
+    if cfg.record:
+        why = "does nothing with record=, whose rows have been run: give ckpt= instead of record="
+        idle |= dict.fromkeys(OF_MODEL, why)
     return idle
 
 
@@ -191,7 +199,7 @@ def _names_of(kind: type) -> dict[str, Known]:
 def _training(values: Mapping[str, Any]) -> dict[str, Known]:
     """Return the known keys of train.py."""
     return {
-        **dict.fromkeys((*KEYS, "ckpt", "resume", "modules"), ANYTHING),
+        **dict.fromkeys((*KEYS, "ckpt", "resume", "modules", "optimize"), ANYTHING),
         "task": _names_of(Task),
         "backbone": _names_of(BackboneConfig),
         "data": _names_of(DataConfig),
@@ -203,7 +211,9 @@ def _training(values: Mapping[str, Any]) -> dict[str, Known]:
 def _evaluation(values: Mapping[str, Any]) -> dict[str, Known]:
     """Return the known keys of evaluate.py."""
     return {
-        **dict.fromkeys(("ckpt", "record", "split", "layers", "modules", "exit", "calibration")),
+        **dict.fromkeys(
+            ("ckpt", "record", "split", "layers", "modules", "exit", "calibration", "optimize")
+        ),
         **dict.fromkeys(("threshold", "thresholds", "analysis")),
         **dict.fromkeys(("timing", "precision", "runtime", "repeats", "threads")),
         **_names_of(Target),

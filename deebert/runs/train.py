@@ -28,7 +28,7 @@ from deebert.models.early_exit import EarlyExitModel
 from deebert.options import import_modules
 from deebert.runs import build, keys, sources
 from deebert.runs.config import TrainConfig
-from deebert.runs.job import Job, finish
+from deebert.runs.job import Job, check_optimize, finish
 from deebert.training.callbacks import EarlyExitEvaluation
 from deebert.training.feature_cache import FeatureCache
 from deebert.training.module import EarlyExitModule
@@ -66,7 +66,7 @@ def train(cfg: DictConfig) -> float | None:
         cfg: the configuration of train.py.
 
     Returns:
-        The score at full depth, for Hydra's sweepers; None in all processes but the first.
+        The value for Hydra's sweepers (`job.finish`); None in all processes but the first.
 
     Raises:
         UserError: the configuration or the data has a mistake.
@@ -77,6 +77,7 @@ def train(cfg: DictConfig) -> float | None:
     source = sources.complete(cfg, job)
     config = TrainConfig.from_hydra(cfg)
     build.check_loggers(cfg)
+    check_optimize(cfg.optimize, trained=config.run.objective.trains_ramps)
     L.seed_everything(config.run.seed, workers=True, verbose=False)
     start = _from_checkpoint(cfg, config, source) if source else _from_backbone(config.run)
     _prepare_model(start, config)
@@ -92,7 +93,7 @@ def train(cfg: DictConfig) -> float | None:
         if source and config.resume and not _is_evaluated(trainer, job):
             _validate_resumed(trainer, module, datamodule, source, job)
         _validate_kept(trainer, module, datamodule, job)
-    return finish(trainer.is_global_zero, job)
+    return finish(trainer.is_global_zero, job, cfg.optimize)
 
 
 def _from_backbone(run: RunConfig) -> Start:

@@ -116,7 +116,7 @@ def test_one_layer_is_trained_and_evaluated(run: Run, glue: Path, tmp_path: Path
         *overrides_of(glue, tmp_path / "one", "backbone.layers=[1]", "stages.1.epochs=1"),
     )
     run("evaluate.py", f"ckpt={tmp_path / 'one'}", "logger=csv", "analysis=true", f"hydra.run.dir={tmp_path / 'again'}")  # fmt: skip
-    run("evaluate.py", f"record={tmp_path / 'one'}", "logger=csv", f"hydra.run.dir={tmp_path / 'record'}")  # fmt: skip
+    run("evaluate.py", f"record={tmp_path / 'one'}", f"hydra.run.dir={tmp_path / 'record'}")  # fmt: skip
     trained, again = results(tmp_path / "one"), results(tmp_path / "again")
     assert [ramp["layer"] for ramp in trained["exits"]] == [1]
     assert trained["curve"][-1]["expected_saving"] == 0, "nothing can leave"

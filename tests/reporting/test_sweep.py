@@ -59,7 +59,7 @@ def test_a_threshold_sweep_is_one_run_with_the_list(
     assert len({point["expected_saving"] for point in one["curve"]}) > 1, "the test shows something"
     rows = table(swept)
     assert numbers(rows) == numbers(one["curve"]), "to the last digit"
-    assert list(rows[0]) == ["job", *sweep_rows.COLUMNS], "the override is a column already"
+    assert list(rows[0]) == ["job", *sweep_rows.COLUMNS, "area"], "the override is a column already"
     about = {key: rows[2][key] for key in ("job", "task", "backbone", "stage", "objective", "seed", "metric")}  # fmt: skip
     assert about == {
         "job": "2", "task": "mrpc", "backbone": "tiny", "stage": "2", "objective": "ramps",

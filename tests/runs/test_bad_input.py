@@ -103,6 +103,7 @@ def bad_input(tmp_path: Path, glue: Path, stage1: Path, stage2: Path) -> dict[st
         "a temperature too few": (evaluate, (f"ckpt={stage2}", "temperature=[1,2]"), "temperature=[1, 2] has 2 values; give one for each of the 3 ramps"),
         "a temperature of 0": (evaluate, (f"ckpt={stage2}", "temperature=[1,0,2]"), "temperature=[1, 0, 2] must be true"),
         "confidence a word without a promise": (evaluate, (f"ckpt={stage2}", "confidence=abc"), "confidence=abc does nothing without max_drop="),
+        "confidence a word": (evaluate, (f"ckpt={stage2}", "max_drop=0.1", "confidence=abc"), "confidence='abc' must be in (0, 1)"),
         "more than can be saved": (evaluate, (f"record={stage2}", "target_saving=0.9"), "more than exit=entropy can save: 0.667"),
         "a target of untrained ramps": (evaluate, (f"record={stage1}", "target_saving=0.4"), "a target needs trained ramps"),
         "a record that was renamed": (evaluate, (f"record={tmp_path / 'renamed'}",), "the file was renamed"),

@@ -88,7 +88,7 @@ def test_a_record_answers_without_model_or_data(
     run("evaluate.py", f"ckpt={stage2}", "target_saving=0.4", "logger=csv", f"hydra.run.dir={tmp_path / 'model'}")  # fmt: skip
     copy = tmp_path / "elsewhere"
     shutil.copytree(tmp_path / "model" / "records", copy / "records")
-    run("evaluate.py", f"record={copy}", "target_saving=0.4", "data.root=gone", f"hydra.run.dir={tmp_path / 'record'}")  # fmt: skip
+    run("evaluate.py", f"record={copy}", "target_saving=0.4", f"hydra.run.dir={tmp_path / 'record'}")  # fmt: skip
     ours, theirs = results(tmp_path / "record"), results(tmp_path / "model")
     for key in ("exits", "curve", "trade_off", "analysis", "calibration", "task", "seed", "stage"):
         assert ours[key] == theirs[key], key
@@ -133,7 +133,7 @@ def test_a_sweeper_is_given_the_score_of_the_threshold(
         job = Job(folder, frozenset(), None)
         scores[threshold] = finish(True, job, at_threshold=True)
         assert scores[threshold] == point["score"]
-        assert finish(True, job) == results(folder)["exits"][-1]["score"]
+        assert finish(True, job, "score") == results(folder)["exits"][-1]["score"]
     assert scores["0"] != scores["0.7"]
 
 
@@ -189,6 +189,40 @@ def test_held_out_rows_are_in_neither_stage(run: Run, held_out: Path, tmp_path: 
     assert results(tmp_path)["split"] == "validation"
     run("evaluate.py", f"record={tmp_path}", "target_saving=0.3", f"hydra.run.dir={tmp_path / 'again'}")  # fmt: skip
     assert results(tmp_path / "again")["calibration"] == calibrated
+
+
+@pytest.mark.slow
+def test_a_record_meets_every_target_that_its_checkpoint_meets(
+    run: Run, held_out: Path, tmp_path: Path
+) -> None:
+    """The same rows and thresholds, whichever of the two is given."""
+    first = tmp_path / "first"
+    run("evaluate.py", f"ckpt={held_out}", "target_saving=0.3", "logger=csv", f"hydra.run.dir={first}")  # fmt: skip
+    calibrated = {}
+    for i, target in enumerate(
+        (
+            ("target_saving=0.3",),
+            ("target_saving=0.3", "calibration=crossfit"),
+            ("target_saving=0.3", "calibration=heldout", "temperature=true"),
+            ("max_drop=0.3",),
+            ("max_drop=0.3", "confidence=0.6"),
+            ("max_drop=0.3", "confidence=null"),
+            ("max_drop=0.3", "loss=disagreement", "calibration=crossfit"),
+        )
+    ):
+        for source, more in ((f"ckpt={held_out}", ("logger=csv",)), (f"record={first}", ())):
+            folder = tmp_path / f"{i}-{source.partition('=')[0]}"
+            run("evaluate.py", source, *target, *more, f"hydra.run.dir={folder}")
+        ours, theirs = (results(tmp_path / f"{i}-{source}") for source in ("record", "ckpt"))
+        assert ours["calibration"] == theirs["calibration"], target
+        calibrated[target] = ours["calibration"]
+    splits = {target: each["calibration_split"] for target, each in calibrated.items()}
+    assert [target for target, split in splits.items() if "cross-fitted" in split] == [
+        target for target in calibrated if "calibration=crossfit" in target
+    ]
+    assert len({str(each) for each in calibrated.values()}) == len(calibrated), (
+        "each says another thing"
+    )
 
 
 @pytest.mark.slow

@@ -183,3 +183,35 @@ def test_records_that_were_made_in_two_ways_are_no_evaluation(
         record_files.save(extra, folder / "records", stamp)
         line = fails("evaluate.py", f"record={folder}", f"hydra.run.dir={tmp_path / 'out'}")
         assert says in line or "extra was recorded in bfloat16" in line, field
+
+
+# Keys that do nothing beside a record, or without a target.
+IDLE = {
+    ("confidence=0.9",): "confidence=0.9 does nothing without max_drop=",
+    ("target_saving=0.4", "loss=disagreement"): "loss=disagreement does nothing without max_drop=",
+    ("calibration=crossfit",): "calibration=crossfit does nothing without target_saving=, target_",
+    ("data.max_length=20",): "data.max_length=20 does nothing with record=",
+    ("data.root=gone",): "data.root=gone does nothing with record=",
+    ("+trainer.limit_test_batches=2",): "trainer.limit_test_batches=2 does nothing with record=",
+    ("trainer.precision=bf16-mixed",): "trainer.precision=bf16-mixed does nothing with record=",
+    ("logger=csv",): "logger=csv does nothing with record=",
+    ("+seed=1",): "seed=1: nothing reads this key",
+    ("layers=[1,2]",): "layers=[1, 2] cuts the model, which a record has not",
+    ("analysis=true",): "analysis=true runs the model, which a record has not",
+    ("timing=all", "threshold=0.1"): "timing= and target_speedup= run the model",
+    ("target_speedup=1.5",): "timing= and target_speedup= run the model",
+    ("threads=2",): "threads=2 is of what is timed",
+    ("precision=int8",): "precision=int8 is of what is timed",
+    ("per_ramp=true",): "per_ramp=true needs target_saving=",
+    ("target_saving=0.4", "calibration=validation"): "is the reported split itself",
+    ("split=validation", "target_saving=0.4", "calibration=validation"): "is the reported split itself",
+}  # fmt: skip
+
+
+def test_a_key_that_does_nothing_for_a_record_is_refused(
+    fails: Run, stage2: Path, tmp_path: Path
+) -> None:
+    for i, (overrides, says) in enumerate(IDLE.items()):
+        line = fails("evaluate.py", f"record={stage2}", *overrides, f"hydra.run.dir={tmp_path / str(i)}")  # fmt: skip
+        assert says in line, (overrides, line)
+        assert not (tmp_path / str(i) / "results.json").exists()

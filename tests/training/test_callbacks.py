@@ -32,10 +32,10 @@ def test_with_the_package_s_rows_it_leaves_what_a_run_leaves(glue: Path, tmp_pat
     callback = EarlyExitEvaluation(None)
     plain_trainer(tmp_path, callback).fit(module, datamodule=data)
     folder = tmp_path / "new" / "run"
-    found = json.loads((folder / "results.json").read_text())
-    assert (found["split"], found["num_rows"], found["epoch"]) == ("validation", 40, 1)
+    written = json.loads((folder / "results.json").read_text())
+    assert (written["split"], written["num_rows"], written["epoch"]) == ("validation", 40, 1)
     record, header = record_files.load(folder / "records" / "validation.safetensors")
-    assert header.checkpoint == found["weights"]
+    assert header.checkpoint == written["weights"]
     assert (len(record), header.max_length, header.data) == (40, 64, data.fingerprint("validation"))
     assert {file.name for file in folder.iterdir()} == {
         "csv", "curve.png", "records", "report.html", "results.json", "results.md",
@@ -99,9 +99,9 @@ def test_no_record_is_left_of_weights_that_steps_have_changed(
     trainer.fit(module, datamodule=data)
     assert not (tmp_path / "new" / "run" / "records").exists()
     trainer.validate(module, datamodule=data, verbose=False)
-    found = json.loads((tmp_path / "new" / "run" / "results.json").read_text())
+    written = json.loads((tmp_path / "new" / "run" / "results.json").read_text())
     _, header = record_files.load(tmp_path / "new/run/records/validation.safetensors")
-    assert header.checkpoint == found["weights"]
+    assert header.checkpoint == written["weights"]
 
 
 class Wrapped(L.LightningModule):
