@@ -24,7 +24,7 @@ from deebert.evaluation.analysis import analysis
 from deebert.exits import calibration, curves, per_ramp_thresholds, risk_control, target
 from deebert.exits import rules as exits
 from deebert.exits.curves import OperatingPoint
-from deebert.exits.records import Record
+from deebert.exits.records import Record, unlike
 from deebert.exits.rules import Rule
 from deebert.exits.target import Target
 from deebert.hub import record_files
@@ -44,7 +44,7 @@ def pools(folders: list[Path]) -> Iterable[tuple[str, Task, Record, dict[str, An
             record_files.load(file) for file in sorted((folder / "records").glob("*.safetensors"))
         ]
         reported = next(record for record, _ in pools_of if record.split != "calibration")
-        rows = [record for record, _ in pools_of if not calibration.unlike(record, reported)]
+        rows = [record for record, _ in pools_of if not unlike(record, reported)]
         run = pools_of[0][1].config
         task, config = run.task, run.plain()
         recipe = {key: config[key] for key in ("seed", "stages", "data")}

@@ -28,7 +28,7 @@ from deebert.evaluation import engine_latency, evaluate_records
 from deebert.evaluation.engine_latency import Protocol
 from deebert.evaluation.evaluate_records import EvaluationConfig
 from deebert.evaluation.timing import undisturbed
-from deebert.exits import calibration, curves, rules
+from deebert.exits import calibration, rules
 from deebert.exits.calibration import CalibratedPoint
 from deebert.exits.curves import Thresholds, check_thresholds
 from deebert.exits.records import Record
@@ -268,7 +268,7 @@ class EarlyExitClassifier:
             operating_point.rule,
             operating_point.thresholds,
             target,
-            curves.expected(record, self.task, operating_point, len(record)),
+            calibration.expected(record, self.task, rule, wanted, operating_point, len(record)),
             record.split,
         )
 

@@ -13,7 +13,7 @@ from deebert.errors import UserError
 from deebert.evaluation.analysis import analysis
 from deebert.exits import calibration, curves, rules
 from deebert.exits.curves import Thresholds
-from deebert.exits.records import Record
+from deebert.exits.records import Record, unlike
 from deebert.exits.rules import Rule, exit_layer
 from deebert.exits.target import Target
 from deebert.reporting.results import Calibration
@@ -223,7 +223,7 @@ def calibration_rows(
     if evaluation_config.calibration == "crossfit":
         return None, None
     held_out.check()
-    if difference := calibration.unlike(held_out, reported):
+    if difference := unlike(held_out, reported):
         plain = f"the rows of split {held_out.split!r} are unlike those of {reported.split!r}"
         if evaluation_config.calibration == "auto":
             return None, (

@@ -67,6 +67,13 @@ def choose(record: Record, task: Task, rule: Rule, target: Target) -> OperatingP
         Infeasible: the rows are too few for the guarantee, or the rule never saves so much.
         UserError: the target needs labels that the rows lack, or it does not fit the task.
     """
+    return _choose(record, task, rule, target)
+
+
+def _choose(
+    record: Record, task: Task, rule: Rule, target: Target, *, is_sure: bool = False
+) -> OperatingPoint:
+    """Choose as `choose` does; `is_sure` if thresholds per ramp are known to be worth it."""
     check(len(record), record.labels_N is not None, record.split, task, rule, target)
     if target.temperature:
         seen, record = _halves(record) if target.max_drop is not None else (record, record)
@@ -91,11 +98,44 @@ def choose(record: Record, task: Task, rule: Rule, target: Target) -> OperatingP
         assert record.labels_N is not None
         right_NL = task.predict(exit_scores.answer_NLC) == record.labels_N[:, None]
         thresholds = per_ramp_thresholds.search(
-            exit_scores.score_NL, right_NL, target.target_saving
+            exit_scores.score_NL, right_NL, target.target_saving, is_sure=is_sure
         )
         if thresholds is not None:
             return OperatingPoint(rule, thresholds)
     return OperatingPoint(rule, threshold)
+
+
+def expected(
+    record: Record,
+    task: Task,
+    rule: Rule,
+    target: Target,
+    operating_point: OperatingPoint,
+    num_new: int,
+) -> Measured:
+    """Return what the operating point that `choose` has chosen should show on unseen rows.
+
+    Thresholds per ramp, a prior and temperatures are searched for the most right answers on the
+    calibration rows, so these rows are answered too well. Where there is such a search, the score
+    is cross-fitted: each fifth of the rows is answered by what the other rows choose. The saving is
+    that of the operating point itself, since no search has sought a high one.
+
+    Args:
+        record: the calibration rows.
+        task: the task of the rows.
+        rule: the exit rule that `choose` was given.
+        target: the target that `choose` was given.
+        operating_point: what it returned.
+        num_new: number of unseen rows that the intervals are for.
+    """
+    per_ramp = isinstance(operating_point.thresholds, list)
+    predictions_N = None
+    if target.max_drop is None and (per_ramp or target.temperature or rule.needs_prior):
+        target = replace(target, per_ramp=per_ramp)
+        _, cross_fitted_N, chosen = _cross_fitted(record, task, rule, target, is_sure=True)
+        # With so few rows that a fold cannot be calibrated, there is no better expectation.
+        predictions_N = None if None in chosen else cross_fitted_N
+    return curves.expected(record, task, operating_point, num_new, predictions_N, FOLDS)
 
 
 def _saving_by_entropy(record: Record, rule: Rule, target: Target) -> float:
@@ -267,25 +307,6 @@ def losses(record: Record, task: Task, rule: Rule, grid: list[float], loss: str)
     return loss_NL.gather(1, layer_NT - 1)
 
 
-def unlike(ours: Record, theirs: Record) -> str | None:
-    """Describe a clear difference between the rows of two splits; None if there is none.
-
-    Thresholds that are chosen on one of two different splits may not fit the other. Two
-    Kolmogorov-Smirnov tests compare what is known of a row without its label: its length, and the
-    largest probability at full depth. An example is GLUE's SST-2, which has phrases in train and
-    sentences in validation.
-    """
-    from scipy import stats  # not at the top, as in `risk_control`
-
-    largest = [torch.softmax(r.logits_NLC[:, -1], -1).amax(-1).numpy() for r in (ours, theirs)]
-    lengths = [r.length_N.numpy() for r in (ours, theirs)]
-    for name, (a, b) in (("tokens", lengths), ("largest probability at full depth", largest)):
-        test = stats.ks_2samp(a, b)
-        if test.pvalue < 0.0005 and test.statistic > 0.1:  # not by chance, and by enough to matter
-            return f"{name} {np.mean(a):.3g} against {np.mean(b):.3g} on average"
-    return None
-
-
 def calibration(
     held_out: Record | None, records: list[Record], task: Task, rule: Rule, target: Target
 ) -> Calibration:
@@ -315,10 +336,10 @@ def calibration(
     else:
         layer_N, predictions_N = operating_point(reported, task)
         split = held_out.split
-    expected = curves.expected(seen, task, operating_point, len(reported))
+    to_expect = expected(seen, task, rule, target, operating_point, len(reported))
     if target.costs is not None:
         speed_up = expected_speedup(seen, operating_point(seen, task)[0], target)
-        expected = replace(expected, time_speed_up=speed_up, costs=list(target.costs))
+        to_expect = replace(to_expect, time_speed_up=speed_up, costs=list(target.costs))
     elsewhere = {  # no thresholds are chosen on these rows in either case
         record.split: curves.measured(record, task, *operating_point(record, task))
         for record in records[1:]
@@ -332,7 +353,7 @@ def calibration(
         thresholds=operating_point.thresholds,
         calibration_split=split,
         num_calibration=guaranteeing_rows(len(seen), target),
-        expected=expected,
+        expected=to_expect,
         measured=curves.measured(reported, task, layer_N, predictions_N),
         measured_elsewhere=elsewhere or None,
         notes=[],
@@ -356,7 +377,7 @@ def folds(num_rows: int) -> Tensor:
 
 
 def _cross_fitted(
-    record: Record, task: Task, rule: Rule, target: Target
+    record: Record, task: Task, rule: Rule, target: Target, *, is_sure: bool = False
 ) -> tuple[Tensor, Tensor, list[OperatingPoint | None]]:
     """Compute exit layers and predictions by thresholds that are chosen on other rows.
 
@@ -371,7 +392,7 @@ def _cross_fitted(
     for fold in range(FOLDS):
         unseen = fold_N == fold
         try:
-            chosen.append(choose(record.rows(~unseen), task, rule, target))
+            chosen.append(_choose(record.rows(~unseen), task, rule, target, is_sure=is_sure))
         except Infeasible:  # all rows are enough for the guarantee, four fifths are not
             chosen.append(None)
         operating_point = chosen[-1] or OperatingPoint(rule.uniform(), 0.0)

@@ -137,7 +137,14 @@ def measured(record: Record, task: Task, layer_N: Tensor, predictions_N: Tensor)
     )
 
 
-def expected(record: Record, task: Task, operating_point: OperatingPoint, num_new: int) -> Measured:
+def expected(
+    record: Record,
+    task: Task,
+    operating_point: OperatingPoint,
+    num_new: int,
+    cross_fitted_N: Tensor | None = None,
+    folds: int = 5,
+) -> Measured:
     """Return what an operating point should show on unseen rows, from its calibration rows.
 
     Args:
@@ -145,11 +152,16 @@ def expected(record: Record, task: Task, operating_point: OperatingPoint, num_ne
         task: the task of the rows.
         operating_point: rule and thresholds.
         num_new: number of unseen rows that the intervals are for.
+        cross_fitted_N: if the labels of these rows were used to choose the operating point: the
+            prediction of each row by an operating point that was chosen without it.
+        folds: number of folds that `cross_fitted_N` was made with.
 
     Returns:
         What `measured` gives on the calibration rows, with 95 % intervals.
     """
     layer_N, predictions_N = operating_point(record, task)
+    if cross_fitted_N is not None:
+        predictions_N = cross_fitted_N
     result = measured(record, task, layer_N, predictions_N)
     deviation = (layer_N.double() / record.num_layers).std(correction=0).item()
     saving = result.expected_saving
@@ -159,7 +171,12 @@ def expected(record: Record, task: Task, operating_point: OperatingPoint, num_ne
         return result
     labels_N = record.labels_N.to(task.target_dtype())
     deviation = score_deviation(task, predictions_N, labels_N)
-    interval = risk_control.mean_interval(result.score, deviation, len(record), num_new)
+    num_seen = float(len(record))
+    if cross_fitted_N is not None:
+        # The folds are not independent: each chooses on rows that the others are scored on. Nadeau
+        # and Bengio (2003) add the ratio of scored and choosing rows to 1 / folds.
+        num_seen /= 1 + folds / (folds - 1)
+    interval = risk_control.mean_interval(result.score, deviation, num_seen, num_new)
     return replace(result, score_interval=within(*interval, task.lowest_score, 1))
 
 

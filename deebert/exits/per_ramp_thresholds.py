@@ -28,13 +28,17 @@ Array = NDArray[np.float32]
 Values = NDArray[np.float64]
 
 
-def search(score_NL: Tensor, right_NL: Tensor, saving: float) -> list[float] | None:
+def search(
+    score_NL: Tensor, right_NL: Tensor, saving: float, *, is_sure: bool = False
+) -> list[float] | None:
     """Search a threshold per ramp that saves at least so much on these rows.
 
     Args:
         score_NL: exit scores (inf: the row never leaves there); the last column is not used.
         right_NL: True where the answer of the ramp is right.
         saving: share of the layers. The global threshold of the comparison saves as much.
+        is_sure: whether to skip the cross-validation, because it is known that thresholds per ramp
+            are better.
 
     Returns:
         L-1 thresholds, or None if one global threshold is better.
@@ -43,26 +47,32 @@ def search(score_NL: Tensor, right_NL: Tensor, saving: float) -> list[float] | N
     all_right = right_NL.double().numpy()
     order = np.random.default_rng(0).permutation(len(all_scores))[:MOST_ROWS]
     score, right = all_scores[order], all_right[order]
-    gains = []
-    for fold in range(FOLDS):
-        seen = np.arange(len(score)) % FOLDS != fold
-        thresholds = _best(score[seen], right[seen], saving)
-        if thresholds is None:
-            return None
-        # Compare at equal saving: thresholds per ramp may save more than `saving`.
-        level = _global(score[seen], _saved(score[seen], thresholds))
-        rows = np.arange(len(score) - seen.sum())
-        ours, theirs = (_left(score[~seen], limits) for limits in (thresholds, level))
-        gains.append(right[~seen][rows, ours] - right[~seen][rows, theirs])
-    gain = np.concatenate(gains)
-    sure = gain.mean() > SURE * gain.std() / math.sqrt(len(gain))
-    thresholds = _best(score, right, saving) if sure else None
+    if not is_sure and not _is_better(score, right, saving):
+        return None
+    thresholds = _best(score, right, saving)
     if thresholds is None or _saved(all_scores, thresholds) < saving:
         return None
     level = _global(all_scores, saving)
     if _worth(all_scores, all_right, thresholds) < _worth(all_scores, all_right, level):
         return None
     return [float(threshold) for threshold in thresholds]
+
+
+def _is_better(score: Array, right: Values, saving: float) -> bool:
+    """Say whether thresholds per ramp are better than a global one, by cross-validation."""
+    gains = []
+    for fold in range(FOLDS):
+        seen = np.arange(len(score)) % FOLDS != fold
+        thresholds = _best(score[seen], right[seen], saving)
+        if thresholds is None:
+            return False
+        # Compare at equal saving: thresholds per ramp may save more than `saving`.
+        level = _global(score[seen], _saved(score[seen], thresholds))
+        rows = np.arange(len(score) - seen.sum())
+        ours, theirs = (_left(score[~seen], limits) for limits in (thresholds, level))
+        gains.append(right[~seen][rows, ours] - right[~seen][rows, theirs])
+    gain = np.concatenate(gains)
+    return bool(gain.mean() > SURE * gain.std() / math.sqrt(len(gain)))
 
 
 def _global(score: Array, saving: float) -> Array:

@@ -6,6 +6,7 @@ The module knows nothing of models, tasks or files (`hub.record_files` reads and
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,3 +96,22 @@ class Record:
             joined["learned_score"][rows].float() if "learned_score" in joined else None,
             precision,
         )
+
+
+def unlike(ours: Record, theirs: Record) -> str | None:
+    """Describe a clear difference between the rows of two splits; None if there is none.
+
+    Thresholds that are chosen on one of two different splits may not fit the other. Two
+    Kolmogorov-Smirnov tests compare what is known of a row without its label: its length, and the
+    largest probability at full depth. An example is GLUE's SST-2, which has phrases in train and
+    sentences in validation.
+    """
+    from scipy import stats  # not at the top, because the import takes a second
+
+    largest = [torch.softmax(r.logits_NLC[:, -1], -1).amax(-1).numpy() for r in (ours, theirs)]
+    lengths = [r.length_N.numpy() for r in (ours, theirs)]
+    for name, (a, b) in (("tokens", lengths), ("largest probability at full depth", largest)):
+        test = stats.ks_2samp(a, b)
+        if test.pvalue < 0.0005 and test.statistic > 0.1:  # not by chance, and by enough to matter
+            return f"{name} {np.mean(a):.3g} against {np.mean(b):.3g} on average"
+    return None

@@ -115,14 +115,14 @@ def conformal_risk(largest_T: np.ndarray, num_rows: int, limit: float) -> int:
 
 
 def mean_interval(
-    mean: float, deviation: float, num_seen: int, num_new: int, confidence: float = 0.95
+    mean: float, deviation: float, num_seen: float, num_new: int, confidence: float = 0.95
 ) -> tuple[float, float]:
     """Return an interval for the mean over num_new unseen rows, by Student's t.
 
     Args:
         mean: mean over the rows that were seen.
         deviation: standard deviation of single rows among these.
-        num_seen: number of rows that were seen.
+        num_seen: number of rows that were seen, or of as many independent ones.
         num_new: number of unseen rows.
         confidence: probability that the interval holds the mean.
     """

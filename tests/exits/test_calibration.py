@@ -14,11 +14,10 @@ from deebert.exits.calibration import (
     choose,
     folds,
     losses,
-    unlike,
 )
 from deebert.exits.calibration import _cross_fitted as cross_fitted
 from deebert.exits.curves import OperatingPoint
-from deebert.exits.records import Record
+from deebert.exits.records import Record, unlike
 from deebert.exits.rules import exit_layer
 from deebert.exits.target import Target
 
