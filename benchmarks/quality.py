@@ -150,7 +150,9 @@ def commands(recipe: str, task: str, seed: int, overrides: list[str]) -> list[st
             line += f" task={task} seed={seed}{epochs}"
         line = line.replace("{epochs}", str(TASKS[task].ramp_epochs))
         if line.startswith("train.py"):
-            line = " ".join([line, TRAINING, *overrides])
+            # A stage refuses the settings of the other one.
+            here = [o for o in overrides if line.startswith(STAGE1) or "stages.1." not in o]
+            line = " ".join([line, TRAINING, *here])
         lines.append(f"{line} logger=csv")
     return lines
 

@@ -10,7 +10,6 @@ import math
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc
 
 from deebert.data.tasks import Task
 from deebert.exits import curves, rules
@@ -108,6 +107,9 @@ def auroc(confidence_N: Tensor, right_N: Tensor) -> float:
     Returns:
         The area; NaN if the ramp is always or never right.
     """
+    # Not at the top: a loaded model needs this module, and neither torchmetrics nor matplotlib.
+    from torchmetrics.functional.classification import binary_auroc
+
     if right_N.all() or not right_N.any():
         return math.nan
     return binary_auroc(confidence_N, right_N.long(), validate_args=False).item()

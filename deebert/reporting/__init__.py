@@ -2,6 +2,6 @@
 
 `results` and `split_results` (results.json as dataclasses), `report` (writes all files of a run),
 `tables` (tables and notes), `markdown` (safe texts), `plots` (PNG files), `html` (report.html),
-`wandb` (values of a W&B run), `dashboard` (the W&B view), `sweep_rows` and `sweep` (a folder of
-jobs). The package does not know data, training or the engine.
+`trade_off` (one number for a sweeper), `wandb` (values of a W&B run), `dashboard` (the W&B view),
+`sweep_rows` and `sweep` (a folder of jobs). The package does not know data, training or the engine.
 """

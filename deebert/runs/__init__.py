@@ -1,7 +1,8 @@
 """The runs of train.py and evaluate.py: from Hydra's configuration to results in a run folder.
 
-`train` and `evaluate` run one job, `job` describes it, `sources` finds the checkpoint that it
-starts from, `inheritance` takes values from it, `config` checks all values and gives them types,
-`build` makes the Trainer, `signals` handles early ends, `sweep_callback` sums up a multirun.
+`train` and `evaluate` run one job, `job` describes it, `run_folder` locks its folder, `keys`
+refuses keys that nothing reads, `sources` finds the checkpoint that a job starts from,
+`inheritance` takes values from it, `config` checks all values and gives them types, `build` makes
+the Trainer, `signals` handles early ends, `sweep_callback` sums up a multirun.
 This package does not know losses, exit rules, or the inside of models.
 """

@@ -246,7 +246,7 @@ def _arguments(target: Any) -> Known:
         return ANYTHING
     names = [*OF_HYDRA, *parameters]
     if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-        if called is not WandbLogger:
+        if not (isinstance(called, type) and issubclass(called, WandbLogger)):
             return ANYTHING
         names += inspect.signature(wandb.init).parameters  # it gets the other arguments
     return dict.fromkeys(name for name in names if name not in ("kwargs", "self"))
