@@ -20,7 +20,7 @@ import datasets
 
 from deebert.data import demo, labels, texts
 from deebert.data.rows import reader, split_files
-from deebert.data.rows.source import PLAIN, Table, blocks, largest_decoded
+from deebert.data.rows.source import PLAIN, Table, blocks, largest_decoded, separator_hint
 from deebert.data.tasks import HUB, MOST_GROUPS, WORD, Task
 from deebert.errors import UserError, first_line
 
@@ -221,8 +221,8 @@ def _check_columns(task: Task, split: str, where: str, names: Sequence[str]) -> 
         if column not in names:
             raise UserError(
                 f"{where}: split {split!r} lacks the column {column!r}; it has: "
-                f"{', '.join(names[:MOST_NAMED])}{', ...' * (len(names) > MOST_NAMED)} "
-                "(task.columns, task.label)"
+                f"{', '.join(names[:MOST_NAMED])}{', ...' * (len(names) > MOST_NAMED)}"
+                f"{separator_hint(names)} (task.columns, task.label)"
             )
 
 

@@ -115,6 +115,8 @@ class Task:
         if arguments["labels"] is not None:
             arguments["labels"] = tuple(map(str, arguments["labels"]))
         task = cls(**arguments)
+        if task.label in task.columns:
+            raise UserError(f"task {name}: label={task.label} is one of the columns of texts")
         if not 1 <= len(task.columns) <= 2:
             raise UserError(
                 f"task {name}: columns={list(task.columns)} must name one or two text columns"

@@ -4,9 +4,10 @@ One process answers one file; with `engine=ray` many processes answer a file or 
 Knows nothing of how rows are answered (`work`, `answers`) and of Ray itself (`on_ray`).
 """
 
+import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,8 +78,7 @@ def run(options: PredictOptions, answer: Answer) -> None:
         work = Work(options, source, classifier, columns)
         with Parts(output) as kept:
             done = kept.ended(work.job) or work.do(kept, answer)
-    errors = f"; the bad ones: {parts.errors_of(output)}" if done["bad"] else ""
-    print(f"{summary_line(done)}: {output}{errors}")
+    _report(done, str(output), parts.errors_of(output))
 
 
 def run_on_ray(options: PredictOptions) -> None:
@@ -127,8 +127,22 @@ def run_on_ray(options: PredictOptions) -> None:
             print(f"\nStopped at {summary_line(now())}; {long_job.GOES_ON}", file=sys.stderr)
             sys.exit(130)
         folder.finish(now())
-    errors = f"; the bad ones: {Path(options.output, ERRORS)}" if sums["bad"] else ""
-    print(f"{summary_line(now())}: {options.output}{errors}")
+    _report(now(), options.output, Path(options.output, ERRORS))
+
+
+def _report(done: Mapping[str, Any], output: str, errors: Path) -> None:
+    """Print the summary of a finished job.
+
+    Raises:
+        UserError: no row has an answer.
+    """
+    bad_ones = f"; the bad ones: {errors}" if done["bad"] else ""
+    print(f"{summary_line(done)}: {output}{bad_ones}")
+    if done["bad"] == done["rows"]:
+        with errors.open(encoding="utf-8") as lines:
+            first = json.loads(next(lines))
+        place = f"line {first['line']}" if "line" in first else f"row {first['row']}"
+        raise UserError(f"no row has an answer; the first one, {place}: {first['reason']}")
 
 
 def _classifier(options: PredictOptions) -> "EarlyExitClassifier":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deebert.data.rows import reader
-from deebert.data.rows.source import Row, Source, blocks
+from deebert.data.rows.source import Row, Source, blocks, separator_hint
 from deebert.errors import UserError
 from deebert.options import ModelOptions, TargetOptions, engine_of, option, target_of
 from deebert.predict import long_job, rows_out
@@ -296,13 +296,18 @@ def chosen_columns(
                 f"columns=[{', '.join(texts)}] are {len(texts)}, and the model reads "
                 f"{len(of_task)} (in training {', '.join(of_task)})"
             )
-    elif texts[0] not in names and len(of_task) == len(source.texts) == 1:
+    # Every column of CSV is a text, also a header that is none.
+    elif (
+        texts[0] not in names
+        and len(of_task) == len(source.texts) == 1
+        and (source.free or source.types)
+    ):
         texts = list(source.texts)
     for name in texts:
         if name not in names:
             raise UserError(
-                f"{where}: it has no column {name!r}; {has}; say which hold the texts "
-                "(columns=[...])"
+                f"{where}: it has no column {name!r}; {has}{separator_hint(source.names)}; say "
+                "which hold the texts (columns=[...])"
             )
         if name not in names_of_texts:
             raise UserError(

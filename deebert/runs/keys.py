@@ -154,6 +154,11 @@ def _check_trainer(given: Mapping[str, Any]) -> None:
         raise UserError(
             f"trainer.deterministic={given['deterministic']} must be true, false or warn"
         )
+    if given.get("gradient_clip_algorithm", "norm") != "norm":
+        raise UserError(
+            f"trainer.gradient_clip_algorithm={given['gradient_clip_algorithm']}: gradients are "
+            "clipped by their norm; leave it out"
+        )
     if given.get("use_distributed_sampler"):
         raise UserError(
             "trainer.use_distributed_sampler=true: the batches are dealt out to the devices by "
@@ -164,6 +169,9 @@ def _check_trainer(given: Mapping[str, Any]) -> None:
 def _idle_in_training(cfg: DictConfig) -> dict[str, str]:
     """Return the keys that do nothing in this training, each with the reason."""
     idle = {"trainer.limit_test_batches": "does nothing here: a training tests nothing"}
+    of_task = ("num_labels", "id2label", "label2id", "problem_type")
+    why = "does nothing: the labels of the task decide it"
+    idle |= {f"backbone.config.{name}": why for name in of_task}
     if "backbone.epochs" not in references(OmegaConf.to_container(cfg, resolve=False)):
         instead = f"set stages.{cfg.stage}.epochs"
         idle["backbone.epochs"] = f"is read by experiment=deebert_paper alone: {instead}"
@@ -180,6 +188,9 @@ def _idle_in_evaluation(cfg: DictConfig) -> dict[str, str]:
         idle |= dict.fromkeys(("confidence", "loss"), "does nothing without max_drop=")
     if all(cfg[name] is None for name in ("target_saving", "target_speedup", "max_drop")):
         idle["calibration"] = "does nothing without target_saving=, target_speedup= or max_drop="
+    else:
+        why = "would choose the thresholds on a part of the rows: leave it out"
+        idle["trainer.limit_test_batches"] = why
     if cfg.record:
         why = "does nothing with record=, whose rows have been run: give ckpt= instead of record="
         idle |= dict.fromkeys(OF_MODEL, why)

@@ -154,7 +154,7 @@ def _resume_hint(cfg: DictConfig) -> str:
     elif cfg.resume:
         run = str(cfg.resume)
     else:
-        return "; no epoch has ended, so there is nothing yet to go on with"
+        return "; no checkpoint is written, so there is nothing yet to go on with"
     is_plain = re.fullmatch(r"[\w/.:%+@-]+", run)
     word = shlex.quote(f"resume={run}" if is_plain else f'resume="{run}"')
     return f"; to go on after the last epoch that ended: {job_command('train')} {word}"

@@ -225,6 +225,10 @@ def _fit(
     except (UserError, OSError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if "conditioned on metric" in str(error):  # EarlyStopping knows no such value
+            raise UserError(
+                f"callbacks: {first_line(error)} (callbacks.NAME.monitor=...)"
+            ) from error
         if "val_check_interval" in str(error):  # more than the batches of an epoch
             raise UserError(f"trainer.val_check_interval: {first_line(error)}") from error
         if resume is None or module.is_restored:

@@ -15,11 +15,12 @@ from lightning.fabric.loggers.logger import _DummyExperiment
 from lightning.pytorch import loggers
 from lightning.pytorch.loggers import Logger
 
-from deebert.errors import UserError, first_line
+from deebert.errors import UserError, first_line, unknown
 
 log = logging.getLogger(__name__)
 
 MODES = {"dryrun": "offline", "run": "online"}  # older words of W&B -> its words
+KNOWN_MODES = ("online", "offline", "disabled", "shared")
 # W&B would write these below the home folder, also for an offline run.
 FOLDERS = {"WANDB_DATA_DIR": "wandb/data", "WANDB_CACHE_DIR": "wandb/cache"}
 
@@ -104,9 +105,14 @@ def wandb_mode(offline: bool | None) -> str:
     Args:
         offline: the value of `logger.wandb.offline`. None: what `WANDB_MODE` says, else offline.
             A `WANDB_MODE` of disabled or offline always counts.
+
+    Raises:
+        UserError: `WANDB_MODE` is none of W&B's.
     """
     named = os.environ.get("WANDB_MODE", "").lower()
     named = MODES.get(named, named)
+    if named and named not in KNOWN_MODES:
+        raise unknown("WANDB_MODE", named, KNOWN_MODES, "WANDB_MODE")
     if named in ("disabled", "offline"):
         return named
     if offline is None:

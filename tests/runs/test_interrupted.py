@@ -139,7 +139,7 @@ def test_a_full_disk_is_one_line_and_what_was_finished_stays(
     words = ["stage=2", f"ckpt={stage1}", "logger=csv", "stages.2.epochs=2"]
     with limited_files(whole // 4):
         line = fails("train.py", *words, f"hydra.run.dir={folder}")
-    assert line == f"Error: {folder / 'checkpoints'}: it cannot be written (File too large); no epoch has ended, so there is nothing yet to go on with"  # fmt: skip
+    assert line == f"Error: {folder / 'checkpoints'}: it cannot be written (File too large); no checkpoint is written, so there is nothing yet to go on with"  # fmt: skip
     assert not list((folder / "checkpoints").iterdir())
 
 

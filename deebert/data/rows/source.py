@@ -41,6 +41,12 @@ class Row(NamedTuple):
         return f"row {self.number}" if self.line is None else f"line {self.line}"
 
 
+def separator_hint(names: Sequence[str]) -> str:
+    """Return a hint for a message if the only column looks like several ones."""
+    mark = next((mark for mark in ";\t|" if len(names) == 1 and mark in names[0]), None)
+    return f" ({mark!r} looks like its separator, which must be a comma)" if mark else ""
+
+
 @dataclass(frozen=True)
 class Source:
     """An open input.
