@@ -75,6 +75,7 @@ def test_predictions_are_classes_or_values() -> None:
         ({"labels": ["a"]}, "two or more classes"),
         ({"labels": ["a", "b", "c"], "metrics": ["f1"]}, "'f1' does not fit 3 label(s)"),
         ({"columns": ["a", "b", "c"]}, "one or two text columns"),
+        ({"label": "sentence1"}, "label=sentence1 is one of the columns of texts"),
         ({"columns": "text"}, "columns: 'text' must be a list: columns: [text]"),
         ({"labels": [False, True]}, "quote labels"),
         ({"labels": ["a", "a"]}, "names a class twice"),

@@ -3,8 +3,7 @@
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -121,15 +120,14 @@ def test_a_hostile_csv(stage2: Path, classifier: EarlyExitClassifier, tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(100)  # it took three minutes and more
 @pytest.mark.parametrize(("suffix", "num_columns"), [("csv", 100_000), ("jsonl", 100_000), ("parquet", 20_000)])  # fmt: skip
 def test_time_grows_with_the_columns_and_not_with_their_square(
     suffix: str, num_columns: int, stage2: Path, tmp_path: Path
 ) -> None:
     more = {f"column {number}": str(number) for number in range(num_columns)}
     given = write(tmp_path / f"in.{suffix}", [row | more for row in rows()[:3]])
-    began = time.monotonic()
     command(f"model={stage2}", f"input={given}", f"output={tmp_path / 'out'}.{suffix}")
-    assert time.monotonic() - began < 60, "it took three minutes and more"
     [*_, last] = read(tmp_path / f"out.{suffix}")
     assert last[f"column {num_columns - 1}"] == str(num_columns - 1)
 
@@ -139,7 +137,9 @@ def test_nothing_but_bad_rows(stage2: Path, tmp_path: Path) -> None:
     given.write_text("sentence1,sentence2\na\nb\n")
     for suffix in ("csv", "jsonl", "parquet"):
         output = tmp_path / f"out.{suffix}"
-        command(f"model={stage2}", f"input={given}", f"output={output}")
+        says = "no row has an answer; the first one, line 2: it has 1 field"
+        with pytest.raises(UserError, match=says):
+            command(f"model={stage2}", f"input={given}", f"output={output}")
         assert read(output) == []
         assert [row["row"] for row in read(parts.errors_of(output))] == [0, 1]
 
@@ -157,7 +157,8 @@ def test_answers_that_are_not_finite(classifier: EarlyExitClassifier, tmp_path: 
     for record in (folder / "records").iterdir():
         record.unlink()  # of other weights
     given, output = write(tmp_path / "in.csv", rows()[:9]), tmp_path / "out.csv"
-    command(f"model={folder}", f"input={given}", f"output={output}")
+    with pytest.raises(UserError, match="no row has an answer; the first one, line 2: the model's"):
+        command(f"model={folder}", f"input={given}", f"output={output}")
     assert read(output) == []
     assert {row["reason"] for row in read(parts.errors_of(output))} == {answers.NOT_FINITE}
 
@@ -172,14 +173,21 @@ def test_a_regression() -> None:
 
 
 def test_which_columns_are_read() -> None:
-    """Those that are named, those of the task, or the only one that holds texts."""
+    """Those that are named, those of the task, or the only one whose type is text."""
 
-    def columns_of(names: str, texts: str, of_task: tuple[str, ...], **options: object) -> Columns:
-        source = Source(tuple(names), tuple(texts), lambda _: iter(()), lambda: 0, 0, {})
+    def columns_of(
+        names: Sequence[str],
+        texts: str,
+        of_task: tuple[str, ...],
+        types: str = "",
+        **options: object,
+    ) -> Columns:
+        rows = (lambda _: iter(()), lambda: 0, 0)
+        source = Source(tuple(names), tuple(texts), *rows, dict.fromkeys(types))
         return chosen_columns(PredictOptions(**options), source, of_task, free=False)
 
     assert columns_of("ab", "ab", ("a",)) == Columns(("a",), ("a", "b"))
-    assert columns_of("xyz", "y", ("a",)).texts == ("y",)
+    assert columns_of("xyz", "y", ("a",), types="y").texts == ("y",)
     assert columns_of("xyz", "xy", ("a",), columns="x").texts == ("x",)
     assert columns_of("xyz", "xy", ("a", "b"), columns=["y", "x"], keep=["z", "x"]) == Columns(
         ("y", "x"), ("z", "x")
@@ -189,9 +197,12 @@ def test_which_columns_are_read() -> None:
         ("xyz", "xy", ("a",)),
         ("xyz", "xy", ("a", "b")),
         ("x", "", ("a",)),
+        ("x", "x", ("a",)),  # of CSV, whose header may be a text
     ):
         with pytest.raises(UserError, match="it has no column 'a'"):
             columns_of(names, texts, of_task)
+    with pytest.raises(UserError, match="it has: y;x \\(';' looks like its separator"):
+        columns_of(["y;x"], "", ("x",))
     source = Source(("a",), ("a",), lambda _: iter(()), lambda: 0, 0, {})
     options = PredictOptions(probabilities=True)
     with pytest.raises(UserError, match="probabilities=true: a regression has none"):

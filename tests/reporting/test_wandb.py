@@ -268,6 +268,9 @@ def test_the_mode_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
         if named is not None:
             monkeypatch.setenv("WANDB_MODE", named)
         assert loggers.wandb_mode(offline) == mode, (named, offline)
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(UserError, match="WANDB_MODE 'ofline' is unknown; choose one of: online"):
+        loggers.wandb_mode(None)
 
 
 def test_disabled_writes_nothing(
