@@ -215,6 +215,8 @@ def _evaluate_records(config: EvaluateConfig, source: RecordFolder, job: Job) ->
     Raises:
         UserError: no record fits the configuration, or the records do not fit together.
     """
+    if job.is_set("logger"):
+        log.warning("record= starts no run that could be logged: logger= is left out")
     reported, held_out = _choose_records(config, source)
     learned, trained = reported[0].learned_score_NL is not None, source.ramps_trained
     config.check_model(reported[0].num_layers, learned=learned, trained=trained)

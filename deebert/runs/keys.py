@@ -51,7 +51,7 @@ TESTING = (
     "enable_progress_bar", "use_distributed_sampler",
 )  # fmt: skip
 # Blocks of an evaluation that say how a model is run.
-OF_MODEL = ("data", "trainer", "logger", "backbone", "seed")
+OF_MODEL = ("data", "trainer", "backbone", "seed")
 # The smallest values of some arguments of the Trainer, which it does not check itself.
 SMALLEST = {
     "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "min_epochs": 0, "min_steps": 0,

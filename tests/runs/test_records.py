@@ -194,7 +194,6 @@ IDLE = {
     ("data.root=gone",): "data.root=gone does nothing with record=",
     ("+trainer.limit_test_batches=2",): "trainer.limit_test_batches=2 does nothing with record=",
     ("trainer.precision=bf16-mixed",): "trainer.precision=bf16-mixed does nothing with record=",
-    ("logger=csv",): "logger=csv does nothing with record=",
     ("+seed=1",): "seed=1: nothing reads this key",
     ("layers=[1,2]",): "layers=[1, 2] cuts the model, which a record has not",
     ("analysis=true",): "analysis=true runs the model, which a record has not",
