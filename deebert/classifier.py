@@ -319,11 +319,12 @@ class EarlyExitClassifier:
         if record.precision != self.engine.precision:
             log.warning(
                 "%s: thresholds are chosen on logits in %s, and the model runs in %s, where the "
-                "saving and the score may differ a little; python evaluate.py ckpt=RUN timing=all "
+                "saving and the score may differ a little; %s ckpt=RUN timing=all "
                 "precision=%s measures them",
                 self.saved.checkpoint.path,
                 record.precision,
                 self.engine.precision,
+                job_command("evaluate"),
                 self.engine.precision,
             )
 

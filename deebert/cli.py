@@ -72,12 +72,12 @@ _command_line: list[str] = []
 
 
 def train(cfg: "DictConfig") -> float | None:
-    """Run the job of `train`; return the score at full depth."""
+    """Run the job of `train`; return its value for a sweeper."""
     return _job(cfg, "deebert.runs.train", "train")
 
 
 def evaluate(cfg: "DictConfig") -> float | None:
-    """Run the job of `evaluate`; return its score."""
+    """Run the job of `evaluate`; return its value for a sweeper."""
     return _job(cfg, "deebert.runs.evaluate", "evaluate")
 
 

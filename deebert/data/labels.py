@@ -38,6 +38,8 @@ def check_of(task: Task) -> Callable[[Any], bool]:
     classes = None if task.labels is None else Classes(task)
 
     def is_label(value: Any) -> bool:
+        if value == "-":
+            return False  # a text may have it, too
         if classes is None:
             return math.isfinite(_number(value))
         try:

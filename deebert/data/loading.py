@@ -174,9 +174,10 @@ def _from_files(task: Task, split: str, files: Sequence[Path]) -> Raw:
 def _table(task: Task, kind: str) -> Table:
     """Return how a file of a task is read if it is CSV or TSV."""
     classic = task.tsv or {}
-    if kind == "tsv" and (header := classic.get("header")):
-        in_file = {classic.get(name, name) for name in task.columns}
-        return Table(header=tuple(header), header_has=frozenset(in_file))
+    if kind == "tsv" and classic:  # GLUE's file of QQP has some broken rows
+        header = classic.get("header")
+        in_file = {classic.get(name, name) for name in task.columns} if header else ()
+        return Table(tuple(header) if header else None, frozenset(in_file), leaves_out=True)
     if kind == "csv":
         return Table(label=task.label, is_label=labels.check_of(task))
     return PLAIN

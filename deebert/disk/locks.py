@@ -4,14 +4,19 @@ The lock is one of the operating system (`flock`), so it ends with the process t
 when the process is killed. Where a file system has no such lock, the file itself is the lock.
 """
 
+import errno
+import warnings
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from deebert.errors import UserError
 
+# The errors of a file system that has no locks, such as NFS without its lock service.
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
-def locked(file: Path, message: str) -> FileLock:
+
+def locked(file: Path, message: str) -> BaseFileLock:
     """Lock a file for this process.
 
     Args:
@@ -25,10 +30,19 @@ def locked(file: Path, message: str) -> FileLock:
         UserError: another process holds the lock.
         OSError: the file cannot be written.
     """
-    lock = FileLock(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire(timeout=0)
+        try:
+            with warnings.catch_warnings(action="ignore"):  # filelock tells of ENOSYS by one
+                return _acquired(FileLock(file))
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return _acquired(SoftFileLock(file.with_name(f"{file.name}.soft")))
     except Timeout:
         raise UserError(message) from None
+
+
+def _acquired(lock: BaseFileLock) -> BaseFileLock:
+    lock.acquire(timeout=0)
     return lock

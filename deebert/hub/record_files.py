@@ -1,9 +1,9 @@
 """Write and read saved records: one safetensors file for each split, with a JSON header.
 
 The header is the stamp of what made the record: the weights, the length of the inputs, the rows
-and the precision. Whoever uses a record compares its stamp (`check_use`). A record that is saved
-holds all rows of its split. A file may be somebody else's, so all its values are checked before
-use. This module does not know how records are made.
+and the precision. Whoever uses a record compares weights, task and length (`check_use`); another
+precision gets a warning. A record that is saved holds all rows of its split. A file may be somebody
+else's, so all its values are checked before use. This module does not know how records are made.
 """
 
 import json
@@ -174,7 +174,7 @@ def read_folder(given: str) -> RecordFolder:
     if other := next((record for record, _ in loaded if record.precision != one.precision), None):
         raise UserError(
             f"record={given}: {one.split} was recorded in {one.precision}, {other.split} in "
-            f"{other.precision}; record them together with evaluate.py ckpt=RUN"
+            f"{other.precision}; record them together with {job_command('evaluate')} ckpt=RUN"
         )
     records = [record for record, _ in loaded]
     return RecordFolder(paths[0].parent, first.config, first, records)
@@ -196,14 +196,16 @@ def check_use(header: Header, record: str, checkpoint: Checkpoint) -> None:
     if header.checkpoint != checkpoint.fingerprint:
         raise UserError(
             f"{record}: a record of other weights than {checkpoint.path} ({header.checkpoint}, not "
-            f"{checkpoint.fingerprint}); remove it, or record again with evaluate.py ckpt=RUN"
+            f"{checkpoint.fingerprint}); remove it, or record again with {job_command('evaluate')} "
+            "ckpt=RUN"
         )
     ours = {"task": config.task.name, "data.max_length": config.data.max_length}
     theirs = {"task": header.config.task.name, "data.max_length": header.max_length}
     if flag := next((flag for flag in ours if ours[flag] != theirs[flag]), None):
         raise UserError(
             f"{record}: recorded with {flag}={theirs[flag]}, and {checkpoint.path} runs with "
-            f"{flag}={ours[flag]}; give the run itself, or record again with evaluate.py ckpt=RUN"
+            f"{flag}={ours[flag]}; give the run itself, or record again with "
+            f"{job_command('evaluate')} ckpt=RUN"
         )
 
 

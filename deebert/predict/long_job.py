@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from filelock import FileLock
+from filelock import BaseFileLock
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
@@ -61,7 +61,7 @@ def read(file: Path) -> dict[str, Any]:
         ) from error
 
 
-def locked(file: Path, output: Path) -> FileLock:
+def locked(file: Path, output: Path) -> BaseFileLock:
     """Lock a file for this process.
 
     Args:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from filelock import FileLock
+from filelock import BaseFileLock
 
 from deebert.disk import whole_files
 from deebert.errors import UserError
@@ -68,7 +68,7 @@ class Parts:
     def __init__(self, output: Path) -> None:
         self.output, self.folder = output, parts_of(output)
         self.done: list[dict[str, Any]] = []
-        self.lock: FileLock
+        self.lock: BaseFileLock
 
     def __enter__(self) -> Self:
         self.lock = long_job.locked(self._file(LOCK), self.output)

@@ -124,7 +124,8 @@ class Work:
         """The values of the model that decide its answers, by the names that a message shows."""
         classifier, checkpoint = self.classifier, self.classifier.saved.checkpoint
         given = self.options.modules
-        files = {name: sys.modules[name].__file__ for name in (_listed(given) if given else ())}
+        modules = {name: sys.modules[name] for name in (_listed(given) if given else ())}
+        files = {name: getattr(module, "__file__", None) for name, module in modules.items()}
         return {
             "model": checkpoint.fingerprint,
             "labels": classifier.labels,

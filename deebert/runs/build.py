@@ -130,7 +130,7 @@ def trainer(
     given_loggers = []
     for key, values in (cfg.get("logger") or {}).items():
         defaults: dict[str, Any] = {"save_dir": str(job.folder)}
-        if values and values["_target_"].endswith("WandbLogger"):
+        if values and values.get("_target_", "").endswith("WandbLogger"):
             if loggers.wandb_mode(values.get("offline")) == "disabled":
                 continue
             defaults |= {"name": config.name(kind), "group": job.sweep.name if job.sweep else None}

@@ -48,7 +48,7 @@ IDLE = {
 TESTING = (
     "_target_", "accelerator", "strategy", "devices", "num_nodes", "precision", "fast_dev_run",
     "limit_test_batches", "deterministic", "benchmark", "inference_mode", "profiler", "plugins",
-    "enable_progress_bar", "use_distributed_sampler",
+    "enable_progress_bar", "enable_model_summary", "use_distributed_sampler",
 )  # fmt: skip
 # Blocks of an evaluation that say how a model is run.
 OF_MODEL = ("data", "trainer", "backbone", "seed")
@@ -100,7 +100,8 @@ def _refuse_unread(cfg: DictConfig) -> None:
         OmegaConf.to_container(HydraConfig.instance().cfg, resolve=False)
     )
     for key, value, others in _unread(values, known, ""):
-        if any(f"{name}.".startswith(f"{key}.") for name in used):
+        # A reference may begin with dots: it is relative to the block that it stands in.
+        if any(f".{name}.".find(f".{part}.") == 0 for name in used for part in _ends(key)):
             continue
         while isinstance(value, dict) and value:
             name, value = next(iter(value.items()))
@@ -136,7 +137,7 @@ def _check_trainer(given: Mapping[str, Any]) -> None:
         UserError: there is one.
     """
     for key, why in REFUSED.items():
-        if given.get(key, False) is not False:
+        if key in given and (given[key] or key in ("logger", "callbacks")):
             raise UserError(f"trainer.{key}={given[key]}: {why}")
     for key, low in SMALLEST.items():
         if key in given:
@@ -197,9 +198,16 @@ def _idle_in_evaluation(cfg: DictConfig) -> dict[str, str]:
     return idle
 
 
+def _ends(key: str) -> list[str]:
+    """Return a key, and what is left of it without its first blocks: a.b.c, b.c, c."""
+    parts = key.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
 def references(values: Any) -> set[str]:
-    """Return the keys that values refer to by ${KEY} or ${oc.select:KEY}."""
-    return set(re.findall(r"\$\{(?:oc\.select:)?\.*([\w.]*\w)", repr(values)))
+    """Return the words inside ${...}, among them the keys that values refer to."""
+    inside = re.findall(r"\$\{([^{}]*)", repr(values))
+    return {word.strip(".") for text in inside for word in re.split(r"[^\w.-]+", text)} - {""}
 
 
 def _names_of(kind: type) -> dict[str, Known]:

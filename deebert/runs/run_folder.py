@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import BaseFileLock
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
@@ -22,7 +22,7 @@ from deebert.runs import signals
 LOCK = ".lock"
 CHOOSE = "choose another hydra.run.dir, or leave it out"
 
-_locks: dict[Path, FileLock] = {}  # of the folders that this process has claimed
+_locks: dict[Path, BaseFileLock] = {}  # of the folders that this process has claimed
 
 
 class ClaimFolder(Callback):

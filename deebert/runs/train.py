@@ -219,6 +219,8 @@ def _fit(
         UserError: the run cannot be resumed from this checkpoint.
     """
     resume = str(source.path) if source and config.resume else None
+    for evaluation in _evaluations(trainer):
+        evaluation.is_closed = True
     start = time.perf_counter()
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
@@ -239,6 +241,11 @@ def _fit(
             f"({first_line(error)})"
         ) from error
     log.info("trained in %.1f s", time.perf_counter() - start)
+
+
+def _evaluations(trainer: L.Trainer) -> list[EarlyExitEvaluation]:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [each for each in callbacks if isinstance(each, EarlyExitEvaluation)]
 
 
 def _is_evaluated(trainer: L.Trainer, job: Job) -> bool:
@@ -265,9 +272,8 @@ def _validate_resumed(
                 whole_files.copy(source.path, file)
     if getattr(trainer.checkpoint_callback, "monitor", None):
         return
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, EarlyExitEvaluation):
-            callback.epoch = source.epochs_done
+    for evaluation in _evaluations(trainer):
+        evaluation.epoch = source.epochs_done
     trainer.validate(
         module, datamodule=datamodule, ckpt_path=str(source.path), verbose=False, weights_only=True
     )
@@ -285,8 +291,7 @@ def _validate_kept(
     trainer.strategy.barrier()  # the first process may still copy the checkpoint of an earlier run
     if not isinstance(callback, ModelCheckpoint) or not callback.best_model_path:
         return
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    if not any(isinstance(each, EarlyExitEvaluation) for each in callbacks):
+    if not _evaluations(trainer):
         return
     # One process decides for all of them.
     is_validated = not callback.monitor and _is_validated(Path(callback.best_model_path), job)

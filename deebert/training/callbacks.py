@@ -92,6 +92,8 @@ class EarlyExitEvaluation(Callback):
         # (chosen thresholds, reported record) -> the timed cases.
         self.timed: Callable[[Calibration | None, Record], list[TimedCase]] | None = None
         self.results: Results | None = None
+        # Whether the weights that are kept are validated after training, as `runs.train` does.
+        self.is_closed = False
         # The epoch of the weights that `Trainer.validate` or `Trainer.test` runs, if it is known.
         self.epoch: int | None = None
         self._records: list[Record] = []
@@ -248,7 +250,7 @@ class EarlyExitEvaluation(Callback):
 
     def _are_kept(self, trainer: L.Trainer, pl_module: EarlyExitModule) -> bool:
         """Say whether a training ends with the weights that were evaluated last."""
-        if getattr(trainer.checkpoint_callback, "monitor", None):
+        if self.is_closed and getattr(trainer.checkpoint_callback, "monitor", None):
             return False  # the best epoch is kept
         return self._weights == tensor_files.fingerprint(pl_module.model.state_dict())
 

@@ -1,5 +1,7 @@
 """Files that are whole or missing, with the permissions of the user's umask; locks."""
 
+import errno
+import fcntl
 import os
 import signal
 import stat
@@ -91,3 +93,18 @@ time.sleep(60)
     child.wait()
     child.stdout.close()
     locks.locked(file, "another holds it").release()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_is_the_lock_where_the_file_system_has_none(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock = locks.locked(tmp_path / "lock", "taken")
+    with pytest.raises(UserError, match="taken"):
+        locks.locked(tmp_path / "lock", "taken")
+    lock.release()
+    locks.locked(tmp_path / "lock", "taken").release()

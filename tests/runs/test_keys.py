@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
+from deebert.runs import keys
+
 Run = Callable[..., str]
 
 UNREAD = "nothing reads this key; the nearest known key is"
@@ -47,6 +49,7 @@ def refused(glue: Path, stage1: Path, stage2: Path) -> list[tuple[str, list[str]
         (evaluate, "exit=patience +exit.patients=3", "exit.patients: exit=patience has no such option"),
         # What a run sets itself, or cannot do.
         (train, "+trainer.logger=true", "trainer.logger=True: loggers have a block of their own: logger=csv"),
+        (train, "+trainer.logger=false", "trainer.logger=False: loggers have a block of their own"),
         (train, "+trainer.callbacks=[]", "trainer.callbacks=[]: callbacks have a block of their own"),
         (train, "+trainer.default_root_dir=x", "trainer.default_root_dir=x: all files are written into the run folder: hydra.run.dir=..."),
         (evaluate, "+trainer.default_root_dir=x", "hydra.run.dir=..."),
@@ -110,6 +113,17 @@ def test_a_key_without_effect_is_refused_by_name(
         if line not in printed:
             wrong[line] = printed
     assert not wrong
+
+
+def test_a_key_that_a_value_refers_to_is_read() -> None:
+    values = {
+        "data": {"base": "/x", "root": "${.base}/a"},
+        "my-key": 3,
+        "paths": {"a": 1},
+        "lists": "${my-key} ${oc.dict.values:paths} ${oc.select:outer.inner,1}",
+    }
+    assert {"base", "my-key", "paths", "outer.inner"} <= keys.references(values)
+    assert keys._ends("data.base") == ["data.base", "base"]
 
 
 def test_a_key_of_a_file_is_refused_too(fails: Run, glue: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import csv
 import json
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple
 
 from deebert.errors import UserError
 
@@ -239,11 +239,7 @@ def _fault(value: Any, *, many: bool, escapes: bool) -> str | None:
     return None
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # json.loads would make one per line
+DECODER = json.JSONDecoder()
 
 
 def _is_too_deep(value: Any) -> bool:

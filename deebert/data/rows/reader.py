@@ -4,6 +4,7 @@ Holds a few rows at a time, however many there are. A row that cannot be read is
 fault, and the rows after it keep their numbers. Knows nothing of models and of what a row is for.
 """
 
+import logging
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,8 @@ from deebert.data.rows.lines import (
 )
 from deebert.data.rows.source import ONE_BLOCK, PLAIN, Row, Source, Table, check_names
 from deebert.errors import UserError, first_line, unknown
+
+log = logging.getLogger(__name__)
 
 ENDINGS = {
     ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json",
@@ -120,12 +123,23 @@ def _line_source(lines: Lines, kind: str, size: int | None, table: Table) -> Sou
 
     def rows(wanted: Collection[str]) -> Iterator[Row]:
         chosen = [(place, name) for place, name in enumerate(names) if name in wanted]
-        for number, record in enumerate(chain([first] if first else (), records)):
+        number, left_out = -1, 0
+        for record in chain([first] if first else (), records):
             line, fields, fault, record_size, _ = record
+            if table.leaves_out and not fault and len(fields) != len(names):
+                left_out += 1
+                continue
+            number += 1
             if not fault:
                 fault = _table_fault(record, names, table)
             values = {} if fault else {name: fields[place] for place, name in chosen}
             yield Row(number, line, values, fault, record_size)
+        if left_out:
+            log.warning(
+                "%s: %d rows have another number of fields than the header: left out",
+                lines.where,
+                left_out,
+            )
 
     return Source(names, names, rows, lambda: lines.position, size, {}, is_empty=first is None)
 

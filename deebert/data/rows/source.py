@@ -84,12 +84,14 @@ class Table:
         label: the column of labels, if there is one.
         is_label: says whether a value is a label. A CSV record of several lines is refused if one
             of them is a row by itself, with a label: the quotes around them are wrong.
+        leaves_out: whether a row with another number of fields is left out, with one warning.
     """
 
     header: tuple[str, ...] | None = None
     header_has: frozenset[str] = frozenset()
     label: str | None = None
     is_label: Callable[[str], bool] = lambda _: False
+    leaves_out: bool = False
 
 
 PLAIN = Table()
