@@ -130,7 +130,7 @@ def trainer(
     given_loggers = []
     for key, values in (cfg.get("logger") or {}).items():
         defaults: dict[str, Any] = {"save_dir": str(job.folder)}
-        if values and values.get("_target_", "").endswith("WandbLogger"):
+        if _is_wandb(values):
             if loggers.wandb_mode(values.get("offline")) == "disabled":
                 continue
             defaults |= {"name": config.name(kind), "group": job.sweep.name if job.sweep else None}
@@ -163,9 +163,13 @@ def check_loggers(cfg: DictConfig) -> None:
         UserError: it has none.
     """
     for values in (cfg.get("logger") or {}).values():
-        is_wandb = values and values.get("_target_", "").endswith("WandbLogger")
-        if is_wandb and signals.is_first_process():
+        if _is_wandb(values) and signals.is_first_process():
             loggers.check_login(values.get("offline"))
+
+
+def _is_wandb(values: Any) -> bool:
+    """Say whether a block of the configuration is a logger to W&B."""
+    return bool(values) and values.get("_target_", "").endswith("WandbLogger")
 
 
 def _plugins(given: Any) -> list[Any]:

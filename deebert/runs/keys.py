@@ -14,7 +14,6 @@ from difflib import SequenceMatcher
 from itertools import accumulate
 from typing import Any
 
-import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from lightning.pytorch.loggers import WandbLogger
@@ -101,7 +100,7 @@ def _refuse_unread(cfg: DictConfig) -> None:
     )
     for key, value, others in _unread(values, known, ""):
         # A reference may begin with dots: it is relative to the block that it stands in.
-        if any(f".{name}.".find(f".{part}.") == 0 for name in used for part in _ends(key)):
+        if any(f"{name}.".startswith(f"{part}.") for name in used for part in _ends(key)):
             continue
         while isinstance(value, dict) and value:
             name, value = next(iter(value.items()))
@@ -267,6 +266,8 @@ def _arguments(target: Any) -> Known:
     if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         if not (isinstance(called, type) and issubclass(called, WandbLogger)):
             return ANYTHING
+        import wandb  # takes a second, and a run with another logger does not need it
+
         names += inspect.signature(wandb.init).parameters  # it gets the other arguments
     return dict.fromkeys(name for name in names if name not in ("kwargs", "self"))
 
