@@ -36,8 +36,10 @@ from deebert.exits.rules import Rule
 from deebert.exits.target import Target
 from deebert.hub import locate, model_card, saved_folder
 from deebert.hub.saved_folder import Saved
+from deebert.inference import quantize
 from deebert.inference.engine import WINDOW, Engine
 from deebert.inference.predictions import Predictions
+from deebert.models.quantization import Quantization
 from deebert.options import ONE_OF, TARGET, TargetOptions, check_needs, given, job_command
 
 log = logging.getLogger(__name__)
@@ -63,11 +65,12 @@ class EarlyExitClassifier:
         saved: Saved,
         *,
         precision: str = "float32",
-        runtime: str = "torch",
+        runtime: str = "auto",
         device: torch.device | str = "cpu",
     ) -> None:
         self.saved = saved
         source = saved.checkpoint
+        quantization = self._quantization(precision)
         self.task = source.config.task
         self.model = source.model()
         self.tokenizer = source.tokenizer()
@@ -87,7 +90,13 @@ class EarlyExitClassifier:
         self._rules: dict[Any, Rule] = {}
         self.rule = self._rule(saved.exit)
         self.engine = Engine(
-            self.model, self.rule, 0.0, precision=precision, runtime=runtime, device=device
+            self.model,
+            self.rule,
+            0.0,
+            precision=precision,
+            runtime=runtime,
+            quantization=quantization,
+            device=device,
         )
         self._points: dict[Any, CalibratedPoint] = {}
 
@@ -98,7 +107,7 @@ class EarlyExitClassifier:
         *,
         task: str | Mapping[str, Any] | None = None,
         precision: str = "float32",
-        runtime: str = "torch",
+        runtime: str = "auto",
         device: torch.device | str = "cpu",
     ) -> Self:
         """Load a model.
@@ -314,13 +323,37 @@ class EarlyExitClassifier:
             or labelled[0]
         )
 
+    def _quantization(self, precision: str) -> Quantization | None:
+        """Return how the model is rounded in int8; None in another precision.
+
+        Raises:
+            UserError: no record of the model was made in int8.
+        """
+        if precision != "int8":
+            return None
+        records = self.saved.records.values()
+        quantization = next((each.quantization for each in records if each.quantization), None)
+        if quantization is None:
+            raise UserError(
+                f"precision=int8: {self.saved.checkpoint.path} has no record in int8; make one "
+                f"with {job_command('evaluate')} ckpt=RUN precision=int8, and use its run folder"
+            )
+        if quantization.weight_bits != (bits := quantize.weight_bits()):
+            log.warning(
+                "precision=int8: the record was made with weights of %d bits, and this processor "
+                "multiplies %d: exits and answers may differ a little; record again here",
+                quantization.weight_bits,
+                bits,
+            )
+        return quantization.with_weight_bits(bits)
+
     def _warn_of_other_precision(self, record: Record) -> None:
         """Warn if the model runs in another precision than thresholds are chosen in."""
         if record.precision != self.engine.precision:
             log.warning(
                 "%s: thresholds are chosen on logits in %s, and the model runs in %s, where the "
-                "saving and the score may differ a little; %s ckpt=RUN timing=all "
-                "precision=%s measures them",
+                "saving and the score may differ a little; %s ckpt=RUN precision=%s records "
+                "them in this precision",
                 self.saved.checkpoint.path,
                 record.precision,
                 self.engine.precision,
@@ -339,7 +372,10 @@ class EarlyExitClassifier:
             for n in chosen.clamp(1, self.max_length)
         ]
         protocol = Protocol(
-            precisions=(self.engine.precision,), runtime=self.engine.runtime, repeats=3
+            precisions=(self.engine.precision,),
+            runtime=self.engine.runtime,
+            repeats=3,
+            quantization=self.engine.quantization,
         )
         with undisturbed(None):
             costs = engine_latency.layer_costs(

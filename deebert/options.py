@@ -48,7 +48,7 @@ class ModelOptions:
     model: str = option("???", "a run folder, a folder of save_pretrained, or a hub id")
     task: str | None = option(None, "the task of a checkpoint that does not state it: mrpc, ...")
     precision: str = option("float32", "number format of the layers: float32, bfloat16 or int8")
-    runtime: str = option("torch", "what computes the layers: torch or onnx")
+    runtime: str = option("auto", "what computes the layers: torch, onnx, openvino, or auto")
     device: str = option("cpu", "cpu or cuda")
     modules: Any = option(None, MODULES)
 

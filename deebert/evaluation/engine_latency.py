@@ -24,6 +24,7 @@ from deebert.exits.rules import Rule, exit_layer
 from deebert.inference import settings
 from deebert.inference.engine import Engine
 from deebert.models.early_exit import EarlyExitModel
+from deebert.models.quantization import Quantization
 from deebert.reporting.results import TimedCase
 
 Inputs = list[Mapping[str, Any]]
@@ -91,13 +92,15 @@ class Protocol:
         repeats: the number of turns.
         threads: the number of the processor's threads; None: torch's own number
             (`timing.undisturbed`).
+        quantization: how the layers are rounded in int8.
     """
 
     batch_sizes: tuple[int | None, ...] = (None,)
     precisions: tuple[str, ...] = ("float32",)
-    runtime: str = "torch"
+    runtime: str = "auto"
     repeats: int = 5
     threads: int | None = None
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def measure(
                 if batch_size
                 else "all inputs, in batches of similar length",
                 "precision": precision,
-                "runtime": protocol.runtime,
+                "runtime": engine.runtime,
                 "batch_size": batch_size,
                 "threads": torch.get_num_threads(),
                 "device": str(device),
@@ -204,7 +207,15 @@ def _engine(
     model: EarlyExitModel, rule: Rule, precision: str, protocol: Protocol, device: Any
 ) -> Engine:
     """Return an engine without exits."""
-    return Engine(model, rule, 0.0, precision=precision, runtime=protocol.runtime, device=device)
+    return Engine(
+        model,
+        rule,
+        0.0,
+        precision=precision,
+        runtime=protocol.runtime,
+        quantization=protocol.quantization,
+        device=device,
+    )
 
 
 def _full_depth(model: EarlyExitModel, engine: Engine) -> FullDepth | None:
@@ -213,7 +224,7 @@ def _full_depth(model: EarlyExitModel, engine: Engine) -> FullDepth | None:
     With None the engine without exits stands for full depth. So the saving never includes the
     difference between two kinds of arithmetic.
     """
-    if engine.precision == "int8" or engine.runtime != "torch":
+    if engine.runtime != "torch":
         return None
     return FullDepth(model, engine.precision, engine.device)
 

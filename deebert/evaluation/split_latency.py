@@ -12,15 +12,14 @@ import torch
 
 from deebert.data.datamodule import TextDataModule
 from deebert.data.tasks import Task
-from deebert.data.tokenization import TOKENS
 from deebert.evaluation import engine_latency
-from deebert.evaluation.engine_latency import Inputs, Protocol
+from deebert.evaluation.engine_latency import Protocol
+from deebert.evaluation.engine_records import inputs_of, rows_of
 from deebert.evaluation.evaluate_records import EvaluationConfig
 from deebert.evaluation.timing import undisturbed
 from deebert.exits import calibration
 from deebert.exits.curves import Thresholds
 from deebert.exits.records import Record
-from deebert.inference import settings
 from deebert.models.early_exit import EarlyExitModel
 from deebert.reporting.results import Calibration, TimedCase
 
@@ -48,17 +47,6 @@ class LatencyMeasurement:
     protocol: Protocol
     device: torch.device
 
-    def __post_init__(self) -> None:
-        """Check the precisions and the runtime before the model runs.
-
-        Raises:
-            UserError: the model cannot run in one of the precisions.
-        """
-        # The check starts the threads of ONNX Runtime. Their number cannot change afterwards.
-        with undisturbed(self.protocol.threads):
-            for precision in self.protocol.precisions:
-                settings.check(self.model, precision, self.device, self.protocol.runtime)
-
     def with_costs(self, evaluation_config: EvaluationConfig, split: str) -> EvaluationConfig:
         """Return the evaluation config, with the measured cost of each layer for a speed-up target.
 
@@ -78,7 +66,7 @@ class LatencyMeasurement:
         num_rows = len(self.data.tokens(split))
         most = min(COST_REQUESTS * (first.batch_sizes[0] or COST_ROWS), COST_ROWS, num_rows)
         rows = torch.linspace(0, num_rows - 1, most).long().tolist()
-        inputs = self._inputs(split, rows)
+        inputs = inputs_of(self.data, split, rows)
         log.info("measuring what leaving at each layer costs, on %d rows of %s", len(rows), split)
         with undisturbed(self.protocol.threads):
             costs = engine_latency.layer_costs(
@@ -113,9 +101,7 @@ class LatencyMeasurement:
             elif calibrated.fold_thresholds is not None:
                 log.warning("timed on the rows that temperatures or a prior were fitted on")
             rule = rule.fitted(calibrated.temperatures, calibrated.prior)
-        tokens = self.data.tokens(record.split)
-        row_of = {index: row for row, index in enumerate(tokens["index"][:])}
-        inputs = self._inputs(record.split, [row_of[index] for index in record.index_N.tolist()])
+        inputs = inputs_of(self.data, record.split, rows_of(self.data, record))
         log.info("timing %d rows of %s, %d turns", len(inputs), record.split, self.protocol.repeats)
         with undisturbed(self.protocol.threads):
             timing = engine_latency.measure(
@@ -133,10 +119,3 @@ class LatencyMeasurement:
                     100 * case.equal_predictions,
                 )
         return timing
-
-    def _inputs(self, split: str, rows: list[int]) -> Inputs:
-        """Return the tokens of some rows of a split."""
-        tokens = self.data.tokens(split)
-        names = [name for name in TOKENS if name in tokens.column_names]
-        columns = [tokens.select(rows)[name][:] for name in names]
-        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deebert.errors import UserError
+from deebert.models.quantization import Quantization
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Record:
         group_N: (N,) values of the task's group column (difficulty grade), or None.
         learned_score_NL: (N, L) learned exit scores, or None where the ramps have none.
         precision: the precision of the model that gave the logits, such as bfloat16.
+        quantization: how the model was rounded, if the precision is int8.
     """
 
     split: str
@@ -36,6 +38,7 @@ class Record:
     group_N: Tensor | None = None
     learned_score_NL: Tensor | None = None
     precision: str = "float32"
+    quantization: Quantization | None = None
 
     @property
     def num_layers(self) -> int:

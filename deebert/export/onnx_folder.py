@@ -35,10 +35,11 @@ from deebert.exits.calibration import CalibratedPoint
 from deebert.exits.rules import Rule
 from deebert.export import readme
 from deebert.export.rule_graph import rule_graph
-from deebert.inference import onnx_graphs
+from deebert.inference import graph_runtimes, onnx_graphs
 from deebert.inference.onnx_layer import PRECISIONS
 from deebert.models.architectures import ARCHITECTURES
 from deebert.models.early_exit import EarlyExitModel
+from deebert.models.quantization import Quantization
 from deebert.options import MODULES, TargetOptions, import_modules, option, target_of
 from deebert.untrusted import plain_files
 
@@ -94,16 +95,15 @@ def export(
     classifier: EarlyExitClassifier,
     output: str | Path,
     *,
-    precision: str = "float32",
     overwrite: bool = False,
     **target: Any,
 ) -> Exported:
     """Write the folder of an export. A failure leaves no half-written folder.
 
     Args:
-        classifier: the model, in float32 and on the processor.
+        classifier: the model, on the processor, in the precision that the layers are exported in:
+            float32 or int8.
         output: the folder to write.
-        precision: the precision of the exported layers: float32 or int8.
         overwrite: whether an existing export is replaced.
         **target: the default target, as `EarlyExitClassifier.calibrate` takes it.
 
@@ -111,22 +111,22 @@ def export(
         UserError: the model or the target cannot be exported, or the folder exists.
     """
     folder = Path(output)
-    check(classifier.model, precision)
+    check(classifier.model, classifier.engine.precision)
     _check_output(folder, overwrite)
     point, savings = _calibrated_point(classifier, target), []
     rule_graph(point.rule, classifier.num_layers)  # it is kept; a rule may have none
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     with whole_files.write_errors(f"output={folder}"), _removed_at_the_end(part):
         part.mkdir(parents=True)
-        about = described(classifier.model, classifier.task, point, precision)
+        about = described(classifier.model, classifier.task, point, classifier.engine.precision)
         about["token_type_ids"] = "token_type_ids" in classifier.encode(_sample(classifier))[0]
         about["max_length"] = classifier.max_length
         about["savings"] = savings = _savings(classifier, point)
-        write(part, classifier.model, about, point.rule)
+        write(part, classifier.model, about, point.rule, classifier.engine.quantization)
         write_tokenizer(part, classifier.tokenizer, classifier.max_length)
         (part / "README.md").write_text(readme.text(about), "utf-8")
         difference_L = _difference(part, classifier)
-        if precision == "float32":
+        if classifier.engine.precision == "float32":
             _check_close(folder, difference_L, classifier.model)
         _move(part, folder)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
@@ -135,7 +135,13 @@ def export(
     )
 
 
-def write(folder: Path, model: EarlyExitModel, about: Mapping[str, Any], rule: Rule) -> None:
+def write(
+    folder: Path,
+    model: EarlyExitModel,
+    about: Mapping[str, Any],
+    rule: Rule,
+    quantization: Quantization | None = None,
+) -> None:
     """Write the graphs, deebert.json and runner.py. Inputs that are token ids need no other file.
 
     Args:
@@ -143,22 +149,26 @@ def write(folder: Path, model: EarlyExitModel, about: Mapping[str, Any], rule: R
         model: the model.
         about: the content of deebert.json.
         rule: the exit rule.
+        quantization: how the layers are rounded; None for float32.
     """
     (folder / "exit_rule.onnx").write_bytes(rule_graph(rule, about["num_layers"]))
-    for name, content in graphs(model, about["precision"]):
+    for name, content in graphs(model, quantization):
         (folder / f"{name}.onnx").write_bytes(content)
     (folder / "deebert.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
     shutil.copyfile(RUNNER, folder / "runner.py")
 
 
-def graphs(model: EarlyExitModel, precision: str) -> Iterator[tuple[str, bytes]]:
+def graphs(
+    model: EarlyExitModel, quantization: Quantization | None = None
+) -> Iterator[tuple[str, bytes]]:
     """Yield the name and the graph of each block, as the engine runs them (`onnx_layer`)."""
-    backbone, int8 = model.backbone, precision == "int8"
-    first_int8 = int8 and model.ramp_kind.reads_tokens
+    backbone = model.backbone
     yield "embeddings", onnx_graphs.embeddings(backbone.embedding_parts)
     for layer, ramp in enumerate(model.all_ramps, 1):
         parts, heads = backbone.parts(layer - 1), backbone.num_heads
         assert parts is not None  # see `check`
+        int8 = quantization.layers[layer - 1] if quantization else None
+        first_int8 = int8 if model.ramp_kind.reads_tokens else None
         if layer == len(model.all_ramps):
             yield f"layer_{layer}", onnx_graphs.last_layer(parts, heads, first_int8, ramp)
         else:
@@ -250,7 +260,7 @@ def check(model: EarlyExitModel, precision: str) -> None:
     """
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS, "precision")
-    onnx_graphs.check("export")
+    graph_runtimes.check("onnx", "export")
     if find_spec("onnxscript") is None:
         raise UserError(
             'export needs onnxscript, which is not installed: pip install "deebert[onnx]"'
@@ -371,11 +381,18 @@ def run(options: ExportOptions) -> None:
     """
     _check_output(Path(options.output), options.overwrite)  # before a large model is loaded
     import_modules(options.modules)
-    classifier = EarlyExitClassifier.from_pretrained(options.model, task=options.task)
+    if options.precision not in PRECISIONS:
+        raise unknown("precision", options.precision, PRECISIONS, "precision")
+    graph_runtimes.check("onnx", "export")
+    classifier = EarlyExitClassifier.from_pretrained(
+        options.model,
+        task=options.task,
+        precision=options.precision,
+        runtime="onnx" if options.precision == "int8" else "torch",
+    )
     exported = export(
         classifier,
         options.output,
-        precision=options.precision,
         overwrite=options.overwrite,
         **target_of(options),
     )

@@ -23,6 +23,7 @@ from deebert.exits.records import Record
 from deebert.hub import checkpoint_config
 from deebert.hub.checkpoints import Checkpoint, Source
 from deebert.hub.run_config import RunConfig
+from deebert.models.quantization import Quantization
 from deebert.options import job_command
 from deebert.untrusted import plain_files, tensor_files
 
@@ -108,6 +109,7 @@ def save(record: Record, folder: Path, header: Header) -> None:
         "config": header.config.plain(),
         "max_length": header.max_length,
         "precision": record.precision,
+        "quantization": record.quantization.plain() if record.quantization else None,
     }
     with whole_files.replaced(folder / f"{record.split}.safetensors") as part:
         save_file(tensors, part, {"deebert": json.dumps(facts)})
@@ -142,7 +144,17 @@ def load(file: Path) -> tuple[Record, Header]:
         if not is_whole(max_length) or not isinstance(precision, str):
             raise UserError(f"its max_length is {max_length!a}, its precision {precision!a}")
         columns: dict[str, Any] = {"labels_N": None} | tensors
-        record = Record(facts["split"], **columns, precision=precision)
+        quantization = facts.get("quantization")
+        if quantization is not None:
+            quantization = Quantization.from_plain(quantization)
+        if (precision == "int8") != (quantization is not None):
+            raise UserError("it was recorded in int8 without a quantization, or has one without it")
+        record = Record(facts["split"], **columns, precision=precision, quantization=quantization)
+        if quantization and len(quantization.layers) != record.num_layers:
+            raise UserError(
+                f"its quantization is of {len(quantization.layers)} layers, and it has "
+                f"{record.num_layers} ramps"
+            )
         record.check()
         header = Header(facts["checkpoint"], facts.get("data"), config, max_length)
     except UserError as error:
@@ -171,7 +183,14 @@ def read_folder(given: str) -> RecordFolder:
     one, first = loaded[0]
     if any(replace(header, data=first.data) != first for _, header in loaded):
         raise UserError(f"record={given}: its records are of different checkpoints")
-    if other := next((record for record, _ in loaded if record.precision != one.precision), None):
+    if other := next(
+        (
+            record
+            for record, _ in loaded
+            if (record.precision, record.quantization) != (one.precision, one.quantization)
+        ),
+        None,
+    ):
         raise UserError(
             f"record={given}: {one.split} was recorded in {one.precision}, {other.split} in "
             f"{other.precision}; record them together with {job_command('evaluate')} ckpt=RUN"

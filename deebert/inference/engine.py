@@ -11,8 +11,7 @@ The saving comes from five things:
 - A ramp at which nothing can leave is not evaluated.
 
 The engine gives what the record of all ramps gives, to rounding: the same exit layer and the same
-answer, whatever the batch. In int8 in ONNX Runtime the answer depends a little on the batch, since
-all its tokens share one scale. The engine knows nothing of tasks, texts or how time is measured.
+answer, whatever the batch. The engine knows nothing of tasks, texts or how time is measured.
 Shapes: N inputs, B of them in a group, S tokens, H hidden, L layers (= ramps), C labels.
 """
 
@@ -31,14 +30,15 @@ from deebert.data.tokenization import TOKENS
 from deebert.errors import UserError
 from deebert.exits import rules
 from deebert.exits.rules import Rule
-from deebert.inference import onnx_layer, settings
+from deebert.inference import settings
+from deebert.inference.graph_runtimes import GraphRuntime, one_torch_thread
 from deebert.inference.kernels import without_onednn
 from deebert.inference.onnx_layer import OnnxEmbeddings, OnnxLayer
 from deebert.inference.split_layer import SplitLayer
 from deebert.inference.survivors import Answers, Group, merge
 from deebert.models.architectures import LayerParts
 from deebert.models.early_exit import EarlyExitModel
-from deebert.models.ramps import Ramp
+from deebert.models.quantization import Quantization
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +56,10 @@ class Engine:
             whose score is strictly under its threshold, so 0 never exits.
         precision: the precision of the layers: float32, bfloat16 or int8. States, norms and ramps
             are float32.
-        runtime: the library that computes the layers: torch, or onnx (ONNX Runtime; on the
-            processor, not in bfloat16). onnx is faster in int8 and with one input at a time.
+        runtime: the library that computes the layers: torch (float32 and bfloat16), onnx (ONNX
+            Runtime) or openvino (both on the processor, in float32 and int8), or auto: torch, in
+            int8 onnx. With one input at a time onnx is faster than torch.
+        quantization: how the layers are rounded in int8 (`inference.quantize` measures it).
         device: the device to run on.
         token_budget: the largest number of tokens in a batch, padding included. An input that is
             longer is a batch of its own. None: a number that runs fast on the device.
@@ -73,17 +75,28 @@ class Engine:
         thresholds: Sequence[float] | float,
         *,
         precision: str = "float32",
-        runtime: str = "torch",
+        runtime: str = "auto",
+        quantization: Quantization | None = None,
         device: torch.device | str = "cpu",
         token_budget: int | None = None,
     ) -> None:
         self.device = settings.device_named(device)
         settings.check(model, precision, self.device, runtime)
+        runtime = settings.runtime_for(runtime, precision)
+        if precision == "int8" and quantization is None:
+            raise UserError("precision=int8 needs a quantization; `inference.quantize` makes it")
+        if quantization and len(quantization.layers) != len(model.ramps):
+            raise UserError(
+                f"the quantization is of {len(quantization.layers)} layers, and the model has "
+                f"{len(model.ramps)}"
+            )
         if token_budget is not None and token_budget < 1:
             raise UserError(f"token_budget={token_budget} must be 1 or more")
         self.model = model.to(self.device).eval()
         self.precision = precision
         self.runtime = runtime
+        self.quantization = quantization if precision == "int8" else None
+        self.graphs = None if runtime == "torch" else GraphRuntime(runtime)
         kind = settings.kind_of(self.device)
         self.token_budget = token_budget or settings.TOKEN_BUDGET[kind]
         self.regroup_below = min(settings.REGROUP_BELOW[kind], self.token_budget)
@@ -94,19 +107,22 @@ class Engine:
         backbone = model.backbone
         parts = [backbone.parts(index) for index in range(len(model.ramps))]
         self.embeddings: Any = backbone.embeddings
-        if runtime == "onnx":
-            self.embeddings = OnnxEmbeddings(backbone.embedding_parts)
+        if self.graphs:
+            self.embeddings = OnnxEmbeddings(backbone.embedding_parts, self.graphs)
         self.layers = [
-            None if part is None else self._layer_runner(part, ramp)
-            for part, ramp in zip(parts, self.ramps, strict=True)
+            None if part is None else self._layer_runner(part, layer)
+            for layer, part in enumerate(parts)
         ]
         self._set(rule, thresholds)
 
-    def _layer_runner(self, parts: LayerParts, ramp: Ramp) -> SplitLayer | OnnxLayer:
-        """Return a layer that can be run in parts."""
+    def _layer_runner(self, parts: LayerParts, layer: int) -> SplitLayer | OnnxLayer:
+        """Return a layer (0-based) that can be run in parts."""
         num_heads, exact_first = self.model.backbone.num_heads, not self.kind.reads_tokens
-        if self.runtime == "onnx":
-            return OnnxLayer(parts, num_heads, self.precision, ramp, exact_first=exact_first)
+        if self.graphs:
+            int8 = self.quantization.layers[layer] if self.quantization else None
+            return OnnxLayer(
+                parts, num_heads, self.graphs, self.ramps[layer], int8, exact_first=exact_first
+            )
         return SplitLayer(parts, num_heads, self.precision, self.device, exact_first=exact_first)
 
     def _set(self, rule: Rule, thresholds: Sequence[float] | float) -> None:
@@ -140,7 +156,8 @@ class Engine:
             inputs: tokens of each input: `input_ids` and, if the backbone knows them,
                 `token_type_ids`. They are lists of whole numbers, unpadded, as a tokenizer gives
                 them.
-            all_ramps: evaluate every ramp up to an input's exit, and return the logits of them.
+            all_ramps: evaluate every ramp up to an input's exit, and return their logits and
+                learned exit scores.
 
         Raises:
             UserError: there are no inputs, or one has no tokens.
@@ -166,11 +183,7 @@ class Engine:
         iterator = iter(inputs)
         while window := list(islice(iterator, WINDOW)):
             # The context does not span the `yield`, since the caller's own code runs there.
-            threads = (
-                onnx_layer.one_torch_thread()
-                if self.runtime == "onnx"
-                else contextlib.nullcontext()
-            )
+            threads = one_torch_thread() if self.graphs else contextlib.nullcontext()
             with torch.inference_mode(), threads:
                 answers = self._run(window, all_ramps)
             if not_finite := int(answers.not_finite_N.sum()):
@@ -248,6 +261,7 @@ class Engine:
             hidden_BSH,
             torch.full(size, torch.nan) if all_ramps or self.remembers else None,
             self.model.second_text(on_device["input_ids"]),
+            torch.zeros(size[:2]) if all_ramps else None,
         )
 
     def _layer(self, layer: int, group: Group, out: Answers) -> Group | None:
@@ -364,6 +378,8 @@ class Engine:
         logits_BC = logits_BC.cpu()
         if group.ramps_BLC is not None:
             group.ramps_BLC[:, layer] = logits_BC
+        if group.learned_BL is not None and learned_score_B is not None:
+            group.learned_BL[:, layer] = learned_score_B.cpu()
         if layer == len(self.layers) - 1:  # the final classifier answers all inputs, by no rule
             leave_B, answer_BC = torch.ones(len(logits_BC), dtype=torch.bool), logits_BC
         elif layer in self.exit_ramps:
@@ -390,4 +406,7 @@ class Engine:
         if out.ramps_NLC is not None:
             assert group.ramps_BLC is not None
             out.ramps_NLC[rows] = group.ramps_BLC[leave_B]
+        if out.learned_NL is not None:
+            assert group.learned_BL is not None
+            out.learned_NL[rows] = group.learned_BL[leave_B]
         return ~leave_B

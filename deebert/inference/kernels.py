@@ -1,11 +1,10 @@
-"""Linear maps in the engine's precisions (float32, bfloat16 and int8), and GELU.
+"""Linear maps in torch, in float32 and bfloat16, and GELU.
 
 A linear map is a callable (..., in) -> (..., out). It is made once from an `nn.Linear`, with the
 weights in the layout that the device runs fastest. This module knows nothing of layers or exits.
 """
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,30 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import GELUActivation
 
-from deebert.errors import UserError, unknown
-
 log = logging.getLogger(__name__)
-
-PRECISIONS = ("float32", "bfloat16", "int8")
 
 LinearMap = Callable[[Tensor], Tensor]
 
 
-def check_precision(precision: str, device: torch.device) -> None:
-    """Check that layers can be computed in this precision on this device.
-
-    Raises:
-        UserError: the device cannot compute in it, or there is no such precision.
-    """
-    if precision not in PRECISIONS:
-        raise unknown("precision", precision, PRECISIONS, "precision")
-    if precision == "int8" and (
-        device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines
-    ):
-        raise UserError(
-            f"precision=int8 needs an x86 processor and a torch built with fbgemm (here: "
-            f"{device.type}); use precision=float32 or bfloat16"
-        )
+def warn_of_slow(precision: str, device: torch.device) -> None:
+    """Warn if a device computes in this precision, but slowly."""
     if precision == "bfloat16" and device.type == "cpu" and not _packs(precision):
         log.warning("precision=bfloat16: this processor has no such arithmetic; it will be slow")
 
@@ -48,8 +30,6 @@ def linear_map(linear: nn.Linear, precision: str, device: torch.device) -> Linea
     The map returns bfloat16 in the precision bfloat16, else float32.
     """
     weight_OI, bias_O = linear.weight.detach(), linear.bias.detach()
-    if precision == "int8":
-        return Int8Linear(weight_OI, bias_O)
     dtype = getattr(torch, precision)
     weight_OI, bias_O = weight_OI.to(device, dtype), bias_O.to(device, dtype)
     if device.type == "cpu" and _packs(precision):
@@ -152,39 +132,3 @@ class PackedLinear:
             rows, self.packed, self.bias_O, "none", [], ""
         )
         return _as(x, y[: len(y) - spare])
-
-
-class Int8Linear:
-    """A linear map with 8-bit weights and inputs, with a scale for each output and each token.
-
-    torch's kernels (fbgemm) take one scale for all tokens, by default from the range of the whole
-    batch. So each token is scaled to [0, 1] before the kernel and scaled back after it. An answer
-    then does not depend on the batch, and a token that is NaN does not change the others.
-    """
-
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor) -> None:
-        scale_O = weight_OI.abs().amax(1).clamp_min(1e-12) / 127
-        with warnings.catch_warnings():  # torch deprecates the tensor type, but not its kernels
-            warnings.simplefilter("ignore")
-            quantized = torch.quantize_per_channel(
-                weight_OI.contiguous(),
-                scale_O.double(),
-                torch.zeros_like(scale_O, dtype=torch.long),
-                axis=0,
-                dtype=torch.qint8,
-            )
-            self.weight = torch.ops.quantized.linear_prepack(quantized, None)
-            self.sum_O = quantized.dequantize().sum(1)  # of the rounded weights
-        self.bias_O = bias_O
-        # Without VNNI the kernel adds products in 16 bits. 7-bit inputs cannot overflow them.
-        self.step = 1 / (255 if torch.cpu._is_vnni_supported() else 127)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Apply the map: (..., in) -> (..., out)."""
-        least, largest = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-        span = (largest - least).clamp_min(1e-12)
-        # torch.export calls this kernel in quantized models. It takes the scale and zero point.
-        y: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            (x - least).div_(span), self.step, 0, self.weight
-        )
-        return y.mul_(span).addcmul_(least, self.sum_O).add_(self.bias_O)

@@ -1,8 +1,8 @@
 """ONNX graphs of a model's blocks, made of ONNX Runtime's fused operators.
 
 A block is the embeddings, a whole layer, one of the parts that `SplitLayer` runs, or a layer with
-its ramp. What a ramp reads, its reader adds itself (`ramp_readers`). This module knows neither how
-graphs are run nor what an exit is.
+its ramp. What a ramp reads, its reader adds itself (`ramp_readers`). ONNX Runtime and OpenVINO run
+the same graphs. This module knows neither how graphs are run nor what an exit is.
 Shapes: B batch, S tokens, T of them that are computed, H hidden, C labels.
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deebert.errors import UserError
 from deebert.models.architectures import EmbeddingParts, LayerParts
+from deebert.models.quantization import LayerRounding, Rounding
 from deebert.models.ramp_readers import MASK, SECOND
 from deebert.models.ramps import Ramp
 
@@ -45,7 +46,7 @@ def embeddings(parts: EmbeddingParts) -> bytes:
     return graph.serialized(["input_ids", *typed], {"hidden": hidden})
 
 
-def keys_values(parts: LayerParts, int8: bool) -> bytes:
+def keys_values(parts: LayerParts, int8: LayerRounding | None) -> bytes:
     """Return the graph of a layer's keys and values.
 
     Input: `hidden` (B, S, H). Outputs: `keys` and `values` (B, S, H).
@@ -55,7 +56,7 @@ def keys_values(parts: LayerParts, int8: bool) -> bytes:
     return graph.serialized(["hidden"], {"keys": keys, "values": values})
 
 
-def tokens(parts: LayerParts, num_heads: int, int8: bool) -> bytes:
+def tokens(parts: LayerParts, num_heads: int, int8: LayerRounding | None) -> bytes:
     """Return the graph of a layer for some of the tokens.
 
     Inputs: `hidden` of these tokens (B, T, H); `keys` and `values` (B, S, H) and `mask` (B, S) of
@@ -67,7 +68,11 @@ def tokens(parts: LayerParts, num_heads: int, int8: bool) -> bytes:
 
 
 def layer(
-    parts: LayerParts, num_heads: int, int8: bool, first_int8: bool, ramp: Ramp | None = None
+    parts: LayerParts,
+    num_heads: int,
+    int8: LayerRounding | None,
+    first_int8: LayerRounding | None,
+    ramp: Ramp | None = None,
 ) -> bytes:
     """Return the graph of a layer, with its ramp if one is given.
 
@@ -80,8 +85,8 @@ def layer(
     Args:
         parts: the layer's modules.
         num_heads: the number of attention heads.
-        int8: whether all tokens but the first are computed in 8 bits.
-        first_int8: whether the first token and all keys and values are, too.
+        int8: the rounding of all tokens but the first; None for float32.
+        first_int8: the rounding of the first token and of all keys and values: None, or `int8`.
         ramp: the ramp after the layer.
     """
     graph = Graph()
@@ -90,9 +95,9 @@ def layer(
         new = graph.tokens("hidden", keys, values, parts, num_heads, int8)
     else:
         first = graph.cut("hidden", 0, 1)
-        first = graph.tokens(first, keys, values, parts, num_heads, int8=False)
+        first = graph.tokens(first, keys, values, parts, num_heads, None)
         others = graph.cut("hidden", 1, MANY)
-        others = graph.tokens(others, keys, values, parts, num_heads, int8=True)
+        others = graph.tokens(others, keys, values, parts, num_heads, int8)
         new = graph.op("Concat", first, others, axis=1)
     inputs, outputs = ["hidden", MASK], {"new": new}
     if ramp is not None:
@@ -102,7 +107,9 @@ def layer(
     return graph.serialized(inputs, outputs)
 
 
-def last_layer(parts: LayerParts, num_heads: int, first_int8: bool, ramp: Ramp) -> bytes:
+def last_layer(
+    parts: LayerParts, num_heads: int, first_int8: LayerRounding | None, ramp: Ramp
+) -> bytes:
     """Return the graph of the last layer for the first token only, with the final classifier.
 
     Inputs: `hidden` (B, S, H) and `mask` (B, S). Output: `logits` (B, C).
@@ -112,22 +119,6 @@ def last_layer(parts: LayerParts, num_heads: int, first_int8: bool, ramp: Ramp) 
     first = graph.cut("hidden", 0, 1)
     new = graph.tokens(first, keys, values, parts, num_heads, first_int8)
     return graph.serialized(["hidden", MASK], graph.ramp(ramp, "hidden", new))
-
-
-def check(option: str) -> None:
-    """Check that the packages that make and run graphs are installed.
-
-    Args:
-        option: the option that needs them, for the message.
-
-    Raises:
-        UserError: one of them is missing.
-    """
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        raise UserError(f'{option}: {error}; pip install "deebert[onnx]"') from error
 
 
 def check_layer(parts: LayerParts, ramp: Ramp) -> None:
@@ -161,6 +152,7 @@ class Graph:
     def __init__(self) -> None:
         self.nodes: list[Any] = []
         self.constants: dict[str, np.ndarray] = {}
+        self.rounded: dict[str, str] = {}  # name of a value -> that of the value in 8 bits
 
     def embeddings(self, parts: EmbeddingParts) -> str:
         """Add the embeddings: `input_ids` (B, S) -> (B, S, H)."""
@@ -188,22 +180,33 @@ class Graph:
         )
         return states if parts.projection is None else self.linear(states, parts.projection)
 
-    def keys_values(self, hidden: str, parts: LayerParts, int8: bool) -> tuple[str, str]:
+    def keys_values(
+        self, hidden: str, parts: LayerParts, int8: LayerRounding | None
+    ) -> tuple[str, str]:
         """Add the keys and values of all tokens: (B, S, H) -> two of (B, S, H)."""
-        return self.linear(hidden, parts.key, int8), self.linear(hidden, parts.value, int8)
+        rounding = int8 and int8.attention
+        return self.linear(hidden, parts.key, rounding), self.linear(hidden, parts.value, rounding)
 
     def tokens(
-        self, hidden: str, keys: str, values: str, parts: LayerParts, num_heads: int, int8: bool
+        self,
+        hidden: str,
+        keys: str,
+        values: str,
+        parts: LayerParts,
+        num_heads: int,
+        int8: LayerRounding | None,
     ) -> str:
         """Add the new states of the tokens that `hidden` holds: (B, T, H) -> (B, T, H)."""
+        query = self.linear(hidden, parts.query, int8 and int8.attention)
         context = self.op(
-            "MultiHeadAttention", self.linear(hidden, parts.query, int8), keys, values, "", MASK,
-            domain=FUSED, num_heads=num_heads,
-        )  # fmt: skip
-        between = self.norm(self.linear(context, parts.output, int8), hidden, parts.attention_norm)
+            "MultiHeadAttention", query, keys, values, "", MASK, domain=FUSED, num_heads=num_heads
+        )
+        output = self.linear(context, parts.output, int8 and int8.output)
+        between = self.norm(output, hidden, parts.attention_norm)
         name, domain, attributes = ACTIVATIONS[type(parts.activation).__name__]
-        wide = self.op(name, self.linear(between, parts.up, int8), domain=domain, **attributes)
-        return self.norm(self.linear(wide, parts.down, int8), between, parts.norm)
+        wide = self.linear(between, parts.up, int8 and int8.up)
+        wide = self.op(name, wide, domain=domain, **attributes)
+        return self.norm(self.linear(wide, parts.down, int8 and int8.down), between, parts.norm)
 
     def ramp(self, ramp: Ramp, before: str, after: str) -> dict[str, str]:
         """Add a ramp: the states before and after its layer (B, S, H) -> outputs by their names.
@@ -223,32 +226,35 @@ class Graph:
             pooled = self.op("Concat", pooled, seen, axis=1)
         return {"logits": self.linear(pooled, ramp.classifier)} | learned
 
-    def linear(self, x: str, linear: nn.Linear, int8: bool = False) -> str:
-        """Add a linear map: (..., in) -> (..., out)."""
-        if int8:
-            return self._linear_int8(x, linear)
-        product = self.op("MatMul", x, self.constant(_values(linear.weight).T))
-        return self.op("Add", product, self.constant(_values(linear.bias)))
+    def linear(self, x: str, linear: nn.Linear, rounding: Rounding | None = None) -> str:
+        """Add a linear map, in float32 or rounded to 8 bits: (..., in) -> (..., out).
 
-    def _linear_int8(self, x: str, linear: nn.Linear) -> str:
-        """Add a linear map in 8 bits, with a scale for each output and one for all inputs.
-
-        The weights are unsigned. With signed weights and without VNNI, ONNX Runtime adds products
-        in 16 bits, which they overflow. With unsigned weights it takes another kernel, which is
-        exact.
+        The runtimes know the pattern of "QDQ" nodes and multiply whole numbers.
         """
-        weight_OI = _values(linear.weight)
-        scale_O = (np.abs(weight_OI).max(1) / 127).clip(1e-12)
-        weight_IO = np.rint(weight_OI / scale_O[:, None]).T + 128
-        return self.op(
-            "DynamicQuantizeMatMul",
-            x,
-            self.constant(weight_IO.astype(np.uint8)),
-            self.constant(scale_O.astype(np.float32)),
-            self.constant(np.full(len(scale_O), 128, np.uint8)),
-            self.constant(_values(linear.bias)),
-            domain=FUSED,
-        )
+        weight_IO = _values(linear.weight).T
+        if rounding is None:
+            weight = self.constant(weight_IO)
+        else:
+            x = self._rounded(x, rounding)
+            scale_O = (np.abs(weight_IO).max(0) / rounding.largest_weight).clip(1e-12)
+            number_IO = np.nan_to_num(np.rint(weight_IO / scale_O))  # the scale of NaN is NaN
+            weight = self.op(
+                "DequantizeLinear",
+                self.constant(number_IO.astype(np.int8)),
+                self.constant(scale_O.astype(np.float32)),
+                self.constant(np.zeros(len(scale_O), np.int8)),
+                axis=1,
+            )
+        return self.op("Add", self.op("MatMul", x, weight), self.constant(_values(linear.bias)))
+
+    def _rounded(self, x: str, rounding: Rounding) -> str:
+        """Add the rounding of an input to 8 bits, once for all maps that read it."""
+        if x not in self.rounded:
+            step = self.constant(np.array(rounding.step, np.float32))
+            zero = self.constant(np.array(rounding.zero, np.uint8))
+            number = self.op("QuantizeLinear", x, step, zero)
+            self.rounded[x] = self.op("DequantizeLinear", number, step, zero)
+        return self.rounded[x]
 
     def norm(self, x: str, residual: str, norm: nn.LayerNorm) -> str:
         """Add the residual and a layer norm: two of (B, T, H) -> (B, T, H)."""

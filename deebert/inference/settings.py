@@ -7,10 +7,11 @@ import torch
 
 from deebert.errors import UserError, first_line, unknown
 from deebert.inference import onnx_layer
-from deebert.inference.kernels import check_precision
+from deebert.inference.kernels import warn_of_slow
 from deebert.models.early_exit import EarlyExitModel
 
-RUNTIMES = ("torch", "onnx")
+PRECISIONS = ("float32", "bfloat16", "int8")
+RUNTIMES = ("auto", "torch", "onnx", "openvino")
 
 # The number of tokens in a batch, measured on 2 CPU cores (benchmarks/speed.md). Matrix products
 # reach their full speed at a few hundred rows, and larger states no longer fit the caches.
@@ -49,25 +50,44 @@ def device_named(name: torch.device | str) -> torch.device:
     return device
 
 
+def runtime_for(runtime: str, precision: str) -> str:
+    """Return the library that `auto` stands for, or the one that was named.
+
+    It is ONNX Runtime in int8, and torch in the other precisions (benchmarks/speed.md).
+
+    Raises:
+        UserError: there is no such precision or runtime.
+    """
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS, "precision")
+    if runtime not in RUNTIMES:
+        raise unknown("runtime", runtime, RUNTIMES, "runtime")
+    if runtime != "auto":
+        return runtime
+    return "onnx" if precision == "int8" else "torch"
+
+
 def check(
-    model: EarlyExitModel, precision: str, device: torch.device, runtime: str = "torch"
+    model: EarlyExitModel, precision: str, device: torch.device, runtime: str = "auto"
 ) -> None:
     """Check that a model can run in this precision and runtime on this device.
 
     Raises:
         UserError: the model cannot run so, or there is no such precision or runtime.
     """
-    if runtime not in RUNTIMES:
-        raise unknown("runtime", runtime, RUNTIMES, "runtime")
-    if runtime == "torch":
-        check_precision(precision, device)
+    chosen = runtime_for(runtime, precision)
+    if chosen == "torch":
+        if precision == "int8":
+            raise UserError(
+                "precision=int8 runs in ONNX Runtime or OpenVINO, not in torch; use runtime=auto"
+            )
+        return warn_of_slow(precision, device)
     parts = model.backbone.parts(0)
-    if (precision == "int8" or runtime == "onnx") and parts is None:
-        setting = "runtime=onnx" if runtime == "onnx" else "precision=int8"
+    if parts is None:
+        setting = "precision=int8" if runtime == "auto" else f"runtime={runtime}"
         raise UserError(
             f"{setting} needs layers that can be split, which "
             f"{model.config['model_type']} has not; use runtime=torch and "
             "precision=float32 or bfloat16"
         )
-    if runtime == "onnx" and parts is not None:
-        onnx_layer.check(parts, model.all_ramps[0], precision, device)
+    onnx_layer.check(parts, model.all_ramps[0], precision, device, chosen)

@@ -42,12 +42,12 @@ class SplitLayer:
     Args:
         parts: the layer's modules.
         num_heads: the number of attention heads.
-        precision: the precision of the linear maps.
+        precision: the precision of the linear maps: float32 or bfloat16.
         device: the device of the weights.
         exact_first: whether the first token is computed in float32 in every precision. In early
             layers the first tokens of different inputs differ by a thousandth of their size, which
-            neither bfloat16 nor int8 can represent. One token costs little. Ramps that read all
-            tokens do not need it, since the mean of the tokens differs more between inputs.
+            bfloat16 cannot represent. One token costs little. Ramps that read all tokens do not
+            need it, since the mean of the tokens differs more between inputs.
     """
 
     def __init__(
@@ -60,10 +60,7 @@ class SplitLayer:
         exact_first: bool = True,
     ) -> None:
         self.num_heads = num_heads
-        # Keys and values in int8 would change what the first token takes from the others by several
-        # times the difference between inputs in early layers. Half of the exits would be wrong.
-        key_value_precision = "float32" if precision == "int8" and exact_first else precision
-        self.key_value = linear_map(_stacked(parts.key, parts.value), key_value_precision, device)
+        self.key_value = linear_map(_stacked(parts.key, parts.value), precision, device)
         self.fast = Maps.of(parts, precision, device)
         same = precision == "float32" or not exact_first
         self.exact = self.fast if same else Maps.of(parts, "float32", device)

@@ -21,26 +21,31 @@ class Answers:
         layer_N: the exit layer of each input, 1-based.
         ramps_NLC: the logits of every ramp that was evaluated for an input, NaN elsewhere. None
             unless the caller of the engine requested them.
+        learned_NL: with `ramps_NLC`, the learned exit scores, 0 where a ramp has none.
     """
 
     logits_NC: Tensor
     layer_N: Tensor
     ramps_NLC: Tensor | None
+    learned_NL: Tensor | None = None
 
     @classmethod
     def empty(cls, num: int, num_layers: int, num_labels: int, all_ramps: bool) -> "Answers":
-        """Return answers to be filled in, with room for the logits of all ramps or without."""
+        """Return answers to be filled in, with room for the outputs of all ramps or without."""
         ramps = torch.full((num, num_layers, num_labels), torch.nan) if all_ramps else None
-        return cls(torch.empty(num, num_labels), torch.empty(num, dtype=torch.long), ramps)
+        learned = torch.zeros(num, num_layers) if all_ramps else None
+        return cls(torch.empty(num, num_labels), torch.empty(num, dtype=torch.long), ramps, learned)
 
     @classmethod
     def cat(cls, parts: list["Answers"]) -> "Answers":
         """Join the answers of several parts, in their order."""
         ramps = [part.ramps_NLC for part in parts if part.ramps_NLC is not None]
+        learned = [part.learned_NL for part in parts if part.learned_NL is not None]
         return cls(
             torch.cat([part.logits_NC for part in parts]),
             torch.cat([part.layer_N for part in parts]),
             torch.cat(ramps) if ramps else None,
+            torch.cat(learned) if learned else None,
         )
 
     @property
@@ -61,6 +66,8 @@ class Group:
             them again.
         second_B: the position at which the second text of each input begins. None if no ramp reads
             it.
+        learned_BL: the learned exit scores of the ramps that were evaluated, 0 elsewhere. None if
+            nothing needs them again.
         context: what a layer that cannot be split takes beside the states. None until the first of
             them has run.
     """
@@ -70,6 +77,7 @@ class Group:
     hidden_BSH: Tensor
     ramps_BLC: Tensor | None
     second_B: Tensor | None
+    learned_BL: Tensor | None = None
     context: Any = None
 
     @property
@@ -110,6 +118,7 @@ class Group:
             self.hidden_BSH[:, :longest].index_select(0, index_on_device),
             None if self.ramps_BLC is None else self.ramps_BLC[index],
             None if self.second_B is None else self.second_B[index_on_device],
+            None if self.learned_BL is None else self.learned_BL[index],
         )
         return group, index_on_device, longest
 
@@ -146,10 +155,12 @@ def _cat(groups: list[Group]) -> Group:
     ]
     ramps = [group.ramps_BLC for group in groups if group.ramps_BLC is not None]
     seconds = [group.second_B for group in groups if group.second_B is not None]
+    learned = [group.learned_BL for group in groups if group.learned_BL is not None]
     return Group(
         torch.cat([group.rows_B for group in groups]),
         torch.cat([group.length_B for group in groups]),
         torch.cat(states),
         torch.cat(ramps) if ramps else None,
         torch.cat(seconds) if seconds else None,
+        torch.cat(learned) if learned else None,
     )

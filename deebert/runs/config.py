@@ -13,15 +13,14 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from deebert.data.tasks import DataConfig, Task
-from deebert.errors import UserError, check_whole, is_number, is_whole, unknown
+from deebert.errors import UserError, check_whole, is_number, is_whole
 from deebert.evaluation.engine_latency import Protocol
 from deebert.evaluation.evaluate_records import EvaluationConfig, check_lengths
 from deebert.exits import curves, rules
 from deebert.exits.rules import Rule
 from deebert.exits.target import Target
 from deebert.hub.run_config import RunConfig
-from deebert.inference.kernels import PRECISIONS
-from deebert.inference.settings import RUNTIMES
+from deebert.inference import settings
 from deebert.options import import_modules, job_command
 from deebert.runs.job import Job
 from deebert.training import objectives
@@ -126,6 +125,8 @@ class EvaluateConfig(JobConfig):
         calibration: where thresholds are chosen: `auto`, `heldout`, `crossfit` or a split.
         analysis: whether each layer is analysed, too.
         evaluation: the exit rule, the thresholds and the target.
+        precision: the precision of the model that is evaluated.
+        runtime: the library that computes its layers in this precision.
         protocol: how latency is measured, or None.
         threshold: the threshold that the user has set, one for all ramps or one for each; or None.
         is_timed: whether the user asks for a timing.
@@ -138,6 +139,8 @@ class EvaluateConfig(JobConfig):
     calibration: str
     analysis: bool
     evaluation: EvaluationConfig
+    precision: str
+    runtime: str
     protocol: Protocol | None
     threshold: Any
     is_timed: bool
@@ -159,7 +162,8 @@ class EvaluateConfig(JobConfig):
         DataConfig.from_plain(values["data"])
         _check_types(values)
         _check_points(values)
-        protocol = _protocol(values)
+        precisions = _precisions(values, job)
+        protocol = _protocol(values, precisions)
         _check_protocol(values, protocol, job)
         run = source.replaced(**{name: values[name] for name in ("task", "data", "backbone")})
         names = ("ckpt", "record", "split", "layers", "calibration", "analysis", "threshold")
@@ -167,6 +171,8 @@ class EvaluateConfig(JobConfig):
             run=run,
             written=values,
             evaluation=_evaluation(values, run.task),
+            precision=precisions[0],
+            runtime=values["runtime"],
             protocol=protocol,
             is_timed=values["timing"] is not None,
             **{name: values[name] for name in names},
@@ -279,7 +285,35 @@ def _given_points(values: Mapping[str, Any]) -> list[str]:
     return [name for name in POINTS if values[name] is not None]
 
 
-def _protocol(values: Mapping[str, Any]) -> Protocol | None:
+def _precisions(values: Mapping[str, Any], job: Job) -> tuple[str, ...]:
+    """Return the precisions of the evaluation: the first is evaluated, and all are timed.
+
+    Raises:
+        UserError: a precision or runtime is not one of its choices, or they do not go together with
+            each other, a record or the Trainer's precision.
+    """
+    precisions, runtime = _listed(values["precision"]), values["runtime"]
+    if not precisions:
+        raise UserError("precision=[] is empty; leave it out, or name one")
+    for precision in precisions:
+        settings.runtime_for(runtime, precision)
+    if values["record"]:
+        for flag in ("precision", "runtime"):
+            if job.is_set(flag):
+                raise UserError(f"{flag}={values[flag]} runs the model: give ckpt=, not record=")
+    elif job.is_set("runtime") and precisions == ["float32"] and values["timing"] is None:
+        raise UserError(
+            f"runtime={runtime} is of int8 or of what is timed: add precision=int8 or timing=all"
+        )
+    trainer = str(values["trainer"]["precision"])
+    if precisions[0] != "float32" and trainer not in ("32-true", "32"):
+        raise UserError(
+            f"trainer.precision={trainer} with precision={precisions[0]}: leave out one of them"
+        )
+    return tuple(precisions)
+
+
+def _protocol(values: Mapping[str, Any], precisions: tuple[str, ...]) -> Protocol | None:
     """Return how to measure latency, or None if the evaluation measures none.
 
     Raises:
@@ -288,27 +322,21 @@ def _protocol(values: Mapping[str, Any]) -> Protocol | None:
     timing = values["timing"]
     if timing is None and values["target_speedup"] is None:
         return None
-    sizes, precisions = _listed("all" if timing is None else timing), _listed(values["precision"])
+    sizes = _listed("all" if timing is None else timing)
     for size in sizes:
         if size != "all" and not (is_whole(size) and size >= 1):
             raise UserError(
                 f"timing={timing}: {size} is neither all nor a whole number of inputs a "
                 "request (1 or more); give one of them or a list"
             )
-    for precision in precisions:
-        if precision not in PRECISIONS:
-            raise unknown("precision", precision, PRECISIONS, "precision")
     runtime, repeats, threads = (values[name] for name in ("runtime", "repeats", "threads"))
-    if runtime not in RUNTIMES:
-        raise unknown("runtime", runtime, RUNTIMES, "runtime")
-    for flag, listed in (("timing", sizes), ("precision", precisions)):
-        if not listed:
-            raise UserError(f"{flag}=[] is empty; leave it out, or name something to time")
+    if not sizes:
+        raise UserError("timing=[] is empty; leave it out, or name something to time")
     check_whole("repeats", repeats, 1)
     if threads is not None and not (is_whole(threads) and threads >= 1):
         raise UserError(f"threads={threads} must be a whole number of 1 or more, or null")
     numbers = tuple(None if size == "all" else size for size in sizes)
-    return Protocol(numbers, tuple(precisions), runtime, repeats, threads)
+    return Protocol(numbers, precisions, runtime, repeats, threads)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -322,9 +350,13 @@ def _check_protocol(values: Mapping[str, Any], protocol: Protocol | None, job: J
         UserError: there is nothing to time, there is no model, or the Trainer's precision is set.
     """
     if protocol is None:
-        for flag in ("precision", "runtime", "repeats", "threads"):
+        for flag in ("repeats", "threads"):
             if job.is_set(flag):
                 raise UserError(f"{flag}={values[flag]} is of what is timed: add timing=all")
+        if len(_listed(values["precision"])) > 1:
+            raise UserError(
+                f"precision={values['precision']}: several precisions are timed: add timing=all"
+            )
         return
     if values["record"]:
         raise UserError("timing= and target_speedup= run the model: give ckpt=, not record=")

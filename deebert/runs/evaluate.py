@@ -9,20 +9,26 @@ from dataclasses import replace
 from functools import partial
 
 import lightning as L
+import torch
 from omegaconf import DictConfig
 
 from deebert.data.datamodule import TextDataModule
 from deebert.data.tasks import HELD_OUT
 from deebert.errors import UserError, unknown
 from deebert.evaluation import evaluate_records
+from deebert.evaluation.engine_records import EngineRecords, inputs_of
 from deebert.evaluation.evaluate_records import NO_ROWS
 from deebert.evaluation.split_latency import LatencyMeasurement
-from deebert.exits import calibration
+from deebert.evaluation.timing import undisturbed
+from deebert.exits import calibration, rules
 from deebert.exits.records import Record
 from deebert.hub import checkpoints
 from deebert.hub.checkpoints import Checkpoint
 from deebert.hub.record_files import RecordFolder
+from deebert.inference import quantize, settings
+from deebert.inference.engine import Engine
 from deebert.models.early_exit import EarlyExitModel
+from deebert.models.quantization import Quantization
 from deebert.options import import_modules
 from deebert.reporting import report
 from deebert.reporting.results import Results
@@ -81,7 +87,7 @@ def evaluate(cfg: DictConfig) -> float | None:
         trainer = build.trainer(cfg, config, job, "evaluate", callback)
         build.refuse_unsafe_sweep(trainer, job)
         _check_devices(trainer, config)
-        _add_timing(callback, trainer, config, model, data)
+        _add_engine(callback, trainer, config, model, data)
         trainer.test(module, datamodule=data, verbose=False)
     return finish(trainer.is_global_zero, job, cfg.optimize, at_threshold=at_threshold)
 
@@ -181,27 +187,73 @@ def _check_devices(trainer: L.Trainer, config: EvaluateConfig) -> None:
     Raises:
         UserError: the Trainer has several processes.
     """
-    for flag, is_on in (("analysis", config.analysis), ("timing", config.protocol)):
+    switches = {
+        "analysis": config.analysis,
+        "timing": config.protocol,
+        "precision": config.precision != "float32",
+    }
+    for flag, is_on in switches.items():
         if is_on and trainer.world_size > 1:
             raise UserError(f"{flag}= looks at all rows in one process: trainer.devices=1")
 
 
-def _add_timing(
+def _add_engine(
     callback: EarlyExitEvaluation,
     trainer: L.Trainer,
     config: EvaluateConfig,
     model: EarlyExitModel,
     data: TextDataModule,
 ) -> None:
-    """Let the callback measure latency, if the configuration asks for it."""
-    if not config.protocol:
-        return
-    measurement = LatencyMeasurement(
-        model, data.task, data, config.protocol, trainer.strategy.root_device
+    """Let the callback record another precision, or measure latency, if that is configured.
+
+    Raises:
+        UserError: the model cannot run so, or there are no rows to quantize it with.
+    """
+    device, protocol = trainer.strategy.root_device, config.protocol
+    precisions = {config.precision, *(protocol.precisions if protocol else ())}
+    # The threads of ONNX Runtime start with the first check. Their number cannot change afterwards.
+    with undisturbed(protocol.threads if protocol else None):
+        for precision in precisions:
+            settings.check(model, precision, device, config.runtime)
+        quantization = _quantization(model, data) if "int8" in precisions else None
+        if config.precision != "float32":
+            rule = rules.default(data.task.num_labels)
+            engine = Engine(
+                model, rule, 0.0, precision=config.precision, runtime=config.runtime,
+                quantization=quantization, device=device,
+            )  # fmt: skip
+            log.info("precision=%s: the layers run in %s", config.precision, engine.runtime)
+            callback.recorded = EngineRecords(engine, data.task, data)
+    if protocol:
+        protocol = replace(protocol, quantization=quantization)
+        measurement = LatencyMeasurement(model, data.task, data, protocol, device)
+        evaluation = measurement.with_costs(config.evaluation, data.eval_splits[0])
+        callback.evaluation_config = evaluation
+        callback.timed = partial(measurement.timed, evaluation)
+
+
+def _quantization(model: EarlyExitModel, data: TextDataModule) -> Quantization:
+    """Quantize a model with rows that are not reported: held-out rows, else rows of training.
+
+    Raises:
+        UserError: there are no such rows.
+    """
+    reported = data.eval_splits[0]
+    held_out = HELD_OUT if data.calibration_size else None
+    split = next(
+        (each for each in (held_out, data.task.train) if each not in (None, reported)), None
     )
-    evaluation = measurement.with_costs(config.evaluation, data.eval_splits[0])
-    callback.evaluation_config = evaluation
-    callback.timed = partial(measurement.timed, evaluation)
+    if split is None:
+        raise UserError(
+            f"precision=int8 measures the ranges of the layers on rows that are not reported, and "
+            f"task {data.task.name} has none beside {reported}; use precision=float32"
+        )
+    num_rows = len(data.tokens(split))
+    rows = torch.linspace(0, num_rows - 1, min(quantize.ROWS, num_rows)).long().tolist()
+    log.info(
+        "precision=int8: measuring the ranges of the layers on %d rows of %s", len(rows), split
+    )
+    return quantize.measure(model, inputs_of(data, split, rows), split)
 
 
 def _evaluate_records(config: EvaluateConfig, source: RecordFolder, job: Job) -> None:

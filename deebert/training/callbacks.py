@@ -91,6 +91,8 @@ class EarlyExitEvaluation(Callback):
         self.ckpt = ckpt
         # (chosen thresholds, reported record) -> the timed cases.
         self.timed: Callable[[Calibration | None, Record], list[TimedCase]] | None = None
+        # A record of the Trainer's pass -> that of the same rows in another precision.
+        self.recorded: Callable[[Record], Record] | None = None
         self.results: Results | None = None
         # Whether the weights that are kept are validated after training, as `runs.train` does.
         self.is_closed = False
@@ -176,6 +178,8 @@ class EarlyExitEvaluation(Callback):
             Record.from_batches(name, _gathered(trainer, batches[i]), precision)
             for i, name in enumerate(names)
         ]
+        if self.recorded and trainer.state.fn == "test":
+            records = [self.recorded(record) for record in records]
         self._records = records
         if trainer.is_global_zero:
             self._weights = tensor_files.fingerprint(pl_module.model.state_dict())

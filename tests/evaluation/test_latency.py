@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from helpers.random_models import (
-    INT8,
     NUM_LAYERS,
     SPLIT,
     calls,
     inputs_of,
     middles,
+    quantization_of,
     world,
 )
 from helpers.tiny_models import WHOLE
@@ -154,7 +154,7 @@ KEYS = {
 }  # fmt: skip
 
 
-OTHER = "int8" if INT8 else "bfloat16"
+OTHER = "int8"
 
 
 def test_measured_is_what_the_record_says() -> None:
@@ -172,7 +172,12 @@ def test_measured_is_what_the_record_says() -> None:
         [each[20], each[40]],
         [[each[30], 0.0, 0.0], [0.0, each[30], math.inf]],
     ]
-    protocol = Protocol(batch_sizes=(None, 8), precisions=("float32", OTHER), repeats=1)
+    protocol = Protocol(
+        batch_sizes=(None, 8),
+        precisions=("float32", OTHER),
+        repeats=1,
+        quantization=quantization_of("bert"),
+    )
     pool, record, folds = pool[:50], record.rows(torch.arange(50)), folds[:50]
     labels, scores = labels[:50], scores[:50]
     timing = engine_latency.measure(

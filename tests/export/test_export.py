@@ -21,6 +21,7 @@ from helpers.random_models import (
     CLASS_RULES,
     RAMPS,
     byte_level,
+    in_precision,
     inputs_of,
     middles,
     model_of,
@@ -208,7 +209,9 @@ def test_texts_in_every_form(exported: Path, classifier: EarlyExitClassifier) ->
     assert runner.predict(pairs(), threshold=0)[5]["exit_layer"] == 3
 
 
-def written(folder: Path, model, rule: rules.Rule, precision: str = "float32") -> Runner:
+def written(
+    folder: Path, model, rule: rules.Rule, precision: str = "float32", quantization=None
+) -> Runner:
     """An export without a tokenizer, at full depth."""
     labels = None if rule.num_labels == 1 else [f"class {i}" for i in range(rule.num_labels)]
     metric = "pearson" if labels is None else "accuracy"
@@ -217,7 +220,7 @@ def written(folder: Path, model, rule: rules.Rule, precision: str = "float32") -
         model, Task.from_config(values), CalibratedPoint(rule, 0.0, {}), precision
     )
     folder.mkdir()
-    onnx_folder.write(folder, model, about, rule)
+    onnx_folder.write(folder, model, about, rule, quantization)
     return Runner(folder, threads=1)
 
 
@@ -259,7 +262,8 @@ def test_runner_equals_engine(
 def test_int8(model_type: str, ramp: str, tmp_path: Path) -> None:
     model, inputs, record = world(model_type, 3, ramp)
     rule = rules.named("entropy", 3)
-    runner = written(tmp_path / "model", model, rule, "int8")
+    int8 = in_precision("int8", model_type, ramp)
+    runner = written(tmp_path / "model", model, rule, **int8)
     exact = written(tmp_path / "exact", model, rule)
     size, full_size = (
         (tmp_path / name / "layer_1.onnx").stat().st_size for name in ("model", "exact")
@@ -270,10 +274,9 @@ def test_int8(model_type: str, ramp: str, tmp_path: Path) -> None:
         (inputs[1:2], record.logits_NLC[1:2]),
     ):
         actual_NLC = torch.from_numpy(runner.run(at_once, 0.0).ramps_NLC)
-        torch.testing.assert_close(actual_NLC, expected_NLC, rtol=0, atol=0.1)
+        torch.testing.assert_close(actual_NLC, expected_NLC, rtol=0, atol=0.2)
         assert not np.array_equal(actual_NLC, exact.run(at_once, 0.0).ramps_NLC)
-    # One at a time a batch's one scale is the same for both.
-    engine = Engine(model, rule, 0.9, precision="int8", runtime="onnx")
+    engine = Engine(model, rule, 0.9, **int8)
     for each in inputs[:20]:
         expected, actual = engine.run([each]), runner.run([each], 0.9)
         assert actual.layer_N.tolist() == expected.layer_N.tolist()
@@ -448,7 +451,6 @@ def test_what_is_not_exported(classifier: EarlyExitClassifier, tmp_path: Path, m
         assert "\n" not in str(error.value)
         assert not [*tmp_path.glob(".*")], "nothing half made is left"
 
-    refused("precision 'bfloat16' is unknown; choose one of: float32, int8", precision="bfloat16")
     refused("target_speedup=1.5: what layers cost", target_speedup=1.5)
     refused("target_saving=0.9 is more than", target_saving=0.9)
     assert not folder.exists()

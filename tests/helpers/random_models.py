@@ -4,8 +4,8 @@ import functools
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
-import pytest
 import torch
 from conftest import ROOT
 from helpers.tiny_models import DEBERTA_V3, tiny
@@ -17,15 +17,12 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from deebert.exits import rules
 from deebert.exits.records import Record
 from deebert.exits.rules import Rule
+from deebert.inference import quantize
 from deebert.models.early_exit import EarlyExitModel
+from deebert.models.quantization import Quantization
 
 CPU = torch.device("cpu")
-INT8 = "fbgemm" in torch.backends.quantized.supported_engines
-PRECISIONS = [
-    "float32",
-    "bfloat16",
-    pytest.param("int8", marks=pytest.mark.skipif(not INT8, reason="torch without fbgemm")),
-]
+PRECISIONS = ("float32", "bfloat16", "int8")
 SPLIT = ("bert", "roberta", "distilbert", "electra")
 MORE = {  # what the published models of a type have switched on, or call otherwise
     "distilbert": {"hidden_dim": 64},
@@ -109,6 +106,19 @@ def world(
     assert clear.sum() > 70
     chosen = clear.nonzero().flatten().tolist()
     return model, [inputs[row] for row in chosen], record.rows(clear)
+
+
+@functools.cache
+def quantization_of(model_type: str, num_labels: int = 3, ramp: str = "first") -> Quantization:
+    """The ranges of the model of a world, measured on all of its inputs."""
+    model, inputs, _ = world(model_type, num_labels, ramp)
+    return quantize.measure(model, inputs, "train")
+
+
+def in_precision(precision: str, model_type: str = "bert", ramp: str = "first") -> dict[str, Any]:
+    """Arguments of `Engine` for the model of a world, or one of the same weights."""
+    int8 = quantization_of(model_type, ramp=ramp) if precision == "int8" else None
+    return {"precision": precision, "quantization": int8}
 
 
 def rule_of(name: str, num_labels: int = 3, **more: object) -> Rule:

@@ -14,12 +14,12 @@ import torch
 from helpers import golden_models
 from helpers.random_models import (
     CLASS_RULES,
-    INT8,
     NUM_LAYERS,
     PRECISIONS,
     RAMPS,
     SPLIT,
     calls,
+    in_precision,
     inputs_of,
     middles,
     model_of,
@@ -305,7 +305,6 @@ def test_settings_that_are_none() -> None:
             Engine(world("bert")[0], rule, 0.1, token_budget=budget)
 
 
-@pytest.mark.skipif(not INT8, reason="torch without fbgemm")
 @pytest.mark.parametrize("model_type", WHOLE)
 def test_int8_needs_layers_that_can_be_split(model_type: str) -> None:
     with pytest.raises(
@@ -331,7 +330,7 @@ def test_nan_never_leaves_early(
     some = [0.0] if rule in ("vote", "patience") else [exit_scores.score_NL[:, 0].median().item()]
     for first in (*some, math.inf):
         caplog.clear()
-        engine = Engine(model, exit_rule, [first, math.inf, math.inf], precision=precision)
+        engine = Engine(model, exit_rule, [first, math.inf, math.inf], **in_precision(precision))
         answers = engine.run(pool)
         bad_N = answers.layer_N > 1
         assert (answers.layer_N[bad_N] == NUM_LAYERS).all()
@@ -358,12 +357,13 @@ def test_nan_of_a_regression_never_leaves_early() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.filterwarnings("default")
 def test_an_input_that_is_nan_spoils_no_other(precision: str, bad: float) -> None:
-    """In int8 a scale over the whole batch would."""
+    """In int8 a range over the whole batch would."""
     model = model_of("bert")
     pool = [given for given in world("bert")[1] if 7 not in given["input_ids"]][:40]
-    engine = Engine(model, rules.default(3), 0.0, precision=precision)
-    expected = engine.run(pool).logits_NC
+    given = in_precision(precision)
+    expected = Engine(model, rules.default(3), 0.0, **given).run(pool).logits_NC
     model.backbone.encoder.embeddings.word_embeddings.weight[7] = bad
+    engine = Engine(model, rules.default(3), 0.0, **given)  # a graph holds a copy of the weights
     for place in (0, 20, len(pool)):
         given = {"input_ids": [7, 8, 9, 7], "token_type_ids": [0] * 4}
         answers = engine.run([*pool[:place], given, *pool[place:]])

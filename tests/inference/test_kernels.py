@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.random_models import CPU, INT8, PRECISIONS, SPLIT, world
+from helpers.random_models import CPU, PRECISIONS, SPLIT, in_precision, world
 from helpers.tiny_models import WHOLE
 from torch import nn
 from torch.nn import functional
@@ -12,7 +12,7 @@ from deebert.data.batching import padded
 from deebert.exits import curves, rules
 from deebert.exits.rules import exit_layer
 from deebert.inference.engine import Engine
-from deebert.inference.kernels import Int8Linear, PackedLinear, in_few_sizes, linear_map
+from deebert.inference.kernels import PackedLinear, in_few_sizes, linear_map
 from deebert.inference.split_layer import SplitLayer
 
 
@@ -25,7 +25,7 @@ def test_other_precisions_predict_the_same(model_type: str, precision: str) -> N
     pool, record = pool[:40], record.rows(torch.arange(40))  # bfloat16 is slow without AVX512
     exit_scores = curves.exit_scores_of(rules.default(3), record)
     threshold = exit_scores.score_NL[:, :-1].quantile(0.3).item()
-    engine = Engine(model, rules.default(3), threshold, precision=precision)
+    engine = Engine(model, rules.default(3), threshold, **in_precision(precision, model_type))
     layer_N = exit_layer(exit_scores.score_NL, threshold)
     assert (engine.run(pool).layer_N == layer_N).float().mean() >= 0.85
     expected = record.logits_NLC[:, -1]
@@ -41,7 +41,7 @@ def test_other_precisions_predict_the_same(model_type: str, precision: str) -> N
     )
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS[:2])
 def test_the_first_token_is_computed_in_float32(precision: str) -> None:
     model, pool, _ = world("bert")
     run = Engine(model, rules.default(3), 0.0, precision=precision).layers[0]
@@ -60,29 +60,10 @@ def test_the_first_token_is_computed_in_float32(precision: str) -> None:
         together = run(hidden, None)
     assert first.dtype == others.dtype == torch.float32
     expected = model.backbone.run_layer(0, hidden, context)
-    # In bfloat16 only the keys and values that it takes are rounded, in int8 not even these.
+    # In bfloat16 only the keys and values that it takes are rounded.
     close = {"bfloat16": 0.05}.get(precision, 1e-5)
     torch.testing.assert_close(first, expected[:, :1], atol=close, rtol=0)
     torch.testing.assert_close(together, torch.cat([first, others], 1), atol=1e-5, rtol=0)
-
-
-@pytest.mark.skipif(not INT8, reason="torch without fbgemm")
-def test_int8_does_not_depend_on_the_rest_of_the_batch() -> None:
-    model, pool, _ = world("bert")
-    pool = pool[:40]
-    engine = Engine(model, rules.default(3), 0.0, precision="int8")
-    alone = torch.cat([engine.run([given]).logits_NC for given in pool])
-    moved = (engine.run(pool).logits_NC - alone).abs().amax(1)
-    # Rounding in float32 may tip a value over to the next of the 128 steps.
-    assert (moved < 1e-3).float().mean() >= 0.95
-    assert moved.max() < 0.02
-    linear = Int8Linear(torch.randn(8, 32), torch.randn(8))
-    size = torch.logspace(-4, 4, 50)[:, None]
-    x = size * torch.randn(50, 32)
-    apart = torch.cat([linear(x[row : row + 1]) for row in range(50)])
-    torch.testing.assert_close(
-        linear(x) / size.clamp_min(1), apart / size.clamp_min(1), atol=1e-5, rtol=0
-    )
 
 
 FEW = PackedLinear.FEW
@@ -91,14 +72,13 @@ SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS[:2])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear_maps_against_functional_linear(precision: str, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(32, 48).requires_grad_(False)
     run = linear_map(linear, precision, CPU)
-    # Of the outputs, which are of size 0.6: 8 bits of bfloat16; 7 or 8 of weights and inputs.
-    close = {"float32": 1e-6, "bfloat16": 0.02, "int8": 0.06}[precision]
+    close = {"float32": 1e-6, "bfloat16": 0.02}[precision]  # of outputs of size 0.6
     wide = torch.randn(*shape[:-1], shape[-1] * 2, 32)
     turned = torch.randn(32, *shape)
     for x in (torch.randn(*shape, 32), wide[..., ::2, :], turned.movedim(0, -1)):
@@ -121,24 +101,6 @@ def test_packed_linear_on_both_sides_of_few() -> None:
         x = torch.randn(rows, 32)
         expected = nn.functional.linear(x, weight, bias)
         torch.testing.assert_close(run(x), expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.skipif(not INT8, reason="torch without fbgemm")
-def test_int8_linear_of_zeros_and_of_large_values() -> None:
-    weight, bias = torch.randn(48, 32), torch.randn(48)
-    weight[5] = 0
-    run = Int8Linear(weight, bias)
-    assert torch.equal(run(torch.zeros(4, 32)), bias.expand(4, 48))
-    assert torch.equal(run(torch.randn(4, 32))[:, 5], bias[5].expand(4))
-    x = 1e4 * torch.randn(4, 32)
-    expected = nn.functional.linear(x, weight, bias)
-    torch.testing.assert_close(run(x), expected, atol=0.05 * expected.std().item(), rtol=0)
-    # The largest entries of both, all at once: an overflow would be far off.
-    run, x = Int8Linear(torch.ones(4, 256), torch.zeros(4)), torch.ones(3, 256)
-    x[:, 0] = 0
-    torch.testing.assert_close(run(x), torch.full((3, 4), 255.0))
-    torch.testing.assert_close(run(-x), torch.full((3, 4), -255.0))
-    torch.testing.assert_close(run(0 * x + 7), torch.full((3, 4), 7 * 256.0))
 
 
 def test_gelu_in_few_sizes() -> None:

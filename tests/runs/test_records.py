@@ -200,7 +200,7 @@ IDLE = {
     ("timing=all", "threshold=0.1"): "timing= and target_speedup= run the model",
     ("target_speedup=1.5",): "timing= and target_speedup= run the model",
     ("threads=2",): "threads=2 is of what is timed",
-    ("precision=int8",): "precision=int8 is of what is timed",
+    ("precision=int8",): "precision=int8 runs the model: give ckpt=, not record=",
     ("per_ramp=true",): "per_ramp=true needs target_saving=",
     ("target_saving=0.4", "calibration=validation"): "is the reported split itself",
     ("split=validation", "target_saving=0.4", "calibration=validation"): "is the reported split itself",

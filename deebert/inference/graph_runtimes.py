@@ -1,0 +1,168 @@
+"""The libraries that run ONNX graphs on the processor: ONNX Runtime and OpenVINO.
+
+The module knows nothing of layers or models. Both libraries get as many threads as torch has, and
+torch must not use threads of its own between two calls (`one_torch_thread`).
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deebert.errors import UserError
+
+Run = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
+
+
+class GraphRuntime:
+    """A library that runs graphs, with as many threads as torch has now.
+
+    Args:
+        name: onnx or openvino.
+
+    Raises:
+        UserError: a package is missing, or the threads were started in another number.
+    """
+
+    def __init__(self, name: str) -> None:
+        check(name, f"runtime={name}")
+        self.name, self.threads = name, torch.get_num_threads()
+        if name == "onnx" and (started := _share_threads()) != self.threads:
+            raise UserError(
+                f"runtime=onnx: its {started} threads were started in this process for an earlier "
+                f"run, and cannot become {self.threads}; use threads={started}, or a process of "
+                "its own"
+            )
+
+    def load(self, graph: bytes) -> "Block":
+        """Load a graph, the content of an ONNX file."""
+        return Block(_onnx(graph) if self.name == "onnx" else _openvino(graph, self.threads))
+
+
+class Block:
+    """A loaded graph. It takes and returns tensors in the graph's order."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        """Run the graph."""
+        outputs = self._run([tensor.numpy() for tensor in tensors])
+        return [torch.from_numpy(output) for output in outputs]
+
+
+def check(runtime: str, flag: str) -> None:
+    """Check that the packages that make and run graphs are installed.
+
+    Args:
+        runtime: onnx or openvino.
+        flag: the flag that needs them, for the message.
+
+    Raises:
+        UserError: one of them is missing.
+    """
+    try:
+        import onnx  # noqa: F401  makes the graphs
+
+        if runtime == "openvino":
+            _import_openvino()
+        else:
+            import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise UserError(f'{flag}: {error}; pip install "deebert[{runtime}]"') from error
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Let torch use one thread while the context lasts.
+
+    The threads of torch and of a runtime spin while they wait for work, so both together take twice
+    as long.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@cache
+def _share_threads() -> int:
+    """Create the pool of threads that all graphs of ONNX Runtime share, once in a process.
+
+    Without it each graph would have spinning threads of its own.
+
+    Returns:
+        The number of threads of the pool.
+    """
+    import onnxruntime
+
+    threads = torch.get_num_threads()
+    onnxruntime.set_global_thread_pool_sizes(threads, 1)
+    return threads
+
+
+def session(model: Path | bytes) -> Any:
+    """Load a graph in ONNX Runtime, with all optimizations.
+
+    After the first call ONNX Runtime refuses sessions in this process that do not share the pool.
+
+    Args:
+        model: a file, or the content of one.
+    """
+    import onnxruntime
+
+    _share_threads()
+    options = onnxruntime.SessionOptions()
+    options.use_per_session_threads = False
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _onnx(graph: bytes) -> Run:
+    loaded = session(graph)
+    names = [each.name for each in loaded.get_inputs()]
+
+    def run(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        outputs: list[np.ndarray] = loaded.run(None, dict(zip(names, arrays, strict=True)))
+        return outputs
+
+    return run
+
+
+def _openvino(graph: bytes, threads: int) -> Run:
+    core = _core()
+    config = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the processor has it
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+    }
+    request = core.compile_model(core.read_model(graph), "CPU", config).create_infer_request()
+
+    def run(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        # The outputs are copies, since groups of inputs wait while the graph runs again.
+        return list(request.infer(list(arrays), share_inputs=True, share_outputs=False).values())
+
+    return run
+
+
+@cache
+def _core() -> Any:
+    return _import_openvino().Core()
+
+
+def _import_openvino() -> Any:
+    """Import OpenVINO without its telemetry.
+
+    The import alone would start a process that sends usage data, and write to the home folder.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # no such package
+    return importlib.import_module("openvino")
