@@ -155,4 +155,6 @@ def _row(cells: list[str]) -> str:
 def title(results: Results) -> str:
     """Return one line that names the task, backbone, stage and seed of a run."""
     kept = f" (layers {', '.join(map(str, results.layers))})" if results.layers else ""
-    return f"{results.task}, {results.backbone}{kept}, stage {results.stage}, seed {results.seed}"
+    precision = "" if results.precision == "float32" else f", {results.precision}"
+    run = f"stage {results.stage}, seed {results.seed}{precision}"
+    return f"{results.task}, {results.backbone}{kept}, {run}"

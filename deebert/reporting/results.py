@@ -171,6 +171,7 @@ class Results:
         epoch: the epoch of a training, from 1.
         timing: what was timed.
         weights: the fingerprint of the weights that were evaluated; older files lack it.
+        precision: the precision of the model that was evaluated.
     """
 
     schema: int
@@ -191,6 +192,7 @@ class Results:
     epoch: int | None = None
     timing: list[TimedCase] | None = None
     weights: str | None = None
+    precision: str = "float32"
 
     @property
     def headline(self) -> SplitResults:

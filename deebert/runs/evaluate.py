@@ -282,6 +282,7 @@ def _evaluate_records(config: EvaluateConfig, source: RecordFolder, job: Job) ->
         **vars(evaluated),
         record=checkpoints.lasting(str(config.record)),
         weights=source.header.checkpoint,
+        precision=reported[0].precision,
     )
     report.save(results, job.folder)
 

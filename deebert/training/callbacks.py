@@ -204,6 +204,7 @@ class EarlyExitEvaluation(Callback):
             ckpt=self.ckpt or trainer.default_root_dir,
             epoch=trainer.current_epoch + 1 if trainer.state.fn == "fit" else self.epoch,  # from 1
             weights=self._weights,
+            precision=records[0].precision,
         )
         for i, (record, evaluation) in enumerate(zip(reported, evaluated.splits, strict=True)):
             # A test has no loss: its ramps may differ from those that the objective is made for.
