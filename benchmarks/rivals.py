@@ -1,5 +1,6 @@
-"""What the engine is timed against: the original's protocol, plain full depth, a model cut short,
-ONNX Runtime.
+"""What the engine is timed against: the original's protocol, plain full depth, a model cut short.
+
+The engines that a user could install instead are in `full_depth`.
 
 Each is a function of what the engine takes, a list of inputs as a tokenizer gives them. It pads,
 batches and answers, so that the clock sees the same work in all. Knows nothing of tasks or clocks.
@@ -7,10 +8,7 @@ Shapes: B batch, S tokens, H hidden, N inputs, C labels.
 """
 
 import copy
-import logging
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +18,8 @@ from deebert.data.batching import by_length, padded
 from deebert.errors import UserError
 from deebert.evaluation.engine_latency import Inputs
 from deebert.exits import rules
-from deebert.inference import onnx_layer
 from deebert.inference.survivors import Answers
-from deebert.models.early_exit import INPUTS, EarlyExitModel
+from deebert.models.early_exit import EarlyExitModel
 
 Run = Callable[[Inputs], Answers | Tensor]
 
@@ -70,7 +67,7 @@ def original(model: EarlyExitModel, threshold: float) -> Run:
     return run
 
 
-def _in_batches(
+def in_batches(
     forward: Callable[[dict[str, Tensor]], Tensor], pad_token_id: int, token_budget: int
 ) -> Run:
     """Batches of similar length, cut to their longest, and the answers in the inputs' order."""
@@ -87,7 +84,7 @@ def _in_batches(
     return run
 
 
-class _Full(nn.Module):
+class Full(nn.Module):
     """The library's own forward pass and the final classifier."""
 
     def __init__(self, model: EarlyExitModel, precision: str) -> None:
@@ -106,8 +103,8 @@ class _Full(nn.Module):
 
 def plain(model: EarlyExitModel, precision: str, token_budget: int) -> Run:
     """Hugging Face's forward pass, with an attention mask, and the final classifier."""
-    full = _Full(model, precision).eval()
-    return _in_batches(lambda tokens: full(**tokens), model.backbone.pad_token_id, token_budget)
+    full = Full(model, precision).eval()
+    return in_batches(lambda tokens: full(**tokens), model.backbone.pad_token_id, token_budget)
 
 
 def cut(model: EarlyExitModel, depth: int, token_budget: int) -> Run:
@@ -121,59 +118,4 @@ def cut(model: EarlyExitModel, depth: int, token_budget: int) -> Run:
             hidden_BSH = backbone.run_layer(layer, hidden_BSH, context)
         return ramp(hidden_BSH[:, 0])
 
-    return _in_batches(forward, backbone.pad_token_id, token_budget)
-
-
-def onnx_files(model: EarlyExitModel, with_types: bool, folder: Path) -> dict[str, Path]:
-    """The model at full depth as ONNX files, in float32 and int8 (dynamic, a scale an output).
-
-    Raises:
-        ImportError: the extra `bench` is not installed.
-    """
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision
-    import onnx
-    import onnxscript  # noqa: F401  what torch.onnx.export works with
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    files = {precision: folder / f"{precision}.onnx" for precision in ("float32", "int8")}
-    names = INPUTS if with_types else INPUTS[:2]
-    ids_BS = torch.ones(4, 20, dtype=torch.long)
-    mask_BS = torch.ones_like(ids_BS)
-    mask_BS[1, 10:] = 0
-    size = {0: torch.export.Dim("B", min=1, max=4096), 1: torch.export.Dim("S", min=2, max=512)}
-    with warnings.catch_warnings():  # of its own deprecations, and of names of axes used twice
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            _Full(model, "float32").eval(),
-            (ids_BS, mask_BS, torch.zeros_like(ids_BS))[: len(names)],
-            str(files["float32"]),
-            dynamo=True,
-            input_names=names,
-            output_names=["logits"],
-            dynamic_shapes=(size,) * len(names),
-            external_data=False,
-            verbose=False,
-        )
-    graph = onnx.load(files["float32"])
-    del graph.graph.value_info[:]  # the exporter's shapes, which the quantizer finds wrong
-    onnx.save(graph, files["float32"])
-    quantize_dynamic(
-        str(files["float32"]),
-        str(files["int8"]),
-        weight_type=QuantType.QInt8,
-        per_channel=True,
-        # Without VNNI products of 8 bits overflow the 16 bits that they are added in.
-        reduce_range=not torch.cpu._is_vnni_supported(),
-    )
-    return files
-
-
-def onnx_runtime(file: Path, pad_token_id: int, token_budget: int) -> Run:
-    """ONNX Runtime, all its optimizations on, with as many threads as torch has."""
-    session = onnx_layer.session(file)
-
-    def forward(tokens: dict[str, Tensor]) -> Tensor:
-        outputs = session.run(None, {name: values.numpy() for name, values in tokens.items()})
-        return torch.from_numpy(outputs[0])
-
-    return _in_batches(forward, pad_token_id, token_budget)
+    return in_batches(forward, backbone.pad_token_id, token_budget)

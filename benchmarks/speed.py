@@ -1,4 +1,6 @@
-"""The engine on the clock, against every other way to run the same weights on the same inputs.
+"""The engine in torch on the clock, against the library's and the original's ways to run it.
+
+`int8.py` holds it against the engines that a user could install instead.
 
     python benchmarks/speed.py RUN [RUN ...] [--rows N] [--repeats R] [--only PART ...]
 
@@ -6,19 +8,17 @@ RUN is a stage-2 run; its validation split is what is timed. Three parts a run, 
 comparison in which all systems take turns: `batched` (all rows at once), `single` (one input at a
 time, on --rows-single of the rows) and `targets` (target_speedup, on rows not chosen on). After
 each part speed.json, speed.md and speed.png are written anew; parts that were measured before
-and are not named stay in them. (f) and (g) need the extra: pip install -e '.[bench]'.
+and are not named stay in them.
 """
 
 import argparse
 import json
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ from deebert.exits import calibration, curves, rules
 from deebert.exits.records import Record
 from deebert.exits.target import Target
 from deebert.hub import checkpoints
-from deebert.inference import kernels
 from deebert.inference.engine import Engine
 from deebert.inference.survivors import Answers
 from deebert.models.early_exit import INPUTS, EarlyExitModel
@@ -49,22 +48,17 @@ from deebert.reporting import report
 HERE = Path(__file__).parent
 SAVINGS = (0.2, 0.3, 0.4, 0.5)
 SPEEDUPS = (1.3, 1.6, 2.0)
-SYSTEMS = "abcdefg"
+SYSTEMS = "abcde"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is timed: a trained model on a split, and what its record says.
-
-    Attributes:
-        onnx: files by precision; empty where there is no ONNX Runtime.
-    """
+    """What is timed: a trained model on a split, and what its record says."""
 
     task: Task
     model: EarlyExitModel
     inputs: Inputs
     record: Record
-    onnx: dict[str, Path]
 
     @property
     def name(self) -> str:
@@ -80,22 +74,9 @@ class Subject:
     def engines(self) -> dict[str, Engine]:
         """At full depth, by precision."""
         by_precision = {"float32": Engine(self.model, self.rule, 0.0)}
-        try:
-            kernels.check_precision("int8", torch.device("cpu"))
-            by_precision["int8"] = Engine(self.model, self.rule, 0.0, precision="int8")
-        except UserError as error:
-            print(f"without int8: {error}", flush=True)
         if torch.ops.mkldnn._is_mkldnn_bf16_supported():
             by_precision["bfloat16"] = Engine(self.model, self.rule, 0.0, precision="bfloat16")
         return by_precision
-
-    @cached_property
-    def onnx_engines(self) -> dict[str, Engine]:
-        """The same with layers in ONNX Runtime, where there is one."""
-        return {
-            precision: Engine(self.model, self.rule, 0.0, precision=precision, runtime="onnx")
-            for precision in self.onnx
-        }
 
     def points(self, engines: Iterable[Engine], batched: bool) -> dict[Engine, dict[str, float]]:
         """Thresholds by engine and by what they were chosen for.
@@ -111,10 +92,7 @@ class Subject:
         }
 
     def _one_point(self, engine: Engine, batched: bool) -> float:
-        """The threshold that saves most at a point below full depth, in this precision.
-
-        What int8 says in ONNX Runtime depends a little on what else is in the batch.
-        """
+        """The threshold that saves most at a point below full depth, in this precision."""
         record = self.record
         if engine.precision != "float32":
             given = [self.inputs] if batched else [[one] for one in self.inputs]
@@ -139,7 +117,7 @@ class System:
     """A way to answer inputs.
 
     Attributes:
-        letter: of the issue's list, (a) to (f), or (g).
+        letter: of the list in speed.md, (a) to (e).
         point: what its threshold was chosen for, and it.
         depth: the layer at which all leave; None for the last, or where thresholds decide.
     """
@@ -166,15 +144,12 @@ class System:
 def systems(subject: Subject, letters: str, batched: bool) -> Iterator[System]:
     """All that run in batches, or all that run one input at a time."""
     model, engines = subject.model, subject.engines
-    budget, pad = engines["float32"].token_budget, model.backbone.pad_token_id
+    budget = engines["float32"].token_budget
     num_layers = len(model.ramps)
     ours = [*(engines.values() if set("ad") & set(letters) else ())]
     points = subject.points(ours, batched)
-    if "g" in letters:
-        points |= subject.points(subject.onnx_engines.values(), batched)
     for precision in engines:
-        if precision != "int8":  # which the library has not
-            yield System("b", speed_report.PLAIN, rivals.plain(model, precision, budget), precision)
+        yield System("b", speed_report.PLAIN, rivals.plain(model, precision, budget), precision)
     if batched:
         for other in (budget // 2, budget * 2):
             name = f"{speed_report.PLAIN}, batches of {other} tokens"
@@ -191,13 +166,6 @@ def systems(subject: Subject, letters: str, batched: bool) -> Iterator[System]:
             yield System("d", "engine", run, precision, point, threshold)
     for depth in range(2, num_layers) if "e" in letters else ():
         yield System("e", f"cut after {depth}", rivals.cut(model, depth, budget), depth=depth)
-    for precision, file in subject.onnx.items() if "f" in letters else ():
-        run = rivals.onnx_runtime(file, pad, budget)
-        yield System("f", "ONNX Runtime", run, precision)
-    for precision, engine in subject.onnx_engines.items() if "g" in letters else ():
-        for point, threshold in {"no exit": 0.0, **points[engine]}.items():
-            run = engine.at(threshold).run
-            yield System("g", "engine, ONNX Runtime", run, precision, point, threshold)
 
 
 def timed(subject: Subject, chosen: list[System], singles: list[int], repeats: int) -> list[Any]:
@@ -265,11 +233,7 @@ def single(subject: Subject, given: argparse.Namespace) -> list[Any]:
     """One input at a time; and the engine's batches, to be timed beside the original protocol."""
     chosen = [replace(s, batched=False) for s in systems(subject, given.systems, False)]
     if "a" in given.systems:
-        chosen += [
-            system
-            for system in systems(subject, "cd", True)
-            if system.letter in "cd" and system.precision != "int8"
-        ]
+        chosen += [system for system in systems(subject, "cd", True) if system.letter in "cd"]
     return timed(
         subject, chosen, spread(len(subject.inputs), given.rows_single).tolist(), given.repeats
     )
@@ -343,7 +307,7 @@ def spread(num: int, most: int | None) -> torch.Tensor:
     return torch.arange(num) if (most or num) >= num else torch.linspace(0, num - 1, most).long()
 
 
-def subject_of(run: Path, most: int | None, with_onnx: bool, folder: Path) -> Subject:
+def subject_of(run: Path, most: int | None) -> Subject:
     """A stage-2 run, its validation split (some rows of it) and the record of them."""
     source = checkpoints.read(checkpoints.find(str(run), "RUN", "best.ckpt"), "RUN")
     task = source.config.task
@@ -369,13 +333,7 @@ def subject_of(run: Path, most: int | None, with_onnx: bool, folder: Path) -> Su
         {name: tokens[index][name] for name in TOKENS if name in tokens[index]}
         for index in record.index_N[chosen_N].tolist()
     ]
-    files: dict[str, Path] = {}
-    try:
-        if with_onnx:
-            files = rivals.onnx_files(model, "token_type_ids" in inputs[0], folder)
-    except ImportError as error:
-        print(f"without (f) ONNX Runtime: {error} (pip install -e '.[bench]')", flush=True)
-    return Subject(task, model, inputs, record.rows(chosen_N), files)
+    return Subject(task, model, inputs, record.rows(chosen_N))
 
 
 def main() -> None:
@@ -394,28 +352,26 @@ def main() -> None:
     file = given.out / "speed.json"
     content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for run in given.runs:
-        with tempfile.TemporaryDirectory() as folder:
-            print(f"{run}: record, ONNX files", flush=True)
-            subject = subject_of(run, given.rows, "f" in given.systems, Path(folder))
-            for part in given.only:
-                print(f"{subject.task.name}, {part}: {len(subject.inputs)} rows", flush=True)
-                start = time.perf_counter()
-                rows = PARTS[part](subject, given)
-                content.setdefault(subject.name, {})[part] = {
-                    "command": f"python {shlex.join(sys.argv)}",
-                    "metric": subject.task.metrics[0],
-                    "full_score": subject.full_score,
-                    "num_layers": subject.record.num_layers,
-                    "token_budget": subject.engines["float32"].token_budget,
-                    "repeats": given.repeats,
-                    "threads": torch.get_num_threads(),
-                    "onnxruntime": version("onnxruntime") if subject.onnx else None,
-                    "minutes": (time.perf_counter() - start) / 60,
-                    "environment": vars(report.environment()),
-                    "rows": rows,
-                }
-                whole_files.replace(file, json.dumps(content, indent=1) + "\n")
-                speed_report.write(content, given.out)
+        print(f"{run}: record", flush=True)
+        subject = subject_of(run, given.rows)
+        for part in given.only:
+            print(f"{subject.task.name}, {part}: {len(subject.inputs)} rows", flush=True)
+            start = time.perf_counter()
+            rows = PARTS[part](subject, given)
+            content.setdefault(subject.name, {})[part] = {
+                "command": f"python {shlex.join(sys.argv)}",
+                "metric": subject.task.metrics[0],
+                "full_score": subject.full_score,
+                "num_layers": subject.record.num_layers,
+                "token_budget": subject.engines["float32"].token_budget,
+                "repeats": given.repeats,
+                "threads": torch.get_num_threads(),
+                "minutes": (time.perf_counter() - start) / 60,
+                "environment": vars(report.environment()),
+                "rows": rows,
+            }
+            whole_files.replace(file, json.dumps(content, indent=1) + "\n")
+            speed_report.write(content, given.out)
     speed_report.write(content, given.out)
 
 

@@ -21,13 +21,11 @@ SYSTEMS = """\
 - (c) the engine at threshold 0; (d) the engine at thresholds chosen for a saving of layers **on the
   same rows**: speed is measured here, nothing is promised. "<= 1 point below": the largest saving
   (by all ramps in this precision) with a score at most a point below full depth's;
-- (e) the library's first k layers, and ramp k answers;
-- (f) ONNX Runtime at full depth, exported from the same weights; int8 is dynamic, with a scale for
-  each output; (g) the engine as in (c) and (d), its layers in ONNX Runtime.
+- (e) the library's first k layers, and ramp k answers.
 
 Batched: all rows at once, sorted by length, batches of as many tokens as the engine takes, unless
 said otherwise. One at a time: unpadded, but for (a). *time saving* is against (b) of the same kind
-in the same precision (in float32 for int8); *ratio* = time saving / layer saving. Savings and
+in the same precision; *ratio* = time saving / layer saving. Savings and
 ratios are medians over the turns of one run in which the systems take turns. *equal*: exits and
 predictions equal to the record of all ramps in float32, on all rows. Bars B and C are held against
 the fastest (b), too, where batches of another size are faster for it."""
@@ -85,7 +83,6 @@ def bars(parts: dict[str, Any]) -> list[tuple[str, str, str]]:
         shares = {
             f"{row['precision']}, {against}": 1 - time_saving(row, other)
             for row in select(part, letter="c", batched=part is batched)
-            if row["precision"] != "int8"
             for against, other in _full_depths(part, row)
         }
         text = f"C. threshold 0, {kind}: <= {most} of the time of (b)"
@@ -106,16 +103,6 @@ def bars(parts: dict[str, Any]) -> list[tuple[str, str, str]]:
                 times[name] = times_faster(row, other)
         text = f"E. {precision} in batches against (a), same thresholds: >= {least} times"
         bars_of.append(_bar(text, times, _from(least)))
-    for part, kind in ((batched, "batched"), (single, "one at a time")):
-        times = {
-            f"({letter}) {row['precision']} (score {row['score']:.4f})": times_faster(row, other)
-            for letter in "dg"
-            for row in select(part, letter=letter, point=ONE_POINT, batched=part is batched)
-            if part and row["score"] >= part["full_score"] - POINT
-            for other in select(part, letter="f", precision="int8")
-        }
-        text = f"F. <= 1 point below against (f) int8, {kind}, the best: >= 1.3 times"
-        bars_of.append(_bar(text, times, _from(1.3), any))
     speeds = {
         f"{row['target']} wished": row["speed_up"] / row["target"] - 1
         for row in select(targets)
@@ -142,7 +129,7 @@ def _full_depths(part: dict[str, Any] | None, row: Row) -> list[tuple[str, Row]]
 def _p50(part: dict[str, Any] | None) -> dict[str, float]:
     medians = {}
     for row in select(part, letter="d", batched=False):
-        if row["precision"] == "int8" or row["layer_saving"] < 1e-9:
+        if row["layer_saving"] < 1e-9:
             continue
         assert part is not None
         saving = 1 - row["latency_ms"]["p50"] / reference(part, row)["latency_ms"]["p50"]
@@ -218,11 +205,10 @@ def markdown(columns: list[str], rows: list[Any]) -> list[str]:
 def _conditions(part: dict[str, Any]) -> str:
     where = part["environment"]
     versions = where["versions"]
-    onnx = f", onnxruntime {part['onnxruntime']}" if part["onnxruntime"] else ""
     return (
         f"`{part['command']}`: {part['repeats']} turns, {part['threads']} threads of "
         f"{where['cpus']} CPU cores ({where['device']}), batches of {part['token_budget']} tokens, "
-        f"torch {versions['torch']}, transformers {versions['transformers']}{onnx}, Python "
+        f"torch {versions['torch']}, transformers {versions['transformers']}, Python "
         f"{where['python']}, commit {(where['git_commit'] or 'unknown')[:7]}; "
         f"{part['minutes']:.1f} minutes."
     )
@@ -270,9 +256,8 @@ def picture(content: dict[str, Any], file: Path) -> None:
         1, len(tasks), figsize=(7.5 * len(tasks), 5), layout="constrained", squeeze=False
     )
     names = {"a": "(a) original", "b": "(b) Hugging Face", "d": "(c, d) engine"}
-    names |= {"e": "(e) cut after k layers", "f": "(f) ONNX Runtime"}
-    names |= {"g": "(g) engine, ONNX Runtime"}
-    styles = {"float32": "o", "int8": "s", "bfloat16": "^"}
+    names |= {"e": "(e) cut after k layers"}
+    styles = {"float32": "o", "bfloat16": "^"}
     for axis, (task, parts) in zip(axes[0], tasks.items(), strict=True):
         for part, is_batched in ((parts.get("batched"), True), (parts.get("single"), False)):
             curves: dict[tuple[str, str], list[Row]] = {}
@@ -282,7 +267,7 @@ def picture(content: dict[str, Any], file: Path) -> None:
                     curves.setdefault((letter, row["precision"]), []).append(row)
             for (letter, precision), rows in curves.items():
                 points = sorted((1e3 * float(np.median(per_input(r))), r["score"]) for r in rows)
-                colour = f"C{'abdefg'.index(letter)}"
+                colour = f"C{'abde'.index(letter)}"
                 axis.plot(
                     *zip(*points, strict=True),
                     color=colour,

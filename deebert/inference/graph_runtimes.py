@@ -72,7 +72,7 @@ def check(runtime: str, flag: str) -> None:
         import onnx  # noqa: F401  makes the graphs
 
         if runtime == "openvino":
-            _import_openvino()
+            import_openvino()
         else:
             import onnxruntime  # noqa: F401
     except ImportError as error:
@@ -156,10 +156,10 @@ def _openvino(graph: bytes, threads: int) -> Run:
 
 @cache
 def _core() -> Any:
-    return _import_openvino().Core()
+    return import_openvino().Core()
 
 
-def _import_openvino() -> Any:
+def import_openvino() -> Any:
     """Import OpenVINO without its telemetry.
 
     The import alone would start a process that sends usage data, and write to the home folder.
