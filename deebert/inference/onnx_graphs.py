@@ -132,6 +132,8 @@ def check_layer(parts: LayerParts, ramp: Ramp) -> None:
             f"ramp.reads={ramp.kind.reads} has no ONNX graph, as its class has no method `onnx`; "
             "use runtime=torch"
         )
+    if parts.bias_AD is not None:
+        raise UserError("layers with an attention bias have no ONNX graph; use runtime=torch")
     if type(parts.activation).__name__ not in ACTIVATIONS:
         raise UserError(
             f"the activation {type(parts.activation).__name__} has no ONNX graph here, only these "

@@ -3,7 +3,7 @@
 It is a post-norm layer, as in BERT: attention, residual, norm, feed-forward, residual, norm. This
 module knows nothing of ramps or exits.
 Shapes: B batch, S tokens of an input, T of them that are computed, H hidden, A attention heads,
-D width of a head.
+D width of a head (of `bias_AD`: distances between tokens).
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deebert.inference.kernels import LinearMap, in_few_sizes, linear_map
-from deebert.models.architectures import LayerParts
+from deebert.models.layer_parts import LayerParts, bias_of_tokens
 
 
 class Maps(NamedTuple):
@@ -67,6 +67,7 @@ class SplitLayer:
         self.activation = in_few_sizes(parts.activation, device)
         self.attention_norm = parts.attention_norm
         self.norm = parts.norm
+        self.bias_AD = None if parts.bias_AD is None else parts.bias_AD.to(device)
 
     def __call__(self, hidden_BSH: Tensor, mask_B11S: Tensor | None) -> Tensor:
         """Run the layer for all tokens: (B, S, H) -> (B, S, H).
@@ -98,13 +99,23 @@ class SplitLayer:
         self, hidden_BSH: Tensor, keys_BASD: Tensor, values_BASD: Tensor, mask_B11S: Tensor | None
     ) -> Tensor:
         """Compute the new states of all tokens but the first: (B, S, H) -> (B, S-1, H)."""
-        return self._tokens(self.fast, hidden_BSH[:, 1:], keys_BASD, values_BASD, mask_B11S)
+        if hidden_BSH.shape[1] == 1:
+            return hidden_BSH[:, 1:]
+        return self._tokens(self.fast, hidden_BSH[:, 1:], keys_BASD, values_BASD, mask_B11S, 1)
 
     def _tokens(
-        self, maps: Maps, hidden_BTH: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+        self,
+        maps: Maps,
+        hidden_BTH: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        start: int = 0,
     ) -> Tensor:
-        """Compute the new states of some tokens: (B, T, H) -> (B, T, H)."""
+        """Compute the new states of the tokens from position `start` on: (B, T, H) -> (B, T, H)."""
         queries_BATD = self._heads(maps.query(hidden_BTH))
+        if self.bias_AD is not None:
+            mask = _biased(self.bias_AD, start, queries_BATD, keys, mask)
         context_BATD = functional.scaled_dot_product_attention(queries_BATD, keys, values, mask)
         context_BTH = context_BATD.transpose(1, 2).flatten(2)
         hidden_BTH = self.attention_norm(hidden_BTH + maps.output(context_BTH))
@@ -113,6 +124,19 @@ class SplitLayer:
     def _heads(self, x_BTH: Tensor) -> Tensor:
         """Split the states by attention head: (B, T, H) -> (B, A, T, D)."""
         return x_BTH.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def _biased(
+    bias_AD: Tensor, start: int, queries_BATD: Tensor, keys_BASD: Tensor, mask_B11S: Tensor | None
+) -> Tensor:
+    """Return what is added to the attention scores, the mask included: (B or 1, A, T, S)."""
+    num, num_keys = queries_BATD.shape[2], keys_BASD.shape[2]
+    bias_1ATS = bias_of_tokens(bias_AD, start, num, num_keys)[None]
+    if mask_B11S is not None:
+        bias_1ATS = bias_1ATS + torch.zeros_like(mask_B11S, dtype=bias_AD.dtype).masked_fill_(
+            ~mask_B11S, -torch.inf
+        )
+    return bias_1ATS.to(queries_BATD.dtype)
 
 
 def _stacked(key: torch.nn.Linear, value: torch.nn.Linear) -> torch.nn.Linear:

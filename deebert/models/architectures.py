@@ -17,55 +17,12 @@ from transformers.masking_utils import (
 )
 
 from deebert.errors import UserError, first_line, is_whole
+from deebert.models.layer_parts import EmbeddingParts, LayerParts
 from deebert.untrusted import plain_files
 from deebert.untrusted.plain_files import LAYERS
 
 # Settings of every model type. Ramps need the separator: it stands between two texts.
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
-
-
-@dataclass(frozen=True)
-class LayerParts:
-    """The parts of a BERT layer, without dropout, which is off where layers are run in parts.
-
-    x = attention_norm(h + output(attention(query(h), key(h), value(h)))), then
-    norm(x + down(activation(up(x)))).
-    """
-
-    query: nn.Linear
-    key: nn.Linear
-    value: nn.Linear
-    output: nn.Linear
-    attention_norm: nn.LayerNorm
-    up: nn.Linear
-    activation: Callable[[Tensor], Tensor]
-    down: nn.Linear
-    norm: nn.LayerNorm
-
-
-@dataclass(frozen=True)
-class EmbeddingParts:
-    """The parts of the states before layer 1: projection(norm(words + types + positions)).
-
-    Attributes:
-        words: embeddings of token ids.
-        types: embeddings of token types; None where the model has none.
-        typed: True if the inputs give the types; if False, all tokens have the first type.
-        positions: embeddings of positions.
-        padding: the padding id, for RoBERTa: positions start after this number, and padding tokens
-            have no position. None: positions start at 0.
-        norm: layer norm of the sum.
-        projection: from the size of the embeddings to that of the layers (ELECTRA); None where
-            these are equal.
-    """
-
-    words: nn.Embedding
-    types: nn.Embedding | None
-    typed: bool
-    positions: nn.Embedding
-    padding: int | None
-    norm: nn.LayerNorm
-    projection: nn.Linear | None
 
 
 def embedding_parts(encoder: Any) -> EmbeddingParts:
@@ -86,7 +43,7 @@ def embedding_parts(encoder: Any) -> EmbeddingParts:
     )
 
 
-def _bert_parts(layer: Any) -> LayerParts:
+def _bert_parts(encoder: Any, layer: Any) -> LayerParts:
     attention, feed_forward = layer.attention, layer.intermediate
     return LayerParts(
         query=attention.self.query,
@@ -101,7 +58,7 @@ def _bert_parts(layer: Any) -> LayerParts:
     )
 
 
-def _distilbert_parts(layer: Any) -> LayerParts:
+def _distilbert_parts(encoder: Any, layer: Any) -> LayerParts:
     return LayerParts(
         query=layer.attention.q_lin,
         key=layer.attention.k_lin,
@@ -112,6 +69,25 @@ def _distilbert_parts(layer: Any) -> LayerParts:
         activation=layer.ffn.activation,
         down=layer.ffn.lin2,
         norm=layer.output_layer_norm,
+    )
+
+
+def _mpnet_parts(encoder: Any, layer: Any) -> LayerParts:
+    attention, feed_forward, stack = layer.attention, layer.intermediate, encoder.encoder
+    biases = stack.relative_attention_bias.weight.detach()
+    last = longest_input(encoder.config.to_dict()) - 1
+    distances_D = torch.arange(-last, last + 1, device=biases.device)
+    return LayerParts(
+        query=attention.attn.q,
+        key=attention.attn.k,
+        value=attention.attn.v,
+        output=attention.attn.o,
+        attention_norm=attention.LayerNorm,
+        up=feed_forward.dense,
+        activation=feed_forward.intermediate_act_fn,
+        down=layer.output.dense,
+        norm=layer.output.LayerNorm,
+        bias_AD=biases[stack.relative_position_bucket(distances_D)].T.contiguous(),
     )
 
 
@@ -229,7 +205,7 @@ class Architecture:
     Attributes:
         layers: path of the ModuleList of layers.
         pooler: True if the pretrained model has a pooler, which an argument can leave out.
-        parts: layer -> its parts; None if its layers cannot be run in parts.
+        parts: encoder, layer -> the layer's parts; None if its layers cannot be run in parts.
         embed: encoder, ids, mask, token types or None -> the states before layer 1.
         context: encoder, states, mask -> the arguments of a layer besides the states.
         run: layer, states, context -> states.
@@ -244,7 +220,7 @@ class Architecture:
 
     layers: str = "encoder.layer"
     pooler: bool = False
-    parts: Callable[[Any], LayerParts] | None = None
+    parts: Callable[[Any, Any], LayerParts] | None = None
     embed: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor] = _embed
     context: Callable[[Any, Tensor, Tensor], Any] = _mask
     run: Callable[[Any, Tensor, Any], Tensor] = _run
@@ -274,6 +250,7 @@ ARCHITECTURES = {
     ),
     "mpnet": Architecture(
         pooler=True,
+        parts=_mpnet_parts,
         context=_mpnet_context,
         run=_run_first_of_tuple,
         first_position=lambda config: 2,  # RoBERTa's rule in the library, for padding id 1

@@ -30,13 +30,8 @@ from transformers import (
 
 from deebert.errors import UserError, first_line
 from deebert.models import architectures
-from deebert.models.architectures import (
-    Architecture,
-    EmbeddingParts,
-    LayerParts,
-    architecture,
-    longest_input,
-)
+from deebert.models.architectures import Architecture, architecture, longest_input
+from deebert.models.layer_parts import EmbeddingParts, LayerParts
 
 
 @dataclass(frozen=True)
@@ -197,7 +192,7 @@ class Backbone(nn.Module):
     def parts(self, index: int) -> LayerParts | None:
         """Return the parts of layer number `index`, from 0; None if it only runs as a whole."""
         parts = self.architecture.parts
-        return None if parts is None else parts(self.layers[index])
+        return None if parts is None else parts(self.encoder, self.layers[index])
 
 
 def from_config(config: Mapping[str, Any]) -> Backbone:

@@ -463,7 +463,7 @@ def test_what_is_not_exported(classifier: EarlyExitClassifier, tmp_path: Path, m
         monkeypatch.setitem(sys.modules, package, None)
         refused(r'pip install "deebert\[onnx\]"', overwrite=True)
         monkeypatch.undo()
-    for model_type in ("mpnet", "deberta-v2", "modernbert"):
+    for model_type in ("deberta-v2", "modernbert"):
         with pytest.raises(UserError, match=r"'.*' cannot be exported.*supported: bert, roberta"):
             onnx_folder.check(model_of(model_type), "float32")
 

@@ -23,7 +23,7 @@ from deebert.models.quantization import Quantization
 
 CPU = torch.device("cpu")
 PRECISIONS = ("float32", "bfloat16", "int8")
-SPLIT = ("bert", "roberta", "distilbert", "electra")
+SPLIT = ("bert", "roberta", "distilbert", "electra", "mpnet")
 MORE = {  # what the published models of a type have switched on, or call otherwise
     "distilbert": {"hidden_dim": 64},
     "deberta-v2": DEBERTA_V3 | {"conv_kernel_size": 3},

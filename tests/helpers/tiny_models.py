@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from deebert.models.architectures import ARCHITECTURES
 
 CONF = ROOT / "conf" / "backbone"
-WHOLE = ("mpnet", "deberta-v2", "modernbert")  # layers that cannot be run in parts
+WHOLE = ("deberta-v2", "modernbert")  # layers that cannot be run in parts
 # Beside the plain configurations: what the published models of a type have switched on.
 DEBERTA_V3 = {
     "relative_attention": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm",

@@ -68,7 +68,7 @@ def test_the_original_s_exits_and_predictions(name: str, token_budget: int | Non
 
 KINDS = [(model_type, "first") for model_type in (*SPLIT, *WHOLE)]
 KINDS += [("bert", ramp) for ramp in RAMPS if ramp != "first"] + [
-    ("modernbert", ramp) for ramp in ("attention", "pair")
+    (model_type, ramp) for model_type in ("modernbert", "mpnet") for ramp in ("attention", "pair")
 ]
 
 
@@ -112,6 +112,23 @@ def test_equals_the_record(model_type: str, ramp: str, data: st.DataObject) -> N
         torch.testing.assert_close(
             answers.ramps_NLC, expected, atol=1e-5, rtol=1e-5, equal_nan=True
         )
+
+
+def test_the_longest_input_of_mpnet() -> None:
+    """Its attention bias has no distance beyond it. Alone and beside shorter inputs."""
+    model = model_of("mpnet")
+    inputs = inputs_of("mpnet", [128, 127, 2, 128])
+    expected = record_of(model, inputs).logits_NLC
+    for token_budget in (None, 1):
+        engine = Engine(model, rules.default(3), [0.0, 1e-9, 0.0], token_budget=token_budget)
+        engine.first_token_from = 0
+        answers = engine.run(inputs, all_ramps=True)
+        torch.testing.assert_close(answers.ramps_NLC, expected, atol=1e-5, rtol=1e-5)
+    [given] = inputs_of("mpnet", [129])
+    torch.testing.assert_close(
+        engine.run([given]).logits_NC,
+        engine.run([{"input_ids": [*given["input_ids"][:127], given["input_ids"][-1]]}]).logits_NC,
+    )
 
 
 @pytest.mark.parametrize("model_type", ["bert", "modernbert"])

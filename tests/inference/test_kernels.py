@@ -42,8 +42,9 @@ def test_other_precisions_predict_the_same(model_type: str, precision: str) -> N
 
 
 @pytest.mark.parametrize("precision", PRECISIONS[:2])
-def test_the_first_token_is_computed_in_float32(precision: str) -> None:
-    model, pool, _ = world("bert")
+@pytest.mark.parametrize("model_type", ["bert", "mpnet"])
+def test_the_first_token_is_computed_in_float32(model_type: str, precision: str) -> None:
+    model, pool, _ = world(model_type)
     run = Engine(model, rules.default(3), 0.0, precision=precision).layers[0]
     assert isinstance(run, SplitLayer)
     assert (run.exact is run.fast) == (precision == "float32")
@@ -114,7 +115,7 @@ def test_gelu_in_few_sizes() -> None:
     assert in_few_sizes(tanh, CPU) is tanh
 
 
-@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet"])
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "modernbert"])
 def test_onednn_prepares_few_sizes(model_type: str, capfd: pytest.CaptureFixture[str]) -> None:
     # What it keeps for each new size pins the heap: memory grew from window to window.
     model, _, _ = world(model_type)

@@ -122,8 +122,10 @@ def test_what_it_cannot_do():
     rule, bert = rule_of("entropy"), model_of("bert")
     with pytest.raises(UserError, match="float32 or int8, not on cpu in bfloat16"):
         Engine(bert, rule, 0.0, runtime="onnx", precision="bfloat16")
-    with pytest.raises(UserError, match="runtime=onnx needs layers that can be split"):
+    with pytest.raises(UserError, match="layers with an attention bias have no ONNX graph"):
         Engine(model_of("mpnet"), rule, 0.0, runtime="onnx")
+    with pytest.raises(UserError, match="runtime=onnx needs layers that can be split"):
+        Engine(model_of("modernbert"), rule, 0.0, runtime="onnx")
     with pytest.raises(UserError, match="runtime"):
         Engine(bert, rule, 0.0, runtime="tensorrt")
     with pytest.raises(UserError, match="precision=int8 runs in ONNX Runtime or OpenVINO, not in"):

@@ -14,6 +14,7 @@ from deebert.errors import UserError
 from deebert.models import backbones
 from deebert.models.architectures import ARCHITECTURES, settings
 from deebert.models.early_exit import EarlyExitModel
+from deebert.models.layer_parts import bias_of_tokens
 
 
 def test_full_depth_equals_bert_for_sequence_classification(tmp_path: Path) -> None:
@@ -130,11 +131,28 @@ def test_parts_make_up_a_layer(model_type: str) -> None:
             for part in (parts.query, parts.key, parts.value)
         )
         scores = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5
+        assert (parts.bias_AD is not None) == (model_type == "mpnet")
+        if parts.bias_AD is not None:
+            scores = scores + bias_of_tokens(parts.bias_AD, 0, 17, 17)
         attention = scores.masked_fill(mask[:, None, None] == 0, -torch.inf).softmax(-1) @ value
         middle = parts.attention_norm(hidden + parts.output(attention.transpose(1, 2).flatten(2)))
         mine = parts.norm(middle + parts.down(parts.activation(parts.up(middle))))
         torch.testing.assert_close(mine[mask == 1], expected[mask == 1], atol=1e-9, rtol=0)
         hidden = expected
+
+
+@torch.no_grad()
+def test_the_attention_bias_of_some_tokens_is_the_library_s_own() -> None:
+    torch.manual_seed(2)
+    backbone = backbones.pretrained(tiny("mpnet", initializer_range=0.3))[0]
+    bias_AD = backbone.parts(1).bias_AD
+    longest = backbone.longest_input
+    assert bias_AD.shape == (4, 2 * longest - 1)
+    whole = backbone.encoder.encoder.compute_position_bias(torch.empty(1, longest))[0]
+    assert whole.unique().numel() > 4 * 20, "the buckets of distances differ"
+    for start, num, keys in ((0, longest, longest), (0, 1, 1), (0, 1, 9), (1, 8, 9), (127, 1, 128), (5, 3, 40)):  # fmt: skip
+        actual = bias_of_tokens(bias_AD, start, num, keys)
+        assert torch.equal(actual, whole[:, start : start + num, :keys]), (start, num, keys)
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
