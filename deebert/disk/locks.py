@@ -16,12 +16,13 @@ from deebert.errors import UserError
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
 
-def locked(file: Path, message: str) -> BaseFileLock:
+def locked(file: Path, message: str, wait: float = 0) -> BaseFileLock:
     """Lock a file for this process.
 
     Args:
         file: the lock. Its folder is made if it is missing.
         message: the message of the error if another process holds the lock.
+        wait: the seconds to wait for another process that holds the lock.
 
     Returns:
         The lock, which this process holds until it is released.
@@ -34,15 +35,15 @@ def locked(file: Path, message: str) -> BaseFileLock:
     try:
         try:
             with warnings.catch_warnings(action="ignore"):  # filelock tells of ENOSYS by one
-                return _acquired(FileLock(file))
+                return _acquired(FileLock(file), wait)
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            return _acquired(SoftFileLock(file.with_name(f"{file.name}.soft")))
+            return _acquired(SoftFileLock(file.with_name(f"{file.name}.soft")), wait)
     except Timeout:
         raise UserError(message) from None
 
 
-def _acquired(lock: BaseFileLock) -> BaseFileLock:
-    lock.acquire(timeout=0)
+def _acquired(lock: BaseFileLock, wait: float) -> BaseFileLock:
+    lock.acquire(timeout=wait)
     return lock

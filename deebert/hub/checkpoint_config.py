@@ -118,8 +118,8 @@ LAYERS = Kind(
     lambda v: _list_of(COUNT).fits(v) and len(v) <= plain_files.LAYERS,
 )
 BACKBONE = {
-    "name": NAME, "path": PATH, "package": TEXT, "sha256": WORD, "epochs": COUNT,
-    "layers": LAYERS, "config": MAPPING,
+    "name": NAME, "path": PATH, "package": TEXT | _list_of(TEXT), "sha256": WORD, "install": TEXT,
+    "epochs": COUNT, "layers": LAYERS, "config": MAPPING,
 }  # fmt: skip
 DATA = {
     "root": PATH, "max_length": _whole(1, 2**20), "calibration_size": COUNT,

@@ -5,8 +5,6 @@ nothing of ramps, tasks or exits, and not the structure of a model type (`archit
 Shapes: B batch, S tokens, H hidden.
 """
 
-import hashlib
-import importlib.util
 import inspect
 import re
 import sys
@@ -29,7 +27,7 @@ from transformers import (
 )
 
 from deebert.errors import UserError, first_line
-from deebert.models import architectures
+from deebert.models import architectures, packages
 from deebert.models.architectures import Architecture, architecture, longest_input
 from deebert.models.layer_parts import EmbeddingParts, LayerParts
 
@@ -41,8 +39,10 @@ class BackboneConfig:
     Attributes:
         name: the name, for messages and results.
         path: a local folder, or an id on the hub. None for random weights, or if it is not public.
-        package: the folder with the weights inside of an installed package.
+        package: the folder with the weights inside of an installed package, or the pieces of a
+            zip file with that folder (`packages.folder_of`).
         sha256: the hash of the weights in the package.
+        install: the command that installs the package, for messages.
         epochs: the paper's number of epochs, which `experiment=deebert_paper` reads.
         layers: the layers to keep, counted from 1; None for all.
         config: settings of a backbone with random weights.
@@ -50,8 +50,9 @@ class BackboneConfig:
 
     name: str = "?"
     path: str | None = None
-    package: str | None = None
+    package: str | list[str] | None = None
     sha256: str | None = None
+    install: str | None = None
     epochs: int | None = None
     layers: list[int] | None = None
     config: Mapping[str, Any] | None = None
@@ -294,27 +295,18 @@ def _character_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def _locate(spec: BackboneConfig) -> str:
-    """Return the folder of an installed package, else the path or hub id.
+    """Return the folder of installed packages, else the path or hub id.
 
     Raises:
-        UserError: the weights in the package do not have the sha256 of the configuration.
+        UserError: the weights in the packages do not have the sha256 of the configuration.
     """
     # A user's folder comes before the package.
     if not spec.package or Path(str(spec.path)).is_dir():
         return str(spec.path)
-    name, _, inside = spec.package.partition("/")
-    module = importlib.util.find_spec(name)  # does not import a top-level package
-    if module is None or not module.submodule_search_locations:
-        return str(spec.path)
-    folder = Path(module.submodule_search_locations[0]) / inside
-    with open(folder / "model.safetensors", "rb") as weights:
-        digest = hashlib.file_digest(weights, "sha256").hexdigest()
-    if digest != spec.sha256:
-        raise UserError(
-            f"backbone {spec.name}: {folder / 'model.safetensors'} has sha256 {digest}, not "
-            f"{spec.sha256}: the package was changed; reinstall it or use another backbone="
-        )
-    return str(folder)
+    try:
+        return str(packages.folder_of(spec.package, spec.sha256) or spec.path)
+    except UserError as error:
+        raise UserError(f"backbone {spec.name}: {error}") from error
 
 
 def _load(loader: Any, path: str, spec: BackboneConfig) -> Any:
@@ -324,8 +316,10 @@ def _load(loader: Any, path: str, spec: BackboneConfig) -> Any:
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        reason = first_line(error)
+        package = "backbone=minilm (from the package installer)"
+        if spec.install:
+            package = f"the package installer ({spec.install})"
         raise UserError(
-            f"backbone {spec.name}: cannot load {path!r} ({reason}). Without a network use "
-            "backbone=minilm (from the package installer) or backbone.path=a local folder"
+            f"backbone {spec.name}: cannot load {path!r} ({first_line(error)}). Without a network "
+            f"use {package} or backbone.path=a local folder"
         ) from error

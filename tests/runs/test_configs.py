@@ -71,7 +71,7 @@ def test_the_choices_that_the_project_promises() -> None:
     assert choices("task") == sorted(
         ["sst2", "mrpc", "qnli", "rte", "qqp", "mnli", "cola", "stsb", "wnli", "ax", "demo"]
     )
-    promised = "bert-base bert-large roberta-base roberta-large distilbert minilm tiny"
+    promised = "bert-base bert-large roberta-base roberta-large distilbert minilm mpnet-base tiny"
     assert choices("backbone") == sorted(promised.split())
     assert choices("objective") == sorted([*OBJECTIVES, "paper"])
     promised = "first mean pair first_and_mean attention shared cascade"
