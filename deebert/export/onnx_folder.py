@@ -163,10 +163,12 @@ def graphs(
 ) -> Iterator[tuple[str, bytes]]:
     """Yield the name and the graph of each block, as the engine runs them (`onnx_layer`)."""
     backbone = model.backbone
-    yield "embeddings", onnx_graphs.embeddings(backbone.embedding_parts)
+    of_layers = backbone.parts(0)
+    assert of_layers is not None  # see `check`
+    yield "embeddings", onnx_graphs.embeddings(backbone.embedding_parts, of_layers.bias_AD)
     for layer, ramp in enumerate(model.all_ramps, 1):
         parts, heads = backbone.parts(layer - 1), backbone.num_heads
-        assert parts is not None  # see `check`
+        assert parts is not None
         int8 = quantization.layers[layer - 1] if quantization else None
         first_int8 = int8 if model.ramp_kind.reads_tokens else None
         if layer == len(model.all_ramps):

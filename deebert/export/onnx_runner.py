@@ -251,10 +251,12 @@ class Runner:
         batch = [inputs[row] for row in rows]
         ids_BS = _padded(batch, "input_ids", self.about["pad_token_id"])
         second_B = _second_text(ids_BS, self.about.get("sep_token_id"))
-        hidden_BSH = self.embeddings(
+        embedded = self.embeddings(
             input_ids=ids_BS,
             token_type_ids=_padded(batch, "token_type_ids", 0),
-        )["hidden"]
+        )
+        hidden_BSH = embedded["hidden"]
+        bias_1ASS = embedded.get("attention_bias")  # of models whose layers take one
         previous_BC = np.zeros((len(rows), self.num_labels), np.float32)  # for the first ramp
         for index, layer in enumerate(self.layers):
             mask_BS = np.arange(hidden_BSH.shape[1]) < length_B[:, None]
@@ -263,6 +265,7 @@ class Runner:
                 mask=mask_BS.astype(np.int32),
                 second=second_B,
                 previous=previous_BC,
+                attention_bias=bias_1ASS,
             )
             previous_BC = out.ramps_NLC[rows_B, index] = outputs["logits"]
             if index == self.num_layers - 1:  # the final classifier answers all inputs, by no rule
@@ -286,7 +289,9 @@ class Runner:
             rows_B, length_B, second_B, previous_BC = (
                 x[~leave_B] for x in (rows_B, length_B, second_B, previous_BC)
             )
-            hidden_BSH = hidden_BSH[~leave_B, : length_B.max()]
+            longest = length_B.max()
+            hidden_BSH = hidden_BSH[~leave_B, :longest]
+            bias_1ASS = None if bias_1ASS is None else bias_1ASS[..., :longest, :longest]
 
     def _limits(self, thresholds: Any) -> np.ndarray:
         """Return the threshold of each ramp but the last: (L-1,).

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from deebert.errors import UserError
-from deebert.models.architectures import EmbeddingParts, LayerParts
+from deebert.models.layer_parts import EmbeddingParts, LayerParts
 from deebert.models.quantization import LayerRounding, Rounding
 from deebert.models.ramp_readers import MASK, SECOND
 from deebert.models.ramps import Ramp
@@ -28,22 +28,29 @@ ACTIVATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ReLU": ("Relu", "", {}),
     "Tanh": ("Tanh", "", {}),
 }
+BIAS = "attention_bias"  # an input of the layers whose parts have one
 # The axes of inputs and outputs whose shape is not (B, T, H), and the types that are not FLOAT.
 AXES = {"input_ids": "BS", "token_type_ids": "BS", MASK: "BS", "previous": "BC", SECOND: "B",
-        "logits": "BC", "learned_score": "B1"}  # fmt: skip
+        "logits": "BC", "learned_score": "B1", BIAS: "1ATS"}  # fmt: skip
 TYPES = {"input_ids": "INT64", "token_type_ids": "INT64", MASK: "INT32", SECOND: "INT64"}
 
 
-def embeddings(parts: EmbeddingParts) -> bytes:
+def embeddings(parts: EmbeddingParts, bias_AD: Tensor | None = None) -> bytes:
     """Return the graph of the embeddings.
 
-    Inputs: `input_ids` (B, S) and, if `parts.typed`, `token_type_ids` (B, S). Output: `hidden`
-    (B, S, H).
+    Inputs: `input_ids` (B, S) and, if `parts.typed`, `token_type_ids` (B, S). Outputs: `hidden`
+    (B, S, H) and, if `bias_AD` is given, `attention_bias` (1, A, S, S).
+
+    Args:
+        parts: the parts of the embeddings.
+        bias_AD: the attention bias of all layers, for a program that cannot make one.
     """
     graph = Graph()
-    hidden = graph.embeddings(parts)
+    outputs = {"hidden": graph.embeddings(parts)}
+    if bias_AD is not None:
+        outputs[BIAS] = graph.bias(bias_AD)
     typed = ["token_type_ids"] if parts.typed else []
-    return graph.serialized(["input_ids", *typed], {"hidden": hidden})
+    return graph.serialized(["input_ids", *typed], outputs)
 
 
 def keys_values(parts: LayerParts, int8: LayerRounding | None) -> bytes:
@@ -60,11 +67,11 @@ def tokens(parts: LayerParts, num_heads: int, int8: LayerRounding | None) -> byt
     """Return the graph of a layer for some of the tokens.
 
     Inputs: `hidden` of these tokens (B, T, H); `keys` and `values` (B, S, H) and `mask` (B, S) of
-    all tokens. Output: `new` (B, T, H).
+    all tokens; if the layer has one, `attention_bias` (1, A, T, S). Output: `new` (B, T, H).
     """
-    graph = Graph()
-    new = graph.tokens("hidden", "keys", "values", parts, num_heads, int8)
-    return graph.serialized(["hidden", "keys", "values", MASK], {"new": new})
+    graph, bias = Graph(), _bias(parts)
+    new = graph.tokens("hidden", "keys", "values", parts, num_heads, int8, *bias)
+    return graph.serialized(["hidden", "keys", "values", MASK, *bias], {"new": new})
 
 
 def layer(
@@ -78,7 +85,7 @@ def layer(
 
     Inputs: `hidden` (B, S, H) and `mask` (B, S). If the ramp reads them, also `second` (B,), the
     positions at which the second texts begin, and `previous` (B, C), the logits of the previous
-    ramp (zeros for the first ramp).
+    ramp (zeros for the first ramp). If the layer has one, `attention_bias` (1, A, S, S).
     Outputs: `new` (B, S, H); with a ramp also `logits` (B, C) and, if the ramp has a learned exit
     score, `learned_score` (B, 1).
 
@@ -89,22 +96,24 @@ def layer(
         first_int8: the rounding of the first token and of all keys and values: None, or `int8`.
         ramp: the ramp after the layer.
     """
-    graph = Graph()
+    graph, bias = Graph(), _bias(parts)
     keys, values = graph.keys_values("hidden", parts, first_int8)
     if int8 == first_int8:
-        new = graph.tokens("hidden", keys, values, parts, num_heads, int8)
+        new = graph.tokens("hidden", keys, values, parts, num_heads, int8, *bias)
     else:
         first = graph.cut("hidden", 0, 1)
-        first = graph.tokens(first, keys, values, parts, num_heads, None)
+        of_first = [graph.cut(name, 0, 1, axis=2) for name in bias]
+        first = graph.tokens(first, keys, values, parts, num_heads, None, *of_first)
         others = graph.cut("hidden", 1, MANY)
-        others = graph.tokens(others, keys, values, parts, num_heads, int8)
+        of_others = [graph.cut(name, 1, MANY, axis=2) for name in bias]
+        others = graph.tokens(others, keys, values, parts, num_heads, int8, *of_others)
         new = graph.op("Concat", first, others, axis=1)
     inputs, outputs = ["hidden", MASK], {"new": new}
     if ramp is not None:
         inputs += [SECOND] if ramp.reader.needs_second_text else []
         inputs += ["previous"] if ramp.kind.sees_previous else []
         outputs |= graph.ramp(ramp, "hidden", new)
-    return graph.serialized(inputs, outputs)
+    return graph.serialized(inputs + bias, outputs)
 
 
 def last_layer(
@@ -112,13 +121,20 @@ def last_layer(
 ) -> bytes:
     """Return the graph of the last layer for the first token only, with the final classifier.
 
-    Inputs: `hidden` (B, S, H) and `mask` (B, S). Output: `logits` (B, C).
+    Inputs: `hidden` (B, S, H) and `mask` (B, S); if the layer has one, `attention_bias`
+    (1, A, S, S). Output: `logits` (B, C).
     """
-    graph = Graph()
+    graph, bias = Graph(), _bias(parts)
     keys, values = graph.keys_values("hidden", parts, first_int8)
     first = graph.cut("hidden", 0, 1)
-    new = graph.tokens(first, keys, values, parts, num_heads, first_int8)
-    return graph.serialized(["hidden", MASK], graph.ramp(ramp, "hidden", new))
+    of_first = [graph.cut(name, 0, 1, axis=2) for name in bias]
+    new = graph.tokens(first, keys, values, parts, num_heads, first_int8, *of_first)
+    return graph.serialized(["hidden", MASK, *bias], graph.ramp(ramp, "hidden", new))
+
+
+def _bias(parts: LayerParts) -> list[str]:
+    """Return the name of the attention bias, in a list that is empty if the layer has none."""
+    return [] if parts.bias_AD is None else [BIAS]
 
 
 def check_layer(parts: LayerParts, ramp: Ramp) -> None:
@@ -132,8 +148,6 @@ def check_layer(parts: LayerParts, ramp: Ramp) -> None:
             f"ramp.reads={ramp.kind.reads} has no ONNX graph, as its class has no method `onnx`; "
             "use runtime=torch"
         )
-    if parts.bias_AD is not None:
-        raise UserError("layers with an attention bias have no ONNX graph; use runtime=torch")
     if type(parts.activation).__name__ not in ACTIVATIONS:
         raise UserError(
             f"the activation {type(parts.activation).__name__} has no ONNX graph here, only these "
@@ -182,6 +196,15 @@ class Graph:
         )
         return states if parts.projection is None else self.linear(states, parts.projection)
 
+    def bias(self, bias_AD: Tensor) -> str:
+        """Add the attention bias of all tokens: `input_ids` (B, S) -> (1, A, S, S)."""
+        num = self.op("Gather", self.op("Shape", "input_ids"), self.integer(1))
+        place_S = self.op("Range", self.integer(0), num, self.integer(1))
+        keys_1S = self.op("Unsqueeze", place_S, self.integer([0]))
+        distance_SS = self.op("Sub", keys_1S, self.op("Unsqueeze", place_S, self.integer([1])))
+        index_SS = self.op("Add", distance_SS, self.integer(bias_AD.shape[1] // 2))
+        return self.op("Gather", self.constant(_values(bias_AD[None])), index_SS, axis=2)
+
     def keys_values(
         self, hidden: str, parts: LayerParts, int8: LayerRounding | None
     ) -> tuple[str, str]:
@@ -197,12 +220,14 @@ class Graph:
         parts: LayerParts,
         num_heads: int,
         int8: LayerRounding | None,
+        *bias: str,
     ) -> str:
         """Add the new states of the tokens that `hidden` holds: (B, T, H) -> (B, T, H)."""
         query = self.linear(hidden, parts.query, int8 and int8.attention)
         context = self.op(
-            "MultiHeadAttention", query, keys, values, "", MASK, domain=FUSED, num_heads=num_heads
-        )
+            "MultiHeadAttention", query, keys, values, "", MASK, *bias,
+            domain=FUSED, num_heads=num_heads,
+        )  # fmt: skip
         output = self.linear(context, parts.output, int8 and int8.output)
         between = self.norm(output, hidden, parts.attention_norm)
         name, domain, attributes = ACTIVATIONS[type(parts.activation).__name__]
@@ -265,9 +290,9 @@ class Graph:
             "SkipLayerNormalization", x, residual, gain, bias, domain=FUSED, epsilon=norm.eps
         )
 
-    def cut(self, x: str, start: int, end: int) -> str:
+    def cut(self, x: str, start: int, end: int, axis: int = 1) -> str:
         """Add the selection of the tokens from `start` to before `end`: (B, S, H) -> (B, T, H)."""
-        return self.op("Slice", x, *(self.integer([number]) for number in (start, end, 1)))
+        return self.op("Slice", x, *(self.integer([number]) for number in (start, end, axis)))
 
     def integer(self, numbers: int | list[int]) -> str:
         """Add a constant of int64."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from deebert.errors import UserError
 from deebert.inference import onnx_graphs
 from deebert.inference.graph_runtimes import Block, GraphRuntime
-from deebert.models.architectures import EmbeddingParts, LayerParts
+from deebert.models.layer_parts import EmbeddingParts, LayerParts, bias_of_tokens
 from deebert.models.quantization import LayerRounding
 from deebert.models.ramps import Ramp
 
@@ -91,7 +91,7 @@ class OnnxLayer:
             hidden_BSH: the states before the layer.
             mask_B11S: True at real tokens; None if there is no padding.
         """
-        [new_BSH] = self._whole(hidden_BSH, _mask(hidden_BSH, mask_B11S))
+        [new_BSH] = self._whole(hidden_BSH, _mask(hidden_BSH, mask_B11S), *self._bias(hidden_BSH))
         return new_BSH
 
     def with_ramp(
@@ -122,12 +122,14 @@ class OnnxLayer:
             if previous_BC is None:
                 previous_BC = hidden_BSH.new_zeros(len(hidden_BSH), num_labels)
             tensors.append(previous_BC)
+        tensors += self._bias(hidden_BSH)
         new_BSH, logits_BC, *learned_score_B1 = self._with_ramp(*tensors)
         return new_BSH, (logits_BC, learned_score_B1[0].squeeze(-1) if learned_score_B1 else None)
 
     def answer(self, hidden_BSH: Tensor, mask_B11S: Tensor | None) -> Tensor:
         """Run the last layer and the final classifier: (B, S, H) -> logits (B, C)."""
-        [logits_BC] = self._answer(hidden_BSH, _mask(hidden_BSH, mask_B11S))
+        mask_BS = _mask(hidden_BSH, mask_B11S)
+        [logits_BC] = self._answer(hidden_BSH, mask_BS, *self._bias(hidden_BSH))
         return logits_BC
 
     def keys_values(self, hidden_BSH: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +142,8 @@ class OnnxLayer:
     ) -> Tensor:
         """Compute the new state of the first token: (B, S, H) -> (B, 1, H)."""
         mask_BS = _mask(hidden_BSH, mask_B11S)
-        [new_B1H] = self._first(hidden_BSH[:, :1], keys_BSH, values_BSH, mask_BS)
+        bias = self._bias(hidden_BSH, 0, 1)
+        [new_B1H] = self._first(hidden_BSH[:, :1], keys_BSH, values_BSH, mask_BS, *bias)
         return new_B1H
 
     def others(
@@ -150,8 +153,20 @@ class OnnxLayer:
         if hidden_BSH.shape[1] == 1:
             return hidden_BSH[:, 1:]
         mask_BS = _mask(hidden_BSH, mask_B11S)
-        [new_BTH] = self._others(hidden_BSH[:, 1:], keys_BSH, values_BSH, mask_BS)
+        bias = self._bias(hidden_BSH, 1)
+        [new_BTH] = self._others(hidden_BSH[:, 1:], keys_BSH, values_BSH, mask_BS, *bias)
         return new_BTH
+
+    def _bias(self, hidden_BSH: Tensor, start: int = 0, end: int | None = None) -> list[Tensor]:
+        """Return the attention bias of the tokens from `start` to before `end`: [(1, A, T, S)].
+
+        The list is empty if the layer has no bias.
+        """
+        if self.parts.bias_AD is None:
+            return []
+        num_keys = hidden_BSH.shape[1]
+        num = (num_keys if end is None else end) - start
+        return [bias_of_tokens(self.parts.bias_AD, start, num, num_keys)[None]]
 
     # The graphs. Each is built and loaded the first time that it is used.
 

@@ -39,7 +39,7 @@ from deebert.export.onnx_runner import Block, ExitRule, Runner, RunnerError
 from deebert.export.rule_graph import rule_graph
 from deebert.inference.engine import Engine
 
-TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
+TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 # Runs a file where nothing can be imported but what the runner may need.
 ALONE = """
@@ -325,9 +325,10 @@ def test_nan_is_answered_at_full_depth(tmp_path: Path) -> None:
         assert np.isfinite(actual.logits_NC).all()
 
 
-def test_longer_than_the_model_takes(tmp_path: Path) -> None:
-    model, rule = model_of("bert"), rules.named("entropy", 3)
-    inputs = inputs_of("bert", [500, 3])
+@pytest.mark.parametrize("model_type", ["bert", "mpnet"])
+def test_longer_than_the_model_takes(model_type: str, tmp_path: Path) -> None:
+    model, rule = model_of(model_type), rules.named("entropy", 3)
+    inputs = inputs_of(model_type, [500, 3])
     actual = written(tmp_path / "model", model, rule).run(inputs, 0.5)
     expected = Engine(model, rule, 0.5).run(inputs)
     torch.testing.assert_close(torch.from_numpy(actual.logits_NC), expected.logits_NC, **CLOSE)

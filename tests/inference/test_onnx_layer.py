@@ -15,7 +15,7 @@ from deebert.inference.split_layer import SplitLayer
 from deebert.models.quantization import LayerRounding, Rounding
 
 RUNTIMES = ("onnx", "openvino")
-TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
+TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet")
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
@@ -122,8 +122,6 @@ def test_what_it_cannot_do():
     rule, bert = rule_of("entropy"), model_of("bert")
     with pytest.raises(UserError, match="float32 or int8, not on cpu in bfloat16"):
         Engine(bert, rule, 0.0, runtime="onnx", precision="bfloat16")
-    with pytest.raises(UserError, match="layers with an attention bias have no ONNX graph"):
-        Engine(model_of("mpnet"), rule, 0.0, runtime="onnx")
     with pytest.raises(UserError, match="runtime=onnx needs layers that can be split"):
         Engine(model_of("modernbert"), rule, 0.0, runtime="onnx")
     with pytest.raises(UserError, match="runtime"):
