@@ -23,6 +23,7 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers.ports import free_port
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from matplotlib.figure import Figure
 
@@ -64,6 +65,8 @@ def command(script: str, *overrides: str) -> None:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MASTER_PORT", str(free_port()))  # for trainer.strategy=ddp
+            # Hydra composes each config once more, only to read hydra.mode, which no test sets.
+            patch.setattr(Hydra, "get_mode", lambda *_, **__: None)
             if script == "-m":
                 module, *overrides = overrides
                 patch.setattr(sys, "argv", [module, *overrides])

@@ -1,13 +1,12 @@
 """evaluate.py with a clock: timing=, precision=, target_speedup=."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, results
+from conftest import results
+from helpers import forked
 
 pytestmark = pytest.mark.slow
 
@@ -62,11 +61,10 @@ def test_layers_in_onnx_runtime(run: Run, stage2: Path, tmp_path: Path) -> None:
 
 def test_onnx_runtime_takes_the_threads_it_is_given(stage2: Path, tmp_path: Path) -> None:
     """In a process of its own: they are started once."""
-    command = [
-        sys.executable, "evaluate.py", f"ckpt={stage2}", "threshold=0.69", "timing=all",
+    done = forked.run(
+        "evaluate.py", f"ckpt={stage2}", "threshold=0.69", "timing=all",
         "runtime=onnx", "threads=2", "repeats=1", "logger=csv", f"hydra.run.dir={tmp_path}",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     [case] = results(tmp_path)["timing"]
     assert (case["runtime"], case["threads"]) == ("onnx", 2), "OMP_NUM_THREADS says 1"

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -147,9 +148,11 @@ def cluster() -> Iterator[dict[str, str]]:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
+                start_new_session=True,
             )
             stack.enter_context(node)  # waits for its end
-            stack.callback(node.terminate)
+            # A node that is told to end waits for each of its processes: a quarter of a minute.
+            stack.callback(os.killpg, node.pid, signal.SIGKILL)
             lines = list(takewhile(lambda line: "Ray runtime started" not in line, node.stdout))
             assert node.poll() is None, "".join(lines)
         yield token

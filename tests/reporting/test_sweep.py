@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, TINY, CommandFailed, command, results
 from filelock import FileLock
+from helpers import forked
 from helpers import results as made_by_hand
 from helpers.timed import timed
 from hydra.types import RunMode
@@ -364,10 +365,8 @@ def test_a_killed_worker_is_named(glue: Path, tmp_path: Path) -> None:
         "+callbacks.kill._target_=helpers.kills.Kill", "+callbacks.kill.hook=on_fit_start,none",
         f"hydra.sweep.dir={tmp_path / 'sweep'}",
     ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "train.py", "-m", *words], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, timeout=200,
-    )  # fmt: skip
+    path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = forked.run("train.py", "-m", *words, env=os.environ | path)
     assert done.returncode == 1
     assert "TerminatedWorkerError" in done.stderr
     assert f"sweep: {tmp_path / 'sweep' / 'sweep.md'}" in done.stdout

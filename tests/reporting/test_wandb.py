@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, CommandFailed
+from helpers import forked
 from helpers import results as made_by_hand
 from helpers.disks import of_other_modes
 from helpers.timed import timed
@@ -218,8 +219,7 @@ def train(folder: Path, *words: str, **environment: str) -> subprocess.Completed
     """Train in a process of its own, without the variables of W&B that the tests set."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     own |= {"PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, "train.py", *LOGGED, *words, f"hydra.run.dir={folder}"]
-    return subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=200)
+    return forked.run("train.py", *LOGGED, *words, f"hydra.run.dir={folder}", env=own)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, CommandFailed, mrpc_rows, results, write_rows
+from helpers import forked
 from helpers.ports import free_port
 
 Run = Callable[..., str]
@@ -168,22 +169,20 @@ def test_resume_gives_the_weights_of_the_unbroken_run(
     if stage == 1:
         overrides = ["task=mrpc", "stage=1", *TINY, f"data.root={glue}", "stages.1.epochs=4", "stages.1.lr=1e-3"]  # fmt: skip
     else:
-        overrides = ["stage=2", f"ckpt={stage1}", "logger=csv", "stages.2.epochs=20"]
-    epochs = 4 if stage == 1 else 20
+        overrides = ["stage=2", f"ckpt={stage1}", "logger=csv", "stages.2.epochs=10"]
+    epochs = 4 if stage == 1 else 10
     killed = tmp_path / "killed"
     printed = tmp_path / "told"
-    with printed.open("w") as to:
-        process = subprocess.Popen(
-            [sys.executable, "train.py", *overrides, f"hydra.run.dir={killed}"], cwd=ROOT, stderr=to, stdout=to
-        )  # fmt: skip
+    words = ["train.py", *overrides, f"hydra.run.dir={killed}"]
+    process = forked.start(*words, out=printed, err=printed)
     last = killed / "checkpoints" / "last.ckpt"
     deadline = time.time() + 120
-    while not last.exists() and time.time() < deadline and process.poll() is None:
+    while not last.exists() and time.time() < deadline and process.exitcode is None:
         time.sleep(0.01)
-    process.send_signal(signal_number)
-    code = process.wait()
+    os.kill(process.pid, signal_number)
+    process.join()
     if signal_number == signal.SIGTERM:
-        assert code == 143
+        assert process.exitcode == 143
         assert printed.read_text().splitlines()[-1:] == [f"Stopped by SIGTERM; to go on after the last epoch that ended: python train.py resume={killed}"]  # fmt: skip
     assert torch.load(last, weights_only=True)["epoch"] < epochs - 1, "killed too late to tell"
     run("train.py", f"resume={killed}", "logger=csv", f"hydra.run.dir={tmp_path / 'resumed'}")
@@ -196,14 +195,14 @@ def test_resume_gives_the_weights_of_the_unbroken_run(
 @pytest.mark.slow
 def test_evaluation_is_stopped_while_it_times(stage2: Path, tmp_path: Path) -> None:
     printed, log = tmp_path / "said", tmp_path / "run" / "evaluate.log"
-    command = [sys.executable, "evaluate.py", f"ckpt={stage2}", "threshold=0.3", "timing=1", "repeats=1000000", f"hydra.run.dir={tmp_path / 'run'}"]  # fmt: skip
-    with printed.open("w") as to:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=to, stderr=to)
+    words = ["evaluate.py", f"ckpt={stage2}", "threshold=0.3", "timing=1", "repeats=1000000", f"hydra.run.dir={tmp_path / 'run'}"]  # fmt: skip
+    process = forked.start(*words, out=printed, err=printed)
     try:
-        while process.poll() is None and not (log.exists() and "timing" in log.read_text()):
+        while process.exitcode is None and not (log.exists() and "timing" in log.read_text()):
             time.sleep(0.05)
         process.terminate()
-        assert process.wait(60) == 143
+        process.join(60)
+        assert process.exitcode == 143
     finally:
         process.kill()
     assert "Traceback" not in printed.read_text()
@@ -221,17 +220,17 @@ def runs(process: str) -> bool:
 @pytest.mark.slow
 def test_spawned_processes_are_stopped_too(stage1: Path, tmp_path: Path) -> None:
     """Left alone they would train on without end."""
-    command = [sys.executable, "train.py", "stage=2", f"ckpt={stage1}", "logger=csv", "stages.2.epochs=1000000", "stages.2.cache=false", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp_spawn", f"hydra.run.dir={tmp_path / 'run'}"]  # fmt: skip
+    words = ["train.py", "stage=2", f"ckpt={stage1}", "logger=csv", "stages.2.epochs=1000000", "stages.2.cache=false", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp_spawn", f"hydra.run.dir={tmp_path / 'run'}"]  # fmt: skip
     printed, last = tmp_path / "told", tmp_path / "run" / "checkpoints" / "last.ckpt"
-    with printed.open("w") as to:
-        environment = os.environ | {"MASTER_PORT": str(free_port())}
-        process = subprocess.Popen(command, cwd=ROOT, stdout=to, stderr=to, env=environment)
+    environment = os.environ | {"MASTER_PORT": str(free_port())}
+    process = forked.start(*words, out=printed, err=printed, env=environment)
     try:
-        while process.poll() is None and not last.exists():
+        while process.exitcode is None and not last.exists():
             time.sleep(0.05)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.terminate()
-        assert process.wait(60) == 143
+        process.join(60)
+        assert process.exitcode == 143
         deadline = time.time() + 30  # Python's own helper process ends a little later
         while (left := [child for child in children if runs(child)]) and time.time() < deadline:
             time.sleep(0.05)
@@ -320,11 +319,10 @@ def test_a_checkpoint_cannot_name_what_resume_calls(
 @pytest.mark.slow
 def test_spawned_processes_report_too(run: Run, glue: Path, tmp_path: Path) -> None:
     """What the refusal of ddp in a multirun recommends."""
-    command = [
-        sys.executable, "train.py", "-m", "task=mrpc", "seed=1", *TINY, f"data.root={glue}", "stages.1.epochs=1",
+    done = forked.run(
+        "train.py", "-m", "task=mrpc", "seed=1", *TINY, f"data.root={glue}", "stages.1.epochs=1",
         "trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp_spawn", f"hydra.sweep.dir={tmp_path}",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Score of every ramp: mrpc, validation (40 rows)" in done.stdout
     assert results(tmp_path / "0")["num_rows"] == 40
@@ -352,12 +350,11 @@ def test_two_processes_train_and_score_as_one(run: Run, tmp_path: Path) -> None:
     write_rows(tmp_path / "mrpc", "train", mrpc_rows("train", 96))
     write_rows(tmp_path / "mrpc", "validation", mrpc_rows("validation", 150))  # 3 batches of 64
     folder, single = tmp_path / "run", tmp_path / "single"
-    command = [
-        sys.executable, "train.py", "task=mrpc", *TINY, f"data.root={tmp_path}", "stages.1.epochs=1",
+    done = forked.run(
+        "train.py", "task=mrpc", *TINY, f"data.root={tmp_path}", "stages.1.epochs=1",
         "stages.1.lr=1e-3", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp",
         f"hydra.run.dir={folder}",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     run("evaluate.py", f"ckpt={folder}", "logger=csv", f"hydra.run.dir={single}")
     result, expected = results(folder), results(single)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, results
+from helpers import forked
 from helpers.disks import limited_files, of_other_modes
 
 from deebert import EarlyExitClassifier
@@ -29,10 +30,7 @@ CLOSING = {  # the last moment at which each kind of run has no results yet
 def process(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run train.py in a process of its own, which may import the tests' helpers."""
     own = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | environment
-    command = [sys.executable, "train.py", *map(str, words)]
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | own, capture_output=True, text=True, timeout=200
-    )
+    return forked.run("train.py", *words, env=os.environ | own)
 
 
 def kill(hook: str, function: str) -> str:
@@ -102,20 +100,19 @@ def test_resume_names_the_checkpoint_that_is_whole(
 def test_a_run_folder_takes_one_run_at_a_time(fails: Run, stage1: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = ["stage=2", f"ckpt={stage1}", "logger=csv", f"hydra.run.dir={folder}"]
-    command = [sys.executable, "train.py", *words, "stages.2.epochs=1000000"]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    first = forked.start("train.py", *words, "stages.2.epochs=1000000")
     try:
         # Before it has written a file of its own, and while it trains.
         for file in (folder / ".lock", folder / "checkpoints" / "last.ckpt"):
-            while not file.exists() and first.poll() is None:
+            while not file.exists() and first.exitcode is None:
                 time.sleep(0.02)
             line = fails("train.py", *words, "stages.2.epochs=1")
             assert line == f"Error: hydra.run.dir={folder}: another run is writing into it; choose another hydra.run.dir, or leave it out"  # fmt: skip
         assert "stages.2.epochs=1000000" in (folder / ".hydra" / "overrides.yaml").read_text()
-        assert first.poll() is None, "it goes on"
+        assert first.exitcode is None, "it goes on"
     finally:
         first.kill()
-        first.wait()
+        first.join()
     assert "of another run, and a run folder is never reused" in fails("train.py", *words)
     assert "stages.2.epochs=1000000" in (folder / ".hydra" / "overrides.yaml").read_text()
 
