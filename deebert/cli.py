@@ -137,6 +137,17 @@ def usage() -> str:
     )
 
 
+def share_hydra_store() -> None:
+    """Let Hydra read its store of configs instead of a copy of it.
+
+    For each config group that `--help` lists Hydra copies the whole store, which takes half of the
+    time of `--help`. Nothing writes into these copies.
+    """
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.__deepcopy__ = lambda store, memo: store
+
+
 def _run_hydra(name: str, arguments: list[str]) -> None:
     import hydra
 
@@ -146,6 +157,7 @@ def _run_hydra(name: str, arguments: list[str]) -> None:
         refuse(error)
     if name == "evaluate":
         refuse_moved(arguments)
+    share_hydra_store()
     _command_line[:] = sys.argv
     sys.argv[1:] = arguments
     job = {"train": train, "evaluate": evaluate}[name]

@@ -35,21 +35,16 @@ def tempered(rule: Rule, logits_NLC: Tensor, labels_N: Tensor) -> Rule:
 def _temperature(logits_NC: Tensor, labels_N: Tensor) -> float:
     """Find the temperature between 0.05 and 20 with the least cross-entropy.
 
-    The cross-entropy is convex in 1 / temperature, so a ternary search finds it.
+    The cross-entropy is convex in 1 / temperature, so it has one minimum.
     """
+    from scipy.optimize import minimize_scalar
 
     def loss(log_temperature: float) -> float:
         logits = logits_NC / math.exp(log_temperature)
         return torch.nn.functional.cross_entropy(logits, labels_N).item()
 
-    low, high = math.log(0.05), math.log(20)
-    while high - low > 0.02:
-        third = (high - low) / 3
-        if loss(low + third) < loss(high - third):
-            high -= third
-        else:
-            low += third
-    return math.exp((low + high) / 2)
+    bounds = math.log(0.05), math.log(20)
+    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)
 
 
 def with_prior(record: Record, task: Task, rule: Rule, saving: float) -> Rule:

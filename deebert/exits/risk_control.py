@@ -73,12 +73,7 @@ def smallest_limit(num_rows: int, delta: float | None) -> float:
     """
     if delta is None:
         return 1 / (num_rows + 1)
-    low, high = 0.0, 1.0
-    while high - low > 1e-6:
-        middle = (low + high) / 2
-        passes = p_value(0, None, num_rows, middle, delta) <= delta
-        low, high = (low, middle) if passes else (middle, high)
-    return high
+    return -math.expm1(math.log(delta) / num_rows)  # where no loss has the probability delta
 
 
 def learn_then_test(
