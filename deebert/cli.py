@@ -63,7 +63,7 @@ COMMANDS = {
         "sum up the jobs of a multirun folder",
     ),
     "dashboard": Command(
-        "deebert.reporting.dashboard", "DashboardOptions", "run", "project=my-team/deebert",
+        "deebert.reporting.wandb", "DashboardOptions", "run", "project=my-team/deebert",
         "save the W&B dashboard as a view",
     ),
 }  # fmt: skip

@@ -4,12 +4,16 @@ Tables are for the terminal and for Markdown. All of these can be made again fro
 alone. The module does not know models or data.
 """
 
+import base64
+import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from functools import cache
+from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from textwrap import wrap
@@ -20,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from deebert.disk import whole_files
+from deebert.options import job_command
 from deebert.reporting import plots
-from deebert.reporting.html import html_report
 from deebert.reporting.markdown import text
 from deebert.reporting.results import SCHEMA, Environment, Results
 from deebert.reporting.tables import more_tables, notes, tables
@@ -150,6 +154,29 @@ def markdown(results: Results) -> str:
 
 def _row(cells: list[str]) -> str:
     return f"| {' | '.join(map(text, cells))} |"
+
+
+def html_report(results: Mapping[str, Any]) -> str:
+    """Return the text of report.html, one file that shows the trade-off of score against saving.
+
+    The template is report.html of this package, which holds all style and drawing. The results are
+    put into it as JSON. The report opens from a file, loads nothing, and shows every text of the
+    results as text only.
+
+    Raises:
+        ValueError: a number in `results` is NaN or infinite.
+    """
+    template = (
+        resources.files("deebert.reporting").joinpath("report.html").read_text(encoding="utf-8")
+    )
+    template = template.replace("EVALUATE", job_command("evaluate"), 1)
+    script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)
+    assert script is not None
+    # With this Content-Security-Policy the browser runs this one script and loads nothing.
+    digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
+    # Without a "<" no text of the results can end the element of the JSON or begin another one.
+    data = json.dumps(results, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return template.replace("SCRIPT_DIGEST", digest, 1).replace("RESULTS_JSON", data, 1)
 
 
 def title(results: Results) -> str:

@@ -1,12 +1,14 @@
 """The typed form of the results of a split in results.json: a dataclass for each block.
 
 A field without a default is a key that every file has. A field whose default is None is a key that
-a file may lack. `plain` writes any block, `read_block` reads one. The module computes
-nothing, and does not know runs, targets or files.
+a file may lack. `plain` writes any block, `read_block` reads one. The module computes only the
+numbers by which a sweeper compares jobs, and does not know runs, targets or files.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from itertools import pairwise
 from typing import Any, Self, TypeVar
 
 Thresholds = float | list[float]  # one for all ramps, or L-1
@@ -347,3 +349,43 @@ class SplitResults:
             examples=examples,
             analysis=Analysis.from_json(values.get("analysis") or NO_ANALYSIS),
         )
+
+    def area(self) -> float | None:
+        """Return the area under score against saving, as a mean score over all possible savings.
+
+        The largest possible saving is that of leaving at the first layer, 1 - 1/L. A saving that
+        the exit rule cannot reach counts as a score of 0.
+
+        Returns:
+            The area, or None without labels and with untrained ramps.
+        """
+        points = self._scored()
+        if not points or self.num_layers < 2:
+            return None
+        under = sum((b - a) * (low + high) / 2 for (a, low), (b, high) in pairwise(points))
+        return under / (1 - 1 / self.num_layers)
+
+    def score_at(self, saving: float) -> float | None:
+        """Return the score at a saving, in a straight line between the two nearest points.
+
+        Args:
+            saving: share of the layers. Above the largest saving of the exit rule, the score is
+                that of the largest.
+
+        Returns:
+            The score, or None without labels and with untrained ramps.
+        """
+        points = self._scored()
+        if not points:
+            return None
+        above = bisect_left(points, saving, key=lambda point: point[0])
+        if above in (0, len(points)):
+            return points[min(above, len(points) - 1)][1]
+        (a, low), (b, high) = points[above - 1 : above + 1]
+        return low + (high - low) * (saving - a) / (b - a)
+
+    def _scored(self) -> list[tuple[float, float]]:
+        """Return saving and score of each point with a score, by growing saving."""
+        points = self.trade_off or ()
+        scored = [(each.expected_saving, each.score) for each in points if each.score is not None]
+        return sorted(scored) if len(scored) > 1 else []

@@ -14,7 +14,6 @@ from typing import Any
 
 from deebert.errors import UserError, first_line
 from deebert.models.trained_ramps import trains_ramps
-from deebert.reporting import trade_off
 from deebert.reporting.results import Results, TimedCase
 from deebert.reporting.split_results import Outcome, SplitResults, Thresholds
 from deebert.untrusted import plain_files
@@ -205,7 +204,7 @@ def _measured(results: Results) -> list[dict[str, Any]]:
     else:
         splits = {part.split: _points(part, results.objective) for part in results.splits}
     times = _times(results.timing or [])
-    areas = {part.split: trade_off.area(part) for part in results.splits}
+    areas = {part.split: part.area() for part in results.splits}
     measured = []
     for split, points in splits.items():
         for threshold, outcome in points:

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 
 from deebert.errors import UserError, is_number
 from deebert.options import drop_stdout
-from deebert.reporting import report, trade_off
+from deebert.reporting import report
 from deebert.reporting.results import Results
 
 log = logging.getLogger(__name__)
@@ -115,4 +115,4 @@ def finish(
         optimize = "area" if results.stage == 2 and part.trade_off else "score"
     if optimize == "score":
         return part.exits[-1].score
-    return trade_off.area(part) if optimize == "area" else trade_off.score_at(part, optimize)
+    return part.area() if optimize == "area" else part.score_at(optimize)

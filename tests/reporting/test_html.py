@@ -13,7 +13,7 @@ import pytest
 from helpers.evaluations import HOSTILE, LAYERS, LENGTH_BINS, bare_results, full_results
 from helpers.timed import timed
 
-from deebert.reporting.html import html_report
+from deebert.reporting.report import html_report
 
 pytestmark = pytest.mark.slow
 

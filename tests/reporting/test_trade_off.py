@@ -11,7 +11,6 @@ from helpers.job_values import KEEP, value
 from deebert.reporting.results import Results
 from deebert.reporting.split_results import SplitResults
 from deebert.reporting.sweep_rows import rows
-from deebert.reporting.trade_off import area, score_at
 
 Run = Callable[..., str]
 
@@ -25,14 +24,14 @@ def part(*points: tuple[float | None, float], num_layers: int = 5) -> SplitResul
 def test_the_area_by_hand() -> None:
     # .9 up to a half of the way, and down to .5 at the end: (.4 x .9 + .4 x .7) / .8
     whole = part((0.9, 0.0), (0.9, 0.4), (0.5, 0.8))
-    assert area(whole) == pytest.approx(0.8)
-    assert [score_at(whole, saving) for saving in (0, 0.2, 0.4, 0.6, 0.8, 0.9)] == pytest.approx(
+    assert whole.area() == pytest.approx(0.8)
+    assert [whole.score_at(saving) for saving in (0, 0.2, 0.4, 0.6, 0.8, 0.9)] == pytest.approx(
         [0.9, 0.9, 0.9, 0.7, 0.5, 0.5]
     )
-    assert area(part((0.9, 0.0), (0.9, 0.4))) == pytest.approx(0.45), "it saves no more than 40 %"
-    assert area(part((0.5, 0.8), (0.9, 0.4), (0.9, 0.0))) == pytest.approx(0.8), "in any order"
+    assert part((0.9, 0.0), (0.9, 0.4)).area() == pytest.approx(0.45), "it saves no more than 40 %"
+    assert part((0.5, 0.8), (0.9, 0.4), (0.9, 0.0)).area() == pytest.approx(0.8), "in any order"
     for nothing in (part(), part((None, 0.0), (None, 0.8)), part((0.9, 0.0))):
-        assert area(nothing) is score_at(nothing, 0.4) is None
+        assert nothing.area() is nothing.score_at(0.4) is None
 
 
 @pytest.mark.slow
@@ -44,7 +43,7 @@ def test_a_sweep_over_stage_2_is_told_what_stage_2_changes(
     jobs = [results(tmp_path / name) for name in "01"]
     assert jobs[0]["exits"][-1] == jobs[1]["exits"][-1]
     values = [value(tmp_path / name) for name in "01"]
-    assert values == [area(Results.from_json(job).headline) for job in jobs]
+    assert values == [Results.from_json(job).headline.area() for job in jobs]
     assert values[0] != values[1]
     # The table of the sweep tells it, too.
     assert {row["area"] for row in rows(tmp_path)} == set(values)
@@ -59,10 +58,10 @@ def test_optimize_chooses_the_value(
     full = headline.exits[-1].score
     for i, (overrides, expected) in enumerate(
         (
-            ((), area(headline)),
-            (("optimize=area",), area(headline)),
+            ((), headline.area()),
+            (("optimize=area",), headline.area()),
             (("optimize=score",), full),
-            (("optimize=0.4",), score_at(headline, 0.4)),
+            (("optimize=0.4",), headline.score_at(0.4)),
             (("optimize=score", "target_saving=0.3"), full),
             (("optimize=0", "threshold=0.69"), full),
         )

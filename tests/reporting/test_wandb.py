@@ -18,7 +18,7 @@ from helpers.disks import of_other_modes
 from helpers.timed import timed
 
 from deebert.errors import UserError
-from deebert.reporting import dashboard, wandb
+from deebert.reporting import wandb
 from deebert.reporting.results import Results
 from deebert.training import loggers
 
@@ -48,7 +48,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 def charted() -> Iterator[str]:
     """The pattern of every name that the dashboard draws."""
-    for section in dashboard.workspace("me", "deebert").sections:
+    for section in wandb.workspace("me", "deebert").sections:
         for panel in section.panels:
             listed = [getattr(panel, "x", None), *_list(getattr(panel, "y", None))]
             listed += getattr(panel, "media_keys", [])
@@ -289,7 +289,7 @@ def test_the_dashboard_that_cannot_be_saved(
     monkeypatch.setenv("NETRC", str(tmp_path / "no account"))
     for place, message in (("me/deebert", "the view was not saved, W&B says: No API key"), ("deebert", "deebert is no project; give ENTITY/PROJECT")):  # fmt: skip
         with pytest.raises(UserError, match=message):
-            dashboard.run(dashboard.DashboardOptions(place))
+            wandb.run(wandb.DashboardOptions(place))
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)  # not installed
     with pytest.raises(UserError, match=r"pip install 'deebert\[dashboard\]'"):
-        dashboard.run(dashboard.DashboardOptions("me/deebert"))
+        wandb.run(wandb.DashboardOptions("me/deebert"))
