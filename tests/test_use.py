@@ -66,8 +66,11 @@ def test_files(
 
 
 @pytest.mark.slow
-def test_export(stage2: Path, tmp_path: Path) -> None:
-    python(command("deebert export"), stage2, tmp_path)
+def test_export(
+    run: Callable[..., str], stage2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run("-m", *(word.replace("RUN", str(stage2)) for word in command("deebert export")))
     (tmp_path / "texts.jsonl").write_text('["a fine film", "a film"]\n["no", "yes"]\n')
     words = command("python exported/runner.py")[:3]  # without its < and >
     with (tmp_path / "texts.jsonl").open() as given:

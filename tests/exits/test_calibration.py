@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -71,6 +72,7 @@ TRUTH = simulated(200_000, seed=99)
 GRID = RULE.grid()
 
 
+@cache
 def true_risks(loss: str) -> torch.Tensor:
     return losses(TRUTH, task("sst2"), RULE, GRID, loss).double().mean(0)
 

@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from deebert.exits.records import Record
 CONF = ROOT / "conf" / "task"
 
 
+@cache
 def task(name: str) -> Task:
     return Task.from_config(OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml")))
 

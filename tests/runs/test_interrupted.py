@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -149,11 +148,8 @@ def test_the_files_of_a_run_have_the_modes_of_the_umask(stage2: Path) -> None:
 def test_killed_in_chosen_moments(tmp_path: Path) -> None:
     """The short version of the benchmark: TMPDIR is on another file system where there is one."""
     other = Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path
-    command = [sys.executable, "benchmarks/kills.py", "--random=0", "--checkpoint=1", "--closing=1"]
-    done = subprocess.run(
-        [*command, f"--tmpdir={other}", f"--out={tmp_path}"],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
+    words = ["benchmarks/kills.py", "--random=0", "--checkpoint=1", "--closing=1"]
+    done = forked.run(*words, f"--tmpdir={other}", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "kills.json").read_text())
     assert [(row["kind"], row["difference"]) for row in content["rows"]] == [("checkpoint", None), ("closing", None)]  # fmt: skip

@@ -14,23 +14,27 @@ from deebert.training import progress
 
 Run = Callable[..., str]
 
-# Options of the Trainer that a training takes; the others are refused (test_keys.py).
+# Options of the Trainer that a training takes; the others are refused (test_keys.py). A line is a
+# run: what can be said together is.
 WORKING = (
-    "+trainer.fast_dev_run=true", "+trainer.fast_dev_run=2", "+trainer.limit_train_batches=2",
-    "+trainer.limit_train_batches=0.5", "+trainer.limit_val_batches=1", "+trainer.limit_val_batches=0",
-    "trainer.num_sanity_val_steps=2", "+trainer.accumulate_grad_batches=3", "trainer.gradient_clip_val=null",
-    "+trainer.gradient_clip_algorithm=norm", "trainer.precision=bf16-mixed", "trainer.precision=bf16-true",
-    "trainer.precision=64-true", "trainer.precision=16-mixed", "+trainer.detect_anomaly=true",
-    "+trainer.profiler=simple", "+trainer.profiler=advanced", "trainer.deterministic=true",
-    "trainer.deterministic=false", "+trainer.benchmark=true", "+trainer.max_time=00:00:10:00",
-    "+trainer.max_steps=5", "+trainer.min_epochs=1", "+trainer.min_steps=2",
+    "+trainer.fast_dev_run=true",
+    "+trainer.fast_dev_run=2",
+    "+trainer.limit_train_batches=2 +trainer.limit_val_batches=1 trainer.num_sanity_val_steps=2 "
+    "+trainer.accumulate_grad_batches=3 trainer.gradient_clip_val=null +trainer.profiler=simple "
+    "trainer.deterministic=true +trainer.min_epochs=1 +trainer.min_steps=2 +trainer.enable_progress_bar=true",
+    "+trainer.limit_train_batches=0.5 +trainer.limit_val_batches=0 +trainer.gradient_clip_algorithm=norm "
+    "+trainer.profiler=advanced trainer.deterministic=false +trainer.benchmark=true trainer.log_every_n_steps=1 "
+    "+trainer.enable_progress_bar=false",
+    "+trainer.detect_anomaly=true +trainer.max_time=00:00:10:00 trainer.enable_model_summary=true "
+    "+trainer.inference_mode=false +trainer.sync_batchnorm=true "
+    "+callbacks.bar._target_=lightning.pytorch.callbacks.RichProgressBar",
+    "trainer.precision=bf16-mixed", "trainer.precision=bf16-true",
+    "trainer.precision=64-true", "trainer.precision=16-mixed",
+    "+trainer.max_steps=5",
     "+trainer.enable_checkpointing=false callbacks.best=null callbacks.last=null",
-    "trainer.enable_model_summary=true", "+trainer.inference_mode=false", "+trainer.sync_batchnorm=true",
     "+trainer.plugins={_target_:lightning.pytorch.plugins.AsyncCheckpointIO}",
     "+trainer.check_val_every_n_epoch=2", "+trainer.val_check_interval=0.5",
-    "+trainer.check_val_every_n_epoch=null +trainer.val_check_interval=5", "trainer.log_every_n_steps=1",
-    "+trainer.enable_progress_bar=true", "+trainer.enable_progress_bar=false",
-    "+callbacks.bar._target_=lightning.pytorch.callbacks.RichProgressBar",
+    "+trainer.check_val_every_n_epoch=null +trainer.val_check_interval=5",
 )  # fmt: skip
 
 
