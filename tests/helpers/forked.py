@@ -22,24 +22,21 @@ SERVER.set_forkserver_preload(
 
 
 def start(
-    *words: object, out: str | Path = os.devnull, err: str | Path = os.devnull,
-    env: dict[str, str] | None = None,
+    *words: object, stdin: str | Path = os.devnull, out: str | Path = os.devnull,
+    err: str | Path = os.devnull, env: dict[str, str] | None = None,
 ) -> ForkServerProcess:  # fmt: skip
     """Start `python WORDS`, a script of the repository or `-m` and a module, in its top folder.
 
     Args:
         words: the command line after `python`.
+        stdin: the file, or the named pipe, for stdin.
         out: the file for stdout.
         err: the file for stderr.
         env: the environment; None for that of this process.
     """
-    arguments = (
-        list(map(str, words)),
-        str(out),
-        str(err),
-        dict(os.environ if env is None else env),
-    )
-    process = SERVER.Process(target=_run, args=arguments)
+    variables = dict(os.environ if env is None else env)
+    streams = [*map(str, (stdin, out, err))]
+    process = SERVER.Process(target=_run, args=(list(map(str, words)), streams, variables))
     process.start()
     return process
 
@@ -54,10 +51,12 @@ def run(*words: object, env: dict[str, str] | None = None) -> CompletedProcess[s
         return CompletedProcess(words, process.exitcode, out.read_text(), err.read_text())
 
 
-def _run(words: list[str], out: str, err: str, env: dict[str, str]) -> None:
-    for stream, name in ((1, out), (2, err)):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), stream)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+def _run(words: list[str], streams: list[str], env: dict[str, str]) -> None:
+    for stream, name in enumerate(streams):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND if stream else os.O_RDONLY
+        os.dup2(os.open(name, flags, 0o644), stream)
+    sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
+    sys.stderr = os.fdopen(2, "w", buffering=1)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(ROOT)

@@ -2,16 +2,17 @@
 
 import io
 import json
+import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import forked
 from helpers.tables import SAVING, command, many, read, rows, write
 
 from deebert import EarlyExitClassifier
@@ -32,10 +33,7 @@ def test_killed_and_started_again(
     whole, killed = tmp_path / "whole.csv", tmp_path / "killed.csv"
     options = [f"model={stage2}", f"input={given}", f"target_saving={SAVING}", "part_rows=10"]
     command(*options, f"output={whole}")
-    child = subprocess.Popen(
-        [sys.executable, "-m", "deebert", "predict", *options, f"output={killed}"],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    child = forked.start("-m", "deebert", "predict", *options, f"output={killed}")
     kill_at(lambda: num_parts(killed) >= 10, child)
     assert not killed.exists()
     before = num_parts(killed)
@@ -66,14 +64,15 @@ def num_parts(output: Path) -> int:
     return len(list(parts.parts_of(output).glob("0*.json")))
 
 
-def kill_at(reached: Callable[[], bool], child: subprocess.Popen) -> None:
+def kill_at(reached: Callable[[], bool], child: BaseProcess) -> None:
     deadline = time.monotonic() + 120
     while not reached():
-        assert child.poll() is None, "it ended before it could be killed"
+        assert child.exitcode is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.001)
     child.kill()
-    assert child.wait() == -signal.SIGKILL
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
 
 
 def interrupted(after: int) -> Callable[..., Iterator]:
@@ -198,14 +197,12 @@ def test_stdin(
     command(*options, f"input={given}", f"output={tmp_path / 'file.csv'}")
     from_stdin = [*options, "input=-", "format=csv", f"output={tmp_path / 'stdin.csv'}"]
     content = given.read_bytes()
-    child = subprocess.Popen(
-        [sys.executable, "-m", "deebert", "predict", *from_stdin], cwd=ROOT,
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    child.stdin.write(content[: len(content) // 2])
-    child.stdin.flush()
-    kill_at(lambda: num_parts(tmp_path / "stdin.csv") >= 3, child)
-    child.stdin.close()
+    os.mkfifo(tmp_path / "pipe")
+    child = forked.start("-m", "deebert", "predict", *from_stdin, stdin=tmp_path / "pipe")
+    with (tmp_path / "pipe").open("wb") as pipe:
+        pipe.write(content[: len(content) // 2])
+        pipe.flush()
+        kill_at(lambda: num_parts(tmp_path / "stdin.csv") >= 3, child)
 
     def stdin(content: bytes) -> None:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))

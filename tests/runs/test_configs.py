@@ -1,6 +1,7 @@
 """Every configuration composes, and every choice is used by somebody."""
 
 import inspect
+from functools import cache
 
 import pytest
 from helpers.configs import choices, composed
@@ -54,13 +55,18 @@ def test_every_rule(name: str) -> None:
     assert values == expected
 
 
+@cache
+def ramp(name: str) -> dict:
+    return OmegaConf.to_container(composed(f"ramp={name}").ramp)
+
+
 @pytest.mark.parametrize("name", choices("ramp"))
 def test_every_ramp(name: str) -> None:
     """It builds, says all that there is to say, and is no other one's double."""
-    values = OmegaConf.to_container(composed(f"ramp={name}").ramp)
+    values = ramp(name)
     kind = RampKind.from_config(values)
     assert list(values) == list(RampKind.__dataclass_fields__)
-    others = [OmegaConf.to_container(composed(f"ramp={other}").ramp) for other in choices("ramp")]
+    others = [ramp(other) for other in choices("ramp")]
     assert others.count(values) == 1
     assert (kind == PAPER) == (name == "first")
     ramps = make(8, 2, 0.1, 3, kind)
