@@ -1,5 +1,6 @@
 """The command `deebert`: its commands, its old names, completion, and the processes it starts."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY, results
 from helpers.ports import free_port
+from hydra.core.config_store import ConfigStore
 
 import deebert
 from deebert import cli
@@ -36,6 +38,16 @@ def test_help_lists_every_command(
     assert code is None
     assert names == ["train", "evaluate", "predict", "serve", "export", "sweep", "dashboard"]
     assert called(monkeypatch, capsys)[1] == printed
+
+
+def test_help_of_hydra_copies_no_store(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the time of --help was spent on 95 copies."""
+    _, printed, _ = called(monkeypatch, capsys, "train", "--help")
+    assert "exit: change, confident_patience" in printed
+    store = ConfigStore.instance()
+    assert copy.deepcopy([store])[0] is store
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

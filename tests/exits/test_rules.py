@@ -161,6 +161,12 @@ def test_temperatures_are_those_of_least_cross_entropy() -> None:
     rule = fitting.tempered(Rule("entropy", entropy, 4), logits_NLC, labels)
     assert rule.temperatures is not None
     assert torch.allclose(rule.temperatures, true, rtol=0.05)
+    for layer, best in enumerate(rule.temperatures.tolist()):
+        least, *others = (
+            torch.nn.functional.cross_entropy(logits_NLC[:, layer] / (best * factor), labels)
+            for factor in (1, 1.003, 1 / 1.003)
+        )
+        assert least < min(others), "to a part in a thousand"
     again = entropy(logits_NLC / rule.temperatures[:, None])
     assert torch.equal(rule(logits_NLC).score_NL, again)
 
