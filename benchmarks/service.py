@@ -221,7 +221,7 @@ def markdown(content: dict[str, Any]) -> str:
         f"{content['task']}), {content['at_once']} at once, with {len(content['targets'])} targets "
         f"that take turns; {content['repeats']} turns of each service; {where['cpus']} CPU cores "
         f"({where['device']}) for the service and its clients alike, torch "
-        f"{where['versions']['torch']}, litserve {content['litserve']}, commit "
+        f"{where['versions']['torch']}, commit "
         f"{(where['git_commit'] or 'unknown')[:7]}; {content['minutes']:.1f} minutes. Medians over "
         "the turns; *lost*: not answered with status 200, *wrong*: another label, exit layer, "
         "threshold or target than offline, both over all turns.",
@@ -262,8 +262,6 @@ def markdown(content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    import litserve
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="a run folder or saved model")
     parser.add_argument("--root", required=True, help="where the texts lie (data.root)")
@@ -292,7 +290,6 @@ def main() -> None:
         "repeats": given.repeats,
         "targets": TARGETS,
         "offline_seconds": offline_seconds,
-        "litserve": litserve.__version__,
         "environment": vars(report.environment()),
         "windows": {str(window): [] for window in WINDOWS_MS},
     }

@@ -40,7 +40,7 @@ TINY = ("backbone=tiny", "logger=csv", "data.max_length=64")
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 
-pytest_plugins = ("helpers.hostile_runs", "helpers.scale_commands")
+pytest_plugins = ("helpers.hostile_runs", "helpers.scale_commands", "helpers.services")
 # They are started first, so that no process is left with a long one at the end.
 LONGEST = (
     "test_scale.py", "test_scale_ray.py", "test_cli.py", "test_serve.py", "test_bad_input.py",

@@ -20,7 +20,8 @@ from deebert.export.rule_graph import rule_graph
 from deebert.options import import_modules, parse
 from deebert.predict.command import predict
 from deebert.predict.work import PredictOptions
-from deebert.serve.predictor import Predictor, described
+from deebert.serve.predictor import described
+from deebert.serve.replies import prepared, replies
 
 MODULE = '''
 from deebert import exit_rule
@@ -102,19 +103,17 @@ def test_everywhere(own: Path, stage2: Path, run: Callable[..., str]) -> None:
 
 def test_served(own: Path, stage2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from deebert.serve.command import ServeOptions
-    from deebert.serve.requests import Request
+    from deebert.serve.requests import Limits, Request, work
 
     import_modules(["my_rules_of_a_test"])
     classifier = EarlyExitClassifier.from_pretrained(stage2)
     thresholds = between(classifier, rules.named("my_rule", 2))
     options = ServeOptions(model=str(stage2), exit="my_rule", threshold=thresholds)
-    about = described(options)
+    about = described(classifier, options)
     assert about.exit == "my_rule"
-    predictor = Predictor(options, about)
-    predictor.classifier = classifier
-    predictor.metrics = type("Nothing", (), {"batch": lambda *_: None, "left": lambda *_: None})()
-    request = predictor.decode_request(Request(texts=[list(pair) for pair in PAIRS]))
-    [(_, reply)] = predictor.predict([request])
+    request = Request(texts=[list(pair) for pair in PAIRS])
+    work_of_it = work(request, Limits(len(PAIRS), 10_000), about.columns)
+    [(_, reply)] = replies(classifier, [prepared(classifier, 0, work_of_it, about.target)])
     expected = classifier.predict(PAIRS, exit="my_rule", threshold=thresholds)
     assert len(set(expected.exit_layers)) > 1
     assert list(reply.exit_layers) == expected.exit_layers

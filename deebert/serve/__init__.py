@@ -1,6 +1,7 @@
 """An HTTP service that answers texts: `deebert serve`.
 
-Inside: `command` (options), `server` (application and processes), `request_limits` (token, sizes,
-load), `requests` (JSON in and out), `replies` (requests run together), `predictor` (the process
-with the model), `metrics` (counts for Prometheus). Knows nothing of training and of files of rows.
+Inside: `command` (options), `server` (application, start and stop), `connections` (limits before a
+request is complete), `request_limits` (token and sizes), `requests` (JSON in and out), `pool` (the
+processes with the model), `predictor` (such a process), `replies` (requests run together),
+`metrics` (counts for Prometheus). Knows nothing of training and of files of rows.
 """

@@ -13,8 +13,6 @@ from deebert.options import ModelOptions, TargetOptions, option, refuse_rule_alo
 
 HERE = ("127.0.0.1", "::1", "localhost")  # addresses that only this machine reaches
 TOKEN = "DEEBERT_TOKEN"
-# LitServe checks a token of its own from this variable. `request_limits` checks it instead.
-LITSERVE_TOKEN = "LIT_SERVER_API_KEY"
 
 
 @dataclass
@@ -69,8 +67,7 @@ def checked(options: ServeOptions) -> ServeOptions:
             "waits for others"
         )
     if options.token is None:
-        given = [os.environ[name] for name in (TOKEN, LITSERVE_TOKEN) if name in os.environ]
-        options.token = given[0] if given else None
+        options.token = os.environ.get(TOKEN)
     if options.token is not None:
         options.token = options.token.strip()  # files with a secret end in a newline
     if options.token == "":
@@ -80,7 +77,6 @@ def checked(options: ServeOptions) -> ServeOptions:
             f"host={options.host} would let anyone in who reaches this machine: set {TOKEN}=SECRET "
             "in the environment, or say no_token=true"
         )
-    os.environ.pop(LITSERVE_TOKEN, None)
     return options
 
 
@@ -91,8 +87,8 @@ def run(options: ServeOptions) -> None:
         UserError: an option, the model or the default target is wrong, or the extra is missing.
     """
     options = checked(options)
-    for package in ("litserve", "prometheus_client"):
-        if find_spec(package) is None:  # imported later, once the folder of the metrics is set
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        if find_spec(package) is None:
             raise UserError(
                 f'the service needs {package}, which is not installed: pip install "deebert[serve]"'
             )

@@ -1,23 +1,12 @@
 """The counts of the service, in Prometheus' text format.
 
-The process that speaks HTTP and the processes that hold the model write to shared files (the
-multiprocess mode of `prometheus_client`), so each of them can report the sums. Knows nothing of
-models and HTTP.
+All are counted in the process that speaks HTTP. Knows nothing of models and HTTP.
 """
 
-import os
 from collections.abc import Iterable
-from pathlib import Path
 
-# prometheus_client reads it when it is imported, so `share` has to be called first.
-FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-
-
-def share(folder: Path) -> None:
-    """Set the folder of the counts for this process and the processes that it starts."""
-    os.environ[FOLDER] = str(folder)
 
 
 class Metrics:
@@ -29,37 +18,43 @@ class Metrics:
     """
 
     def __init__(self, num_layers: int) -> None:
-        from prometheus_client import Counter, Gauge, Histogram
+        from prometheus_client import (
+            CollectorRegistry,
+            Counter,
+            Gauge,
+            Histogram,
+            disable_created_metrics,
+        )
 
-        # The metrics are in no registry: `collected` reads the sums of all processes from files.
+        disable_created_metrics()
+        self._registry = registry = CollectorRegistry()
         self._requests = Counter(
-            "deebert_requests", "Requests by path and status", ["path", "status"], registry=None
+            "deebert_requests", "Requests by path and status", ["path", "status"], registry=registry
         )
         self._seconds = Histogram(
             "deebert_request_seconds",
             "From a request's first byte to its answer's last, in seconds",
             ["path"],
             buckets=SECONDS,
-            registry=None,
+            registry=registry,
         )
         self.in_progress = Gauge(
             "deebert_requests_in_progress",
             "Requests that are taken and not yet answered",
-            multiprocess_mode="livesum",
-            registry=None,
+            registry=registry,
         )
-        self._texts = Counter("deebert_texts", "Texts that were answered", registry=None)
+        self._texts = Counter("deebert_texts", "Texts that were answered", registry=registry)
         self._layers = Histogram(
             "deebert_exit_layer",
             "Layer that a text left at",
             buckets=range(1, num_layers + 1),
-            registry=None,
+            registry=registry,
         )
         self._batch_requests = Histogram(
-            "deebert_batch_requests", "Requests run together", buckets=COUNTS, registry=None
+            "deebert_batch_requests", "Requests run together", buckets=COUNTS, registry=registry
         )
         self._batch_texts = Histogram(
-            "deebert_batch_texts", "Texts run together", buckets=COUNTS, registry=None
+            "deebert_batch_texts", "Texts run together", buckets=COUNTS, registry=registry
         )
 
     def request(self, path: str, status: int, seconds: float) -> None:
@@ -84,12 +79,8 @@ class Metrics:
             self._texts.inc()
             self._layers.observe(layer)
 
+    def collected(self) -> tuple[bytes, str]:
+        """Return all counts as text, and its content type."""
+        from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-def collected() -> tuple[bytes, str]:
-    """Return the sums of all processes as text, and its content type."""
-    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-    from prometheus_client.multiprocess import MultiProcessCollector
-
-    registry = CollectorRegistry()
-    MultiProcessCollector(registry)
-    return generate_latest(registry), CONTENT_TYPE_LATEST
+        return generate_latest(self._registry), CONTENT_TYPE_LATEST

@@ -1,51 +1,43 @@
-"""The process of the service that holds the model: it takes requests from a queue and answers them.
+"""A process of the service that holds the model: it takes requests from a socket and answers them.
 
-The loop of LitServe polls its queue a thousand times a second while there is nothing to do (with a
-window of 0: without a pause), and its windows start at any time. `Together` sleeps until a request
-comes, and the window starts with that request. Knows nothing of HTTP.
+One thread receives and encodes requests while the other runs the model. `pool` starts the process
+and is at the other end of the socket. Knows nothing of HTTP.
 """
 
 import logging
 import os
+import pickle
 import signal
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
-from multiprocessing import connection, parent_process
-from queue import Empty
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
 
-import litserve
-from litserve.loops import LitLoop
-from litserve.utils import LitAPIStatus, LoopResponseType
-from starlette.responses import Response
-
+from deebert.errors import UserError
 from deebert.options import engine_of, import_modules, target_of
 from deebert.reporting.split_results import plain
-from deebert.serve.metrics import Metrics
-from deebert.serve.replies import Reply, replies
-from deebert.serve.requests import UNFIT, Answer, Limits, Refused, Request, Work, work
+from deebert.serve.replies import Prepared, Reply, prepared, replies
+
+if TYPE_CHECKING:
+    from deebert.classifier import EarlyExitClassifier
 
 log = logging.getLogger(__name__)
 
-PATH = "/predict"
-# The time of one wait for a request. If this process is killed while it waits, a request that comes
-# within this time is lost.
-WAIT_SECONDS = 1.0
-END = None  # the last item in the queue of requests
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LAST_BATCH_SECONDS = 10  # the time in which a process without work has to end
 LOG_FORMAT = "%(asctime)s %(name)s: %(message)s"
-NO_SPEEDUPS = (
-    "target_speedup= is not met here, since what layers cost was not measured when the service "
-    "was started (speedups=true); target_saving= is"
-)
-PACKAGES = ("deebert", "litserve", "torch", "transformers")
+PACKAGES = ("deebert", "fastapi", "torch", "transformers", "uvicorn")
+LENGTH_BYTES = 4  # of the length before each message
 
 
 @dataclass(frozen=True)
 class About:
-    """A description of the model, for processes that do not hold it.
+    """A description of the model, for the process that does not hold it.
 
     Attributes:
         task: the name of the task.
@@ -71,16 +63,59 @@ class About:
     versions: dict[str, str]
 
 
-def described(options: Any) -> About:
-    """Load the model once to check it and its target, and measure the costs of its layers.
+@dataclass(frozen=True)
+class Unusable:
+    """The reason why the model cannot be served."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The numbers of requests and texts that are run together."""
+
+    requests: int
+    texts: int
+
+
+def packed(message: Any) -> bytes:
+    """Return a message for the other end of the socket: its length, then its pickle."""
+    content = pickle.dumps(message)
+    return len(content).to_bytes(LENGTH_BYTES) + content
+
+
+def loaded(options: Any, costs: tuple[float, ...] | None = None) -> "EarlyExitClassifier":
+    """Load the model.
+
+    Args:
+        options: a checked `command.ServeOptions`.
+        costs: the costs of the layers, if another process has measured them.
 
     Raises:
-        UserError: the model cannot be loaded, or cannot meet its target.
+        UserError: the model cannot be loaded.
     """
-    from deebert.errors import UserError
+    import torch
 
-    classifier, target = _loaded(options), target_of(options)
-    point = classifier.calibrate(**target)
+    from deebert.classifier import EarlyExitClassifier
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    import_modules(options.modules)
+    classifier = EarlyExitClassifier.from_pretrained(
+        options.model, task=options.task, **engine_of(options)
+    )
+    if costs is not None:
+        classifier.costs = costs
+    return classifier
+
+
+def described(classifier: "EarlyExitClassifier", options: Any) -> About:
+    """Check that the model meets the target of the service, and measure the costs of its layers.
+
+    Raises:
+        UserError: the model cannot meet the target.
+    """
+    point = classifier.calibrate(**target_of(options))
     if options.speedups:
         try:
             classifier.costs  # noqa: B018 (the property keeps its value)
@@ -99,131 +134,91 @@ def described(options: Any) -> About:
     )
 
 
-def _loaded(options: Any) -> Any:
-    import torch
+def main(channel: socket.socket, options: Any, costs: tuple[float, ...] | None) -> None:
+    """Run the process, until the other end of the socket is closed.
 
-    from deebert.classifier import EarlyExitClassifier
-
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    import_modules(options.modules)
-    return EarlyExitClassifier.from_pretrained(
-        options.model, task=options.task, **engine_of(options)
-    )
-
-
-class Predictor(litserve.LitAPI):
-    """The hooks of LitServe, which `Together` calls."""
-
-    def __init__(self, options: Any, about: About) -> None:
-        super().__init__(
-            max_batch_size=options.max_batch,
-            batch_timeout=options.batch_window_ms / 1000,
-            api_path=PATH,
-            loop=Together(),
-        )
-        self.options, self.about = options, about
-        self.limits = Limits(options.max_texts, options.max_length_chars)
-
-    def setup(self, device: str) -> None:
-        """Load the model, in the process that is to hold it."""
-        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
-        # A signal to all processes of the service reaches this one, too. It goes on until the
-        # process that speaks HTTP has all its answers.
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-        self.metrics = Metrics(self.about.layers)
-        self.classifier = _loaded(self.options)
-        if self.about.costs is not None:
-            # Measured once for all processes, while nothing else was running.
-            self.classifier.costs = self.about.costs
-
-    def decode_request(self, request: Request) -> Work | Refused:
-        """Check a request. LitServe takes the type of the body from the annotation.
-
-        Returns:
-            The work, or the reason why there is none.
-        """
-        try:
-            checked = work(request, self.limits, self.about.columns)
-            if "target_speedup" in checked.target and self.about.costs is None:
-                raise Refused(UNFIT, NO_SPEEDUPS)
-        except Refused as error:
-            return error
-        return checked
-
-    def predict(self, works: list[Work | Refused]) -> Iterator[tuple[int, Reply]]:
-        """Yield the replies with the places of their requests, each as soon as it is there."""
-        texts = sum(len(each.texts) for each in works if isinstance(each, Work))
-        self.metrics.batch(len(works), texts)
-        for place, reply in replies(self.classifier, works, self.about.target):
-            self.metrics.left(reply.exit_layers)
-            yield place, reply
-
-    def encode_response(self, output: Reply) -> Answer:
-        """Return the HTTP response of a reply.
-
-        LitServe takes the type of the answer from the annotation. FastAPI passes a finished
-        response on as it is.
-        """
-        return Response(output.content, output.status, media_type="application/json")  # type: ignore[return-value]
-
-
-class Together(LitLoop):
-    """A loop that runs requests together if they come within a window from the first of them."""
-
-    def __call__(
-        self,
-        lit_api: Predictor,
-        device: str,
-        worker_id: int,
-        request_queue: Any,
-        transport: Any,
-        workers_setup_status: Any,
-        callback_runner: Any,
-    ) -> None:
-        def send(request: Any, data: Any, status: str) -> None:
-            consumer, uid, _, _ = request
-            self.put_response(transport, consumer, uid, data, status, LoopResponseType.REGULAR)
-
-        going = True
-        while going:
-            taken, going = _taken(request_queue, lit_api.max_batch_size, lit_api.batch_timeout)
-            for request in taken:  # without it, requests that die with this process are unknown
-                send(request, (), LitAPIStatus.START)
-            works = [lit_api.decode_request(body) for _, _, _, body in taken]
-            for place, reply in lit_api.predict(works) if works else ():
-                send(taken[place], lit_api.encode_response(reply), LitAPIStatus.OK)
-
-
-def _taken(queue: Any, most: int, window: float) -> tuple[list[Any], bool]:
-    """Take requests that are to run together from the queue.
-
-    Waits for a while for the first one. The window starts when the first one was sent: if it had
-    to wait for an earlier batch, the requests that are there are taken at once.
-
-    Returns:
-        The requests, and whether more will come.
+    Args:
+        channel: the socket.
+        options: a checked `command.ServeOptions`.
+        costs: as `loaded` takes them.
     """
-    taken: list[Any] = []
-    while len(taken) < most:
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    # A signal to all processes of the service reaches this one, too. It goes on until the process
+    # that speaks HTTP has all its answers.
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    with suppress(BrokenPipeError, ConnectionResetError):
+        Predictor(channel, options).run(costs)
+
+
+class Predictor:
+    """The two threads of the process."""
+
+    def __init__(self, channel: socket.socket, options: Any) -> None:
+        self.channel, self.options = channel, options
+        self._sending = threading.Lock()
+        # Requests with the times at which they came, in seconds; None after the last one.
+        self._waiting: SimpleQueue[tuple[Prepared, float] | None] = SimpleQueue()
+
+    def run(self, costs: tuple[float, ...] | None) -> None:
+        """Load the model, say so, and answer requests."""
+        threading.Thread(target=self._receive, daemon=True).start()
         try:
-            if taken:
-                left = taken[0][2] + window - time.monotonic()
-                request = queue.get(timeout=left) if left > 0 else queue.get_nowait()
-            else:
-                request = queue.get(timeout=WAIT_SECONDS)
-        except Empty:
-            break
-        if request is END:
-            return taken, False
-        taken.append(request)
-    return taken, True
+            self.classifier = loaded(self.options, costs)
+            about = described(self.classifier, self.options)
+        except UserError as error:
+            return self._send(Unusable(str(error)))
+        self.default = about.target
+        self._send(about)
+        while together := self._together():
+            self._send(Batch(len(together), sum(len(each.tokens) for each in together)))
+            for number_and_reply in replies(self.classifier, together):
+                self._send(number_and_reply)
 
+    def _together(self) -> Sequence[Prepared]:
+        """Wait for requests, and return those that are to run together; none at the end.
 
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
+        The window starts when the first one came: if it had to wait for an earlier batch, the
+        requests that are there are taken at once.
+        """
+        taken: list[Prepared] = []
+        end = 0.0
+        while len(taken) < self.options.max_batch:
+            try:
+                waits = max(0.0, end - time.monotonic()) if taken else None
+                request = self._waiting.get(timeout=waits)
+            except Empty:
+                break
+            if request is None:
+                return ()
+            if not taken:
+                end = request[1] + self.options.batch_window_ms / 1000
+            taken.append(request[0])
+        return taken
+
+    def _receive(self) -> None:
+        """Receive and encode requests, until the other end of the socket is closed.
+
+        The process ends then, even if it is loading the model or runs a long batch.
+        """
+        try:
+            with self.channel.makefile("rb") as stream:
+                while length := stream.read(LENGTH_BYTES):
+                    number, work = pickle.loads(stream.read(int.from_bytes(length)))
+                    came = time.monotonic()
+                    request = prepared(self.classifier, number, work, self.default)
+                    if isinstance(request, Reply):
+                        self._send((number, request))
+                    else:
+                        self._waiting.put((request, came))
+        except (OSError, EOFError, pickle.UnpicklingError):
+            pass  # the other process was killed
+        except Exception:
+            log.exception("this process can receive no more requests")
+        self._waiting.put(None)
+        time.sleep(LAST_BATCH_SECONDS)
+        os._exit(1)
+
+    def _send(self, message: Any) -> None:
+        with self._sending:
+            self.channel.sendall(packed(message))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from deebert.errors import UserError
 from deebert.options import ONE_OF
 from deebert.serve import requests
-from deebert.serve.requests import Refused, Work
+from deebert.serve.requests import Work
 
 if TYPE_CHECKING:
     from deebert.classifier import EarlyExitClassifier, Tokens
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OK, OUR_FAULT = 200, 500
+OK, FAILED = 200, 500
 
 
 @dataclass(frozen=True)
@@ -40,59 +40,63 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class _Ready:
+class Prepared:
     """A request that the model can take.
 
     Attributes:
-        place: the place of the request among those that came together.
+        number: the number of the request.
         tokens: the encoded texts.
         point: the exit rule and the thresholds.
     """
 
-    place: int
+    number: int
     tokens: "list[Tokens]"
     point: "CalibratedPoint"
 
 
-def replies(
-    classifier: "EarlyExitClassifier",
-    works: Sequence[Work | Refused],
-    default: Mapping[str, Any],
-) -> Iterator[tuple[int, Reply]]:
-    """Yield a reply for each request with the place of the request, as soon as it is there.
+def prepared(
+    classifier: "EarlyExitClassifier", number: int, work: Work, default: Mapping[str, Any]
+) -> Prepared | Reply:
+    """Encode the texts of a request and choose its operating point.
 
     Args:
         classifier: the model.
-        works: the work of each request, or the reason why there is none.
+        number: the number of the request.
+        work: the work of the request.
         default: the target of the service.
+
+    Returns:
+        The request, or the reply to one that cannot be answered.
     """
-    groups: dict[Any, list[_Ready]] = {}
-    for place, work in enumerate(works):
-        try:
-            if isinstance(work, Refused):
-                raise work
-            point = classifier.calibrate(**_whole(work.target, default))
-            tokens = classifier.encode(work.texts)
-        except UserError as error:
-            yield place, _refusal(error)
-        except Exception:
-            yield place, _failure()
-        else:
-            # A rule with temperatures that were fitted for a target is another object.
-            key = id(point.rule), repr(point.thresholds)
-            groups.setdefault(key, []).append(_Ready(place, tokens, point))
+    try:
+        point = classifier.calibrate(**_whole(work.target, default))
+        return Prepared(number, classifier.encode(work.texts), point)
+    except UserError as error:
+        return Reply(requests.UNFIT, requests.trouble(str(error)))
+    except Exception:
+        return _failure()
+
+
+def replies(
+    classifier: "EarlyExitClassifier", together: Sequence[Prepared]
+) -> Iterator[tuple[int, Reply]]:
+    """Yield a reply for each request with the number of the request, as soon as it is there."""
+    groups: dict[Any, list[Prepared]] = {}
+    for one in together:
+        # A rule with temperatures that were fitted for a target is another object.
+        groups.setdefault((id(one.point.rule), repr(one.point.thresholds)), []).append(one)
     for group in groups.values():
         inputs = [each for one in group for each in one.tokens]
         try:
             answers = classifier.answer(inputs, group[0].point)
         except Exception:
             failure = _failure()
-            yield from ((one.place, failure) for one in group)
+            yield from ((one.number, failure) for one in group)
             continue
         start = 0
         for one in group:
             end = start + len(one.tokens)
-            yield one.place, _reply(_part(answers, start, end), one.point)
+            yield one.number, _reply(_part(answers, start, end), one.point)
             start = end
 
 
@@ -106,16 +110,10 @@ def _whole(target: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, A
     return {**default, **target}
 
 
-def _refusal(error: UserError) -> Reply:
-    """Return the reply to a request that cannot be answered."""
-    status = error.status if isinstance(error, Refused) else requests.UNFIT
-    return Reply(status, requests.trouble(str(error)))
-
-
 def _failure() -> Reply:
     """Log the exception that is being handled; return the reply for a fault of the service."""
     log.exception("a request could not be answered")
-    return Reply(OUR_FAULT, requests.trouble("the service failed here; its log says how"))
+    return Reply(FAILED, requests.trouble(requests.OUR_FAULT))
 
 
 def _reply(predictions: "Predictions", point: "CalibratedPoint") -> Reply:
@@ -123,7 +121,7 @@ def _reply(predictions: "Predictions", point: "CalibratedPoint") -> Reply:
         return Reply(OK, requests.answer(predictions, point), predictions.exit_layers)
     except ValueError:
         log.warning("an answer is not finite (are the model's weights damaged?)")
-        return Reply(OUR_FAULT, requests.trouble("the model's answer is NaN or infinity"))
+        return Reply(FAILED, requests.trouble("the model's answer is NaN or infinity"))
 
 
 def _part(predictions: "Predictions", start: int, end: int) -> "Predictions":

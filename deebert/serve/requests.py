@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # the process that speaks HTTP needs no torch
     from deebert.exits.calibration import CalibratedPoint
     from deebert.inference.predictions import Predictions
 
-TOO_LARGE, UNFIT = 413, 422  # HTTP statuses
+TOO_LARGE, UNFIT, BUSY, TOO_LATE = 413, 422, 503, 504  # HTTP statuses
+OUR_FAULT = "the service failed here; its log says how"
 LONGEST_REASON = 400  # characters
 NOTED = 60  # characters of a value that a reason repeats
 

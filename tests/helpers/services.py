@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import ROOT
 from helpers.ports import free_port
 
@@ -51,6 +52,11 @@ class Served:
         assert status == 200, content
         return json.loads(content)
 
+    def memory(self) -> float:
+        """MB of memory that the process that speaks HTTP holds."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
     def processes(self) -> list[int]:
         """All that belong to it: it has a session of its own."""
         numbers = []
@@ -65,7 +71,10 @@ class Served:
 
 
 @contextmanager
-def served(model: Path, folder: Path, *options: str, **environment: str) -> Iterator[Served]:
+def served(
+    model: Path, folder: Path, *options: str, ends_with: int = 0, **environment: str
+) -> Iterator[Served]:
+    """A service, which is stopped afterwards if it still runs, and its exit code is checked."""
     port = free_port()
     command = [
         sys.executable, "-W", "error::ResourceWarning", "-m", "deebert", "serve", f"model={model}", f"port={port}", "threads=1",
@@ -92,7 +101,16 @@ def served(model: Path, folder: Path, *options: str, **environment: str) -> Iter
         yield there
         if process.poll() is None:
             process.terminate()
-        assert process.wait(60) == 0, log.read_text()
+        assert process.wait(60) == ends_with, log.read_text()
     finally:
         for left in there.processes():
             os.kill(left, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def service(stage2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A service that many tests share."""
+    with served(
+        stage2, tmp_path_factory.mktemp("served"), "batch_window_ms=20", "speedups=true"
+    ) as there:
+        yield there

@@ -2,7 +2,6 @@
 
 import http.client
 import json
-import os
 import random
 import signal
 import socket
@@ -29,14 +28,6 @@ TOKEN = "correct horse"
 
 def command_line(process: int) -> str:
     return Path(f"/proc/{process}/cmdline").read_text()
-
-
-@pytest.fixture(scope="module")
-def service(stage2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with served(
-        stage2, tmp_path_factory.mktemp("served"), "batch_window_ms=20", "speedups=true"
-    ) as there:
-        yield there
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +125,7 @@ def test_says_what_it_is(service: Served, stage2: Path) -> None:
     assert model["layers"] == 3
     assert model["target"] == {}
     assert model["limits"]["max_texts"] == MOST_TEXTS
-    assert {"deebert", "torch", "litserve"} <= set(model["versions"])
+    assert {"deebert", "torch", "uvicorn"} <= set(model["versions"])
     assert str(stage2) not in content.decode(), "no folder of this machine"
 
 
@@ -350,8 +341,8 @@ def test_only_this_machine_is_listened_to(service: Served) -> None:
 
 
 def test_token_then_stops_under_load(stage2: Path, tmp_path: Path) -> None:
-    """What was taken is finished, by two workers; none of its processes is left."""
-    with served(stage2, tmp_path, "workers=2", "target_saving=0.4", DEEBERT_TOKEN=TOKEN) as there:
+    """What was taken is finished; none of its processes is left."""
+    with served(stage2, tmp_path, "target_saving=0.4", DEEBERT_TOKEN=TOKEN) as there:
         for headers in (
             {},
             {"Authorization": f"Bearer {TOKEN}x"},
@@ -378,13 +369,7 @@ def test_token_then_stops_under_load(stage2: Path, tmp_path: Path) -> None:
         refused = there.send(body=json.dumps({"text": A, "target_speedup": 1.1}), headers=known)
         reason(refused, 422, "target_speedup= is not met here")
 
-        holding = [each for each in there.processes() if "spawn_main" in command_line(each)]
-        assert len(holding) == 2
-        os.kill(holding[0], signal.SIGKILL)
-        time.sleep(1.5)  # longer than what it waited for can be lost
-        assert there.predict(known, text=A)["answers"]
-
-        answered, broken = [1, 1, 0, 1], []
+        answered, broken = [1, 1], []  # the one that was refused is not counted
         enough = threading.Event()
 
         def ask_on() -> None:
@@ -402,7 +387,7 @@ def test_token_then_stops_under_load(stage2: Path, tmp_path: Path) -> None:
         with ThreadPoolExecutor(16) as pool:
             asking = [pool.submit(ask_on) for _ in range(16)]
             assert enough.wait(120)
-            assert len(there.processes()) > 2
+            assert len(there.processes()) > 1
             there.process.send_signal(signal.SIGTERM)
             for each in asking:
                 each.result(60)  # raises if an answer was wrong
@@ -416,4 +401,3 @@ def test_token_then_stops_under_load(stage2: Path, tmp_path: Path) -> None:
     assert f"answered {len(answered)} of {len(answered)} requests that were taken" in log, log
     assert "Traceback" not in log, log
     assert log.rstrip().endswith("stopped"), log
-    assert not list(tmp_path.glob("*.py")), "LitServe would leave a client here"

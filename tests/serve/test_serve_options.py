@@ -14,10 +14,14 @@ from deebert.options import parse, target_of
 from deebert.serve import command as serve
 from deebert.serve import replies
 from deebert.serve.command import ServeOptions, checked
-from deebert.serve.predictor import described
+from deebert.serve.predictor import About, described, loaded
 from deebert.serve.requests import Limits, Request, work
 
 TOKEN = "correct horse"
+
+
+def about(options: ServeOptions) -> About:
+    return described(loaded(options), options)
 
 
 @pytest.mark.parametrize("field", ["texts", "text", "threshold"])
@@ -96,19 +100,19 @@ def test_a_target_that_cannot_be_met_is_refused_at_the_start(stage2: Path, stage
         (stage1, {"target_saving": 0.4}, "its ramps say nothing yet"),
     ):
         with pytest.raises(UserError, match=says):
-            described(ServeOptions(model=str(model), **target))
+            about(ServeOptions(model=str(model), **target))
 
 
 def test_what_layers_cost_is_measured_at_the_start(stage2: Path, stage1: Path) -> None:
     """Where somebody may ask for it, and there is something to measure it on."""
-    assert described(ServeOptions(model=str(stage2))).costs is None
+    assert about(ServeOptions(model=str(stage2))).costs is None
     for target in ({"speedups": True}, {"target_speedup": 1.01}):
-        assert len(described(ServeOptions(model=str(stage2), **target)).costs) == 3
-    assert described(ServeOptions(model=str(stage1), speedups=True)).costs is None
+        assert len(about(ServeOptions(model=str(stage2), **target)).costs) == 3
+    assert about(ServeOptions(model=str(stage1), speedups=True)).costs is None
 
 
 def test_a_missing_extra_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "litserve", None)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(UserError, match=r'pip install "deebert\[serve\]"'):
         serve.run(ServeOptions(model="RUN"))
 
