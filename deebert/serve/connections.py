@@ -55,7 +55,7 @@ class Connections:
 
     def close_oldest(self) -> None:
         """Close the oldest quiet connections, if there are too many or they hold too much."""
-        while len(self.quiet) > self.most_quiet or self.num_bytes > QUIET_BYTES:
+        while self.quiet and (len(self.quiet) > self.most_quiet or self.num_bytes > QUIET_BYTES):
             next(iter(self.quiet)).refuse(BUSY, MANY)
 
 

@@ -10,6 +10,7 @@ import logging
 import pickle
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from deebert.serve.requests import BUSY, TOO_LATE, Refused, Work
 
 log = logging.getLogger(__name__)
 
+SILENT_SECONDS = 60  # the least time after which a process that should answer is held for dead
 LOST = "the process with the model has ended during this request; come again later"
 LOADING = "the model is being loaded again; come again later"
 
@@ -43,15 +45,27 @@ class Failed(Exception):
 
 @dataclass(eq=False)
 class _Process:
-    """A process, its socket, and the requests that it has not answered yet, by their numbers."""
+    """A process and its socket.
+
+    Attributes:
+        requests: the requests that it has not answered yet, by their numbers.
+        silent_since: when it sent its last message, or got the oldest of its requests if that was
+            later; in seconds.
+    """
 
     process: SpawnProcess
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     requests: dict[int, asyncio.Future[Reply]] = field(default_factory=dict)
+    silent_since: float = 0.0
 
     async def message(self) -> Any:
         """Receive the next message; None if the process has ended."""
+        message = await self._received()
+        self.silent_since = time.monotonic()
+        return message
+
+    async def _received(self) -> Any:
         try:
             length = int.from_bytes(await self.reader.readexactly(LENGTH_BYTES))
             return pickle.loads(await self.reader.readexactly(length))
@@ -120,6 +134,8 @@ class Pool:
         if not self._ready:
             raise Refused(BUSY, LOADING)
         one = min(self._ready, key=lambda each: len(each.requests))
+        if not one.requests:
+            one.silent_since = time.monotonic()
         number = next(self._numbers)
         future = one.requests[number] = asyncio.get_running_loop().create_future()
         one.writer.write(predictor.packed((number, work)))
@@ -128,6 +144,10 @@ class Pool:
             async with asyncio.timeout(self.options.answer_s):
                 reply = await future
         except TimeoutError as error:
+            silent = time.monotonic() - one.silent_since
+            if one.requests and silent >= max(self.options.answer_s, SILENT_SECONDS):
+                log.error("process %d has sent nothing for %.0f s", one.process.pid, silent)
+                one.process.kill()  # `_keep` starts another
             raise Refused(
                 TOO_LATE, f"no answer was found within {self.options.answer_s} s"
             ) from error

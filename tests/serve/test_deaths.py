@@ -1,10 +1,13 @@
 """Every process of a service is killed in turn, under load: it recovers or ends, and nobody waits."""
 
+import asyncio
 import http.client
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -14,7 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from helpers.ports import free_port
 from helpers.services import Served, served
+
+from deebert.serve import pool
+from deebert.serve.command import ServeOptions, checked
+from deebert.serve.requests import Refused, Work
 
 pytestmark = pytest.mark.slow
 
@@ -54,8 +63,8 @@ def load(service: Served) -> Iterator[Counter]:
                 statuses[status] += 1
             time.sleep(0.05)
 
-    with ThreadPoolExecutor(8) as pool:
-        asking = [pool.submit(ask) for _ in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        asking = [threads.submit(ask) for _ in range(8)]
         try:
             yield statuses
         finally:
@@ -100,8 +109,8 @@ def stand_still(there: Served) -> None:
     [held] = of_models(there)
     os.kill(held, signal.SIGSTOP)
     start = time.monotonic()
-    with ThreadPoolExecutor(100) as pool:
-        sent = [pool.submit(there.send, body=BODY) for _ in range(100)]
+    with ThreadPoolExecutor(100) as threads:
+        sent = [threads.submit(there.send, body=BODY) for _ in range(100)]
         wait_for(lambda: sum(each.done() for each in sent) >= 60, ANSWER_SECONDS)
         refused = [each for each in sent if each.done()]
         assert {each.result()[0] for each in refused} == {503}
@@ -129,3 +138,52 @@ def test_the_process_that_speaks_http_is_killed(stage2: Path, tmp_path: Path) ->
             assert {*statuses} == {200}
             there.process.kill()
             wait_for(lambda: not there.processes(), 15)
+
+
+def test_a_process_that_stands_still_is_replaced(
+    stage2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers too late first; after a minute without any word it is killed."""
+    monkeypatch.setattr(pool, "SILENT_SECONDS", 1.0)
+    work = Work([("a", "b")], {})
+
+    async def check() -> None:
+        of_one = pool.Pool(checked(ServeOptions(model=str(stage2), answer_s=0.5, threads=1)))
+        try:
+            await of_one.start()
+            [held] = of_one._processes
+            os.kill(held.pid, signal.SIGSTOP)
+            for _ in range(2):  # after 0.5 s nobody is killed; after 1 s the process is
+                assert held.is_alive()
+                with pytest.raises(Refused, match="no answer was found within"):
+                    await of_one.ask(work)
+            async with asyncio.timeout(RECOVERED_SECONDS):
+                while held.is_alive() or not of_one.ready:
+                    await asyncio.sleep(0.05)
+            of_one.options.answer_s = 30
+            assert (await of_one.ask(work)).status == 200
+            assert (of_one.taken, of_one.answered) == (3, 1)
+        finally:
+            await of_one.stop()
+        assert not held.is_alive()
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda each: each.name)
+def test_a_start_that_is_interrupted(stage2: Path, tmp_path: Path, number: int) -> None:
+    """All processes get the signal, as by Ctrl-C in a terminal, while one loads the model."""
+    command = [sys.executable, "-m", "deebert", "serve", f"model={stage2}", f"port={free_port()}"]
+    with (tmp_path / "log").open("w") as out:
+        process = subprocess.Popen(
+            command, cwd=tmp_path, stdout=out, stderr=out, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+    there = Served(process, 0, tmp_path / "log")
+    wait_for(lambda: len(there.processes()) == 3)  # with the tracker of multiprocessing
+    time.sleep(0.5)
+    os.killpg(process.pid, number)
+    assert process.wait(20) == 0, there.log.read_text()
+    wait_for(lambda: not there.processes(), 15)
+    assert there.log.read_text().endswith("deebert.serve.server: stopped before it has begun\n")
+    assert "Traceback" not in there.log.read_text()
