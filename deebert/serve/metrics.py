@@ -44,6 +44,7 @@ class Metrics:
             registry=registry,
         )
         self._texts = Counter("deebert_texts", "Texts that were answered", registry=registry)
+        Gauge("deebert_layers", "Layers of the model", registry=registry).set(num_layers)
         self._layers = Histogram(
             "deebert_exit_layer",
             "Layer that a text left at",
