@@ -241,9 +241,8 @@ class Pool:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Let the service end if a process was not started anew: nothing is to stay half dead."""
-        if self._stopping or task.cancelled():
-            return
-        if (error := task.exception()) is not None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self._stopping:
             log.error("the service ends: %s", error)
             self.failed = True
             self.on_failure()

@@ -1,6 +1,7 @@
 """Every process of a service is killed in turn, under load: it recovers or ends, and nobody waits."""
 
 import asyncio
+import gc
 import http.client
 import json
 import os
@@ -141,7 +142,7 @@ def test_the_process_that_speaks_http_is_killed(stage2: Path, tmp_path: Path) ->
 
 
 def test_a_process_that_stands_still_is_replaced(
-    stage2: Path, monkeypatch: pytest.MonkeyPatch
+    stage2: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It answers too late first; after a minute without any word it is killed."""
     monkeypatch.setattr(pool, "SILENT_SECONDS", 1.0)
@@ -170,6 +171,8 @@ def test_a_process_that_stands_still_is_replaced(
         assert not any(each.is_alive() for each in of_one._processes)
 
     asyncio.run(check())
+    gc.collect()
+    assert "never retrieved" not in caplog.text, caplog.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda each: each.name)
