@@ -25,7 +25,7 @@ HEADER_SECONDS = (
 UNREAD_SECONDS = 30  # the time in which a client has to read something
 LINGER_SECONDS = 1  # the time for reading why a request was refused whose rest is not read
 MOST_QUIET = 1000  # connections
-QUIET_BYTES = 32 * 2**20  # of all quiet connections
+QUIET_BYTES = 32 * 2**20  # of all quiet connections; more if that is less than four bodies
 SPARE = 100  # connections whose requests are not for the model, or files
 
 HEADER, BODY, REST = "header", "body", "rest"  # what a quiet connection has to send
@@ -45,6 +45,7 @@ class Connections:
         self.most = _most_files(MOST_QUIET + max_waiting + 2 * SPARE) - SPARE
         self.most_quiet = min(MOST_QUIET, self.most // 2)
         self.most_bytes = HEADER_BYTES + max_body  # that a connection holds
+        self.most_quiet_bytes = max(QUIET_BYTES, 4 * self.most_bytes)
         self.refused = refused
         self.quiet: dict[Connection, None] = {}
         self.num_bytes = 0
@@ -55,7 +56,9 @@ class Connections:
 
     def close_oldest(self) -> None:
         """Close the oldest quiet connections, if there are too many or they hold too much."""
-        while self.quiet and (len(self.quiet) > self.most_quiet or self.num_bytes > QUIET_BYTES):
+        while self.quiet and (
+            len(self.quiet) > self.most_quiet or self.num_bytes > self.most_quiet_bytes
+        ):
             next(iter(self.quiet)).refuse(BUSY, MANY)
 
 

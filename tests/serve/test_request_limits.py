@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from deebert.serve import request_limits
+from deebert.serve.connections import Connections
 from deebert.serve.metrics import Metrics
 from deebert.serve.request_limits import HEADER_BYTES, Admission, RequestLimits
 
@@ -60,3 +61,10 @@ def test_sizes_and_times(monkeypatch: pytest.MonkeyPatch) -> None:
         status, answer_headers, detail = answered(messages, **headers)
         assert (status, answer_headers.get(b"connection") == b"close") == (code, closed), detail
         assert says == detail if isinstance(says, int) else says in detail
+
+
+def test_one_body_has_always_room() -> None:
+    for max_body in (1000, 10**9):
+        connections = Connections(10, max_body, lambda status: None)
+        assert connections.most_quiet_bytes >= connections.most_bytes > max_body
+        assert connections.most_quiet < connections.most
