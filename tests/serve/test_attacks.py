@@ -16,7 +16,7 @@ from deebert.serve.request_limits import HEADER_BYTES
 pytestmark = pytest.mark.slow
 
 MOST_GROWTH = 50  # MB
-MOST_SECONDS = 3.0  # of another client's request meanwhile, on a machine that does much else
+MOST_SECONDS = 6.0  # of another client, on a machine that does much else; it was 9 on a quiet one
 
 PREDICT = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
