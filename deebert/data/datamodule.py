@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from deebert.data import batching, loading, tokenization
+from deebert.data.file_split import SplitFile
 from deebert.data.tasks import HELD_OUT, UNLABELLED, Task
 from deebert.errors import UserError
 from deebert.options import job_command
@@ -100,7 +101,8 @@ class TextDataModule(L.LightningDataModule):
     Args:
         task: the task whose rows are read.
         tokenizer: the tokenizer of the backbone.
-        root: the local folder with the files, or None for the task's own folder or the hub.
+        root: the local folder with the files, a file to split, or None for the task's own folder or
+            the hub.
         max_length: the largest number of tokens. The longer text of a pair is cut first.
         limit_train: the number of training rows to use, or None for all. Every seed uses the same
             rows.
@@ -119,7 +121,7 @@ class TextDataModule(L.LightningDataModule):
         task: Task,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        root: str | None,
+        root: loading.Root,
         max_length: int,
         limit_train: int | None,
         calibration_size: int | None,
@@ -229,9 +231,23 @@ class TextDataModule(L.LightningDataModule):
 
     def text_fingerprint(self, split: str) -> str:
         """Return a hash of the words and labels of a split. It does not depend on the tokenizer."""
-        rows = self._rows(split)
-        words = [[text.split() for text in column] for column in _columns(rows, "text_a", "text_b")]
-        return str(Hasher.hash([*words, *_columns(rows, "label")]))
+        return str(Hasher.hash(_words_and_labels(self._rows(split))))
+
+    @property
+    def flag(self) -> str:
+        """The flag that names the rows, with its value, for messages."""
+        if isinstance(self.root, SplitFile):
+            return f"data.file={self.root.path}"
+        return f"data.root={self.root}"
+
+    @property
+    def split_fingerprint(self) -> str | None:
+        """A hash of the words and labels of a file that is split, and of the split; else None."""
+        if not isinstance(self.root, SplitFile):
+            return None
+        rows = loading.file_rows(self.task, self.root)
+        validation = loading.load(self.task, self.task.validation[0], self.root)
+        return str(Hasher.hash([_words_and_labels(rows), validation["index"][:]]))
 
     def texts(self, split: str, indices: list[int]) -> list[str]:
         """Return the texts of some rows.
@@ -324,6 +340,12 @@ class TextDataModule(L.LightningDataModule):
 def _columns(rows: datasets.Dataset, *names: str) -> list[list[Any]]:
     """Return the values of those of the columns that the rows have."""
     return [rows[name][:] for name in names if name in rows.column_names]
+
+
+def _words_and_labels(rows: datasets.Dataset) -> list[list[Any]]:
+    """Return the words of each text column, and the labels."""
+    words = [[text.split() for text in column] for column in _columns(rows, "text_a", "text_b")]
+    return [*words, *_columns(rows, "label")]
 
 
 def calibration_size_of(num_rows: int) -> int:

@@ -6,7 +6,7 @@ are the same number, and JSON's true is the class "true". The module does not kn
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -49,6 +49,39 @@ def check_of(task: Task) -> Callable[[Any], bool]:
         return True
 
     return is_label
+
+
+def key_of(value: Any) -> Any:
+    """Return what two values of the same class have in common; a value that is none has its own."""
+    meant = _value(value)
+    return (str, name_of(value)) if meant is None else (type(meant), meant)
+
+
+def name_of(value: Any) -> str:
+    """Return the name of the class that a value stands for."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    number = value if isinstance(value, Decimal | float) else None
+    is_whole = number is not None and math.isfinite(number) and number == int(number)
+    return str(int(number)) if number is not None and is_whole else str(value)
+
+
+def is_numeric(value: Any) -> bool:
+    """Say whether a value is a number, or a text that is one."""
+    return isinstance(_value(value), Decimal)
+
+
+def in_order(values: Iterable[Any]) -> list[str]:
+    """Return the names of classes in a stable order: numbers by value, all others as texts.
+
+    Args:
+        values: one value of each class.
+    """
+    classes = list(values)
+    numbers = [(number, value) for value in classes if isinstance(number := _value(value), Decimal)]
+    if len(numbers) == len(classes):
+        return [name_of(value) for _, value in sorted(numbers, key=lambda pair: pair[0])]
+    return sorted(map(name_of, classes))
 
 
 def whole(value: Any) -> int | None:

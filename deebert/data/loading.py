@@ -19,6 +19,7 @@ from typing import Any
 import datasets
 
 from deebert.data import demo, labels, texts
+from deebert.data.file_split import SplitFile
 from deebert.data.rows import reader, split_files
 from deebert.data.rows.source import PLAIN, Table, blocks, largest_decoded, separator_hint
 from deebert.data.tasks import HUB, MOST_GROUPS, WORD, Task
@@ -26,6 +27,7 @@ from deebert.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
+Root = str | SplitFile | None  # the folder with the files of the splits, or one file
 MISSING = object()  # the value of a column that a row lacks; null is a value
 LARGEST_INT = 2**63
 AT_ONCE = 256  # rows; more would outlive the garbage collector's first look at them
@@ -49,19 +51,22 @@ class Raw:
     place: Callable[[int], str]
 
 
-def load(task: Task, split: str, root: str | None) -> datasets.Dataset:
+def load(task: Task, split: str, root: Root) -> datasets.Dataset:
     """Read the rows of one split.
 
     Args:
         task: the task that names the columns and labels.
         split: the name of the split.
-        root: the local folder (`data.root`), or None for the task's own folder or the hub.
+        root: the local folder (`data.root`), a file to split (`data.file`), or None for the task's
+            own folder or the hub.
 
     Raises:
         UserError: the folder, the split or a column is missing, a row cannot be read, a text is no
             text, a label is unknown, or no row is left.
     """
     root = root or task.root
+    if isinstance(root, SplitFile):
+        return _part(task, split, root)
     if root is not None:
         files = _find(task, split, root)
         if files is None:
@@ -83,9 +88,42 @@ def load(task: Task, split: str, root: str | None) -> datasets.Dataset:
     return _normalise(raw, task, split)
 
 
-def exists(task: Task, split: str, root: str | None) -> bool:
+def file_rows(task: Task, file: SplitFile) -> datasets.Dataset:
+    """Read all rows of a file that is split. They are read once.
+
+    Raises:
+        UserError: the file or a row cannot be read.
+    """
+    if file.rows is None:
+        if not Path(file.path).is_file():
+            raise UserError(f"data.file={file.path}: no such file; give its place (data.file=...)")
+        raw = _from_files(task, str(task.train), [Path(file.path)])
+        file.rows = _normalise(raw, task, str(task.train))
+    return file.rows
+
+
+def _part(task: Task, split: str, file: SplitFile) -> datasets.Dataset:
+    """Return the rows of one split of a file."""
+    names = _parts_of(task)
+    if split not in names:
+        raise UserError(
+            f"data.file={file.path} has no split {split!r}; choose one of: {', '.join(names)} "
+            "(split=...), or give a folder with a file for each split: data.root=DIR"
+        )
+    parts = file.parts(file_rows(task, file), by_label=not task.is_regression)
+    return parts[names.index(split)]
+
+
+def _parts_of(task: Task) -> list[str]:
+    """Return the names of the splits that a file is split into."""
+    return [name for name in (task.train, *task.validation[:1]) if name]
+
+
+def exists(task: Task, split: str, root: Root) -> bool:
     """Say whether a local folder has this split. The hub and the demo have all splits of a task."""
     root = root or task.root
+    if isinstance(root, SplitFile):
+        return split in _parts_of(task)
     return root is None or _find(task, split, root) is not None
 
 
@@ -120,8 +158,7 @@ def _find(task: Task, split: str, root: str) -> split_files.Files | None:
         )
     classic = (task.tsv or {}).get("folder", task.name)
     places = (folder / task.name, folder / classic, folder)
-    names = dict.fromkeys((split, split.replace("validation", "dev")))
-    return split_files.find(places, tuple(names))
+    return split_files.find(places, split_files.names_of(split))
 
 
 def _wanted(task: Task) -> list[str]:
@@ -140,7 +177,7 @@ def _from_files(task: Task, split: str, files: Sequence[Path]) -> Raw:
     starts: list[int] = []
     names: dict[str, None] = {}
     for file in files:
-        kind, start = reader.ENDINGS[file.suffix], len(lines)
+        kind, start = reader.ENDINGS[file.suffix.lower()], len(lines)
         starts.append(start)
         with reader.opened_file(file, kind, str(file), _table(task, kind)) as opened:
             in_file = _names_in_file(task, kind, opened.names)

@@ -7,13 +7,15 @@ The values of a task stand in a YAML file in `conf/task/`, and `loading` reads i
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from deebert.data.file_split import SplitFile
 from deebert.data.metrics import BINARY, METRICS, REGRESSION
-from deebert.errors import UserError, check_whole, unknown
+from deebert.errors import UserError, check_whole, is_number, unknown
 
 # Patterns for parts of file names and folder names. A name that matches stays inside its folder.
 WORD = r"\w[\w.-]*"
@@ -184,6 +186,11 @@ class DataConfig:
 
     Attributes:
         root: the local folder with the files, or None for the task's own folder or the hub.
+        file: the user's own file, which is split, or a folder with a file for each split; or None.
+        validation_share: the share of the rows of such a file to validate on.
+        split_seed: the seed of that split. It is apart from the seed of the run, so that all seeds
+            and stages have the same validation rows.
+        split_rows: the fingerprint of that file and its split, once it is known.
         max_length: the largest number of tokens of an input.
         limit_train: the number of training rows to use, or None for all.
         calibration_size: the number of training rows that are held out, or None for a tenth.
@@ -194,6 +201,10 @@ class DataConfig:
     """
 
     root: str | None = None
+    file: str | None = None
+    validation_share: float = 0.2
+    split_seed: int = 0
+    split_rows: str | None = None
     max_length: int = 128
     limit_train: int | None = None
     calibration_size: int | None = None
@@ -201,6 +212,12 @@ class DataConfig:
     unlabelled: tuple[str, ...] = ()
     eval_batch_size: int = 64
     num_workers: int = 0
+
+    def source(self, task: Task) -> str | SplitFile | None:
+        """Return where the rows of a task are: a folder, a file to split, or None for the hub."""
+        if self.file is not None and not Path(self.file).is_dir():
+            return SplitFile(self.file, self.validation_share, self.split_seed)
+        return self.file or self.root or task.root
 
     @classmethod
     def from_checked(cls, values: Mapping[str, Any]) -> Self:
@@ -225,6 +242,14 @@ class DataConfig:
                 check_whole(f"data.{name}", values[name], low)
         if values["root"] is not None and not isinstance(values["root"], str):
             raise UserError(f"data.root={values['root']} must be a folder")
+        file, share = values.get("file"), values.get("validation_share", cls.validation_share)
+        if file is not None and not isinstance(file, str):
+            raise UserError(f"data.file={file} must be a file or a folder")
+        if file is not None and values["root"] is not None:
+            raise UserError(f"data.file={file} and data.root={values['root']}: give one of them")
+        if not is_number(share) or not 0 < share < 1:
+            raise UserError(f"data.validation_share={share} must be a number between 0 and 1")
+        check_whole("data.split_seed", values.get("split_seed", cls.split_seed), 0, 2**32 - 1)
         unlabelled = values.get("unlabelled") or []
         if not isinstance(unlabelled, list) or len(set(map(str, unlabelled))) < len(unlabelled):
             raise UserError(

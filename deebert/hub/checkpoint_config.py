@@ -122,7 +122,8 @@ BACKBONE = {
     "epochs": COUNT, "layers": LAYERS, "config": MAPPING,
 }  # fmt: skip
 DATA = {
-    "root": PATH, "max_length": _whole(1, 2**20), "calibration_size": COUNT,
+    "root": PATH, "file": PATH, "validation_share": NUMBER, "split_seed": COUNT,
+    "split_rows": WORD, "max_length": _whole(1, 2**20), "calibration_size": COUNT,
     "calibration_rows": WORD, "limit_train": COUNT, "unlabelled": _list_of(WORD),
     "eval_batch_size": _whole(1, 2**16), "num_workers": _whole(0, MOST_WORKERS),
 }  # fmt: skip

@@ -243,6 +243,7 @@ class RunConfig:
         kept["task"].pop("root", None)
         kept["data"].pop("root", None)
         kept["data"]["root"] = None
+        kept["data"].pop("file", None)
         path = str(self.backbone.path)
         if Path(path).is_absolute() or exists(path):  # no name on the hub
             kept["backbone"].pop("path", None)

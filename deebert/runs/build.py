@@ -47,30 +47,19 @@ ADVICE = (
 )
 
 
-def data_module(
-    run: RunConfig, tokenizer: Any, architecture: dict[str, Any], batch_size: int
-) -> TextDataModule:
+def data_module(run: RunConfig, tokenizer: Any, batch_size: int) -> TextDataModule:
     """Return the data module for a run.
 
     Args:
         run: the configuration of the run.
         tokenizer: the tokenizer of the model.
-        architecture: the settings of the backbone.
         batch_size: the number of rows in a training batch.
-
-    Raises:
-        UserError: the inputs would be longer than the backbone allows.
     """
-    settings, longest = run.data, backbones.longest_input(architecture)
-    if settings.max_length > longest:
-        raise UserError(
-            f"data.max_length={settings.max_length}: backbone {run.backbone.name} takes "
-            f"{longest} tokens at most (data.max_length)"
-        )
+    settings = run.data
     return TextDataModule(
         run.task,
         tokenizer,
-        root=settings.root or run.task.root,
+        root=settings.source(run.task),
         max_length=settings.max_length,
         limit_train=settings.limit_train,
         calibration_size=settings.calibration_size,
@@ -80,6 +69,42 @@ def data_module(
         num_workers=settings.num_workers,
         seed=run.seed,
     )
+
+
+def check_length(run: RunConfig, architecture: dict[str, Any]) -> None:
+    """Check that a backbone takes inputs as long as the run's.
+
+    Args:
+        run: the configuration of the run.
+        architecture: the settings of the backbone.
+
+    Raises:
+        UserError: the inputs would be longer than the backbone allows.
+    """
+    longest = backbones.longest_input(architecture)
+    if run.data.max_length > longest:
+        raise UserError(
+            f"data.max_length={run.data.max_length}: backbone {run.backbone.name} takes "
+            f"{longest} tokens at most (data.max_length)"
+        )
+
+
+def with_split(run: RunConfig, data: TextDataModule) -> RunConfig:
+    """Return the configuration with the fingerprint of a file that is split (`data.file`).
+
+    Raises:
+        UserError: the file has changed since an earlier stage, so its split is another one.
+    """
+    fingerprint, expected = data.split_fingerprint, run.data.split_rows
+    if fingerprint is None:
+        return run
+    if expected and fingerprint != expected:
+        raise UserError(
+            f"data.file={run.data.file}: its rows have changed since the checkpoint was trained, "
+            "so the rows it has seen cannot be told from others; give the same file, or a folder "
+            "with other rows: data.root=DIR"
+        )
+    return run.changed(data={"split_rows": fingerprint})
 
 
 def with_held_out(run: RunConfig, data: TextDataModule) -> RunConfig:
@@ -95,7 +120,7 @@ def with_held_out(run: RunConfig, data: TextDataModule) -> RunConfig:
     # Older runs have a fingerprint of the tokens, not of the texts.
     if expected and fingerprint != expected and data.fingerprint(HELD_OUT) != expected:
         raise UserError(
-            f"data.root={data.root}: the training rows have changed since the checkpoint was "
+            f"{data.flag}: the training rows have changed since the checkpoint was "
             "trained, so its held-out rows can no longer be told from those it has seen; give the "
             "same data"
         )

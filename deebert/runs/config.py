@@ -221,13 +221,13 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
     if values.get("task") is None:
         tasks = GlobalHydra.instance().config_loader().get_group_options("task")
         raise UserError(
-            f"task= is missing: {job_command('train')} task=mrpc stage=1; choose one of: "
-            f"{', '.join(tasks)}"
+            f"task= is missing: {job_command('train')} task=mrpc stage=1, or a file of your own: "
+            f"data.file=tickets.csv; choose one of: {', '.join(tasks)}"
         )
     # The paths are saved in the checkpoint, and must be valid in another working directory, too.
-    for block in (values["data"], values["task"]):
-        if isinstance(root := block.get("root"), str) and root:
-            block["root"] = str(Path(root).absolute())
+    for block, key in (("data", "root"), ("data", "file"), ("task", "root")):
+        if isinstance(path := values[block].get(key), str) and path:
+            values[block][key] = str(Path(path).absolute())
     return values
 
 

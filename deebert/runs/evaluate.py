@@ -73,7 +73,9 @@ def evaluate(cfg: DictConfig) -> float | None:
     assert isinstance(source, Checkpoint)
     build.check_loggers(cfg)
     model, config = _model(config, source)
-    data = build.data_module(config.run, source.tokenizer(), source.architecture, 1)
+    build.check_length(config.run, source.architecture)
+    data = build.data_module(config.run, source.tokenizer(), 1)
+    config = replace(config, run=build.with_split(config.run, data))
     calibration_split = _choose_splits(config, data, source)
     if calibration_split == HELD_OUT:
         config = replace(config, run=build.with_held_out(config.run, data))

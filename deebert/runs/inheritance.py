@@ -53,6 +53,8 @@ POLICIES: dict[str, tuple[Policy | None, ...]] = {
     "data":            (INHERITED, INHERITED, INHERITED, INHERITED),
     # A resumed run must train on the same rows, cut to the same length. Stage 2 and a student may
     # learn from other unlabelled rows.
+    "data.validation_share": (FIXED, FIXED,  FIXED,     FIXED),
+    "data.split_seed": (FIXED,     FIXED,     FIXED,     FIXED),
     "data.limit_train": (FIXED,    None,      None,      None),
     "data.max_length": (FIXED,     None,      None,      None),
     "data.unlabelled": (FIXED,     KEPT,      KEPT,      None),
@@ -88,9 +90,11 @@ def inherit(cfg: DictConfig, source: Source, job: Job, kind: str) -> None:
             if policy == MERGED:
                 _inherit_settings(cfg, key, saved.get(key) or {}, job)
             elif "." not in key and not (policy == UNNAMED and job.is_set("experiment")):
-                theirs = _literal({key: saved[key]})
+                theirs = literal({key: saved[key]})
                 _apply_policies(cfg, theirs, key, policies, source, job)
                 cfg[key] = OmegaConf.merge(cfg[key], theirs[key]) if key in GROWING else theirs[key]
+        if job.is_set("data.root"):  # other rows than those of the checkpoint's file
+            cfg.data.file = cfg.data.split_rows = None
     if isinstance(source, Checkpoint):
         task = Task.from_config(plain_block(cfg.task))
         _refuse_to_fetch(cfg, source, task, own_hub)
@@ -175,6 +179,17 @@ def _check_rows(cfg: DictConfig, source: Checkpoint, task: Task, job: Job) -> No
     Raises:
         UserError: a file is a link that leads out of the folder, or is no file.
     """
+    file = cfg.data.file
+    if file and not job.is_set("data.file") and Path(file).exists():
+        log.info("data.file=%s, as %s says (data.file=... where it is now)", file, source.path)
+        if Path(file).is_file():
+            try:
+                plain_files.inside(Path(file).parent, Path(file).name)
+            except UserError as error:
+                raise UserError(
+                    f"data.file={file}, as {source.path} says: {error}; or say data.file={file} "
+                    "yourself"
+                ) from error
     root = cfg.data.root or task.root
     if not root or job.is_set("data.root") or not Path(root).is_dir():
         return
@@ -244,7 +259,7 @@ def report_left_out(cfg: DictConfig, source: Checkpoint, job: Job) -> None:
         )
 
 
-def _literal(values: Mapping[str, Any]) -> DictConfig:
+def literal(values: Mapping[str, Any]) -> DictConfig:
     """Return a node of OmegaConf that resolves to these values; a `${...}` in a text stays."""
     return OmegaConf.create({key: _escaped(value) for key, value in values.items()})
 

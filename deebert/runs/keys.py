@@ -19,6 +19,7 @@ from hydra.utils import get_object
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
+from deebert.data.own_task import Columns
 from deebert.data.tasks import DataConfig, Task
 from deebert.errors import UserError, check_whole, is_number
 from deebert.exits.target import Target
@@ -62,7 +63,7 @@ Known = Mapping[str, Any] | None  # the known keys and what may stand in each; N
 ANYTHING: Known = None
 OF_HYDRA = ("_target_", "_args_", "_convert_", "_recursive_", "_partial_")
 # Values that only a checkpoint has, because a run computes them.
-COMPUTED = ("calibration_rows", "costs")
+COMPUTED = ("calibration_rows", "split_rows", "costs")
 
 
 def check(cfg: DictConfig, job: Job) -> None:
@@ -220,7 +221,7 @@ def _training(values: Mapping[str, Any]) -> dict[str, Known]:
         **dict.fromkeys((*KEYS, "ckpt", "resume", "modules", "optimize"), ANYTHING),
         "task": _names_of(Task),
         "backbone": _names_of(BackboneConfig),
-        "data": _names_of(DataConfig),
+        "data": _names_of(DataConfig) | _names_of(Columns),
         "stages": {str(stage): dict.fromkeys(Recipe.keys(stage)) for stage in (1, 2)},
         **_instantiated(values),
     }

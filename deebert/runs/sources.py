@@ -7,12 +7,15 @@ model, and reads no rows of data.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import fields
 from os.path import lexists
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from deebert.data import own_task
+from deebert.data.own_task import Columns
 from deebert.errors import UserError, unknown
 from deebert.hub import checkpoints, locate, record_files
 from deebert.hub.checkpoints import Checkpoint, Source
@@ -44,10 +47,51 @@ def complete(cfg: DictConfig, job: Job) -> Checkpoint | None:
         UserError: the checkpoint is missing, unreadable or of the wrong stage, or the command line
             contradicts it.
     """
+    columns = _taken_columns(cfg)
+    if cfg.data.get("file") and not (cfg.get("task") or cfg.ckpt or cfg.resume or cfg.teacher):
+        _set_task(cfg, own_task.task_values(str(cfg.data.file), columns))
+        columns = Columns()
+    _refuse_columns(cfg, columns)
     _replace_reader_of_one_text(cfg)  # the ramp is compared with the checkpoint's ramp after this
     source = _source(cfg, job)
     _replace_reader_of_one_text(cfg)  # again, because the task may come from the checkpoint
     return source
+
+
+def _taken_columns(cfg: DictConfig) -> Columns:
+    """Take what the user says of the columns of a file out of the configuration.
+
+    The task that is made from it holds all of it, and is remembered.
+    """
+    with open_dict(cfg):
+        values = inheritance.plain_block(cfg.data)
+        for each in fields(Columns):
+            cfg.data.pop(each.name, None)
+    return Columns(**{each.name: values.get(each.name) for each in fields(Columns)})
+
+
+def _set_task(cfg: DictConfig, values: dict[str, Any]) -> None:
+    """Put a task into the configuration, in which nothing that a file says is replaced."""
+    with open_dict(cfg):
+        cfg.task = inheritance.literal(values)
+    labels = values["labels"] and f"; labels in {values['label']!r}"
+    numbers = f"; numbers in {values['label']!r}"
+    texts = " and ".join(map(repr, values["columns"]))
+    log.info("data.file=%s: texts in %s%s", cfg.data.file, texts, labels or numbers)
+
+
+def _refuse_columns(cfg: DictConfig, columns: Columns) -> None:
+    """Refuse what is said of columns where a task or a checkpoint names them.
+
+    Raises:
+        UserError: there is something.
+    """
+    for name, value in vars(columns).items():
+        if value is not None:
+            raise UserError(
+                f"data.{name}={value} does nothing here: it is of a data.file=, where neither "
+                "task= nor a checkpoint says how to read it"
+            )
 
 
 def _replace_reader_of_one_text(cfg: DictConfig, columns: Sequence[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig
 
-from deebert.data import tokenization
+from deebert.data import file_split, loading, tokenization
 from deebert.data.datamodule import TextDataModule
 from deebert.disk import whole_files
 from deebert.errors import UserError, first_line
@@ -44,16 +44,12 @@ class Start:
 
     Attributes:
         model: the model.
-        tokenizer: its tokenizer.
-        tokenizer_files: the text of the tokenizer's files by file name.
         run: the configuration of the run, with the layers that the model has kept.
         teacher: the model that a student learns from, or None.
         trained_ramps: the ramps before the last, counted from 0, that are trained already.
     """
 
     model: EarlyExitModel
-    tokenizer: Any
-    tokenizer_files: dict[str, str]
     run: RunConfig
     teacher: EarlyExitModel | None = None
     trained_ramps: frozenset[int] = frozenset()
@@ -79,11 +75,16 @@ def train(cfg: DictConfig) -> float | None:
     build.check_loggers(cfg)
     check_optimize(cfg.optimize, trained=config.run.objective.trains_ramps)
     L.seed_everything(config.run.seed, workers=True, verbose=False)
-    start = _from_checkpoint(cfg, config, source) if source else _from_backbone(config.run)
-    _prepare_model(start, config)
-    data = _read_rows(start)
-    config = replace(config, run=build.with_held_out(start.run, data))
-    module = EarlyExitModule(start.model, config.run, start.tokenizer_files, start.teacher)
+    _ = config.run.ramp_kind  # an unknown reader is named before a backbone is fetched
+    tokenizer = source.tokenizer() if source else backbones.tokenizer(config.run.backbone)
+    files = source.tokenizer_files if source else tokenization.files_of(tokenizer)
+    data = _read_rows(config.run, tokenizer)
+    run = build.with_held_out(build.with_split(config.run, data), data)
+    config = replace(config, run=run)
+    start = _from_checkpoint(cfg, config, source) if source else _from_backbone(run)
+    config = replace(config, run=start.run)
+    _prepare_model(start, tokenizer, config)
+    module = EarlyExitModule(start.model, config.run, files, start.teacher)
     datamodule = _cache(data, start, config, job) if module.is_cached else data
     with build.closing(job):
         trainer = build.trainer(cfg, config, job, f"stage{config.run.stage}", EpochLine())
@@ -98,17 +99,13 @@ def train(cfg: DictConfig) -> float | None:
 
 def _from_backbone(run: RunConfig) -> Start:
     """Return the start of a training on a pretrained backbone."""
-    _ = run.ramp_kind  # an unknown reader is named before a backbone is fetched
-    tokenizer = backbones.tokenizer(run.backbone)
-    files = tokenization.files_of(tokenizer)
     model = EarlyExitModel.from_backbone(run.backbone, run.task.num_labels, run.ramp)
-    return Start(model, tokenizer, files, run)
+    return Start(model, run)
 
 
 def _from_checkpoint(cfg: DictConfig, config: TrainConfig, source: Checkpoint) -> Start:
     """Return the start of a training on a checkpoint, with the ramps of the configuration."""
-    run, teacher = config.run, None
-    tokenizer, model = source.tokenizer(), source.model()
+    run, teacher, model = config.run, None, source.model()
     if run.teacher and config.resume:
         teacher = sources.read_teacher(cfg).model()
     elif run.teacher:
@@ -130,17 +127,18 @@ def _from_checkpoint(cfg: DictConfig, config: TrainConfig, source: Checkpoint) -
     if source.ramps_trained and is_same:
         untrained = {number - 1 for number in source.config.objective.untrained}
         trained = {*range(len(model.ramps) - 1)} - untrained
-    return Start(model, tokenizer, source.tokenizer_files, run, teacher, frozenset(trained))
+    return Start(model, run, teacher, frozenset(trained))
 
 
-def _prepare_model(start: Start, config: TrainConfig) -> None:
-    """Give the model the tokenizer's separator, and check that the objective fits the model.
+def _prepare_model(start: Start, tokenizer: Any, config: TrainConfig) -> None:
+    """Give the model the tokenizer's separator, and check what must fit the model.
 
     Raises:
-        UserError: the tokenizer or the objective does not fit the model.
+        UserError: the tokenizer, the length of the inputs or the objective does not fit the model.
     """
-    model, tokenizer, run = start.model, start.tokenizer, start.run
+    model, run = start.model, start.run
     tokenization.check(tokenizer, model.config)
+    build.check_length(run, model.config)
     if model.ramp_kind.reader.needs_second_text:
         model.backbone.separator = tokenizer.sep_token_id
         if tokenizer.sep_token_id is None:
@@ -162,16 +160,31 @@ def _prepare_model(start: Start, config: TrainConfig) -> None:
         )
 
 
-def _read_rows(start: Start) -> TextDataModule:
+def _read_rows(run: RunConfig, tokenizer: Any) -> TextDataModule:
     """Return the data module, with the rows read and tokenized.
 
-    Mistakes in the data are found here, before a logger starts.
+    Mistakes in the data are found here, before weights are loaded and a logger starts.
     """
-    run = start.run
-    data = build.data_module(run, start.tokenizer, start.model.config, run.recipe.batch_size)
+    data = build.data_module(run, tokenizer, run.recipe.batch_size)
     data.prepare_data()
     data.train_dataloader()
+    if run.data.file:
+        _describe_rows(data, run.data.file)
     return data
+
+
+def _describe_rows(data: TextDataModule, file: str) -> None:
+    """Say how many rows a user's own file has, and warn of what is odd in them."""
+    train, validation = (
+        loading.load(data.task, str(split), data.root)
+        for split in (data.task.train, data.eval_splits[0])
+    )
+    names = data.task.labels
+    log.info(
+        "data.file=%s: %s", file, file_split.summary(train["label"][:], len(validation), names)
+    )
+    for oddity in file_split.oddities(train, validation, names):
+        log.warning("data.file=%s: %s", file, oddity)
 
 
 def _cache(data: TextDataModule, start: Start, config: TrainConfig, job: Job) -> FeatureCache:

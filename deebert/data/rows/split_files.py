@@ -48,6 +48,12 @@ class Files(NamedTuple):
     others: tuple[str, ...]
 
 
+def names_of(split: str) -> tuple[str, ...]:
+    """Return the names that the files of a split may have: `dev` and others for `validation`."""
+    others = [split.replace("validation", other) for other in ("dev", "valid", "val")]
+    return tuple(dict.fromkeys((split, *others)))
+
+
 def find(places: Sequence[Path], names: Sequence[str]) -> Files | None:
     """Find the files of a split.
 
