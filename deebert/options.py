@@ -7,6 +7,7 @@ of models.
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -320,6 +321,14 @@ def job_command(name: str) -> str:
     """
     is_script = Path(sys.argv[0]).name in ("train.py", "evaluate.py")
     return f"python {name}.py" if is_script else f"deebert {name}"
+
+
+def assignment(key: str, value: str) -> str:
+    """Return `key=value` as a user types it for a job: quoted for the shell and for Hydra."""
+    if re.fullmatch(r"[\w./:-]+", value):
+        return f"{key}={value}"
+    escaped = value.replace('"', '\\"')
+    return shlex.quote(f'{key}="{escaped}"')
 
 
 def moved(setting: str) -> str | None:

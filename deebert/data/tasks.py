@@ -163,6 +163,14 @@ class Task:
         """Compute the headline metric: (N,), (N,) -> a float."""
         return METRICS[self.metrics[0]](predictions, labels)
 
+    def constant_score(self, labels: Tensor) -> float:
+        """Return the score if all rows get the same answer, the one that scores best: (N,)."""
+        if self.is_regression:
+            return 0.0  # of a correlation
+        # With two classes, either answer may score best by F1.
+        answers = range(2) if self.num_labels == 2 else [int(labels.mode().values)]
+        return max(self.score(torch.full_like(labels, answer), labels) for answer in answers)
+
     def order(self, split: str) -> tuple[int, str]:
         """Return the key that sorts splits in the order in which they are reported."""
         known = (*self.validation, *self.test)

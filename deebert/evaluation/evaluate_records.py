@@ -141,6 +141,7 @@ def _split_results(
         exits=curves.ramp_table(record, task),
         curve=curves.curve(record, task, rule, thresholds),
         analysis=compared if trained else replace(compared, oracle=None, overthinking_rate=None),
+        constant_score=None if record.labels_N is None else task.constant_score(record.labels_N),
     )
     if not trained:
         return results

@@ -319,6 +319,8 @@ class SplitResults:
         length_bins: the bins of input lengths of `trade_off`.
         examples: rows at a threshold that saves 40 % of the layers, if the ramps are trained.
         analysis: a comparison of the ramps; it is empty if an older file lacks it.
+        constant_score: the score if all rows get the same answer, the one that scores best; None
+            without labels.
     """
 
     split: str
@@ -330,6 +332,7 @@ class SplitResults:
     length_bins: list[LengthBin] | None = None
     examples: Examples | None = None
     analysis: Analysis
+    constant_score: float | None = None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:

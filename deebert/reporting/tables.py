@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from deebert.models.trained_ramps import trains_ramps
 from deebert.reporting.results import Calibration, Results, TimedCase
 from deebert.reporting.split_results import Thresholds
+from deebert.reporting.useless import warning
 
 Table = tuple[str, list[str], list[list[str]]]  # title, column names, rows
 PERCENTILES = ("p50", "p95", "p99")
@@ -181,7 +182,7 @@ def more_tables(results: Results) -> Iterable[Table]:
 
 def notes(results: Results) -> list[str]:
     """Return what a reader of the tables must know, as sentences."""
-    lines = []
+    lines = [line] if (line := warning(results)) else []
     if not trains_ramps(results.objective):
         lines.append("Only the last ramp is trained so far; exits are worth a look after stage 2.")
     if results.exit_name == "change":

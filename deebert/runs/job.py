@@ -6,6 +6,7 @@ This module does not know training or evaluation. It reads the value from result
 import json
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,12 @@ def check_optimize(optimize: Any, *, trained: bool) -> None:
 
 
 def finish(
-    is_global_zero: bool, job: Job, optimize: Any = "auto", *, at_threshold: bool = False
+    is_global_zero: bool,
+    job: Job,
+    optimize: Any = "auto",
+    *,
+    at_threshold: bool = False,
+    following: Callable[[Results], str] | None = None,
 ) -> float | None:
     """Print the results of a job, and return its value for Hydra's sweepers: more is better.
 
@@ -87,6 +93,7 @@ def finish(
         optimize: the value: `score` at full depth, `area` under score against saving, the score at
             a saving, or `auto`.
         at_threshold: whether `auto` means the score at the curve's first threshold.
+        following: returns the command that comes next, which is printed; None for none.
 
     Returns:
         The value. `auto` is the measured score of the target, if there is one; else the score at
@@ -102,6 +109,8 @@ def finish(
     results = Results.from_json(json.loads(file.read_text()))
     try:
         report.show(results, job.folder)
+        if following and not job.sweep:
+            print(f"Next: {following(results)}")
         sys.stdout.flush()
     except OSError as error:  # a full device, or a reader that has closed its end of the pipe
         drop_stdout()

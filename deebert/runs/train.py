@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from deebert.hub.checkpoints import WEIGHTS_FINGERPRINT, Checkpoint
 from deebert.hub.run_config import RunConfig
 from deebert.models import backbones
 from deebert.models.early_exit import EarlyExitModel
-from deebert.options import import_modules
+from deebert.models.trained_ramps import trains_ramps
+from deebert.options import assignment, import_modules, job_command
+from deebert.reporting.results import Results
 from deebert.runs import build, keys, sources
 from deebert.runs.config import TrainConfig
 from deebert.runs.job import Job, check_optimize, finish
@@ -94,7 +97,16 @@ def train(cfg: DictConfig) -> float | None:
         if source and config.resume and not _is_evaluated(trainer, job):
             _validate_resumed(trainer, module, datamodule, source, job)
         _validate_kept(trainer, module, datamodule, job)
-    return finish(trainer.is_global_zero, job, cfg.optimize)
+    is_first = trainer.is_global_zero
+    return finish(is_first, job, cfg.optimize, following=partial(_next_command, job))
+
+
+def _next_command(job: Job, results: Results) -> str:
+    """Return the command that goes on from this run: stage 2, then an evaluation."""
+    ckpt = assignment("ckpt", str(job.folder))
+    if trains_ramps(results.objective):
+        return f"{job_command('evaluate')} {ckpt} target_saving=0.4"
+    return f"{job_command('train')} stage=2 {ckpt}"
 
 
 def _from_backbone(run: RunConfig) -> Start:

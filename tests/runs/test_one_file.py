@@ -59,6 +59,7 @@ def test_the_checkpoint_remembers_all_of_it(
     printed = run("train.py", "stage=2", f"ckpt={first / 'run'}", "stages.2.epochs=1", "seed=5",
                   "logger=csv", f"hydra.run.dir={second}")  # fmt: skip
     assert f"data.file={first / 'tickets.csv'}, as " in printed
+    assert f"Next: python evaluate.py ckpt={second} target_saving=0.4" in printed
     run("evaluate.py", f"ckpt={second}", "logger=csv", "target_saving=0.3", "calibration=heldout",
         f"hydra.run.dir={tmp_path / 'scored'}")  # fmt: skip
     scored, trained = results(tmp_path / "scored"), results(second)
@@ -137,7 +138,9 @@ def test_one_line_for_a_mistake(fails: Callable[..., str], glue: Path, tmp_path:
 def test_a_task_of_a_yaml_file_reads_one_file_too(
     run: Callable[..., str], glue: Path, tmp_path: Path
 ) -> None:
-    run("train.py", "task=mrpc", f"data.file={glue / 'mrpc' / 'train.jsonl'}", *SHORT,
+    printed = run("train.py", "task=mrpc", f"data.file={glue / 'mrpc' / 'train.jsonl'}", *SHORT,
         f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
+    assert f"Next: python train.py stage=2 ckpt={tmp_path / 'run'}" in printed
     made = results(tmp_path / "run")
+    assert 0 < made["constant_score"] < 1
     assert (made["task"], made["metric"], made["num_rows"]) == ("mrpc", "f1", 19)
