@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-RECIPE = "stages.2.epochs=4 stages.2.batch_size=16 stages.2.lr=1e-3"
+RECIPE = (
+    "ramp=first stages.2.epochs=4 stages.2.batch_size=16 stages.2.lr=1e-3 "
+    "stages.2.standardize=false"
+)
 VARIANTS = {"faithful": f"{RECIPE} stages.2.cache=false", "cached": RECIPE}
 
 

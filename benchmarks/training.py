@@ -102,6 +102,7 @@ def ours(root: str, epochs: int, seed: int, batch_size: int, more: list[str]) ->
             sys.executable, "train.py", "task=mrpc", "stage=1", "backbone=minilm", "logger=csv",
             f"data.root={root}", "data.calibration_size=0", f"seed={seed}",
             f"stages.1.epochs={epochs}", f"stages.1.batch_size={batch_size}", f"stages.1.lr={LR}",
+            "stages.1.warmup=0",
             "~callbacks.best", "~callbacks.last", "+trainer.enable_checkpointing=false",
             f"hydra.run.dir={folder}/run", *more,
         ]  # fmt: skip

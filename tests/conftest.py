@@ -191,8 +191,9 @@ def glue(made_once: Callable[..., Path]) -> Path:
 def stage1(glue: Path, made_once: Callable[..., Path]) -> Path:
     """A stage-1 run on MRPC's columns."""
     overrides = (
-        "task=mrpc", "stage=1", *TINY, f"data.root={glue}", "seed=7",
-        "stages.1.epochs=2", "stages.1.lr=1e-3", "stages.2.lr=2e-3", "stages.2.epochs=3",
+        "task=mrpc", "stage=1", *TINY, f"data.root={glue}", "seed=7", "ramp=first",
+        "stages.1.epochs=2", "stages.1.lr=1e-3", "stages.1.batch_size=8", "stages.1.warmup=0",
+        "stages.2.lr=2e-3", "stages.2.epochs=3", "stages.2.batch_size=8", "stages.2.standardize=false",
     )  # fmt: skip
     return made_once("stage1", lambda to: command("train.py", *overrides, f"hydra.run.dir={to}"))
 

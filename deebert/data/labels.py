@@ -84,6 +84,11 @@ def in_order(values: Iterable[Any]) -> list[str]:
     return sorted(map(name_of, classes))
 
 
+def plain(label: str) -> str:
+    """Return a label in lower case, with one underscore for each run of separators."""
+    return re.sub(r"[\s_-]+", "_", label.strip().casefold())
+
+
 def whole(value: Any) -> int | None:
     """Return the whole number that a value is or stands for; None if it is none."""
     number = _value(value)

@@ -134,8 +134,10 @@ def task_values(
     texts, label, stated = _read(files, columns, where)
     if columns.regression:
         classes = None
+    elif label_names:
+        classes = _as_written(label_names, label)
     else:
-        classes = list(label_names or stated or _classes(label, columns, where))
+        classes = list(stated or _classes(label, columns, where))
     if classes is None:
         metrics = ["spearman", "pearson"]
     else:
@@ -259,6 +261,14 @@ def _text(seen: dict[str, Column], names: list[str], label: str, where: str) -> 
             f"pairs: data.text={listed[0]} or 'data.text=[{','.join(listed[:2])}]'"
         )
     raise UserError(f"{where}: no column looks like texts: data.text=COLUMN{_listed(names)}")
+
+
+def _as_written(names: Sequence[str], label: Column) -> list[str]:
+    """Return the names of a model's classes, as the rows write them: Positive for POSITIVE."""
+    written = {labels.plain(labels.name_of(value)): value for value in label.values.values()}
+    if len({*map(labels.plain, names)}) < len(names):
+        return list(names)
+    return [labels.name_of(written.get(labels.plain(name), name)) for name in names]
 
 
 def _classes(label: Column, columns: Columns, where: str) -> list[str]:

@@ -119,7 +119,7 @@ LAYERS = Kind(
 )
 BACKBONE = {
     "name": NAME, "path": PATH, "package": TEXT | _list_of(TEXT), "sha256": WORD, "install": TEXT,
-    "epochs": COUNT, "layers": LAYERS, "config": MAPPING,
+    "epochs": COUNT, "lr": NUMBER, "layers": LAYERS, "config": MAPPING,
 }  # fmt: skip
 DATA = {
     "root": PATH, "file": PATH, "validation_share": NUMBER, "split_seed": COUNT,

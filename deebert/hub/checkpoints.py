@@ -48,6 +48,11 @@ class Source:
         """Say whether the ramps before the last one were trained."""
         return self.config.objective.trains_ramps
 
+    @property
+    def is_plain_classifier(self) -> bool:
+        """Say whether somebody else's classifier without ramps was converted."""
+        return False
+
 
 @dataclass(frozen=True)
 class Checkpoint(Source):
@@ -67,6 +72,11 @@ class Checkpoint(Source):
     weights: dict[str, torch.Tensor]
     epochs_done: int
     not_taken: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_plain_classifier(self) -> bool:
+        """Say whether somebody else's classifier without ramps was converted."""
+        return not (self.epochs_done or self.ramps_trained)
 
     def model(self) -> EarlyExitModel:
         """Rebuild the trained model, in eval mode.

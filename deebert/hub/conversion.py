@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deebert.data import labels
 from deebert.data.tasks import Task
 from deebert.errors import UserError, first_line, unknown
 from deebert.hub import checkpoints, transformers_folder
@@ -319,7 +320,10 @@ def _task_block(values: Mapping[str, Any], given: Mapping[str, Any] | None) -> d
     name = str(stated).lower().replace("-", "").removesuffix("mm")  # sst-2, mnli-mm
     if given is None:
         if name not in GLUE:
-            raise UserError("it does not say what it was trained for: give task=mrpc, or another")
+            raise UserError(
+                "it does not say what it was trained for: give task=mrpc, or another; a training "
+                "takes rows of your own, too: data.file=FILE"
+            )
         return task_values(name)
     if given.get("checkpoint_task"):  # a model of MNLI scores AX
         given = task_values(given["checkpoint_task"])
@@ -352,16 +356,14 @@ def _order(
     """
     if task.labels is None:
         return None
-    alike = len(set(map(_plain, task.labels))) < len(task.labels)
-    plain = str.strip if alike else _plain
+    alike = len(set(map(labels.plain, task.labels))) < len(task.labels)
+    plain = str.strip if alike else labels.plain
     wanted = [plain(label) for label in task.labels]
-    id2label = values.get("id2label")
-    id2label = id2label if isinstance(id2label, dict) else {}
-    names = [str(id2label.get(str(i), f"LABEL_{i}")) for i in range(len(wanted))]
+    names = transformers_folder.label_names(values, len(wanted))
     theirs = [plain(name) for name in names]
     if set(theirs) == set(wanted):
         return [theirs.index(label) for label in wanted]
-    if any(name.lower() not in (f"label_{i}", str(i)) for i, name in enumerate(names)):
+    if transformers_folder.have_meaning(names):
         raise UserError(
             f"its labels are {', '.join(names)}, and those of task {task.name} are "
             f"{', '.join(task.labels)}: give the task the checkpoint's names, in the order of the "
@@ -375,8 +377,3 @@ def _order(
             "the checkpoint does not name its labels: taken to be %s, in this order", listed
         )
     return None
-
-
-def _plain(label: str) -> str:
-    """Return a label in lower case, with one underscore for each run of separators."""
-    return re.sub(r"[\s_-]+", "_", label.strip().casefold())

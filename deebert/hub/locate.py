@@ -29,7 +29,14 @@ from deebert.untrusted import plain_files
 FLAG = "model"
 BEST = "best.ckpt"
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
-HUB_FILES = ("config.json", saved_folder.FILE, *tokenization.FILES, "records/*.safetensors")
+ADAPTER = "adapter_config.json"  # of a LoRA folder of peft
+HUB_FILES = (
+    "config.json",
+    ADAPTER,
+    saved_folder.FILE,
+    *tokenization.FILES,
+    "records/*.safetensors",
+)
 PATIENCE = 10.0  # seconds that the hub has to answer
 
 
@@ -97,8 +104,13 @@ def checkpoint(
 def _checkpoint(place: Path, given: str, flag: str, name: str, defaults: RunDefaults) -> Checkpoint:
     if saved_folder.is_saved(place):
         return saved_folder.read(place, flag).checkpoint
-    is_run = exists(place / "checkpoints" / name) or exists(place / name)
-    if place.is_dir() and not is_run:
+    if place.is_dir() and not _is_run(place, name):
+        if exists(place / ADAPTER):
+            raise UserError(
+                f"{flag}={given}: it is a LoRA adapter; merge it into its model and give the "
+                f"folder MERGED: AutoPeftModelForSequenceClassification.from_pretrained('{given}')"
+                ".merge_and_unload().save_pretrained('MERGED') in Python (peft), with its tokenizer"
+            )
         if exists(place / "config.json"):
             return conversion.read(place, flag, given, defaults)
         raise UserError(
@@ -107,6 +119,22 @@ def _checkpoint(place: Path, given: str, flag: str, name: str, defaults: RunDefa
             "classifier)"
         )
     return checkpoints.read(checkpoints.find(str(place), flag, name), flag)
+
+
+def _is_run(place: Path, name: str) -> bool:
+    return exists(place / "checkpoints" / name) or exists(place / name)
+
+
+def classifier_folder(given: str, flag: str) -> Path | None:
+    """Return the folder of a published classifier; None if a name leads to something else.
+
+    Args:
+        given: a name that `checkpoint` takes.
+        flag: the flag that the user named it with, for error messages.
+    """
+    place = _place(given, flag)
+    is_other = saved_folder.is_saved(place) or _is_run(place, BEST) or exists(place / ADAPTER)
+    return place if exists(place / "config.json") and not is_other else None
 
 
 def _scored(folder: Path) -> tuple[str, RunConfig] | None:

@@ -26,6 +26,7 @@ KEYS = (
     "task", "backbone", "ramp", "data", "stage", "stages", "objective", "seed", "trainer",
     "callbacks", "thresholds", "teacher",
 )  # fmt: skip
+COARSE = ("bf16-true", "16-true")  # precisions of the Trainer that round faint differences
 NEEDED = ("task", "backbone", "data", "stage", "stages", "objective", "seed")
 # The keys of a saved folder. The others hold paths of the machine that it was trained on, or name
 # code.
@@ -188,7 +189,7 @@ class RunConfig:
             )
         standardize = self.stage == 2 and self.recipe.standardize
         precision = str(self.trainer.get("precision"))
-        if precision in ("bf16-true", "16-true") and (standardize or self.task.is_regression):
+        if precision in COARSE and (standardize or self.task.is_regression):
             faint = "faint differences that stages.2.standardize=true shows"
             raise UserError(
                 f"trainer.precision={precision} would round the "

@@ -6,7 +6,7 @@ to this program: `conversion` does.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os.path import exists
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,33 @@ def values(folder: Path) -> dict[str, Any]:
         return plain_files.json_file(plain_files.inside(folder, "config.json"))
     except FileNotFoundError as error:
         raise UserError("it holds no config.json") from error
+
+
+def stated_labels(folder: Path) -> list[str] | None:
+    """Return the names of a classifier's labels, in the order of its outputs.
+
+    Returns:
+        The names: one for a regression; None if config.json names none (LABEL_0, LABEL_1, ...).
+
+    Raises:
+        UserError: config.json cannot be read.
+    """
+    config = values(folder)
+    id2label = config.get("id2label")
+    names = label_names(config, len(id2label) if isinstance(id2label, dict) else 0)
+    return names if len(names) == 1 or have_meaning(names) else None
+
+
+def label_names(config: Mapping[str, Any], number: int) -> list[str]:
+    """Return the names of so many labels in config.json; LABEL_0 and so on where it has none."""
+    id2label = config.get("id2label")
+    id2label = id2label if isinstance(id2label, dict) else {}
+    return [str(id2label.get(str(i), f"LABEL_{i}")) for i in range(number)]
+
+
+def have_meaning(names: Sequence[str]) -> bool:
+    """Say whether a label has another name than LABEL_0, LABEL_1, ... or its number."""
+    return any(name.lower() not in (f"label_{i}", str(i)) for i, name in enumerate(names))
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -44,6 +44,7 @@ class BackboneConfig:
         sha256: the hash of the weights in the package.
         install: the command that installs the package, for messages.
         epochs: the paper's number of epochs, which `experiment=deebert_paper` reads.
+        lr: the learning rate that suits it in stage 1, or None for that of most.
         layers: the layers to keep, counted from 1; None for all.
         config: settings of a backbone with random weights.
     """
@@ -54,6 +55,7 @@ class BackboneConfig:
     sha256: str | None = None
     install: str | None = None
     epochs: int | None = None
+    lr: float | None = None
     layers: list[int] | None = None
     config: Mapping[str, Any] | None = None
 

@@ -80,6 +80,8 @@ def inherit(cfg: DictConfig, source: Source, job: Job, kind: str) -> None:
     """
     saved = source.config.plain()
     saved["data"].setdefault("calibration_size", 0)  # older runs lack this key
+    if ramp_recipe := saved["stages"].get("2"):
+        ramp_recipe.setdefault("standardize", False)  # and this one
     _refuse_other_task(cfg, source)
     _refuse_other_held_out_rows(cfg, source, job, saved["data"]["calibration_size"])
     own_hub = tuple(OmegaConf.select(cfg, "task.hub") or ())
@@ -89,6 +91,8 @@ def inherit(cfg: DictConfig, source: Source, job: Job, kind: str) -> None:
         for key, policy in policies.items():
             if policy == MERGED:
                 _inherit_settings(cfg, key, saved.get(key) or {}, job)
+            elif key == "ramp" and kind == "stage 2" and source.is_plain_classifier:
+                continue  # nobody has chosen the untrained ramps that it got
             elif "." not in key and not (policy == UNNAMED and job.is_set("experiment")):
                 theirs = literal({key: saved[key]})
                 _apply_policies(cfg, theirs, key, policies, source, job)

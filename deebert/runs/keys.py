@@ -176,8 +176,11 @@ def _idle_in_training(cfg: DictConfig) -> dict[str, str]:
     if "backbone.epochs" not in references(OmegaConf.to_container(cfg, resolve=False)):
         instead = f"set stages.{cfg.stage}.epochs"
         idle["backbone.epochs"] = f"is read by experiment=deebert_paper alone: {instead}"
+    if "backbone.lr" not in references(OmegaConf.to_container(cfg.stages, resolve=False)):
+        idle["backbone.lr"] = f"is read by no recipe here: set stages.{cfg.stage}.lr"
     if cfg.stage == 2 and not cfg.resume:
-        idle["stages.1"] = "does nothing in stage=2: set stages.2"
+        in_stage_2 = "does nothing in stage=2: set stages.2"
+        idle |= {"stages.1": in_stage_2, "backbone.lr": f"{in_stage_2}.lr"}
     return idle
 
 

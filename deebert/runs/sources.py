@@ -7,7 +7,7 @@ model, and reads no rows of data.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from os.path import lexists
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from deebert.data import own_task
 from deebert.data.own_task import Columns
 from deebert.errors import UserError, unknown
-from deebert.hub import checkpoints, locate, record_files
+from deebert.hub import checkpoints, locate, record_files, transformers_folder
 from deebert.hub.checkpoints import Checkpoint, Source
-from deebert.hub.run_config import RunDefaults
+from deebert.hub.run_config import COARSE, RunDefaults
 from deebert.models.ramp_readers import READERS
 from deebert.options import job_command
 from deebert.reporting import report
@@ -47,15 +47,21 @@ def complete(cfg: DictConfig, job: Job) -> Checkpoint | None:
         UserError: the checkpoint is missing, unreadable or of the wrong stage, or the command line
             contradicts it.
     """
-    columns = _taken_columns(cfg)
-    if cfg.data.get("file") and not (cfg.get("task") or cfg.ckpt or cfg.resume or cfg.teacher):
-        _set_task(cfg, own_task.task_values(str(cfg.data.file), columns))
-        columns = Columns()
-    _refuse_columns(cfg, columns)
+    _make_task(cfg)
     _replace_reader_of_one_text(cfg)  # the ramp is compared with the checkpoint's ramp after this
     source = _source(cfg, job)
     _replace_reader_of_one_text(cfg)  # again, because the task may come from the checkpoint
+    if cfg.stage == 2 and cfg.stages["2"].get("standardize") is None:
+        cfg.stages["2"].standardize = _has_frozen_states(cfg)
     return source
+
+
+def _has_frozen_states(cfg: DictConfig) -> bool:
+    """Say whether stage 2 trains on frozen states, in a precision that shows how they differ."""
+    reader = READERS.get(str(cfg.ramp.get("reads")))
+    has_weights = reader is not None and reader.has_weights
+    is_coarse = str(cfg.trainer.get("precision")) in COARSE
+    return bool(cfg.stages["2"].cache) and not has_weights and not is_coarse
 
 
 def _taken_columns(cfg: DictConfig) -> Columns:
@@ -80,12 +86,22 @@ def _set_task(cfg: DictConfig, values: dict[str, Any]) -> None:
     log.info("data.file=%s: texts in %s%s", cfg.data.file, texts, labels or numbers)
 
 
-def _refuse_columns(cfg: DictConfig, columns: Columns) -> None:
-    """Refuse what is said of columns where a task or a checkpoint names them.
+def _make_task(cfg: DictConfig) -> None:
+    """Make the task from the user's own file, if there is one and nothing else names the task.
 
     Raises:
-        UserError: there is something.
+        UserError: the file does not say what its columns are, or the user says it in vain.
     """
+    columns, file, folder = _taken_columns(cfg), cfg.data.get("file"), None
+    is_unknown = file and not (cfg.get("task") or cfg.resume or cfg.teacher)
+    if is_unknown and cfg.ckpt:
+        folder = locate.classifier_folder(str(cfg.ckpt), "ckpt")
+    if is_unknown and (folder or not cfg.ckpt):
+        names = transformers_folder.stated_labels(folder) if folder else None
+        if names and len(names) == 1:
+            columns, names = replace(columns, regression=True), None
+        _set_task(cfg, own_task.task_values(str(file), columns, names))
+        return
     for name, value in vars(columns).items():
         if value is not None:
             raise UserError(

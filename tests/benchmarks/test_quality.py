@@ -166,12 +166,14 @@ def test_a_killed_run_is_made_again(quality: ModuleType, tmp_path: Path) -> None
     assert (made / "checkpoints").exists()
 
 
-def test_best_is_what_is_recommended(quality: ModuleType) -> None:
+def test_best_is_the_default(quality: ModuleType) -> None:
     [_, line] = quality.commands("best", "mrpc", 1, [])
     overrides = [word for word in line.split() if word.startswith(("stages.", "ramp"))]
-    measured, recommended = composed(*overrides), composed("experiment=best")
-    assert measured.ramp == recommended.ramp
-    assert measured.stages["2"] == recommended.stages["2"]
+    measured, default = composed(*overrides), composed()
+    assert measured.ramp == default.ramp
+    assert measured.stages["2"].pop("standardize") is True
+    assert default.stages["2"].pop("standardize") is None, "true where the states are frozen"
+    assert measured.stages["2"] == default.stages["2"]
 
 
 def test_area_by_hand(quality: ModuleType) -> None:

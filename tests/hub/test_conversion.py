@@ -17,6 +17,7 @@ from helpers.conversion_folders import (
     logits_of,
     plain_folder,
     reference,
+    write_json,
 )
 from helpers.golden_models import FOLDER as GOLDEN
 from helpers.golden_models import NAMES
@@ -175,6 +176,7 @@ def test_stage_2_makes_an_early_exit_model_of_a_plain_one(
     command = (
         "train.py", "stage=2", f"ckpt={folder}", "task=mrpc", f"data.root={glue}",
         "data.max_length=48", "stages.2.epochs=2", "stages.2.lr=1e-3", "seed=3", "logger=csv",
+        "ramp=first", "stages.2.standardize=false",
     )  # fmt: skip
     unbroken = tmp_path / "unbroken"
     run(*command, f"hydra.run.dir={unbroken}")
@@ -297,3 +299,46 @@ def test_a_task_of_one_s_own_and_a_regression(tmp_path: Path) -> None:
 def test_the_name_of_an_unknown_task(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"task 'mrcp' is unknown; choose one of: ax, cola"):
         locate.find(tmp_path, "mrcp")
+
+
+@pytest.mark.slow
+def test_a_classifier_asks_only_for_data(run: Run, fails: Run, tmp_path: Path) -> None:
+    names = ("POSITIVE", "Very Bad", "neutral")  # in another order than the sorted one
+    ids = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    folder = plain_folder(tmp_path / "theirs", reference("bert", 3, **ids))
+    given = ("positive", "very_bad", "neutral")
+    lines = [f"{a} / {b},{given[n % 3]}" for n, (a, b) in enumerate(PAIRS * 15)]
+    file = tmp_path / "own.csv"
+    file.write_text("\n".join(["message,verdict", *lines]) + "\n")
+    second = ("train.py", "stage=2", f"ckpt={folder}", "data.max_length=32", "stages.2.epochs=1", "logger=csv")  # fmt: skip
+    printed = run(*second, f"data.file={file}", f"hydra.run.dir={tmp_path / 'run'}")
+    assert "texts in 'message'; labels in 'verdict'" in printed
+    trained = checkpoints.read(tmp_path / "run" / "checkpoints" / "best.ckpt", "ckpt")
+    assert trained.config.task.labels == given, "in the classifier's order, as the rows write them"
+    assert trained.config.ramp_kind.reads == "mean", "the default's, not the paper's"
+    assert trained.weights["model.ramps.0.shift"].abs().sum() > 0, "standardized"
+    with torch.no_grad():
+        theirs = logits_of(reference("bert", 3, **ids))
+        torch.testing.assert_close(trained.model()(*batch())[:, -1], theirs, atol=1e-5, rtol=0)
+    run("evaluate.py", f"ckpt={tmp_path / 'run'}", "logger=csv", f"hydra.run.dir={tmp_path / 'scored'}")  # fmt: skip
+    assert results(tmp_path / "scored")["num_rows"] == 12
+    # Without data, and with rows of other labels.
+    assert "data.file=FILE" in fails(*second)
+    file.write_text(file.read_text().replace("neutral", "nothing"))
+    says = fails(*second, f"data.file={file}")
+    assert "label 'nothing' is out of range; task own has: 0 positive, 1 very_bad, 2 neutral" in says  # fmt: skip
+    # Names without a meaning are not names: those of the rows count, and must be as many.
+    change(folder, id2label={"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"})
+    file.write_text(file.read_text().replace("nothing", "positive"))
+    assert "it has 3 labels, and task own has 2" in fails(*second, f"data.file={file}")
+
+
+def test_a_lora_folder_is_named(fails: Run, tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    write_json(tmp_path / "lora" / "adapter_config.json", {"peft_type": "LORA"})
+    file = tmp_path / "own.csv"
+    file.write_text("text,label\na b,x\nc d,y\ne f,x\ng h,y\n")
+    for overrides in (("train.py", "stage=2", f"data.file={file}"), ("evaluate.py",)):
+        says = fails(*overrides, f"ckpt={tmp_path / 'lora'}", "logger=csv")
+        assert f"ckpt={tmp_path / 'lora'}: it is a LoRA adapter; merge it into its model" in says
+        assert "merge_and_unload()" in says

@@ -388,11 +388,11 @@ def test_an_old_checkpoint_learns_its_separator(run: Run, trained: Path, tmp_pat
 @pytest.mark.slow
 def test_of_one_text_a_pair_is_its_mean(run: Run, tmp_path: Path) -> None:
     part, rest = tmp_path / "part", tmp_path / "rest"
-    run("train.py", "task=demo", *TINY, "objective=joint", "experiment=best", "task.columns=[review]", "stages.1.epochs=2",
+    run("train.py", "task=demo", *TINY, "objective=joint", "task.columns=[review]", "stages.1.epochs=2",
         "+trainer.max_steps=1", "stages.1.batch_size=32", "data.limit_train=64", f"hydra.run.dir={part}")  # fmt: skip
     assert config_of(part)["ramp"]["reads"] == "mean"
     # Whose task is known from the run alone.
-    run("train.py", f"resume={part}", "experiment=best", "+trainer.max_steps=-1", "logger=csv", f"hydra.run.dir={rest}")  # fmt: skip
+    run("train.py", f"resume={part}", "+trainer.max_steps=-1", "logger=csv", f"hydra.run.dir={rest}")  # fmt: skip
     assert results(rest)["ramp"]["reads"] == "mean"
     assert results(rest)["epoch"] == 2
 

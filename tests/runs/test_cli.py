@@ -64,16 +64,41 @@ def test_stage_2_takes_everything_from_the_checkpoint(stage1: Path, stage2: Path
     assert not [n for n in before if ".ramps.2." in n and not torch.equal(before[n], after[n])]
 
 
-def test_the_recommended_recipe_on_a_finished_stage_1(
+def test_better_ramps_on_a_stage_1_of_the_paper(
     run: Callable[..., str], stage1: Path, tmp_path: Path
 ) -> None:
-    """Its ramp is as good as said: the one of the checkpoint must not take its place."""
-    run("train.py", "stage=2", f"ckpt={stage1}", "experiment=best", "stages.2.epochs=1",
-        "logger=csv", f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
+    """A checkpoint keeps its own settings, and the command line wins over them."""
+    second = ("train.py", "stage=2", f"ckpt={stage1}", "stages.2.epochs=1", "logger=csv")
+    run(*second, f"hydra.run.dir={tmp_path / 'own'}")
+    assert results(tmp_path / "own")["ramp"]["reads"] == "first"
+    assert weights(tmp_path / "own")["model.ramps.0.shift"].abs().sum() == 0
+    run(*second, "ramp=pair", "stages.2.standardize=true", f"hydra.run.dir={tmp_path / 'run'}")
     assert results(tmp_path / "run")["ramp"]["reads"] == "pair"
     trained = weights(tmp_path / "run")
     assert trained["model.ramps.0.pooler.weight"].shape == (32, 96)
     assert trained["model.ramps.0.shift"].abs().sum() > 0, "standardized"
+
+
+@pytest.mark.slow
+def test_the_default_recipe_fits_what_is_said(
+    run: Callable[..., str], glue: Path, tmp_path: Path
+) -> None:
+    """Ramps are standardized by default where the states are frozen, and not elsewhere."""
+    first = tmp_path / "first"
+    run("train.py", "task=mrpc", *TINY, f"data.root={glue}", "stages.1.epochs=1", f"hydra.run.dir={first}")  # fmt: skip
+    cases = {
+        (): ("pair", True),
+        ("stages.2.cache=false",): ("pair", False),
+        ("ramp=attention",): ("attention", False),
+        ("trainer.precision=bf16-true",): ("pair", False),
+        ("stages.2.standardize=false",): ("pair", False),
+    }
+    for number, (overrides, (reads, standardized)) in enumerate(cases.items()):
+        folder = tmp_path / str(number)
+        run("train.py", "stage=2", f"ckpt={first}", "stages.2.epochs=1", "logger=csv", *overrides, f"hydra.run.dir={folder}")  # fmt: skip
+        assert results(folder)["ramp"]["reads"] == reads, overrides
+        shift = weights(folder)["model.ramps.0.shift"].abs().sum()
+        assert bool(shift > 0) == standardized, overrides
 
 
 @pytest.mark.slow

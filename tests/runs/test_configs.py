@@ -17,7 +17,7 @@ from deebert.training.objectives import OBJECTIVES
 @pytest.mark.parametrize("stage", [1, 2])
 def test_every_task_and_stage(task: str, stage: int) -> None:
     cfg = OmegaConf.to_container(composed(f"task={task}", f"stage={stage}"), resolve=True)
-    assert cfg["trainer"]["max_epochs"] == cfg["stages"][str(stage)]["epochs"] == 3
+    assert cfg["trainer"]["max_epochs"] == cfg["stages"][str(stage)]["epochs"] == (3, 10)[stage - 1]
     assert cfg["task"]["name"] == task
 
 
@@ -82,7 +82,7 @@ def test_the_choices_that_the_project_promises() -> None:
     assert choices("objective") == sorted([*OBJECTIVES, "paper"])
     promised = "first mean pair first_and_mean attention shared cascade"
     assert set(choices("ramp")) >= set(promised.split())
-    assert choices("experiment") == ["best", "deebert_paper", "demo"]
+    assert choices("experiment") == ["deebert_paper", "demo"]
 
 
 @pytest.mark.parametrize(("backbone", "epochs"), [("bert-base", 3), ("bert-large", 3), ("roberta-base", 10), ("roberta-large", 10)])  # fmt: skip
@@ -92,6 +92,7 @@ def test_the_paper_s_values(backbone: str, epochs: int) -> None:
         recipe = OmegaConf.to_container(cfg.stages[stage], resolve=True)
         expected = {"epochs": epochs, "batch_size": 8, "lr": 2e-5, "weight_decay": 0.0, "warmup": 0.0}  # fmt: skip
         assert {key: recipe[key] for key in expected} == expected
+    assert cfg.ramp == composed("ramp=first").ramp
     assert cfg.stages["2"].cache is False
     assert cfg.stages["2"].standardize is False
     assert (cfg.seed, cfg.data.max_length, cfg.trainer.gradient_clip_val) == (42, 128, 1.0)
@@ -106,13 +107,20 @@ def test_an_experiment_overrides_the_defaults() -> None:
     assert composed("experiment=demo", "stages.1.lr=7").stages["1"].lr == 7
 
 
-def test_the_recommended_recipe() -> None:
-    """Stage 1 is left alone, so that it fits any backbone, and one that is fine-tuned already."""
-    cfg, default = composed("experiment=best", "task=mrpc"), composed("task=mrpc")
-    assert cfg.ramp.reads == "pair"
-    assert cfg.stages["2"].standardize is True
-    assert cfg.stages["1"] == default.stages["1"]
-    assert cfg.objective == default.objective
+@pytest.mark.parametrize("backbone", choices("backbone"))
+def test_the_default_recipe(backbone: str) -> None:
+    """Only the learning rate of stage 1 depends on the backbone."""
+    cfg = OmegaConf.to_container(composed("task=mrpc", f"backbone={backbone}"), resolve=True)
+    rates = {"minilm": 8e-5, "distilbert": 5e-5, "bert-large": 2e-5, "roberta-base": 2e-5, "roberta-large": 1e-5}  # fmt: skip
+    assert cfg["ramp"]["reads"] == "pair"
+    assert cfg["stages"]["1"] == {
+        "epochs": 3, "batch_size": 16, "lr": rates.get(backbone, 3e-5), "weight_decay": 0.0,
+        "warmup": 0.1, "layer_drop": 0.0,
+    }  # fmt: skip
+    assert cfg["stages"]["2"] == {
+        "epochs": 10, "batch_size": 16, "lr": 1e-3, "weight_decay": 0.0, "warmup": 0.0,
+        "cache": True, "standardize": None,
+    }  # fmt: skip
 
 
 def test_recipes_are_reached_from_the_command_line() -> None:

@@ -84,6 +84,8 @@ def refused(glue: Path, stage1: Path, stage2: Path) -> list[tuple[str, list[str]
         (evaluate, "+trainer.limit_test_batches=2 target_saving=0.3", "limit_test_batches=2 would choose the thresholds on a part of the rows"),
         (second, "stages.1.lr=1", "stages.1.lr=1 does nothing in stage=2: set stages.2"),
         (second, "backbone.epochs=4", "backbone.epochs=4 is read by experiment=deebert_paper alone: set stages.2.epochs"),
+        (second, "backbone.lr=1e-4", "backbone.lr=0.0001 does nothing in stage=2: set stages.2.lr"),
+        (train, "experiment=deebert_paper +backbone.lr=1e-4", "is read by no recipe here: set stages.1.lr"),
         (evaluate, "trainer.max_epochs=2", "trainer.max_epochs=2 does nothing here: an evaluation trains nothing"),
         (evaluate, "+trainer.accumulate_grad_batches=2", "trainer.accumulate_grad_batches=2 does nothing here"),
         (evaluate, "confidence=0.9", "confidence=0.9 does nothing without max_drop="),
