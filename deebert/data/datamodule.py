@@ -149,9 +149,7 @@ class TextDataModule(L.LightningDataModule):
     def _present(self, splits: tuple[str, ...]) -> tuple[str, ...]:
         present = tuple(split for split in splits if loading.exists(self.task, split, self.root))
         for split in set(splits) - set(present) if present else ():
-            log.warning(
-                "data.root=%s: split %r is not there; going on without it", self.root, split
-            )
+            log.warning("%s: split %r is not there; going on without it", self.flag, split)
         return present or splits  # if no split exists, loading the first one raises the error
 
     def tokens(self, split: str) -> datasets.Dataset:

@@ -46,8 +46,8 @@ class Columns:
     regression: Any = None
 
     def __post_init__(self) -> None:
-        listed = self.text if isinstance(self.text, list) else [self.text]
-        if not 1 <= len(listed) <= 2 or not all(n is None or isinstance(n, str) for n in listed):
+        listed = self.text if isinstance(self.text, list) else [self.text or ""]
+        if not 1 <= len(listed) <= 2 or not all(isinstance(name, str) for name in listed):
             raise UserError(
                 f"data.text={self.text} must name a column, or a list of two: data.text=[a,b]"
             )

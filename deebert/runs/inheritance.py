@@ -97,8 +97,11 @@ def inherit(cfg: DictConfig, source: Source, job: Job, kind: str) -> None:
                 theirs = literal({key: saved[key]})
                 _apply_policies(cfg, theirs, key, policies, source, job)
                 cfg[key] = OmegaConf.merge(cfg[key], theirs[key]) if key in GROWING else theirs[key]
-        if job.is_set("data.root"):  # other rows than those of the checkpoint's file
-            cfg.data.file = cfg.data.split_rows = None
+        if cfg.data.get("file"):  # of the two places of rows, the one that the user names
+            if not job.is_set("data.root"):
+                cfg.data.root = None
+            elif not job.is_set("data.file"):
+                cfg.data.file = cfg.data.split_rows = None
     if isinstance(source, Checkpoint):
         task = Task.from_config(plain_block(cfg.task))
         _refuse_to_fetch(cfg, source, task, own_hub)
@@ -183,32 +186,25 @@ def _check_rows(cfg: DictConfig, source: Checkpoint, task: Task, job: Job) -> No
     Raises:
         UserError: a file is a link that leads out of the folder, or is no file.
     """
-    file = cfg.data.file
-    if file and not job.is_set("data.file") and Path(file).exists():
-        log.info("data.file=%s, as %s says (data.file=... where it is now)", file, source.path)
-        if Path(file).is_file():
-            try:
-                plain_files.inside(Path(file).parent, Path(file).name)
-            except UserError as error:
-                raise UserError(
-                    f"data.file={file}, as {source.path} says: {error}; or say data.file={file} "
-                    "yourself"
-                ) from error
-    root = cfg.data.root or task.root
-    if not root or job.is_set("data.root") or not Path(root).is_dir():
+    own = cfg.data.get("file")
+    flag, root = ("data.file", own) if own else ("data.root", cfg.data.root or task.root)
+    if not root or job.is_set(flag) or not Path(root).exists():
         return
-    log.info("data.root=%s, as %s says (data.root=... for another folder)", root, source.path)
-    more_splits = [*(cfg.data.get("unlabelled") or ()), cfg.get("split")]
-    splits = [task.train, *task.validation, *task.test, *more_splits]
-    for split in (name for name in splits if isinstance(name, str)):  # others are refused later
-        for file in loading.find_files(task, split, root):
-            try:
-                plain_files.inside(Path(root), str(file.relative_to(root)))
-            except UserError as error:
-                raise UserError(
-                    f"data.root={root}, as {source.path} says: {error}; or say data.root={root} "
-                    "yourself"
-                ) from error
+    log.info("%s=%s, as %s says (%s=... for another place)", flag, root, source.path, flag)
+    files, folder = [Path(root)], Path(root).parent
+    if Path(root).is_dir():
+        more_splits = [*(cfg.data.get("unlabelled") or ()), cfg.get("split")]
+        splits = [task.train, *task.validation, *task.test, *more_splits]
+        names = [name for name in splits if isinstance(name, str)]  # others are refused later
+        files = [file for name in names for file in loading.find_files(task, name, root)]
+        folder = Path(root)
+    for file in files:
+        try:
+            plain_files.inside(folder, str(file.relative_to(folder)))
+        except UserError as error:
+            raise UserError(
+                f"{flag}={root}, as {source.path} says: {error}; or say {flag}={root} yourself"
+            ) from error
 
 
 def plain_block(block: DictConfig) -> dict[str, Any]:

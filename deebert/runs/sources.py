@@ -97,7 +97,7 @@ def _make_task(cfg: DictConfig) -> None:
     if is_unknown and cfg.ckpt:
         folder = locate.classifier_folder(str(cfg.ckpt), "ckpt")
     if is_unknown and (folder or not cfg.ckpt):
-        names = transformers_folder.stated_labels(folder) if folder else None
+        names = _stated_labels(folder, str(cfg.ckpt)) if folder else None
         if names and len(names) == 1:
             columns, names = replace(columns, regression=True), None
         _set_task(cfg, own_task.task_values(str(file), columns, names))
@@ -108,6 +108,14 @@ def _make_task(cfg: DictConfig) -> None:
                 f"data.{name}={value} does nothing here: it is of a data.file=, where neither "
                 "task= nor a checkpoint says how to read it"
             )
+
+
+def _stated_labels(folder: Path, given: str) -> list[str] | None:
+    """Return the names of a classifier's labels (`transformers_folder.stated_labels`)."""
+    try:
+        return transformers_folder.stated_labels(folder)
+    except UserError as error:
+        raise UserError(f"ckpt={given}: {error}") from error
 
 
 def _replace_reader_of_one_text(cfg: DictConfig, columns: Sequence[str] | None = None) -> None:

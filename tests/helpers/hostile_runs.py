@@ -50,6 +50,7 @@ def broken(glue: Path, made_once: Callable[..., Path]) -> Path:
     """A stage-1 run that broke off after its first epoch."""
     overrides = (
         "task=mrpc", *TINY, f"data.root={glue}", "stages.1.epochs=2", "+trainer.max_steps=12",
+        "stages.1.batch_size=8",
         "callbacks.best.monitor=val/score",
     )  # fmt: skip
 

@@ -35,6 +35,8 @@ def build(
     torch.manual_seed(0)
     stage = int(kind[6])
     stages = OmegaConf.to_container(OmegaConf.load(CONF / "train.yaml"))["stages"]
+    stages["1"] |= {"lr": 2e-5, "batch_size": 8, "warmup": 0.0}  # the paper's
+    stages["2"] |= {"lr": 2e-5, "batch_size": 8, "epochs": 3, "standardize": False}
     stages[str(stage)] |= {"lr": 1e-3, "epochs": 2, **recipe}
     stages["2"]["cache"] = "faithful" not in kind
     config = {

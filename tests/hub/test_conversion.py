@@ -176,7 +176,7 @@ def test_stage_2_makes_an_early_exit_model_of_a_plain_one(
     command = (
         "train.py", "stage=2", f"ckpt={folder}", "task=mrpc", f"data.root={glue}",
         "data.max_length=48", "stages.2.epochs=2", "stages.2.lr=1e-3", "seed=3", "logger=csv",
-        "ramp=first", "stages.2.standardize=false",
+        "ramp=first", "stages.2.standardize=false", "stages.2.batch_size=8",
     )  # fmt: skip
     unbroken = tmp_path / "unbroken"
     run(*command, f"hydra.run.dir={unbroken}")

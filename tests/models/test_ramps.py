@@ -405,7 +405,7 @@ def test_resume_goes_on_with_objective_and_ramp(
     part, rest = tmp_path / "part", tmp_path / "rest"
     run(
         "train.py", "task=mrpc", *TINY, f"data.root={glue}", "objective=mixed", "objective.final_share=0.25",
-        "ramp=shared", "stages.1.epochs=2", "+trainer.max_steps=11", f"hydra.run.dir={part}",
+        "ramp=shared", "stages.1.epochs=2", "stages.1.batch_size=8", "+trainer.max_steps=11", f"hydra.run.dir={part}",
     )  # fmt: skip
     for other, says in (
         (["objective=joint"], "objective=joint contradicts"),

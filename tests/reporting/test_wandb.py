@@ -90,7 +90,7 @@ def test_a_sweep_leaves_a_finished_run_per_job(run: Callable[..., str], tmp_path
         config = summary["config"]
         assert config["seed"] == seed
         assert config["task"]["name"] == "demo"
-        assert config["stages"]["1"]["lr"] == 2e-5, "plain nested values"
+        assert config["stages"]["1"]["lr"] == 3e-5, "plain nested values"
         results = json.loads((folder / "results.json").read_text())
         assert summary["summary"]["val/score"] == pytest.approx(results["exits"][-1]["score"])
         assert summary["summary"]["val/threshold_0.7/expected_saving"] == pytest.approx(2 / 3)

@@ -298,6 +298,7 @@ def test_resume_keeps_the_best_epoch_so_far(run: Run, glue: Path, tmp_path: Path
         "train.py",
         *overrides,
         monitor,
+        "stages.1.batch_size=8",
         "+trainer.max_steps=12",
         f"hydra.run.dir={tmp_path / 'part'}",
     )
@@ -322,6 +323,7 @@ def test_a_checkpoint_cannot_name_what_resume_calls(
         *TINY,
         f"data.root={glue}",
         "stages.1.epochs=2",
+        "stages.1.batch_size=8",
         "+trainer.max_steps=12",
     ]
     run("train.py", *overrides, f"hydra.run.dir={tmp_path / 'part'}")

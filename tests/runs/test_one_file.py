@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import command, results
 
 from deebert.data import demo
@@ -136,7 +137,7 @@ def test_one_line_for_a_mistake(fails: Callable[..., str], glue: Path, tmp_path:
 
 @pytest.mark.slow
 def test_a_task_of_a_yaml_file_reads_one_file_too(
-    run: Callable[..., str], glue: Path, tmp_path: Path
+    run: Callable[..., str], fails: Callable[..., str], stage2: Path, glue: Path, tmp_path: Path
 ) -> None:
     printed = run("train.py", "task=mrpc", f"data.file={glue / 'mrpc' / 'train.jsonl'}", *SHORT,
         f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
@@ -144,3 +145,25 @@ def test_a_task_of_a_yaml_file_reads_one_file_too(
     made = results(tmp_path / "run")
     assert 0 < made["constant_score"] < 1
     assert (made["task"], made["metric"], made["num_rows"]) == ("mrpc", "f1", 19)
+    # It takes the place of the folder that a checkpoint names.
+    file = f"data.file={glue / 'mrpc' / 'train.jsonl'}"
+    run("evaluate.py", f"ckpt={stage2}", file, "logger=csv", f"hydra.run.dir={tmp_path / 'scored'}")
+    assert results(tmp_path / "scored")["num_rows"] == 19
+    line = fails("evaluate.py", f"ckpt={stage2}", file, f"data.root={glue}", "logger=csv")
+    assert "give one of them" in line
+
+
+def test_a_checkpoint_leads_to_no_file_elsewhere(
+    fails: Callable[..., str], first: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "place").mkdir()
+    link = tmp_path / "place" / "rows.csv"
+    link.symlink_to(first / "tickets.csv")
+    content = torch.load(first / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    content["hyper_parameters"]["config"]["data"]["file"] = str(link)
+    torch.save(content, tmp_path / "other.ckpt")
+    line = fails("train.py", "stage=2", f"ckpt={tmp_path / 'other.ckpt'}", "logger=csv")
+    assert f"data.file={link}, as {tmp_path / 'other.ckpt'} says: " in line
+    link.unlink()
+    line = fails("train.py", "stage=2", f"ckpt={tmp_path / 'other.ckpt'}", "logger=csv")
+    assert f"data.file={link}: no such file; give its place (data.file=...)" in line
