@@ -51,17 +51,19 @@ def complete(cfg: DictConfig, job: Job) -> Checkpoint | None:
     _replace_reader_of_one_text(cfg)  # the ramp is compared with the checkpoint's ramp after this
     source = _source(cfg, job)
     _replace_reader_of_one_text(cfg)  # again, because the task may come from the checkpoint
-    if cfg.stage == 2 and cfg.stages["2"].get("standardize") is None:
-        cfg.stages["2"].standardize = _has_frozen_states(cfg)
+    recipe = OmegaConf.select(cfg, "stages.2")
+    if cfg.stage == 2 and isinstance(recipe, DictConfig) and recipe.get("standardize") is None:
+        with open_dict(recipe):
+            recipe.standardize = _has_frozen_states(cfg, recipe)
     return source
 
 
-def _has_frozen_states(cfg: DictConfig) -> bool:
+def _has_frozen_states(cfg: DictConfig, recipe: DictConfig) -> bool:
     """Say whether stage 2 trains on frozen states, in a precision that shows how they differ."""
     reader = READERS.get(str(cfg.ramp.get("reads")))
     has_weights = reader is not None and reader.has_weights
     is_coarse = str(cfg.trainer.get("precision")) in COARSE
-    return bool(cfg.stages["2"].cache) and not has_weights and not is_coarse
+    return bool(recipe.get("cache")) and not has_weights and not is_coarse
 
 
 def _taken_columns(cfg: DictConfig) -> Columns:

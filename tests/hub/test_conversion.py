@@ -307,7 +307,7 @@ def test_a_classifier_asks_only_for_data(run: Run, fails: Run, tmp_path: Path) -
     ids = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
     folder = plain_folder(tmp_path / "theirs", reference("bert", 3, **ids))
     given = ("positive", "very_bad", "neutral")
-    lines = [f"{a} / {b},{given[n % 3]}" for n, (a, b) in enumerate(PAIRS * 15)]
+    lines = [f"{a} / {b} {n},{given[n % 3]}" for n, (a, b) in enumerate(PAIRS * 15)]
     file = tmp_path / "own.csv"
     file.write_text("\n".join(["message,verdict", *lines]) + "\n")
     second = ("train.py", "stage=2", f"ckpt={folder}", "data.max_length=32", "stages.2.epochs=1", "logger=csv")  # fmt: skip
