@@ -25,6 +25,8 @@ Run = Callable[..., str]
 # One step an epoch, and no dropout: what is random differs from process to process.
 TRAINING = (
     *TINY, "data.limit_train=16", "data.eval_batch_size=16", "stages.1.epochs=4", "stages.1.lr=1e-3",
+    "stages.1.batch_size=8", "stages.2.batch_size=8", "stages.1.warmup=0", "ramp=first",
+    "stages.2.standardize=false",
     "stages.2.epochs=4", "stages.2.lr=1e-2", "+backbone.config.hidden_dropout_prob=0",
     "+backbone.config.attention_probs_dropout_prob=0",
 )  # fmt: skip
