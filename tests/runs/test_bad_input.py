@@ -51,7 +51,7 @@ def bad_input(tmp_path: Path, glue: Path, stage1: Path, stage2: Path) -> dict[st
     mrpc = ("task=mrpc", *TINY)
     here = f"data.root={glue}"
     return {
-        "no task": (train, TINY, "task= is missing: python train.py task=mrpc stage=1; choose one of: ax, cola, demo"),
+        "no task": (train, TINY, "task= is missing: python train.py task=mrpc stage=1, or a file of your own: data.file=tickets.csv; choose one of: ax, cola, demo"),
         "stage 3": (train, (*mrpc, here, "stage=3"), "stage 3 is unknown; choose one of: 1, 2 (stage=...)"),
         "stage two": (train, (*mrpc, here, "stage=two"), "stage 'two' is unknown"),
         "stage 2 without ckpt": (train, ("stage=2",), "stage=2 needs ckpt=RUN"),
