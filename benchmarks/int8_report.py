@@ -60,9 +60,9 @@ def table(entries: list[Row], kind: str) -> list[str]:
     columns += ["time saving", "time / layer saving", "equal or batches"]
     lines = [columns, ["---", "---", "---", *["---:"] * 5, "---"]]
     for keys in dict.fromkeys(_key(row) for entry in entries for row in entry["rows"]):
-        found = [(e, row) for e in entries for row in e["rows"] if _key(row) == keys]
-        savings = [time_saving(row, other, kind) for e, row in found if (other := rival(e, kind))]
-        layers = fmean(row["layer_saving"] for _, row in found)
+        same = [(e, row) for e in entries for row in e["rows"] if _key(row) == keys]
+        savings = [time_saving(row, other, kind) for e, row in same if (other := rival(e, kind))]
+        layers = fmean(row["layer_saving"] for _, row in same)
         saving = fmean(savings) if savings else None
         name, precision, point = keys
         lines.append(
@@ -70,12 +70,12 @@ def table(entries: list[Row], kind: str) -> list[str]:
                 name,
                 precision,
                 point or "",
-                f"{fmean(row['score'] for _, row in found):.4f}",
-                f"{fmean(ms(row, kind) for _, row in found):.2f}",
+                f"{fmean(row['score'] for _, row in same):.4f}",
+                f"{fmean(ms(row, kind) for _, row in same):.2f}",
                 f"{layers:.1%}",
                 "" if saving is None else f"{saving:.1%}",
                 "" if saving is None or layers < 0.05 else f"{saving / layers:.2f}",
-                found[0][1]["detail"],
+                same[0][1]["detail"],
             ]
         )
     return [f"| {' | '.join(cells)} |" for cells in lines]
