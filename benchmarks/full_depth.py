@@ -37,9 +37,25 @@ def build(model: EarlyExitModel, inputs: Inputs) -> Iterator[tuple[str, str, For
     for name, builder in BUILDERS.items():
         try:
             for precision, forward in builder(model, inputs):
+                _check(model, inputs[:8], name, precision, forward)
                 yield name, precision, forward
         except Exception as error:  # a missing package, or a model that a library does not know
             print(f"without {name}: {type(error).__name__}: {error}"[:300], flush=True)
+
+
+def _check(
+    model: EarlyExitModel, inputs: Inputs, name: str, precision: str, forward: Forward
+) -> None:
+    """Check that a rival runs this model.
+
+    Raises:
+        AssertionError: its logits are not those of the model.
+    """
+    tokens = padded(inputs, model.backbone.pad_token_id)
+    with torch.inference_mode():
+        expected_BC, actual_BC = Full(model, "float32").eval()(**tokens), forward(tokens)
+    close = 1e-3 if precision == "float32" else 1.0
+    assert (expected_BC - actual_BC).abs().max() < close, f"{name} runs another model"
 
 
 def _library(model: EarlyExitModel, inputs: Inputs) -> Iterator[tuple[str, Forward]]:
@@ -82,9 +98,11 @@ def _whole(model: EarlyExitModel, typed: bool) -> bytes:
         assert parts is not None
         keys, values = graph.keys_values(hidden, parts, None)
         before = hidden
+        bias = [] if parts.bias_AD is None else [graph.bias(parts.bias_AD)]
         if layer == len(model.ramps) - 1:
             hidden = graph.cut(hidden, 0, 1)
-        hidden = graph.tokens(hidden, keys, values, parts, backbone.num_heads, None)
+            bias = [graph.cut(name, 0, 1, axis=2) for name in bias]
+        hidden = graph.tokens(hidden, keys, values, parts, backbone.num_heads, None, *bias)
     names = ["input_ids", *(["token_type_ids"] if typed else []), MASK]
     return graph.serialized(names, graph.ramp(model.all_ramps[-1], before, hidden))
 

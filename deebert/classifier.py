@@ -36,7 +36,6 @@ from deebert.exits.rules import Rule
 from deebert.exits.target import Target
 from deebert.hub import locate, model_card, saved_folder
 from deebert.hub.saved_folder import Saved
-from deebert.inference import quantize
 from deebert.inference.engine import WINDOW, Engine
 from deebert.inference.predictions import Predictions
 from deebert.models.quantization import Quantization
@@ -70,7 +69,7 @@ class EarlyExitClassifier:
     ) -> None:
         self.saved = saved
         source = saved.checkpoint
-        quantization = self._quantization(precision)
+        quantization = self._quantization(precision, device)
         self.task = source.config.task
         self.model = source.model()
         self.tokenizer = source.tokenizer()
@@ -323,29 +322,31 @@ class EarlyExitClassifier:
             or labelled[0]
         )
 
-    def _quantization(self, precision: str) -> Quantization | None:
+    def _quantization(self, precision: str, device: torch.device | str) -> Quantization | None:
         """Return how the model is rounded in int8; None in another precision.
 
         Raises:
-            UserError: no record of the model was made in int8.
+            UserError: no record of the model was made in int8, or the device is not the processor.
         """
         if precision != "int8":
             return None
+        if torch.device(device).type != "cpu":
+            raise UserError(f"precision=int8 runs on the processor, not on device={device}")
         records = self.saved.records.values()
-        quantization = next((each.quantization for each in records if each.quantization), None)
+        several = {record.quantization for record in records if record.quantization}
+        if len(several) > 1:
+            raise UserError(
+                f"precision=int8: the records of {self.saved.checkpoint.path} have different "
+                "ranges; record them together with "
+                f"{job_command('evaluate')} ckpt=RUN precision=int8"
+            )
+        quantization = several.pop() if several else None
         if quantization is None:
             raise UserError(
                 f"precision=int8: {self.saved.checkpoint.path} has no record in int8; make one "
                 f"with {job_command('evaluate')} ckpt=RUN precision=int8, and use its run folder"
             )
-        if quantization.weight_bits != (bits := quantize.weight_bits()):
-            log.warning(
-                "precision=int8: the record was made with weights of %d bits, and this processor "
-                "multiplies %d: exits and answers may differ a little; record again here",
-                quantization.weight_bits,
-                bits,
-            )
-        return quantization.with_weight_bits(bits)
+        return quantization
 
     def _warn_of_other_precision(self, record: Record) -> None:
         """Warn if the model runs in another precision than thresholds are chosen in."""

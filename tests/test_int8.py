@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +13,17 @@ from conftest import command, results
 from helpers.tables import PAIRS, read, rows, write
 
 from deebert import EarlyExitClassifier
-from deebert.data.tasks import HELD_OUT
 from deebert.errors import UserError
 from deebert.evaluation.engine_records import check_losses, losses
 from deebert.exits.records import Record
 from deebert.export.onnx_runner import Runner
 from deebert.hub import record_files
-from deebert.models.quantization import LayerRounding, Quantization, Rounding
+from deebert.models.quantization import InputRange, LayerRanges, Quantization
 
 pytestmark = pytest.mark.slow
 Run = Callable[..., str]
 TARGET = {"target_saving": 0.3}
+SEEN = ("train", 96)  # so few rows that none is held out
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_the_record_is_that_of_the_quantized_model(
     one = records["validation"]
     assert one.precision == "int8"
     assert one.quantization is not None
-    assert one.quantization.split in (HELD_OUT, "train"), "never a reported split"
+    assert (one.quantization.split, one.quantization.num_rows) == SEEN, "never a reported row"
     assert {record.quantization for record in records.values()} == {one.quantization}
     assert exact["validation"].quantization is None
     moved = (one.logits_NLC - exact["validation"].logits_NLC).abs()
@@ -104,18 +105,38 @@ def test_bfloat16_is_recorded_too(stage2: Path, run: Run, tmp_path: Path) -> Non
     assert results(tmp_path)["precision"] == "bfloat16"
 
 
-def test_a_record_of_other_bits_says_so(
-    int8: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_records_of_different_ranges(int8: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(int8, tmp_path / "copy")
-    for file in record_files.files(copy):
-        record, header = record_files.load(file)
-        bits = 15 - record.quantization.weight_bits  # 7 of 8, and 8 of 7
-        changed = record.quantization.with_weight_bits(bits)
-        record_files.save(Record(**vars(record) | {"quantization": changed}), file.parent, header)
-    loaded = EarlyExitClassifier.from_pretrained(copy, precision="int8")
-    assert f"weights of {bits} bits, and this processor multiplies {15 - bits}" in caplog.text
-    assert loaded.engine.quantization.weight_bits == 15 - bits
+    [file] = record_files.files(copy)
+    record, header = record_files.load(file)
+    other = replace(record, split="test", quantization=replace(record.quantization, num_rows=7))
+    record_files.save(other, file.parent, header)
+    with pytest.raises(UserError, match=r"the records of .* have different ranges; record them"):
+        EarlyExitClassifier.from_pretrained(copy, precision="int8")
+    with pytest.raises(UserError, match=r"recorded in int8, .* in int8 with other ranges"):
+        record_files.read_folder(str(copy))
+
+
+def test_a_saved_quantization_is_used_again(
+    classifier: EarlyExitClassifier, run: Run, tmp_path: Path, glue: Path
+) -> None:
+    classifier.save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert 'from_pretrained("THIS_FOLDER_OR_REPOSITORY", precision="int8")' in card
+    assert "rows, int8)" in card
+    run("evaluate.py", f"ckpt={tmp_path / 'saved'}", f"data.root={glue}", "precision=int8",
+        "data.calibration_size=0", "logger=csv", f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
+    record, _ = record_files.load(tmp_path / "run" / "records" / "validation.safetensors")
+    assert record.quantization == classifier.engine.quantization
+
+
+def test_int8_is_timed_against_its_own_record(stage2: Path, run: Run, tmp_path: Path) -> None:
+    run("evaluate.py", f"ckpt={stage2}", "precision=[int8,float32]", "threshold=0.69", "timing=all",
+        "repeats=1", "threads=1", "logger=csv", f"hydra.run.dir={tmp_path}")  # fmt: skip
+    first, second = results(tmp_path)["timing"]
+    assert (first["precision"], first["runtime"]) == ("int8", "onnx")
+    assert first["equal_exits"] == first["equal_predictions"] == 1
+    assert (second["precision"], second["runtime"]) == ("float32", "torch")
 
 
 def test_losses_against_float32(classifier: EarlyExitClassifier, caplog) -> None:
@@ -127,15 +148,26 @@ def test_losses_against_float32(classifier: EarlyExitClassifier, caplog) -> None
     worse = logits_NLC.clone()
     worse[:5, 1] = 1 - worse[:5, 1]
     worse[:20, 2] = 1 - worse[:20, 2]
-    layer = LayerRounding(*[Rounding(-1, 1, 7)] * 4)
+    layer = LayerRanges(*[InputRange(-1, 1)] * 4)
     rounded = Record("validation", worse, labels, index, index, precision="int8",
                      quantization=Quantization((layer,) * 3, "train", 1))  # fmt: skip
     lost = losses(exact, rounded, task)
-    assert lost == pytest.approx([0, 0.05, 0.2], abs=0.001)
+    assert lost == pytest.approx({1: 0, 2: 0.05, 3: 0.2}, abs=0.001)
     unlabelled = [Record(**vars(each) | {"labels_N": None}) for each in (exact, rounded)]
     assert losses(*unlabelled, task) == pytest.approx(lost)
+    with pytest.raises(
+        UserError, match=r"20.0% of score on validation against the answers in float32"
+    ):
+        check_losses(lost, unlabelled[1])
     with pytest.raises(UserError, match=r"precision=int8: full depth loses 20.0% of score"):
         check_losses(lost, rounded)
     assert not caplog.messages
-    check_losses([0, 0.05, 0.005], rounded)
-    assert "ramps that lose score on validation against float32: 2 (5.0%)" in caplog.text
+    few = rounded.rows(torch.arange(99))
+    check_losses(lost, few)
+    assert (
+        "ramps that lose score on validation (99 rows) against float32: 2 (5.0%), 3 (20.0%)"
+        in caplog.text
+    )
+    caplog.clear()
+    check_losses({3: 0.005}, rounded)
+    assert not caplog.messages

@@ -153,8 +153,8 @@ def measure(
         device: the device to run on.
 
     Returns:
-        The cases of each precision and batch size. Full depth is `FullDepth`, or the engine in int8
-        and in ONNX Runtime.
+        The cases of each precision and batch size. Full depth is `FullDepth`, or outside of torch
+        the engine without exits.
     """
     results = []
     for precision in protocol.precisions:

@@ -13,6 +13,7 @@ The folder needs no torch. This module knows neither training nor how the graphs
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -126,8 +127,8 @@ def export(
         write_tokenizer(part, classifier.tokenizer, classifier.max_length)
         (part / "README.md").write_text(readme.text(about), "utf-8")
         difference_L = _difference(part, classifier)
-        if classifier.engine.precision == "float32":
-            _check_close(folder, difference_L, classifier.model)
+        close = CLOSE if classifier.engine.precision == "float32" else math.inf  # not NaN
+        _check_close(folder, difference_L, classifier.model, close)
         _move(part, folder)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     return Exported(
@@ -337,7 +338,9 @@ def _sample(classifier: EarlyExitClassifier) -> list[Any]:
     return list(zip(SAMPLE_TEXTS, SAMPLE_TEXTS[::-1], strict=True))
 
 
-def _check_close(folder: Path, difference_L: list[float], model: EarlyExitModel) -> None:
+def _check_close(
+    folder: Path, difference_L: list[float], model: EarlyExitModel, close: float
+) -> None:
     """Check that the runner's logits equal the engine's, to rounding.
 
     Raises:
@@ -346,11 +349,11 @@ def _check_close(folder: Path, difference_L: list[float], model: EarlyExitModel)
     for layer, (ramp, difference) in enumerate(zip(model.all_ramps, difference_L, strict=True), 1):
         # A standardized ramp multiplies the rounding of its features, by up to a thousand if the
         # first token hardly differs between inputs.
-        close = CLOSE * max(1.0, ramp.scale.max().item())
-        if not difference <= close:
+        limit = close * max(1.0, ramp.scale.max().item())
+        if not difference <= limit:
             raise UserError(
                 f"{folder} was not written: the logits of ramp {layer} differ by {difference:.2g} "
-                f"from the engine's, more than {close:.2g}; this model cannot be exported"
+                f"from the engine's, more than {limit:.2g}; this model cannot be exported"
             )
 
 

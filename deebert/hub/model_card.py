@@ -22,7 +22,7 @@ def render(saved: Saved, task: Task) -> str:
     config = saved.checkpoint.config.public()
     title = f"# {text(config.backbone.name)} on {text(task.name)}, early exit"
     lines = [_header(config, task), title, ""]
-    lines += [_what_it_is(task), "", "## Use it", "", _use(task), ""]
+    lines += [_what_it_is(task), "", "## Use it", "", _use(task, saved), ""]
     for record in saved.records.values():
         if record.split != HELD_OUT and record.labels_N is not None:
             lines += _scores(record, task, saved)
@@ -53,12 +53,15 @@ def _what_it_is(task: Task) -> str:
     )
 
 
-def _use(task: Task) -> str:
+def _use(task: Task, saved: Saved) -> str:
+    # Thresholds fit the precision that they were chosen in.
+    of_records = {record.precision for record in saved.records.values()} - {"float32"}
+    precision = "".join(f', precision="{each}"' for each in of_records)
     example = '"a text"' if len(task.columns) == 1 else '("a text", "and another")'
     return f"""```python
 from deebert import EarlyExitClassifier
 
-classifier = EarlyExitClassifier.from_pretrained("THIS_FOLDER_OR_REPOSITORY")
+classifier = EarlyExitClassifier.from_pretrained("THIS_FOLDER_OR_REPOSITORY"{precision})
 for answer in classifier.predict([{example}], target_saving=0.4):
     print(answer)
 ```"""
@@ -66,7 +69,8 @@ for answer in classifier.predict([{example}], target_saving=0.4):
 
 def _scores(record: Record, task: Task, saved: Saved) -> list[str]:
     metric, num_layers = task.metrics[0], record.num_layers
-    title = f"## Scores on {text(record.split)} ({len(record)} rows), {metric}"
+    precision = "" if record.precision == "float32" else f", {text(record.precision)}"
+    title = f"## Scores on {text(record.split)} ({len(record)} rows{precision}), {metric}"
     ramps = curves.ramp_table(record, task)
     lines = [title, "", f"| ramp | {' | '.join(str(each.layer) for each in ramps)} |"]
     lines += [f"|{'---|' * (num_layers + 1)}"]

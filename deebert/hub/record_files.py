@@ -191,9 +191,12 @@ def read_folder(given: str) -> RecordFolder:
         ),
         None,
     ):
+        theirs = f"{other.precision}"
+        if other.precision == one.precision:
+            theirs += " with other ranges"
         raise UserError(
             f"record={given}: {one.split} was recorded in {one.precision}, {other.split} in "
-            f"{other.precision}; record them together with {job_command('evaluate')} ckpt=RUN"
+            f"{theirs}; record them together with {job_command('evaluate')} ckpt=RUN"
         )
     records = [record for record, _ in loaded]
     return RecordFolder(paths[0].parent, first.config, first, records)

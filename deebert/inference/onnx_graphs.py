@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deebert.errors import UserError
 from deebert.models.layer_parts import EmbeddingParts, LayerParts
-from deebert.models.quantization import LayerRounding, Rounding
+from deebert.models.quantization import LARGEST_WEIGHT, InputRange, LayerRanges
 from deebert.models.ramp_readers import MASK, SECOND
 from deebert.models.ramps import Ramp
 
@@ -53,7 +53,7 @@ def embeddings(parts: EmbeddingParts, bias_AD: Tensor | None = None) -> bytes:
     return graph.serialized(["input_ids", *typed], outputs)
 
 
-def keys_values(parts: LayerParts, int8: LayerRounding | None) -> bytes:
+def keys_values(parts: LayerParts, int8: LayerRanges | None) -> bytes:
     """Return the graph of a layer's keys and values.
 
     Input: `hidden` (B, S, H). Outputs: `keys` and `values` (B, S, H).
@@ -63,7 +63,7 @@ def keys_values(parts: LayerParts, int8: LayerRounding | None) -> bytes:
     return graph.serialized(["hidden"], {"keys": keys, "values": values})
 
 
-def tokens(parts: LayerParts, num_heads: int, int8: LayerRounding | None) -> bytes:
+def tokens(parts: LayerParts, num_heads: int, int8: LayerRanges | None) -> bytes:
     """Return the graph of a layer for some of the tokens.
 
     Inputs: `hidden` of these tokens (B, T, H); `keys` and `values` (B, S, H) and `mask` (B, S) of
@@ -77,8 +77,8 @@ def tokens(parts: LayerParts, num_heads: int, int8: LayerRounding | None) -> byt
 def layer(
     parts: LayerParts,
     num_heads: int,
-    int8: LayerRounding | None,
-    first_int8: LayerRounding | None,
+    int8: LayerRanges | None,
+    first_int8: LayerRanges | None,
     ramp: Ramp | None = None,
 ) -> bytes:
     """Return the graph of a layer, with its ramp if one is given.
@@ -92,8 +92,8 @@ def layer(
     Args:
         parts: the layer's modules.
         num_heads: the number of attention heads.
-        int8: the rounding of all tokens but the first; None for float32.
-        first_int8: the rounding of the first token and of all keys and values: None, or `int8`.
+        int8: the ranges of all tokens but the first; None for float32.
+        first_int8: the ranges of the first token and of all keys and values: None, or `int8`.
         ramp: the ramp after the layer.
     """
     graph, bias = Graph(), _bias(parts)
@@ -117,7 +117,7 @@ def layer(
 
 
 def last_layer(
-    parts: LayerParts, num_heads: int, first_int8: LayerRounding | None, ramp: Ramp
+    parts: LayerParts, num_heads: int, first_int8: LayerRanges | None, ramp: Ramp
 ) -> bytes:
     """Return the graph of the last layer for the first token only, with the final classifier.
 
@@ -146,12 +146,13 @@ def check_layer(parts: LayerParts, ramp: Ramp) -> None:
     if not ramp.reader.has_onnx:
         raise UserError(
             f"ramp.reads={ramp.kind.reads} has no ONNX graph, as its class has no method `onnx`; "
-            "use runtime=torch"
+            "use runtime=torch and precision=float32 or bfloat16"
         )
     if type(parts.activation).__name__ not in ACTIVATIONS:
         raise UserError(
             f"the activation {type(parts.activation).__name__} has no ONNX graph here, only these "
-            f"have one: {', '.join(ACTIVATIONS)}; use runtime=torch"
+            f"have one: {', '.join(ACTIVATIONS)}; use runtime=torch and precision=float32 "
+            "or bfloat16"
         )
 
 
@@ -168,7 +169,7 @@ class Graph:
     def __init__(self) -> None:
         self.nodes: list[Any] = []
         self.constants: dict[str, np.ndarray] = {}
-        self.rounded: dict[str, str] = {}  # name of a value -> that of the value in 8 bits
+        self.quantized: dict[str, str] = {}  # name of a value -> that of the value in 8 bits
 
     def embeddings(self, parts: EmbeddingParts) -> str:
         """Add the embeddings: `input_ids` (B, S) -> (B, S, H)."""
@@ -206,11 +207,11 @@ class Graph:
         return self.op("Gather", self.constant(_values(bias_AD[None])), index_SS, axis=2)
 
     def keys_values(
-        self, hidden: str, parts: LayerParts, int8: LayerRounding | None
+        self, hidden: str, parts: LayerParts, int8: LayerRanges | None
     ) -> tuple[str, str]:
         """Add the keys and values of all tokens: (B, S, H) -> two of (B, S, H)."""
-        rounding = int8 and int8.attention
-        return self.linear(hidden, parts.key, rounding), self.linear(hidden, parts.value, rounding)
+        range_ = int8 and int8.attention
+        return self.linear(hidden, parts.key, range_), self.linear(hidden, parts.value, range_)
 
     def tokens(
         self,
@@ -219,7 +220,7 @@ class Graph:
         values: str,
         parts: LayerParts,
         num_heads: int,
-        int8: LayerRounding | None,
+        int8: LayerRanges | None,
         *bias: str,
     ) -> str:
         """Add the new states of the tokens that `hidden` holds: (B, T, H) -> (B, T, H)."""
@@ -253,17 +254,17 @@ class Graph:
             pooled = self.op("Concat", pooled, seen, axis=1)
         return {"logits": self.linear(pooled, ramp.classifier)} | learned
 
-    def linear(self, x: str, linear: nn.Linear, rounding: Rounding | None = None) -> str:
-        """Add a linear map, in float32 or rounded to 8 bits: (..., in) -> (..., out).
+    def linear(self, x: str, linear: nn.Linear, range_: InputRange | None = None) -> str:
+        """Add a linear map, in float32 or in 8 bits: (..., in) -> (..., out).
 
         The runtimes know the pattern of "QDQ" nodes and multiply whole numbers.
         """
         weight_IO = _values(linear.weight).T
-        if rounding is None:
+        if range_ is None:
             weight = self.constant(weight_IO)
         else:
-            x = self._rounded(x, rounding)
-            scale_O = (np.abs(weight_IO).max(0) / rounding.largest_weight).clip(1e-12)
+            x = self._quantized(x, range_)
+            scale_O = (np.abs(weight_IO).max(0) / LARGEST_WEIGHT).clip(1e-12)
             number_IO = np.nan_to_num(np.rint(weight_IO / scale_O))  # the scale of NaN is NaN
             weight = self.op(
                 "DequantizeLinear",
@@ -274,14 +275,14 @@ class Graph:
             )
         return self.op("Add", self.op("MatMul", x, weight), self.constant(_values(linear.bias)))
 
-    def _rounded(self, x: str, rounding: Rounding) -> str:
-        """Add the rounding of an input to 8 bits, once for all maps that read it."""
-        if x not in self.rounded:
-            step = self.constant(np.array(rounding.step, np.float32))
-            zero = self.constant(np.array(rounding.zero, np.uint8))
-            number = self.op("QuantizeLinear", x, step, zero)
-            self.rounded[x] = self.op("DequantizeLinear", number, step, zero)
-        return self.rounded[x]
+    def _quantized(self, x: str, range_: InputRange) -> str:
+        """Add the quantization of an input to 8 bits, once for all maps that read it."""
+        if x not in self.quantized:
+            scale = self.constant(np.array(range_.scale, np.float32))
+            zero = self.constant(np.array(range_.zero_point, np.uint8))
+            number = self.op("QuantizeLinear", x, scale, zero)
+            self.quantized[x] = self.op("DequantizeLinear", number, scale, zero)
+        return self.quantized[x]
 
     def norm(self, x: str, residual: str, norm: nn.LayerNorm) -> str:
         """Add the residual and a layer norm: two of (B, T, H) -> (B, T, H)."""

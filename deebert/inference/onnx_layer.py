@@ -1,7 +1,7 @@
 """A model's embeddings and layers as ONNX graphs, with the layers in the parts of `SplitLayer`.
 
 Each part is a graph of its own (`onnx_graphs`), which is loaded the first time that it is run. With
-short requests this takes about half of torch's time (benchmarks/speed.md). This module knows
+short requests this takes about half of torch's time (benchmarks/int8.md). This module knows
 nothing of exits.
 Shapes: B batch, S tokens, T of them that are computed, H hidden, C labels.
 """
@@ -15,7 +15,7 @@ from deebert.errors import UserError
 from deebert.inference import onnx_graphs
 from deebert.inference.graph_runtimes import Block, GraphRuntime
 from deebert.models.layer_parts import EmbeddingParts, LayerParts, bias_of_tokens
-from deebert.models.quantization import LayerRounding
+from deebert.models.quantization import LayerRanges
 from deebert.models.ramps import Ramp
 
 PRECISIONS = ("float32", "int8")
@@ -31,9 +31,12 @@ def check(
             precision, on this device or with this number of threads.
     """
     if device.type != "cpu" or precision not in PRECISIONS:
+        instead = "on the processor (device=cpu, in evaluate.py trainer.accelerator=cpu)"
+        if precision != "int8":
+            instead = "runtime=torch"
         raise UserError(
             f"runtime={runtime} runs on the processor, in {' or '.join(PRECISIONS)}, not on "
-            f"{device.type} in {precision}; use runtime=torch"
+            f"{device.type} in {precision}; use {instead}"
         )
     GraphRuntime(runtime)
     onnx_graphs.check_layer(parts, ramp)
@@ -66,7 +69,7 @@ class OnnxLayer:
         num_heads: the number of attention heads.
         runtime: the library that runs the graphs.
         ramp: the ramp after the layer.
-        int8: the rounding of the linear maps; None for float32.
+        int8: the ranges of the linear maps; None for float32.
         exact_first: whether the first token, and all keys and values, stay in float32 in int8.
     """
 
@@ -76,7 +79,7 @@ class OnnxLayer:
         num_heads: int,
         runtime: GraphRuntime,
         ramp: Ramp,
-        int8: LayerRounding | None = None,
+        int8: LayerRanges | None = None,
         *,
         exact_first: bool = True,
     ) -> None:

@@ -12,19 +12,11 @@ from torch import Tensor
 from deebert.data.batching import by_length, padded
 from deebert.errors import UserError
 from deebert.models.early_exit import EarlyExitModel
-from deebert.models.quantization import LayerRounding, Quantization, Rounding
+from deebert.models.quantization import LARGEST, InputRange, LayerRanges, Quantization
 
 ROWS = 512  # inputs that ranges are measured on
-# The module whose input has the range of each field of `LayerRounding`.
+# The module whose input has the range of each field of `LayerRanges`.
 MEASURED = {"attention": "query", "output": "output", "up": "up", "down": "down"}
-
-
-def weight_bits() -> int:
-    """Return the bits of weights that this processor multiplies without an overflow.
-
-    Without VNNI products of 8 bits are added in 16 bits. Weights of 7 bits cannot overflow them.
-    """
-    return 8 if torch.cpu._is_vnni_supported() else 7
 
 
 @torch.inference_mode()
@@ -35,8 +27,7 @@ def measure(
 
     Args:
         model: the model, whose layers can be split.
-        inputs: the tokens of some inputs, as `Engine.run` takes them. At most `ROWS` of them,
-            evenly spread, are run.
+        inputs: the tokens of some inputs, as `Engine.run` takes them. `ROWS` of them are enough.
         split: the split that they are of.
         token_budget: the largest number of tokens in a batch, padding included.
 
@@ -46,8 +37,6 @@ def measure(
     if not len(inputs):
         raise UserError(f"precision=int8: split {split} has no rows to measure ranges on")
     backbone = model.eval().backbone
-    chosen = torch.linspace(0, len(inputs) - 1, min(ROWS, len(inputs))).long().tolist()
-    inputs = [inputs[row] for row in chosen]
     ranges = [dict.fromkeys(MEASURED, (0.0, 0.0)) for _ in model.ramps]
     real_BS = torch.ones(1, 1, dtype=torch.bool)
 
@@ -78,9 +67,9 @@ def measure(
     finally:
         for each in hooks:
             each.remove()
-    bits = weight_bits()
     layers = tuple(
-        LayerRounding(**{name: Rounding(low, high, bits) for name, (low, high) in layer.items()})
-        for layer in ranges
+        LayerRanges(**{name: InputRange(*each) for name, each in layer.items()}) for layer in ranges
     )
+    if any(max(-low, high) > LARGEST for layer in layers for low, high in layer):
+        raise UserError(f"precision=int8: states of split {split} are larger than {LARGEST:g}")
     return Quantization(layers, split, len(inputs))

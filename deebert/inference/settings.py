@@ -3,6 +3,8 @@
 This module knows neither exit rules and ramps nor how a layer is run.
 """
 
+from importlib.util import find_spec
+
 import torch
 
 from deebert.errors import UserError, first_line, unknown
@@ -53,7 +55,8 @@ def device_named(name: torch.device | str) -> torch.device:
 def runtime_for(runtime: str, precision: str) -> str:
     """Return the library that `auto` stands for, or the one that was named.
 
-    It is ONNX Runtime in int8, and torch in the other precisions (benchmarks/speed.md).
+    It is torch; in int8 it is ONNX Runtime, or OpenVINO where that alone is installed
+    (benchmarks/int8.md).
 
     Raises:
         UserError: there is no such precision or runtime.
@@ -64,7 +67,10 @@ def runtime_for(runtime: str, precision: str) -> str:
         raise unknown("runtime", runtime, RUNTIMES, "runtime")
     if runtime != "auto":
         return runtime
-    return "onnx" if precision == "int8" else "torch"
+    if precision != "int8":
+        return "torch"
+    alone = find_spec("onnxruntime") is None and find_spec("openvino") is not None
+    return "openvino" if alone else "onnx"
 
 
 def check(

@@ -208,7 +208,7 @@ def _latency_notes(results: Results, timing: list[TimedCase]) -> list[str]:
     """Return how full depth was timed and, if the target is a speed-up, which one was measured."""
     first, rows = timing[0], {case.num_rows for case in timing} - {results.headline.num_rows}
     fewer = f" Requests of a few: on {min(rows)} rows, evenly spread." if rows else ""
-    # In int8 and in onnx, full depth is the engine itself.
+    # Outside of torch, full depth is the engine itself.
     own_speed_ups = {
         _case_name(case): f"{case.seconds_full_depth / case.seconds_threshold_0:.2f}x"
         for case in timing
@@ -219,7 +219,7 @@ def _latency_notes(results: Results, timing: list[TimedCase]) -> list[str]:
         own = f" The engine's own speed-up, without any exit: {_joined(own_speed_ups)}."
     lines = [
         "Latency: full depth is the library's own forward pass of the same weights, in the same "
-        "batches. For int8 and onnx, which the library does not have, full depth is the engine "
+        "batches. Outside of torch, full depth is the engine "
         f"without exits. All of them took turns (medians of {first.repeats} turns, threads: "
         f"{first.threads}, device: {first.device}).{fewer}{own}"
     ]

@@ -301,9 +301,12 @@ def _precisions(values: Mapping[str, Any], job: Job) -> tuple[str, ...]:
         for flag in ("precision", "runtime"):
             if job.is_set(flag):
                 raise UserError(f"{flag}={values[flag]} runs the model: give ckpt=, not record=")
-    elif job.is_set("runtime") and precisions == ["float32"] and values["timing"] is None:
+    is_timed = values["timing"] is not None or values["target_speedup"] is not None
+    if runtime != "auto" and precisions == ["float32"] and not is_timed:
+        raise UserError(f"runtime={runtime} is of int8 or of what is timed: add timing=all")
+    if values["analysis"] and precisions[0] != "float32":
         raise UserError(
-            f"runtime={runtime} is of int8 or of what is timed: add precision=int8 or timing=all"
+            f"analysis=true runs the model in float32: leave out precision={precisions[0]}"
         )
     trainer = str(values["trainer"]["precision"])
     if precisions[0] != "float32" and trainer not in ("32-true", "32"):

@@ -22,7 +22,7 @@ from deebert.evaluation.split_latency import LatencyMeasurement
 from deebert.evaluation.timing import undisturbed
 from deebert.exits import calibration, rules
 from deebert.exits.records import Record
-from deebert.hub import checkpoints
+from deebert.hub import checkpoints, saved_folder
 from deebert.hub.checkpoints import Checkpoint
 from deebert.hub.record_files import RecordFolder
 from deebert.inference import quantize, settings
@@ -89,7 +89,7 @@ def evaluate(cfg: DictConfig) -> float | None:
         trainer = build.trainer(cfg, config, job, "evaluate", callback)
         build.refuse_unsafe_sweep(trainer, job)
         _check_devices(trainer, config)
-        _add_engine(callback, trainer, config, model, data)
+        _add_engine(callback, trainer, config, model, data, source)
         trainer.test(module, datamodule=data, verbose=False)
     return finish(trainer.is_global_zero, job, cfg.optimize, at_threshold=at_threshold)
 
@@ -205,6 +205,7 @@ def _add_engine(
     config: EvaluateConfig,
     model: EarlyExitModel,
     data: TextDataModule,
+    source: Checkpoint,
 ) -> None:
     """Let the callback record another precision, or measure latency, if that is configured.
 
@@ -212,12 +213,12 @@ def _add_engine(
         UserError: the model cannot run so, or there are no rows to quantize it with.
     """
     device, protocol = trainer.strategy.root_device, config.protocol
-    precisions = {config.precision, *(protocol.precisions if protocol else ())}
+    precisions = [config.precision, *(protocol.precisions if protocol else ())]
     # The threads of ONNX Runtime start with the first check. Their number cannot change afterwards.
     with undisturbed(protocol.threads if protocol else None):
         for precision in precisions:
             settings.check(model, precision, device, config.runtime)
-        quantization = _quantization(model, data) if "int8" in precisions else None
+        quantization = _quantization(model, data, source) if "int8" in precisions else None
         if config.precision != "float32":
             rule = rules.default(data.task.num_labels)
             engine = Engine(
@@ -225,7 +226,7 @@ def _add_engine(
                 quantization=quantization, device=device,
             )  # fmt: skip
             log.info("precision=%s: the layers run in %s", config.precision, engine.runtime)
-            callback.recorded = EngineRecords(engine, data.task, data)
+            callback.recorded = EngineRecords(engine, data, trained=source.ramps_trained)
     if protocol:
         protocol = replace(protocol, quantization=quantization)
         measurement = LatencyMeasurement(model, data.task, data, protocol, device)
@@ -234,26 +235,32 @@ def _add_engine(
         callback.timed = partial(measurement.timed, evaluation)
 
 
-def _quantization(model: EarlyExitModel, data: TextDataModule) -> Quantization:
-    """Quantize a model with rows that are not reported: held-out rows, else rows of training.
+def _quantization(model: EarlyExitModel, data: TextDataModule, source: Checkpoint) -> Quantization:
+    """Return the quantization that was saved with a model, or measure one.
+
+    It is measured on rows that are not reported: rows held out of training, else rows of training.
 
     Raises:
         UserError: there are no such rows.
     """
+    if saved_folder.is_saved(source.path):
+        records = saved_folder.records_of(source.path, source).values()
+        saved = next((record.quantization for record in records if record.quantization), None)
+        if saved and len(saved.layers) == len(model.ramps):
+            return saved
     reported = data.eval_splits[0]
     held_out = HELD_OUT if data.calibration_size else None
-    split = next(
-        (each for each in (held_out, data.task.train) if each not in (None, reported)), None
-    )
-    if split is None:
+    splits = [each for each in (held_out, data.task.train) if each and each != reported]
+    if not splits:
         raise UserError(
             f"precision=int8 measures the ranges of the layers on rows that are not reported, and "
             f"task {data.task.name} has none beside {reported}; use precision=float32"
         )
+    split = splits[0]
     num_rows = len(data.tokens(split))
     rows = torch.linspace(0, num_rows - 1, min(quantize.ROWS, num_rows)).long().tolist()
     log.info(
-        "precision=int8: measuring the ranges of the layers on %d rows of %s", len(rows), split
+        "precision=int8: the ranges of the layers are those of %d rows of %s", len(rows), split
     )
     return quantize.measure(model, inputs_of(data, split, rows), split)
 

@@ -49,6 +49,7 @@ class About:
         expected: the expectation for that target; None for given thresholds.
         costs: the cost of leaving at each layer on this machine; None if requests may not set a
             speed-up, or if there is no record that tells the lengths of texts.
+        runtime: the library that computes the layers.
         versions: the versions of the packages.
     """
 
@@ -60,6 +61,7 @@ class About:
     target: dict[str, Any]
     expected: dict[str, Any] | None
     costs: tuple[float, ...] | None
+    runtime: str
     versions: dict[str, str]
 
 
@@ -130,6 +132,7 @@ def described(classifier: "EarlyExitClassifier", options: Any) -> About:
         dict(point.target),
         None if point.expected is None else plain(point.expected),
         vars(classifier).get("costs"),
+        classifier.engine.runtime,
         {package: version(package) for package in PACKAGES},
     )
 

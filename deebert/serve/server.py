@@ -168,7 +168,6 @@ def made(options: Any, about: About, pool: Pool, metrics: Metrics) -> FastAPI:
         model = {
             **vars(about),
             "precision": options.precision,
-            "runtime": options.runtime,
             "device": options.device,
             "limits": {name: getattr(options, name) for name in LIMITS},
         }

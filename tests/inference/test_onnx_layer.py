@@ -12,7 +12,7 @@ from deebert.inference.engine import Engine
 from deebert.inference.graph_runtimes import GraphRuntime
 from deebert.inference.onnx_layer import OnnxEmbeddings, OnnxLayer
 from deebert.inference.split_layer import SplitLayer
-from deebert.models.quantization import LayerRounding, Rounding
+from deebert.models.quantization import InputRange, LayerRanges
 
 RUNTIMES = ("onnx", "openvino")
 TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet")
@@ -26,8 +26,8 @@ def test_layer_equals_torch(model_type, precision, runtime):
     model = model_of(model_type)
     backbone = model.backbone
     parts = backbone.parts(1)
-    widest = Rounding(-6.0, 6.0, 7)  # of the random states below
-    int8 = LayerRounding(widest, widest, widest, widest) if precision == "int8" else None
+    widest = InputRange(-6.0, 6.0)  # of the random states below
+    int8 = LayerRanges(widest, widest, widest, widest) if precision == "int8" else None
     ours = OnnxLayer(parts, backbone.num_heads, GraphRuntime(runtime), None, int8)
     exact = SplitLayer(parts, backbone.num_heads, "float32", CPU)
     random = torch.Generator().manual_seed(3)

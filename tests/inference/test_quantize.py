@@ -15,7 +15,7 @@ from deebert.errors import UserError
 from deebert.exits import curves, rules
 from deebert.inference import quantize
 from deebert.inference.engine import Engine
-from deebert.models.quantization import LayerRounding, Quantization, Rounding
+from deebert.models.quantization import InputRange, LayerRanges, Quantization
 
 
 def test_ranges_are_those_of_the_real_tokens() -> None:
@@ -32,8 +32,6 @@ def test_ranges_are_those_of_the_real_tokens() -> None:
     assert first.high == pytest.approx(high, rel=1e-5)
     for layer in measured.layers:
         assert layer.down.low == pytest.approx(-0.17, abs=0.01), "the least value of GELU"
-    many = quantize.measure(model, inputs_of("bert", [5] * 600), "train")
-    assert many.num_rows == quantize.ROWS
 
 
 def test_rows_that_cannot_be_measured() -> None:
@@ -45,31 +43,39 @@ def test_rows_that_cannot_be_measured() -> None:
         quantize.measure(model, inputs_of("bert", [4]), "train")
 
 
-def test_rounding() -> None:
+def test_input_ranges() -> None:
     for low, high in ((-2.0, 6.0), (0.0, 3.0), (-1.0, 0.0), (0.0, 0.0)):
-        rounding = Rounding(low, high, 8)
-        assert 0 <= rounding.zero <= 255
-        assert (0 - rounding.zero) * rounding.step == pytest.approx(low, abs=rounding.step + 1e-8)
-        assert (255 - rounding.zero) * rounding.step == pytest.approx(
-            high, abs=rounding.step + 1e-8
-        )
-    assert (Rounding(0, 1, 7).largest_weight, Rounding(0, 1, 8).largest_weight) == (63, 127)
+        given = InputRange(low, high)
+        assert 0 <= given.zero_point <= 255
+        close = given.scale + 1e-8
+        assert (0 - given.zero_point) * given.scale == pytest.approx(low, abs=close)
+        assert (255 - given.zero_point) * given.scale == pytest.approx(high, abs=close)
+
+
+def test_states_that_no_file_may_hold() -> None:
+    model = model_of("bert")
+    model.backbone.layers[2].intermediate.dense.weight.mul_(1e9)
+    with pytest.raises(UserError, match="states of split train are larger than 1e"):
+        quantize.measure(model, inputs_of("bert", [4]), "train")
 
 
 def test_plain_values() -> None:
     quantization = quantization_of("bert")
     plain = json.loads(json.dumps(quantization.plain()))
     assert Quantization.from_plain(plain) == quantization
-    assert quantization.with_weight_bits(8).weight_bits == 8
     one = plain["ranges"][0]
-    for changed in (
-        None, [], {}, {**plain, "more": 1}, {**plain, "weight_bits": 4}, {**plain, "weight_bits": "8"},
-        {**plain, "split": 3}, {**plain, "num_rows": "x"}, {**plain, "ranges": []},
-        {**plain, "ranges": [one] * 129}, {**plain, "ranges": [one[:3]]},
-        {**plain, "ranges": [[*one[:3], [0.1, 1.0]]]}, {**plain, "ranges": [[*one[:3], [0, True]]]},
-        {**plain, "ranges": [[*one[:3], [0, math.inf]]]}, {**plain, "ranges": [[*one[:3], [-1e30, 0]]]},
+    for changed, says in (
+        (None, "other values than"), ([], "other values than"), ({**plain, "more": 1}, "other values than"),
+        ({**plain, "split": 3}, "of split 3"), ({**plain, "split": "\x1b[2J"}, "of split"),
+        ({**plain, "num_rows": "x"}, "of 'x' rows"), ({**plain, "num_rows": -5}, "of -5 rows"),
+        ({**plain, "ranges": []}, "no list of layers"), ({**plain, "ranges": [one] * 129}, "no list of layers"),
+        ({**plain, "ranges": [one[:3]]}, "a layer without 4 ranges"),
+        ({**plain, "ranges": [[*one[:3], [0.1, 1.0]]]}, "a layer without 4 ranges"),
+        ({**plain, "ranges": [[*one[:3], [0, True]]]}, "a layer without 4 ranges"),
+        ({**plain, "ranges": [[*one[:3], [0, math.inf]]]}, "a layer without 4 ranges"),
+        ({**plain, "ranges": [[*one[:3], [-1e30, 0]]]}, "a layer without 4 ranges"),
     ):  # fmt: skip
-        with pytest.raises(UserError, match="its quantization"):
+        with pytest.raises(UserError, match=f"its quantization (has|is) .*{says}|{says}"):
             Quantization.from_plain(changed)
 
 
@@ -89,7 +95,7 @@ def test_answers_do_not_depend_on_the_batch(ramp: str, runtime: str) -> None:
     for batches in ([pool], [[each] for each in pool], [pool[i : i + 7] for i in range(0, 70, 7)]):
         layer_N = torch.cat([other.run(batch).layer_N for batch in batches])
         same += (layer_N == expected_N[: len(layer_N)]).tolist()
-    # Rounding in float32 may tip a value over to the next of the 256 steps.
+    # InputRange in float32 may tip a value over to the next of the 256 steps.
     assert sum(same) / len(same) >= 0.98
     assert 1 < expected_N.double().mean() < record.num_layers
 
@@ -109,8 +115,8 @@ def test_learned_scores_of_all_ramps() -> None:
 
 def test_values_outside_of_the_ranges_are_cut() -> None:
     model, pool, _ = world("bert", 3, "mean")
-    narrow = Rounding(-1e-3, 1e-3, 7)
-    layers = (LayerRounding(narrow, narrow, narrow, narrow),) * 4
+    narrow = InputRange(-1e-3, 1e-3)
+    layers = (LayerRanges(narrow, narrow, narrow, narrow),) * 4
     cut = Quantization(layers, "train", 1)
     answers = Engine(model, rule_of("entropy"), 0.0, precision="int8", quantization=cut).run(pool)
     assert answers.logits_NC.isfinite().all()
