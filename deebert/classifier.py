@@ -38,7 +38,6 @@ from deebert.hub import locate, model_card, saved_folder
 from deebert.hub.saved_folder import Saved
 from deebert.inference.engine import WINDOW, Engine
 from deebert.inference.predictions import Predictions
-from deebert.models.quantization import Quantization
 from deebert.options import ONE_OF, TARGET, TargetOptions, check_needs, given, job_command
 
 log = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ class EarlyExitClassifier:
     ) -> None:
         self.saved = saved
         source = saved.checkpoint
-        quantization = self._quantization(precision, device)
+        quantization = saved.quantization(device) if precision == "int8" else None
         self.task = source.config.task
         self.model = source.model()
         self.tokenizer = source.tokenizer()
@@ -89,14 +88,9 @@ class EarlyExitClassifier:
         self._rules: dict[Any, Rule] = {}
         self.rule = self._rule(saved.exit)
         self.engine = Engine(
-            self.model,
-            self.rule,
-            0.0,
-            precision=precision,
-            runtime=runtime,
-            quantization=quantization,
-            device=device,
-        )
+            self.model, self.rule, 0.0, precision=precision, runtime=runtime,
+            quantization=quantization, device=device,
+        )  # fmt: skip
         self._points: dict[Any, CalibratedPoint] = {}
 
     @classmethod
@@ -321,32 +315,6 @@ class EarlyExitClassifier:
             evaluate_records.calibration_rows(held_out, labelled[0], evaluation_config)[0]
             or labelled[0]
         )
-
-    def _quantization(self, precision: str, device: torch.device | str) -> Quantization | None:
-        """Return how the model is rounded in int8; None in another precision.
-
-        Raises:
-            UserError: no record of the model was made in int8, or the device is not the processor.
-        """
-        if precision != "int8":
-            return None
-        if torch.device(device).type != "cpu":
-            raise UserError(f"precision=int8 runs on the processor, not on device={device}")
-        records = self.saved.records.values()
-        several = {record.quantization for record in records if record.quantization}
-        if len(several) > 1:
-            raise UserError(
-                f"precision=int8: the records of {self.saved.checkpoint.path} have different "
-                "ranges; record them together with "
-                f"{job_command('evaluate')} ckpt=RUN precision=int8"
-            )
-        quantization = several.pop() if several else None
-        if quantization is None:
-            raise UserError(
-                f"precision=int8: {self.saved.checkpoint.path} has no record in int8; make one "
-                f"with {job_command('evaluate')} ckpt=RUN precision=int8, and use its run folder"
-            )
-        return quantization
 
     def _warn_of_other_precision(self, record: Record) -> None:
         """Warn if the model runs in another precision than thresholds are chosen in."""

@@ -104,7 +104,11 @@ def test_hints_name_the_program_that_was_started(
 def test_a_hint_names_what_the_user_has(fails: Callable[..., str]) -> None:
     """`deebert` is installed without train.py and evaluate.py."""
     for job, script, line in (
-        ("train", "train.py", "task= is missing: {} task=mrpc stage=1; "),
+        (
+            "train",
+            "train.py",
+            "task= is missing: {} task=mrpc stage=1, or a file of your own: data.file=tickets.csv; ",
+        ),
         ("evaluate", "evaluate.py", "ckpt= is missing: {} ckpt=RUN "),
     ):
         assert line.format(f"deebert {job}") in fails("-m", "deebert", job)

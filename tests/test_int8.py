@@ -121,9 +121,9 @@ def test_a_saved_quantization_is_used_again(
     classifier: EarlyExitClassifier, run: Run, tmp_path: Path, glue: Path
 ) -> None:
     classifier.save_pretrained(tmp_path / "saved")
-    card = (tmp_path / "saved" / "README.md").read_text()
-    assert 'from_pretrained("THIS_FOLDER_OR_REPOSITORY", precision="int8")' in card
-    assert "rows, int8)" in card
+    model_card = (tmp_path / "saved" / "README.md").read_text()
+    assert 'from_pretrained("THIS_FOLDER_OR_REPOSITORY", precision="int8")' in model_card
+    assert "rows, int8)" in model_card
     run("evaluate.py", f"ckpt={tmp_path / 'saved'}", f"data.root={glue}", "precision=int8",
         "data.calibration_size=0", "logger=csv", f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
     record, _ = record_files.load(tmp_path / "run" / "records" / "validation.safetensors")

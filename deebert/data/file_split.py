@@ -7,12 +7,14 @@ split. The module does not know files, tokens or models.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 
 from deebert.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets  # not when a task is read: the import takes a second
 
 UNEVEN = 10  # the largest class has so many times the rows of the smallest: told
 FEW = 10  # fewer training rows of a class: told
@@ -32,11 +34,11 @@ class SplitFile:
     path: str
     share: float
     seed: int
-    rows: datasets.Dataset | None = field(default=None, repr=False, compare=False)
+    rows: "datasets.Dataset | None" = field(default=None, repr=False, compare=False)
 
     def parts(
-        self, rows: datasets.Dataset, *, by_label: bool
-    ) -> tuple[datasets.Dataset, datasets.Dataset]:
+        self, rows: "datasets.Dataset", *, by_label: bool
+    ) -> "tuple[datasets.Dataset, datasets.Dataset]":
         """Split the rows; each class with two rows or more has one in each part.
 
         Args:
@@ -82,7 +84,7 @@ def summary(train: Sequence[int], validation: int, labels: Sequence[str] | None)
 
 
 def oddities(
-    train: datasets.Dataset, validation: datasets.Dataset, labels: Sequence[str] | None
+    train: "datasets.Dataset", validation: "datasets.Dataset", labels: Sequence[str] | None
 ) -> list[str]:
     """Return what a user should know of the rows: uneven classes, and texts in both parts.
 
@@ -112,7 +114,7 @@ def oddities(
     return sentences
 
 
-def _texts(rows: datasets.Dataset) -> list[tuple[Any, ...]]:
+def _texts(rows: "datasets.Dataset") -> list[tuple[Any, ...]]:
     """Return the texts of each row, with one space between two words."""
     columns = [rows[name][:] for name in ("text_a", "text_b") if name in rows.column_names]
     return [tuple(" ".join(text.split()) for text in texts) for texts in zip(*columns, strict=True)]

@@ -13,7 +13,6 @@ The folder needs no torch. This module knows neither training nor how the graphs
 
 import json
 import logging
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
@@ -34,7 +32,7 @@ from deebert.disk import whole_files
 from deebert.errors import UserError, unknown
 from deebert.exits.calibration import CalibratedPoint
 from deebert.exits.rules import Rule
-from deebert.export import readme
+from deebert.export import readme, trial
 from deebert.export.rule_graph import rule_graph
 from deebert.inference import graph_runtimes, onnx_graphs
 from deebert.inference.onnx_layer import PRECISIONS
@@ -50,12 +48,6 @@ RUNNER = Path(__file__).with_name("onnx_runner.py")
 FORMAT, SCHEMA = "deebert-onnx", 3  # of deebert.json
 SAVINGS = [tenth / 10 for tenth in range(1, 10)]  # exported as far as the exit rule reaches them
 EXPECTED = ("expected_saving", "interval", "score", "score_interval")  # exported for each target
-CLOSE = 1e-4  # the largest difference of the runner's logits from the engine's
-# The texts that an export is tested on before it is kept. They are short, long, and hard to cut.
-SAMPLE_TEXTS = (
-    "x", "Two words.", "a fine film, and a long one", "naïve café 北京 \U0001f600 don't [SEP] <s>",
-    "  spaces \t and\nlines ", "the plot thickens, " * 12, "1,234.56 % of everything, " * 60,
-)  # fmt: skip
 
 
 @dataclass
@@ -120,15 +112,14 @@ def export(
     with whole_files.write_errors(f"output={folder}"), _removed_at_the_end(part):
         part.mkdir(parents=True)
         about = described(classifier.model, classifier.task, point, classifier.engine.precision)
-        about["token_type_ids"] = "token_type_ids" in classifier.encode(_sample(classifier))[0]
+        about["token_type_ids"] = "token_type_ids" in classifier.encode(trial.sample(classifier))[0]
         about["max_length"] = classifier.max_length
         about["savings"] = savings = _savings(classifier, point)
         write(part, classifier.model, about, point.rule, classifier.engine.quantization)
         write_tokenizer(part, classifier.tokenizer, classifier.max_length)
         (part / "README.md").write_text(readme.text(about), "utf-8")
-        difference_L = _difference(part, classifier)
-        close = CLOSE if classifier.engine.precision == "float32" else math.inf  # not NaN
-        _check_close(folder, difference_L, classifier.model, close)
+        difference_L = trial.differences(part, classifier)
+        trial.check(folder, difference_L, classifier)
         _move(part, folder)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     return Exported(
@@ -329,53 +320,6 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, max_length
     )
     with whole_files.replaced(folder / "tokenizer.json") as part:
         exported.save(str(part))
-
-
-def _sample(classifier: EarlyExitClassifier) -> list[Any]:
-    """Return the sample texts, or for a task of two columns pairs of them."""
-    if len(classifier.task.columns) == 1:
-        return list(SAMPLE_TEXTS)
-    return list(zip(SAMPLE_TEXTS, SAMPLE_TEXTS[::-1], strict=True))
-
-
-def _check_close(
-    folder: Path, difference_L: list[float], model: EarlyExitModel, close: float
-) -> None:
-    """Check that the runner's logits equal the engine's, to rounding.
-
-    Raises:
-        UserError: a ramp's logits differ by more.
-    """
-    for layer, (ramp, difference) in enumerate(zip(model.all_ramps, difference_L, strict=True), 1):
-        # A standardized ramp multiplies the rounding of its features, by up to a thousand if the
-        # first token hardly differs between inputs.
-        limit = close * max(1.0, ramp.scale.max().item())
-        if not difference <= limit:
-            raise UserError(
-                f"{folder} was not written: the logits of ramp {layer} differ by {difference:.2g} "
-                f"from the engine's, more than {limit:.2g}; this model cannot be exported"
-            )
-
-
-def _difference(folder: Path, classifier: EarlyExitClassifier) -> list[float]:
-    """Return each ramp's largest difference between the logits of the runner and the engine.
-
-    Raises:
-        UserError: the runner's tokens differ from the tokenizer's.
-    """
-    from deebert.export.onnx_runner import Runner
-
-    runner, texts = Runner(folder), _sample(classifier)
-    inputs = runner.encode([runner.checked(text) for text in texts])
-    if inputs != classifier.encode(texts):
-        raise UserError(
-            f"{type(classifier.tokenizer).__name__} cannot be exported: it does more than its "
-            "tokenizer.json says"
-        )
-    expected_NLC = classifier.engine.at(0.0).run(inputs, all_ramps=True).ramps_NLC
-    assert expected_NLC is not None
-    ramps_NLC = torch.from_numpy(runner.run(inputs, 0.0).ramps_NLC)
-    return (ramps_NLC - expected_NLC).abs().amax((0, 2)).tolist()
 
 
 def run(options: ExportOptions) -> None:

@@ -28,7 +28,8 @@ from deebert.hub import checkpoint_config, record_files
 from deebert.hub.checkpoints import Checkpoint
 from deebert.models import architectures
 from deebert.models.early_exit import EarlyExitModel
-from deebert.options import TARGET
+from deebert.models.quantization import Quantization
+from deebert.options import TARGET, job_command
 from deebert.untrusted import plain_files, tensor_files
 
 FILE = "deebert.json"
@@ -52,6 +53,32 @@ class Saved:
     records: dict[str, Record]
     exit: str | None = None
     target: Mapping[str, Any] = field(default_factory=dict)
+
+    def quantization(self, device: Any = "cpu") -> Quantization:
+        """Return how the model is quantized in int8.
+
+        Args:
+            device: the device that it is to run on.
+
+        Raises:
+            UserError: no record of the model was made in int8, the records differ in it, or the
+                device is not the processor.
+        """
+        if not str(device).startswith("cpu"):
+            raise UserError(f"precision=int8 runs on the processor, not on device={device}")
+        path, how = self.checkpoint.path, f"{job_command('evaluate')} ckpt=RUN precision=int8"
+        several = {record.quantization for record in self.records.values() if record.quantization}
+        if not several:
+            raise UserError(
+                f"precision=int8: {path} has no record in int8; make one with {how}, and use its "
+                "run folder"
+            )
+        if len(several) > 1:
+            raise UserError(
+                f"precision=int8: the records of {path} have different ranges; record them "
+                f"together with {how}"
+            )
+        return several.pop()
 
 
 def is_saved(folder: Path) -> bool:

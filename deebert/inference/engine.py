@@ -10,8 +10,8 @@ The saving comes from five things:
 - Regrouping: a small group of survivors waits for the survivors of the next batches.
 - A ramp at which nothing can leave is not evaluated.
 
-The engine gives what the record of all ramps gives, to rounding: the same exit layer and the same
-answer, whatever the batch. The engine knows nothing of tasks, texts or how time is measured.
+Whatever the batch, it gives the exit layer and answer that the record of all ramps gives, to
+rounding. The engine knows nothing of tasks, texts or how time is measured.
 Shapes: N inputs, B of them in a group, S tokens, H hidden, L layers (= ramps), C labels.
 """
 
@@ -36,7 +36,6 @@ from deebert.inference.kernels import without_onednn
 from deebert.inference.onnx_layer import OnnxEmbeddings, OnnxLayer
 from deebert.inference.split_layer import SplitLayer
 from deebert.inference.survivors import Answers, Group, merge
-from deebert.models.architectures import LayerParts
 from deebert.models.early_exit import EarlyExitModel
 from deebert.models.quantization import Quantization
 
@@ -56,13 +55,12 @@ class Engine:
             whose score is strictly under its threshold, so 0 never exits.
         precision: the precision of the layers: float32, bfloat16 or int8. States, norms and ramps
             are float32.
-        runtime: the library that computes the layers: torch (float32 and bfloat16), onnx (ONNX
-            Runtime) or openvino (both on the processor, in float32 and int8), or auto: torch, in
-            int8 onnx. With one input at a time onnx is faster than torch.
+        runtime: the library that computes the layers: torch (float32 and bfloat16), onnx or
+            openvino (on the processor, in float32 and int8), or auto (`settings.runtime_for`).
         quantization: how the layers are rounded in int8 (`inference.quantize` measures it).
         device: the device to run on.
-        token_budget: the largest number of tokens in a batch, padding included. An input that is
-            longer is a batch of its own. None: a number that runs fast on the device.
+        token_budget: the largest number of tokens in a batch, padding included. A longer input is
+            a batch of its own. None: a number that runs fast on the device.
 
     Raises:
         UserError: the thresholds, precision, runtime, device or token budget do not fit.
@@ -82,14 +80,8 @@ class Engine:
     ) -> None:
         self.device = settings.device_named(device)
         settings.check(model, precision, self.device, runtime)
+        settings.check_quantization(model, precision, quantization)
         runtime = settings.runtime_for(runtime, precision)
-        if precision == "int8" and quantization is None:
-            raise UserError("precision=int8 needs a quantization; `inference.quantize` makes it")
-        if quantization and len(quantization.layers) != len(model.ramps):
-            raise UserError(
-                f"the quantization is of {len(quantization.layers)} layers, and the model has "
-                f"{len(model.ramps)}"
-            )
         if token_budget is not None and token_budget < 1:
             raise UserError(f"token_budget={token_budget} must be 1 or more")
         self.model = model.to(self.device).eval()
@@ -105,24 +97,21 @@ class Engine:
         self.longest_input = model.backbone.longest_input
         self.ramps, self.kind = model.all_ramps, model.ramp_kind
         backbone = model.backbone
-        parts = [backbone.parts(index) for index in range(len(model.ramps))]
         self.embeddings: Any = backbone.embeddings
         if self.graphs:
             self.embeddings = OnnxEmbeddings(backbone.embedding_parts, self.graphs)
-        self.layers = [
-            None if part is None else self._layer_runner(part, layer)
-            for layer, part in enumerate(parts)
-        ]
+        self.layers = [self._layer_runner(layer) for layer in range(len(model.ramps))]
         self._set(rule, thresholds)
 
-    def _layer_runner(self, parts: LayerParts, layer: int) -> SplitLayer | OnnxLayer:
-        """Return a layer (0-based) that can be run in parts."""
+    def _layer_runner(self, layer: int) -> SplitLayer | OnnxLayer | None:
+        """Return a layer (0-based) that can be run in parts; None if this one cannot."""
+        if (parts := self.model.backbone.parts(layer)) is None:
+            return None
         num_heads, exact_first = self.model.backbone.num_heads, not self.kind.reads_tokens
         if self.graphs:
             int8 = self.quantization.layers[layer] if self.quantization else None
-            return OnnxLayer(
-                parts, num_heads, self.graphs, self.ramps[layer], int8, exact_first=exact_first
-            )
+            ramp = self.ramps[layer]
+            return OnnxLayer(parts, num_heads, self.graphs, ramp, int8, exact_first=exact_first)
         return SplitLayer(parts, num_heads, self.precision, self.device, exact_first=exact_first)
 
     def _set(self, rule: Rule, thresholds: Sequence[float] | float) -> None:
@@ -285,9 +274,8 @@ class Engine:
         ):
             return self._first_token_first(layer, run, group, out)
         elif evaluates and isinstance(run, OnnxLayer):
-            previous_BC = self._previous(layer, group)
             group.hidden_BSH, ramp_output = run.with_ramp(
-                hidden_BSH, mask, previous_BC, group.second_B
+                hidden_BSH, mask, self._previous(layer, group), group.second_B
             )
         else:
             group.hidden_BSH = run(hidden_BSH, mask)

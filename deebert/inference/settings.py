@@ -11,6 +11,7 @@ from deebert.errors import UserError, first_line, unknown
 from deebert.inference import onnx_layer
 from deebert.inference.kernels import warn_of_slow
 from deebert.models.early_exit import EarlyExitModel
+from deebert.models.quantization import Quantization
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 RUNTIMES = ("auto", "torch", "onnx", "openvino")
@@ -97,3 +98,20 @@ def check(
             "precision=float32 or bfloat16"
         )
     onnx_layer.check(parts, model.all_ramps[0], precision, device, chosen)
+
+
+def check_quantization(
+    model: EarlyExitModel, precision: str, quantization: Quantization | None
+) -> None:
+    """Check that int8 has a quantization, and that it is of as many layers as the model.
+
+    Raises:
+        UserError: it has none, or it is of another model.
+    """
+    if precision == "int8" and quantization is None:
+        raise UserError("precision=int8 needs a quantization; `inference.quantize` makes it")
+    if quantization and len(quantization.layers) != len(model.ramps):
+        raise UserError(
+            f"the quantization is of {len(quantization.layers)} layers, and the model has "
+            f"{len(model.ramps)}"
+        )

@@ -13,21 +13,18 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from deebert.data.tasks import DataConfig, Task
-from deebert.errors import UserError, check_whole, is_number, is_whole
+from deebert.errors import UserError, check_whole, is_number
 from deebert.evaluation.engine_latency import Protocol
 from deebert.evaluation.evaluate_records import EvaluationConfig, check_lengths
 from deebert.exits import curves, rules
 from deebert.exits.rules import Rule
 from deebert.exits.target import Target
 from deebert.hub.run_config import RunConfig
-from deebert.inference import settings
 from deebert.options import import_modules, job_command
+from deebert.runs import engine_settings
 from deebert.runs.job import Job
 from deebert.training import objectives
 from deebert.training.objectives import Objective
-
-TARGETS = ("target_saving", "target_speedup", "max_drop")
-POINTS = ("threshold", "thresholds", *TARGETS)  # an evaluation takes one of them
 
 
 @dataclass(frozen=True)
@@ -162,9 +159,9 @@ class EvaluateConfig(JobConfig):
         DataConfig.from_plain(values["data"])
         _check_types(values)
         _check_points(values)
-        precisions = _precisions(values, job)
-        protocol = _protocol(values, precisions)
-        _check_protocol(values, protocol, job)
+        precisions = engine_settings.precisions_of(values, job)
+        protocol = engine_settings.protocol_of(values, precisions)
+        engine_settings.check_protocol(values, protocol, job)
         run = source.replaced(**{name: values[name] for name in ("task", "data", "backbone")})
         names = ("ckpt", "record", "split", "layers", "calibration", "analysis", "threshold")
         return cls(
@@ -269,7 +266,7 @@ def _check_points(values: Mapping[str, Any]) -> None:
     Raises:
         UserError: it has several, or a switch has no target.
     """
-    given = _given_points(values)
+    given = engine_settings.given_points(values)
     if len(given) > 1:
         both = " and ".join(f"{name}={values[name]}" for name in given)
         raise UserError(f"{both}: ask for one of them")
@@ -279,100 +276,6 @@ def _check_points(values: Mapping[str, Any]) -> None:
     for flag, targets in needed.items():
         if values[flag] is True:
             raise UserError(f"{flag}=true needs {targets}")
-
-
-def _given_points(values: Mapping[str, Any]) -> list[str]:
-    return [name for name in POINTS if values[name] is not None]
-
-
-def _precisions(values: Mapping[str, Any], job: Job) -> tuple[str, ...]:
-    """Return the precisions of the evaluation: the first is evaluated, and all are timed.
-
-    Raises:
-        UserError: a precision or runtime is not one of its choices, or they do not go together with
-            each other, a record or the Trainer's precision.
-    """
-    precisions, runtime = _listed(values["precision"]), values["runtime"]
-    if not precisions:
-        raise UserError("precision=[] is empty; leave it out, or name one")
-    for precision in precisions:
-        settings.runtime_for(runtime, precision)
-    if values["record"]:
-        for flag in ("precision", "runtime"):
-            if job.is_set(flag):
-                raise UserError(f"{flag}={values[flag]} runs the model: give ckpt=, not record=")
-    is_timed = values["timing"] is not None or values["target_speedup"] is not None
-    if runtime != "auto" and precisions == ["float32"] and not is_timed:
-        raise UserError(f"runtime={runtime} is of int8 or of what is timed: add timing=all")
-    if values["analysis"] and precisions[0] != "float32":
-        raise UserError(
-            f"analysis=true runs the model in float32: leave out precision={precisions[0]}"
-        )
-    trainer = str(values["trainer"]["precision"])
-    if precisions[0] != "float32" and trainer not in ("32-true", "32"):
-        raise UserError(
-            f"trainer.precision={trainer} with precision={precisions[0]}: leave out one of them"
-        )
-    return tuple(precisions)
-
-
-def _protocol(values: Mapping[str, Any], precisions: tuple[str, ...]) -> Protocol | None:
-    """Return how to measure latency, or None if the evaluation measures none.
-
-    Raises:
-        UserError: a value is not one of its choices.
-    """
-    timing = values["timing"]
-    if timing is None and values["target_speedup"] is None:
-        return None
-    sizes = _listed("all" if timing is None else timing)
-    for size in sizes:
-        if size != "all" and not (is_whole(size) and size >= 1):
-            raise UserError(
-                f"timing={timing}: {size} is neither all nor a whole number of inputs a "
-                "request (1 or more); give one of them or a list"
-            )
-    runtime, repeats, threads = (values[name] for name in ("runtime", "repeats", "threads"))
-    if not sizes:
-        raise UserError("timing=[] is empty; leave it out, or name something to time")
-    check_whole("repeats", repeats, 1)
-    if threads is not None and not (is_whole(threads) and threads >= 1):
-        raise UserError(f"threads={threads} must be a whole number of 1 or more, or null")
-    numbers = tuple(None if size == "all" else size for size in sizes)
-    return Protocol(numbers, precisions, runtime, repeats, threads)
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _check_protocol(values: Mapping[str, Any], protocol: Protocol | None, job: Job) -> None:
-    """Check that there is something to time where the user sets how, and that it can be timed.
-
-    Raises:
-        UserError: there is nothing to time, there is no model, or the Trainer's precision is set.
-    """
-    if protocol is None:
-        for flag in ("repeats", "threads"):
-            if job.is_set(flag):
-                raise UserError(f"{flag}={values[flag]} is of what is timed: add timing=all")
-        if len(_listed(values["precision"])) > 1:
-            raise UserError(
-                f"precision={values['precision']}: several precisions are timed: add timing=all"
-            )
-        return
-    if values["record"]:
-        raise UserError("timing= and target_speedup= run the model: give ckpt=, not record=")
-    if not _given_points(values):
-        raise UserError(
-            f"timing={values['timing']} needs something to time: {'= or '.join(POINTS)}="
-        )
-    precision = values["trainer"]["precision"]
-    if str(precision) not in ("32-true", "32"):
-        raise UserError(
-            f"trainer.precision={precision} with timing=: leave it out; what is timed has its own "
-            "(precision=bfloat16)"
-        )
 
 
 def _evaluation(values: Mapping[str, Any], task: Task) -> EvaluationConfig:
@@ -391,7 +294,7 @@ def _evaluation(values: Mapping[str, Any], task: Task) -> EvaluationConfig:
         rule = rule.fitted(temperatures=temperature)
     settings = {field.name: values[field.name] for field in fields(Target) if field.name in values}
     target = Target(**settings | {"temperature": temperature is True})
-    has_target = any(values[name] is not None for name in TARGETS)
+    has_target = any(values[name] is not None for name in engine_settings.TARGETS)
     if rule.needs_prior and (not has_target or target.max_drop is not None):
         raise UserError(rules.NO_PRIOR.format(rule.name))
     thresholds: list[Any] | None = None

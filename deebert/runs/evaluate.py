@@ -25,6 +25,7 @@ from deebert.exits.records import Record
 from deebert.hub import checkpoints, saved_folder
 from deebert.hub.checkpoints import Checkpoint
 from deebert.hub.record_files import RecordFolder
+from deebert.hub.saved_folder import Saved
 from deebert.inference import quantize, settings
 from deebert.inference.engine import Engine
 from deebert.models.early_exit import EarlyExitModel
@@ -244,10 +245,10 @@ def _quantization(model: EarlyExitModel, data: TextDataModule, source: Checkpoin
         UserError: there are no such rows.
     """
     if saved_folder.is_saved(source.path):
-        records = saved_folder.records_of(source.path, source).values()
-        saved = next((record.quantization for record in records if record.quantization), None)
-        if saved and len(saved.layers) == len(model.ramps):
-            return saved
+        saved = Saved(source, saved_folder.records_of(source.path, source))
+        has_one = any(record.quantization for record in saved.records.values())
+        if has_one and len(saved.quantization().layers) == len(model.ramps):
+            return saved.quantization()
     reported = data.eval_splits[0]
     held_out = HELD_OUT if data.calibration_size else None
     splits = [each for each in (held_out, data.task.train) if each and each != reported]

@@ -223,9 +223,9 @@ def _training(values: Mapping[str, Any]) -> dict[str, Known]:
     return {
         **dict.fromkeys((*KEYS, "ckpt", "resume", "modules", "optimize"), ANYTHING),
         "task": _names_of(Task),
+        "stages": {str(stage): dict.fromkeys(Recipe.keys(stage)) for stage in (1, 2)},
         "backbone": _names_of(BackboneConfig),
         "data": _names_of(DataConfig) | _names_of(Columns),
-        "stages": {str(stage): dict.fromkeys(Recipe.keys(stage)) for stage in (1, 2)},
         **_instantiated(values),
     }
 
@@ -313,6 +313,8 @@ def _nearest(key: str, names: Iterable[str]) -> str:
             alike = 0.95  # learning_rate and lr
         else:
             alike = SequenceMatcher(None, last, other).ratio()
-        return alike + 0.4 * (block == other_block)
+        same_block = SequenceMatcher(None, block, other_block).ratio()
+        of_stage = 0.01 * name.startswith("stages")  # of two rates, that of a stage
+        return alike + 0.4 * same_block + of_stage
 
     return max(names, key=likeness)

@@ -475,7 +475,7 @@ def test_replaces_an_export(
     folder = tmp_path / "model"
     onnx_folder.export(classifier, folder, threshold=0.2)
     before = (folder / "deebert.json").read_text()
-    monkeypatch.setattr(onnx_folder, "CLOSE", -1.0)
+    monkeypatch.setattr(trial, "CLOSE", -1.0)
     with pytest.raises(UserError, match="the logits of ramp 1 differ by"):
         onnx_folder.export(classifier, folder, overwrite=True, threshold=0.6)
     assert (folder / "deebert.json").read_text() == before, "what was there stays"

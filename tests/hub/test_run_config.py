@@ -26,10 +26,14 @@ def in_order(plain: object) -> object:
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_plain_values_come_back_in_their_order(stage: int) -> None:
-    written = values(f"stage={stage}")
+    written = values(f"stage={stage}", *(["stages.2.standardize=true"] if stage == 2 else []))
     run = RunConfig.from_plain(written)
     assert in_order(run.plain()) == in_order({key: written[key] for key in KEYS})
-    assert run.recipe == Recipe(3, 8, 2e-5, cache=stage == 2)
+    first, second = (
+        Recipe(3, 16, 3e-5, warmup=0.1),
+        Recipe(10, 16, 1e-3, cache=True, standardize=True),
+    )
+    assert run.recipe == (first if stage == 1 else second)
     assert run.data == DataConfig()
 
 

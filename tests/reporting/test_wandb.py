@@ -82,7 +82,7 @@ def test_a_failing_job_leaves_no_open_run_to_the_next(
 
 @pytest.mark.slow
 def test_a_sweep_leaves_a_finished_run_per_job(run: Callable[..., str], tmp_path: Path) -> None:
-    run("train.py", "-m", "task=demo", "stage=1", "seed=1,2", *ONLY_TINY, "stages.1.epochs=2", f"hydra.sweep.dir={tmp_path}")  # fmt: skip
+    run("train.py", "-m", "task=demo", "stage=1", "seed=1,2", *ONLY_TINY, "stages.1.epochs=2", "stages.1.batch_size=8", f"hydra.sweep.dir={tmp_path}")  # fmt: skip
     ids = set()
     for job, seed in (("0", 1), ("1", 2)):
         folder = tmp_path / job

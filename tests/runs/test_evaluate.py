@@ -178,8 +178,8 @@ def test_held_out_rows_are_in_neither_stage(run: Run, held_out: Path, tmp_path: 
     config = torch.load(held_out / "checkpoints" / "best.ckpt", weights_only=True)["hyper_parameters"]["config"]  # fmt: skip
     assert config["data"]["calibration_size"] == 40
     assert config["data"]["calibration_rows"]
-    # 56 rows by 8.
-    assert torch.load(held_out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 7
+    # 56 rows by 16.
+    assert torch.load(held_out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
     printed = run("evaluate.py", f"ckpt={held_out}", "target_saving=0.3", "logger=csv", f"hydra.run.dir={tmp_path}")  # fmt: skip
     calibrated = results(tmp_path)["calibration"]
     assert (calibrated["calibration_split"], calibrated["num_calibration"]) == ("calibration", 40)
