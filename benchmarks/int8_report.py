@@ -75,7 +75,7 @@ def table(entries: list[Row], kind: str) -> list[str]:
                 f"{layers:.1%}",
                 "" if saving is None else f"{saving:.1%}",
                 "" if saving is None or layers < 0.05 else f"{saving / layers:.2f}",
-                same[0][1]["detail"],
+                "; ".join(dict.fromkeys(row["detail"] for _, row in same)),
             ]
         )
     return [f"| {' | '.join(cells)} |" for cells in lines]
@@ -92,19 +92,23 @@ def bars(entries: list[Row]) -> list[str]:
     for point in points:
         cells = []
         for kind in KINDS:
-            times, savings = [], []
+            times, savings, names = [], [], set()
             for entry in entries:
                 row, other = _ours(entry, point, kind), rival(entry, kind)
                 if row is None or other is None:
                     continue
                 saving = time_saving(row, other, kind)
                 times.append(1 / (1 - saving))
-                savings.append(saving / row["layer_saving"] if row["layer_saving"] > 0.05 else 0.0)
+                names.add(row["name"])
+                if row["layer_saving"] > 0.05:
+                    savings.append(saving / row["layer_saving"])
             if not times:
                 cells.append("not measured")
                 continue
-            ratio = f", time / layer saving {fmean(savings):.2f}" if point[0].isdigit() else ""
-            cells.append(f"{fmean(times):.2f} times as fast as the rival{ratio}")
+            ratio = f", time / layer saving {fmean(savings):.2f}" if savings else ""
+            cells.append(
+                f"{', '.join(sorted(names))}: {fmean(times):.2f} times as fast as the rival{ratio}"
+            )
         lines.append([point, *cells])
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
@@ -127,9 +131,10 @@ def write(content: list[Row], folder: Path) -> None:
     content = sorted(content, key=_group)
     for (features, task, ramp), group in groupby(content, key=_group):
         entries = [*group]
-        kind = "with VNNI" if "vnni" in features else "without VNNI"
+        has_vnni = {"avx512_vnni", "avx_vnni"} & {*features.split()}
+        kind = "with VNNI" if has_vnni else "without VNNI"
         where = entries[0]["environment"]
-        name = f"int8-{task}-{ramp}-{'vnni' if 'vnni' in features else 'avx2'}.png"
+        name = f"int8-{task}-{ramp}-{'vnni' if has_vnni else 'avx2'}.png"
         seeds = ", ".join(str(entry["seed"]) for entry in entries)
         names = {_best_name(entry, kind_) for entry in entries for kind_ in KINDS}
         lines += [

@@ -34,7 +34,7 @@ from deebert.data.tasks import Task
 from deebert.errors import UserError
 from deebert.exits import rules
 from deebert.exits.calibration import CalibratedPoint
-from deebert.export import onnx_folder, onnx_runner
+from deebert.export import onnx_folder, onnx_runner, trial
 from deebert.export.onnx_runner import Block, ExitRule, Runner, RunnerError
 from deebert.export.rule_graph import rule_graph
 from deebert.inference.engine import Engine
