@@ -4,6 +4,7 @@ uvicorn limits the headers that it has not understood yet, and nothing else. `Co
 time-outs for headers and for clients that do not read, and `Connections` a limit on the number and
 the memory of connections. A quiet connection is one that the service waits for: its client has not
 sent a whole request. If there are too many, the oldest is closed, so they never lock others out.
+There is no pipelining: who sends more before the answer gets that answer, and is closed.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ from http import HTTPStatus
 from typing import Any
 
 import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import CLOSE_HEADER, H11Protocol
 
 from deebert.serve.request_limits import HEADER_BYTES, TOO_LONG
 from deebert.serve.requests import BUSY, trouble
@@ -24,6 +25,7 @@ HEADER_SECONDS = (
 )
 UNREAD_SECONDS = 30  # the time in which a client has to read something
 LINGER_SECONDS = 1  # the time for reading why a request was refused whose rest is not read
+PIECE_BYTES = 16 * 1024  # that h11 gets at once: it keeps what it cannot use yet
 MOST_QUIET = 1000  # connections
 QUIET_BYTES = 32 * 2**20  # of all quiet connections; more if that is less than four bodies
 SPARE = 100  # connections whose requests are not for the model, or files
@@ -96,14 +98,19 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.owes == REST:
-            return
-        if self.owes:
-            num_bytes = min(self.num_bytes + len(data), self.shared.most_bytes)
+        for start in range(0, len(data), PIECE_BYTES):
+            if self.owes == REST or self.transport.is_closing():
+                return
+            if self._answering():
+                return self._close_after_answer()
+            piece = data[start : start + PIECE_BYTES]
+            num_bytes = min(self.num_bytes + len(piece), self.shared.most_bytes)
             self.shared.num_bytes += num_bytes - self.num_bytes
             self.num_bytes = num_bytes
-        super().data_received(data)
-        self._watch()
+            super().data_received(piece)
+            if self._answering() and self.conn.trailing_data[0]:
+                self._close_after_answer()
+            self._watch()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -169,14 +176,26 @@ class Connection(H11Protocol):
         else:
             self.shared.refused(status)
 
+    def _answering(self) -> bool:
+        """Return whether a request has come as a whole, and its answer has not been sent."""
+        cycle = self.cycle
+        return cycle is not None and not cycle.more_body and not cycle.response_complete
+
+    def _close_after_answer(self) -> None:
+        """Close the connection after the answer that is under way; the client sent more before."""
+        if self.cycle.keep_alive:
+            self.cycle.keep_alive = False
+            self.headers.append(CLOSE_HEADER)  # those of the request: uvicorn repeats it
+
     def _watch(self) -> None:
         """Find out whether the service waits for the client now."""
         if self.owes == REST or self.transport.is_closing():
             return
+        owes: str | None = BODY
         if self.cycle is None or self.cycle.response_complete:
-            owes: str | None = HEADER
-        else:
-            owes = BODY if self.cycle.more_body else None
+            owes = HEADER
+        elif self._answering():
+            owes = None
         if owes != self.owes:
             self._waits_for(owes)
         self.shared.close_oldest()
