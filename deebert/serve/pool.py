@@ -35,12 +35,13 @@ from deebert.serve.requests import BUSY, TOO_LATE, Refused, Work
 log = logging.getLogger(__name__)
 
 SILENT_SECONDS = 60  # the least time after which a process that should answer is held for dead
+LOAD_SECONDS = 60  # the least time after which a process that loads the model again is killed
 LOST = "the process with the model has ended during this request; come again later"
 LOADING = "the model is being loaded again; come again later"
 
 
 class Failed(Exception):
-    """The error for a process that ends before it holds the model."""
+    """The error for a process that ends before it holds the model, or takes too long."""
 
 
 @dataclass(eq=False)
@@ -98,6 +99,7 @@ class Pool:
         self._processes: list[SpawnProcess] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._numbers = itertools.count()
+        self._load_s = 0.0  # what the first process has taken
 
     @property
     def ready(self) -> bool:
@@ -111,7 +113,9 @@ class Pool:
             UserError: the model or the target of the service cannot be used.
             Failed: a process has ended before it held the model.
         """
+        begin = time.monotonic()
         first = await self._started()
+        self._load_s = time.monotonic() - begin
         assert self.about is not None
         others = [await self._started() for _ in range(self.options.workers - 1)]
         for each in (first, *others):
@@ -190,7 +194,12 @@ class Pool:
             process.start()
         self._processes.append(process)
         one = _Process(process, *await asyncio.open_connection(sock=ours))
-        message = await one.message()
+        try:
+            message = await one.message()
+        except asyncio.CancelledError:
+            process.kill()
+            one.writer.close()
+            raise
         if not isinstance(message, About):
             one.writer.close()
             await self._joined(process)
@@ -228,8 +237,25 @@ class Pool:
                 one.process.pid,
                 one.process.exitcode,
             )
-            one = await self._started()
+            one = await self._restarted()
             self._ready.append(one)
+
+    async def _restarted(self) -> _Process:
+        """Start a process in place of another.
+
+        Raises:
+            UserError: the model cannot be used any more.
+            Failed: the process has ended before it held the model, or has taken much longer than
+                the first one.
+        """
+        most = max(LOAD_SECONDS, 4 * self._load_s)
+        try:
+            async with asyncio.timeout(most):
+                return await self._started()
+        except TimeoutError as error:
+            raise Failed(
+                f"a process that was to hold the model has not loaded it within {most:.0f} s"
+            ) from error
 
     async def _joined(self, process: SpawnProcess) -> None:
         """Wait for the end of a process whose socket is closed, and kill it if it does not end."""

@@ -175,6 +175,44 @@ def test_a_process_that_stands_still_is_replaced(
     assert "never retrieved" not in caplog.text, caplog.text
 
 
+def test_a_process_that_hangs_while_it_loads_ends_the_service(
+    stage2: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The one in place of another, as with a folder on a mount that hangs."""
+    monkeypatch.setattr(pool, "LOAD_SECONDS", 1.0)
+
+    async def check() -> None:
+        of_one, ends = (
+            pool.Pool(checked(ServeOptions(model=str(stage2), threads=1))),
+            asyncio.Event(),
+        )
+        of_one.on_failure = ends.set
+        try:
+            await of_one.start()
+            assert of_one._load_s > 0
+            of_one._load_s = 0.5  # so the limit is 2 s
+            [held] = of_one._processes
+            held.kill()
+            async with asyncio.timeout(15):
+                while of_one._processes in ([], [held]):
+                    await asyncio.sleep(0.01)
+            [hangs] = of_one._processes
+            os.kill(hangs.pid, signal.SIGSTOP)
+            async with asyncio.timeout(15):
+                await ends.wait()
+            assert of_one.failed
+            assert not of_one.ready
+            await asyncio.to_thread(hangs.join, 15)
+            assert hangs.exitcode == -signal.SIGKILL
+        finally:
+            await of_one.stop()
+
+    asyncio.run(check())
+    gc.collect()
+    assert "that was to hold the model has not loaded it within 2 s" in caplog.text
+    assert "Traceback" not in caplog.text, caplog.text
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda each: each.name)
 def test_a_start_that_is_interrupted(stage2: Path, tmp_path: Path, number: int) -> None:
     """All processes get the signal, as by Ctrl-C in a terminal, while one loads the model."""
