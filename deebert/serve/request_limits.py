@@ -15,12 +15,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deebert.serve.metrics import Metrics
-from deebert.serve.requests import TOO_LARGE, noted, trouble
+from deebert.serve.requests import BUSY, TOO_LARGE, noted, trouble
 
 # Paths that need no token: the check that the service runs, and its documentation.
 OPEN = ("/health", "/docs", "/openapi.json")
 HEADER_BYTES = 16 * 1024  # the most of the headers of a request
 TOO_LONG = f"the headers have more than {HEADER_BYTES} bytes, the most that is taken"
+STOPS = "the service stops; come again later"
 BODY_SECONDS = 30  # the time in which a body has to come
 
 
@@ -57,12 +58,17 @@ class RequestLimits:
         self.app, self.admission, self.metrics = app, admission, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        start, status = time.perf_counter(), 500
+        start, status, begun = time.perf_counter(), 500, False
 
         async def sent(message: Message) -> None:
-            nonlocal status
-            status = message.get("status", status)
+            nonlocal status, begun
+            status, begun = message.get("status", status), True
             await send(message)
+
+        async def refuse(refusal: Rejected) -> None:
+            content = trouble(str(refusal))
+            response = Response(content, refusal.status, refusal.headers, "application/json")
+            await response(scope, receive, sent)
 
         path = scope["path"] if scope["path"] in self.admission.paths else "other"
         self.metrics.in_progress.inc()
@@ -70,9 +76,10 @@ class RequestLimits:
             body = await self._body(scope, receive)
             await self.app(scope, _replayed(body, receive), sent)
         except Rejected as error:
-            content = trouble(str(error))
-            response = Response(content, error.status, error.headers, "application/json")
-            await response(scope, receive, sent)
+            await refuse(error)
+        except asyncio.CancelledError:  # uvicorn stops, and its time for this request is over
+            if not begun:
+                await refuse(Rejected(BUSY, STOPS, connection="close", retry_after="1"))
         finally:
             self.metrics.in_progress.dec()
             self.metrics.request(path, status, time.perf_counter() - start)

@@ -7,6 +7,7 @@ accepted requests before these processes are stopped. Knows nothing of torch.
 import asyncio
 import errno
 import logging
+import math
 import socket
 import sys
 from collections.abc import Callable
@@ -44,6 +45,7 @@ log = logging.getLogger(__name__)
 TITLE = "deebert: early-exit classification"
 PATH = "/predict"
 PATHS = (PATH, "/health", "/info", "/metrics", "/docs", "/openapi.json")
+FAILED_SECONDS = 5  # what is left for requests when no process can answer them any more
 LIMITS = ("max_texts", "max_length_chars", "max_body_bytes", "max_batch", "batch_window_ms")
 NO_SPEEDUPS = (
     "target_speedup= is not met here, since what layers cost was not measured when the service "
@@ -103,7 +105,7 @@ async def _served(options: Any) -> None:
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=2 * HEADER_SECONDS,  # `connections` closes them before
-        timeout_graceful_shutdown=round(options.stop_s),
+        timeout_graceful_shutdown=math.ceil(options.stop_s),
         h11_max_incomplete_event_size=HEADER_BYTES,
     )
     talking = uvicorn.Server(config)
@@ -111,7 +113,11 @@ async def _served(options: Any) -> None:
     def finish() -> None:
         talking.should_exit = True
 
-    pool.on_failure = finish
+    def fail() -> None:
+        config.timeout_graceful_shutdown = min(math.ceil(options.stop_s), FAILED_SECONDS)
+        finish()
+
+    pool.on_failure = fail
     for each in SIGNALS:  # uvicorn's own handlers are set only while it runs
         loop.add_signal_handler(each, finish)
     try:
@@ -126,16 +132,40 @@ async def _served(options: Any) -> None:
 
 
 def _check_address(host: str, port: int) -> None:
+    """Check that uvicorn can listen at each address of a host, or at those that this machine has.
+
+    Raises:
+        UserError: it cannot.
+    """
+    bound, missing = False, None
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
+        # As asyncio asks for them: `localhost` may have an address of IPv6, too.
+        for family, kind, _, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            try:
+                _bind(family, kind, address)
+                bound = True
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                missing = error
+        if missing is not None and not bound:
+            raise missing
     except OSError as error:
         why = (
             "it is taken by another program" if error.errno == errno.EADDRINUSE else error.strerror
         )
         raise UserError(f"cannot listen at host={host} port={port}: {why}") from error
+
+
+def _bind(family: int, kind: int, address: Any) -> None:
+    """Bind a socket as asyncio does, and close it."""
+    with socket.socket(family, kind) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
 
 
 def made(options: Any, about: About, pool: Pool, metrics: Metrics) -> FastAPI:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -96,13 +97,27 @@ def test_the_process_with_the_model_is_killed(stage2: Path, tmp_path: Path) -> N
         assert of_models(there) != [held]
         stand_still(there)
         model.rename(model.with_name("moved"))
-        with load(there) as statuses:
+        with load(there), ExitStack() as stack:
             os.kill(of_models(there)[0], signal.SIGKILL)
-            there.process.wait(RECOVERED_SECONDS)
+            slow = [half_sent(there, stack)]
+            while "the service ends" not in there.log.read_text():
+                slow.append(half_sent(there, stack))
+            there.process.wait(15)  # not the 30 s that bodies have
+            answers = [wire.recv(65536) for wire in slow[-5:-2]]
+        assert [answer[9:12] for answer in answers] == [b"503"] * 3, answers
+        assert b"the service stops" in answers[0], answers
         wait_for(lambda: not there.processes())
     log = there.log.read_text()
     assert f"the service ends: model={model}: no such" in log, log
     assert "Traceback" not in log, log
+
+
+def half_sent(there: Served, stack: ExitStack) -> socket.socket:
+    """A connection whose body does not come."""
+    wire = stack.enter_context(socket.create_connection(("127.0.0.1", there.port), timeout=5))
+    wire.sendall(b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+    time.sleep(0.2)
+    return wire
 
 
 def stand_still(there: Served) -> None:
@@ -211,6 +226,19 @@ def test_a_process_that_hangs_while_it_loads_ends_the_service(
     gc.collect()
     assert "that was to hold the model has not loaded it within 2 s" in caplog.text
     assert "Traceback" not in caplog.text, caplog.text
+
+
+def test_a_stop_of_less_than_half_a_second(stage2: Path, tmp_path: Path) -> None:
+    """Requests that are under way are answered: uvicorn counts whole seconds."""
+    with (
+        served(stage2, tmp_path, "stop_s=0.3", "batch_window_ms=600") as there,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        sent = threads.submit(there.send, body=BODY)
+        time.sleep(0.2)
+        there.process.terminate()
+        assert sent.result()[0] == 200
+    assert there.log.read_text().endswith("deebert.serve.server: stopped\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda each: each.name)

@@ -93,6 +93,29 @@ def test_refused_before_anything_is_started() -> None:
     assert "\n" not in str(error.value)
 
 
+def test_each_address_of_a_host_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where `localhost` has two, and the second one is taken, or is none of this machine."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.2", 0))
+        other.listen()
+        port = other.getsockname()[1]
+
+        def two(second: str) -> None:
+            addresses = [
+                (socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, port))
+                for each in ("127.0.0.1", second)
+            ]
+            monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: addresses)
+
+        for second, says in (
+            ("127.0.0.2", f"cannot listen at host=localhost port={port}: it is taken by another"),
+            ("192.0.2.1", "model=missing: no such"),
+        ):
+            two(second)
+            with pytest.raises(UserError, match=says):
+                serve.run(ServeOptions(model="missing", host="localhost", port=port))
+
+
 def test_a_target_that_cannot_be_met_is_refused_at_the_start(stage2: Path, stage1: Path) -> None:
     for model, target, says in (
         (stage2, {"target_saving": 1.5}, "target_saving=1.5 must be in"),
