@@ -33,7 +33,7 @@ class Metrics:
         )
         self._seconds = Histogram(
             "deebert_request_seconds",
-            "From a request's first byte to its answer's last, in seconds",
+            "From the end of a request's headers to its answer's last byte, in seconds",
             ["path"],
             buckets=SECONDS,
             registry=registry,
@@ -64,7 +64,8 @@ class Metrics:
         Args:
             path: the path of the request.
             status: the HTTP status of the answer.
-            seconds: the time from the first byte of the request to the last of the answer.
+            seconds: the time from the end of the headers of the request to the last byte of the
+                answer.
         """
         self._requests.labels(path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)

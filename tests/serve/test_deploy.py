@@ -66,7 +66,10 @@ def test_the_commands_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     for text in (dockerfile, unit):
         assert f"{TOKEN}=SECRET" in text
     [seconds] = re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.M)
-    assert int(seconds) > options.stop_s + 20, "the last batch has its time, too"
+    [of_docker] = re.findall(r"--stop-timeout (\d+) ", dockerfile)
+    for each in (seconds, of_docker):
+        assert int(each) > options.stop_s + 20, "the last batch has its time, too"
+    assert "--restart=on-failure" in dockerfile
     [check] = re.findall(r'CMD \["python", "-c", "(.*)"\]', dockerfile)
     compile(check, "HEALTHCHECK", "exec")
     assert f"127.0.0.1:{options.port}/health" in check
