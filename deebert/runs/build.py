@@ -89,15 +89,27 @@ def check_length(run: RunConfig, architecture: dict[str, Any]) -> None:
         )
 
 
-def with_split(run: RunConfig, data: TextDataModule) -> RunConfig:
+def with_split(run: RunConfig, data: TextDataModule, source: Checkpoint | None) -> RunConfig:
     """Return the configuration with the fingerprint of a file that is split (`data.file`).
 
+    Args:
+        run: the configuration of the run.
+        data: its rows.
+        source: the checkpoint that the run starts from, or None.
+
     Raises:
-        UserError: the file has changed since an earlier stage, so its split is another one.
+        UserError: the validation rows might be rows that the checkpoint was trained on: it was
+            trained on other files, or the file has changed since.
     """
     fingerprint, expected = data.split_fingerprint, run.data.split_rows
-    if fingerprint is None:
-        return run
+    if fingerprint is None:  # rows of a folder follow: the split of a file says nothing of them
+        return run.changed(data={"split_rows": None}) if expected else run
+    if source and not source.is_plain_classifier and not expected:
+        raise UserError(
+            f"data.file={run.data.file}: {source.path} was trained on other files, and this one, "
+            "split anew, may report rows that it was trained on; give a folder with a file "
+            "validation: data.file=DIR"
+        )
     if expected and fingerprint != expected:
         raise UserError(
             f"data.file={run.data.file}: its rows have changed since the checkpoint was trained, "

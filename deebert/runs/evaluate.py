@@ -76,7 +76,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     model, config = _model(config, source)
     build.check_length(config.run, source.architecture)
     data = build.data_module(config.run, source.tokenizer(), 1)
-    config = replace(config, run=build.with_split(config.run, data))
+    config = replace(config, run=build.with_split(config.run, data, source))
     calibration_split = _choose_splits(config, data, source)
     if calibration_split == HELD_OUT:
         config = replace(config, run=build.with_held_out(config.run, data))

@@ -82,7 +82,7 @@ def train(cfg: DictConfig) -> float | None:
     tokenizer = source.tokenizer() if source else backbones.tokenizer(config.run.backbone)
     files = source.tokenizer_files if source else tokenization.files_of(tokenizer)
     data = _read_rows(config.run, tokenizer)
-    run = build.with_held_out(build.with_split(config.run, data), data)
+    run = build.with_held_out(build.with_split(config.run, data, source), data)
     config = replace(config, run=run)
     start = _from_checkpoint(cfg, config, source) if source else _from_backbone(run)
     config = replace(config, run=start.run)

@@ -145,12 +145,33 @@ def test_a_task_of_a_yaml_file_reads_one_file_too(
     made = results(tmp_path / "run")
     assert 0 < made["constant_score"] < 1
     assert (made["task"], made["metric"], made["num_rows"]) == ("mrpc", "f1", 19)
-    # It takes the place of the folder that a checkpoint names.
     file = f"data.file={glue / 'mrpc' / 'train.jsonl'}"
-    run("evaluate.py", f"ckpt={stage2}", file, "logger=csv", f"hydra.run.dir={tmp_path / 'scored'}")
-    assert results(tmp_path / "scored")["num_rows"] == 19
     line = fails("evaluate.py", f"ckpt={stage2}", file, f"data.root={glue}", "logger=csv")
     assert "give one of them" in line
+
+
+def test_rows_of_a_training_are_not_called_validation(
+    run: Callable[..., str],
+    fails: Callable[..., str],
+    stage1: Path,
+    stage2: Path,
+    glue: Path,
+    tmp_path: Path,
+) -> None:
+    """A checkpoint that was trained on a folder does not know which rows of a file it has seen."""
+    file = f"data.file={glue / 'mrpc' / 'train.jsonl'}"
+    for script, *overrides in (
+        ("evaluate.py", f"ckpt={stage2}"),
+        ("train.py", "stage=2", f"ckpt={stage1}"),
+        ("train.py", f"teacher={stage1}", "backbone.layers=[1]"),
+    ):
+        line = fails(script, *overrides, file, "logger=csv")
+        assert "train.jsonl: " in line, overrides
+        assert "may report rows that it was trained on; give a folder with a file" in line
+    # A folder says itself which rows are of the validation.
+    folder = f"data.file={glue / 'mrpc'}"
+    run("evaluate.py", f"ckpt={stage2}", folder, "logger=csv", f"hydra.run.dir={tmp_path}")
+    assert results(tmp_path)["num_rows"] == 40
 
 
 def test_a_checkpoint_leads_to_no_file_elsewhere(
