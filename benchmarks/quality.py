@@ -131,7 +131,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     **{f"layer_drop_{k}": (DROPPING, f"{PRUNED}=[{few}]") for k, few in SPREAD.items()},
     **{f"student_{k}": (STAGE1, f"{STUDENT} {CUT.format(few)}") for k, few in SPREAD.items()},
 }
-# The same runs, left by another rule; best is what experiment=best and docs/ramps.md recommend.
+# The same runs, left by another rule; best is what the defaults and docs/ramps.md recommend.
 RECIPES["best"] = RECIPES["two_stage_pair"]
 RECIPES["two_stage_relative"] = RECIPES["two_stage"]
 RELATIVE = {"best": ("qqp",), "two_stage_relative": tuple(TASKS)}

@@ -158,7 +158,7 @@ class TextDataModule(L.LightningDataModule):
             self._tokens[split] = (
                 self._with_unlabelled()
                 if self.unlabelled and split == self.train_split
-                else _tokenize(self._rows(split), self.tokenizer, self.max_length)
+                else _tokenize(self.rows(split), self.tokenizer, self.max_length)
             )
         return self._tokens[split]
 
@@ -188,7 +188,12 @@ class TextDataModule(L.LightningDataModule):
             parts.append(rows.add_column("label", [hidden] * len(rows), feature=label_feature))
         return datasets.concatenate_datasets(parts)
 
-    def _rows(self, split: str) -> datasets.Dataset:
+    def rows(self, split: str) -> datasets.Dataset:
+        """Return the texts and labels of a split, without the training rows that are left out.
+
+        Raises:
+            UserError: there is no such split, or no row is left to train on.
+        """
         train = self.task.train
         if split not in (train, HELD_OUT) or train is None:
             return loading.load(self.task, split, self.root)
@@ -229,14 +234,12 @@ class TextDataModule(L.LightningDataModule):
 
     def text_fingerprint(self, split: str) -> str:
         """Return a hash of the words and labels of a split. It does not depend on the tokenizer."""
-        return str(Hasher.hash(_words_and_labels(self._rows(split))))
+        return str(Hasher.hash(_words_and_labels(self.rows(split))))
 
     @property
     def flag(self) -> str:
         """The flag that names the rows, with its value, for messages."""
-        if isinstance(self.root, SplitFile):
-            return f"data.file={self.root.path}"
-        return f"data.root={self.root}"
+        return loading.flag_of(self.root)
 
     @property
     def split_fingerprint(self) -> str | None:
@@ -257,7 +260,7 @@ class TextDataModule(L.LightningDataModule):
         Returns:
             One text for each row. The two texts of a pair are joined by " / ".
         """
-        rows = self._rows(split)
+        rows = self.rows(split)
         row_of = {index: row for row, index in enumerate(rows["index"][:])}
         chosen = rows.select([row_of[index] for index in indices])
         columns = [chosen[name][:] for name in ("text_a", "text_b") if name in rows.column_names]

@@ -20,6 +20,10 @@ UNEVEN = 10  # the largest class has so many times the rows of the smallest: tol
 FEW = 10  # fewer training rows of a class: told
 
 
+class OwnFolder(str):
+    """A folder with a file for each split. Its own files count, and no folder in it."""
+
+
 @dataclass
 class SplitFile:
     """A file that is split into the rows to train on and the rows to validate on.

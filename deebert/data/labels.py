@@ -164,8 +164,10 @@ class Classes:
         Raises:
             LookupError: there is no such class, or more than one. The message names the classes.
         """
-        if isinstance(value, str) and value in self.by_name:
-            return self.by_name[value]
+        if isinstance(value, str):
+            value = value if value in self.by_name else value.strip()
+            if value in self.by_name:
+                return self.by_name[value]
         meant = _value(value)
         same = self.by_value.get((type(meant), meant), [])
         if len(same) == 1:

@@ -19,7 +19,7 @@ from typing import Any
 import datasets
 
 from deebert.data import demo, labels, texts
-from deebert.data.file_split import SplitFile
+from deebert.data.file_split import OwnFolder, SplitFile
 from deebert.data.rows import reader, split_files
 from deebert.data.rows.source import PLAIN, Table, blocks, largest_decoded, separator_hint
 from deebert.data.tasks import HUB, MOST_GROUPS, WORD, Task
@@ -73,8 +73,8 @@ def load(task: Task, split: str, root: Root) -> datasets.Dataset:
             raise _no_split(task, split, root)
         if files.others:
             log.warning(
-                "data.root=%s: split %r is read from %s, and not from %s",
-                root, split, files.paths[0].name, ", ".join(files.others[:3]),
+                "%s: split %r is read from %s, and not from %s",
+                flag_of(root), split, files.paths[0].name, ", ".join(files.others[:3]),
             )  # fmt: skip
         raw = _from_files(task, split, files.paths)
     elif task.hub is not None:
@@ -84,8 +84,18 @@ def load(task: Task, split: str, root: Root) -> datasets.Dataset:
             raise _unknown_split(task, split, list(demo.SPLIT_SIZES))
         raw = _from_dataset(datasets.Dataset.from_list(demo.rows(split)), task, "demo", split)
     else:
-        raise UserError(f"task {task.name}: no data; give data.root=a folder, or hub: in its YAML")
+        raise UserError(
+            f"task {task.name}: no data; give data.file=the file of its rows, data.root=a "
+            "folder, or hub: in its YAML"
+        )
     return _normalise(raw, task, split)
+
+
+def flag_of(root: Root) -> str:
+    """Return the flag that names a source of rows, with its value, for messages."""
+    if isinstance(root, SplitFile):
+        return f"data.file={root.path}"
+    return f"data.{'file' if isinstance(root, OwnFolder) else 'root'}={root}"
 
 
 def file_rows(task: Task, file: SplitFile) -> datasets.Dataset:
@@ -156,6 +166,8 @@ def _find(task: Task, split: str, root: str) -> split_files.Files | None:
             f"data.root={root}: no such folder; it should hold {task.name}/<split>.parquet, "
             ".jsonl, .tsv or .csv (data.root=DIR)"
         )
+    if isinstance(root, OwnFolder):
+        return split_files.find((folder,), split_files.names_of(split))
     classic = (task.tsv or {}).get("folder", task.name)
     places = (folder / task.name, folder / classic, folder)
     return split_files.find(places, split_files.names_of(split))
@@ -294,6 +306,11 @@ def _splits(task: Task) -> str:
 
 
 def _no_split(task: Task, split: str, root: str) -> UserError:
+    if isinstance(root, OwnFolder):
+        return UserError(
+            f"{flag_of(root)}: it holds no file {' or '.join(split_files.names_of(split))} "
+            f"({', '.join(split_files.SUFFIXES)})"
+        )
     places = sorted({*(path.stem for path in Path(root, task.name).glob("*.*"))})
     there = f"there: {', '.join(places)}" if places else f"{task.name}/ is empty or not there"
     return UserError(

@@ -1,13 +1,15 @@
 """Make a task from a user's own file: find its columns of texts and labels, and the labels.
 
-The rule: a column that is called `label` (or `labels`, `class`, `category`, `target`) is the label,
-and one called `text` or `sentence` is the text. Without such a name, the label is the only column
-with few values that repeat, and the text the only column of several words a row. Where two columns
-fit, nothing is guessed: one line names them. The module does not know tokens or models.
+The rule: the label is the only column that is called `label` (or `labels`, `class`, `category`,
+`target`) or has few values that repeat. The text is the only other column that is called `text` or
+`sentence` or has several words a row. Where two columns fit, nothing is guessed: one line names
+them. The module does not know tokens or models.
 """
 
+import logging
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from deebert.data.rows.source import Source, separator_hint
 from deebert.data.tasks import MOST_LABELS
 from deebert.data.texts import short
 from deebert.errors import UserError, is_number
+
+log = logging.getLogger(__name__)
 
 LABEL_NAMES = ("label", "labels", "class", "category", "target")
 TEXT_NAMES = ("text", "sentence")
@@ -53,6 +57,8 @@ class Columns:
             )
         if self.label is not None and not isinstance(self.label, str):
             raise UserError(f"data.label={self.label} must name a column")
+        if len({*listed}) < len(listed):
+            raise UserError(f"data.text=[{','.join(listed)}] names a column twice; give two")
         if self.regression not in (None, True, False) or is_number(self.regression):
             raise UserError(f"data.regression={self.regression} must be true or false")
 
@@ -71,15 +77,22 @@ class Column:
         num_rows: the rows that have a value.
         num_texts: the rows with several words.
         values: its different values, by how labels are compared; more than the limit are cut off.
+        has_nested: whether a value is a list or an object, as JSON and Parquet may have them.
     """
 
     name: str
     num_rows: int = 0
     num_texts: int = 0
     values: dict[Any, Any] = field(default_factory=dict)
+    has_nested: bool = False
 
     def add(self, value: Any) -> None:
         """Take the value of a row into account."""
+        if isinstance(value, str):
+            value = value.strip()
+        elif isinstance(value, list | tuple | dict):
+            self.has_nested = True
+            return
         if value is None or value == "" or value != value:  # NaN
             return  # refused by its line when the rows are read as those of the task
         self.num_rows += 1
@@ -100,7 +113,7 @@ class Column:
     @property
     def is_label(self) -> bool:
         """Whether it looks like a column of labels."""
-        return self.repeats and len(self.values) <= LABELS_BY_LOOKS
+        return self.repeats and len(self.values) <= LABELS_BY_LOOKS and not self.has_nested
 
     @property
     def is_text(self) -> bool:
@@ -135,7 +148,8 @@ def task_values(
     if columns.regression:
         classes = None
     elif label_names:
-        classes = _as_written(label_names, label)
+        _check_numbers(label_names, stated, label, where)
+        classes = _as_written(label_names, stated or label.values.values())
     else:
         classes = list(stated or _classes(label, columns, where))
     if classes is None:
@@ -182,6 +196,7 @@ def _read(
     """
     seen: dict[str, Column] = {}
     classes: dict[str, tuple[str, ...]] = {}
+    has_header = False
     for file in files:
         kind = reader.ENDINGS.get(file.suffix.lower())
         if kind is None:
@@ -199,12 +214,24 @@ def _read(
                 for name in wanted:
                     seen[name].add(row.values.get(name))
             names = list(source.names)
-    if not any(column.num_rows for column in seen.values()):
+        has_header = has_header or kind in ("csv", "tsv")
+    if not any(column.num_rows or column.has_nested for column in seen.values()):
         raise UserError(f"{where}: it holds no rows")
     label = seen[columns.label] if columns.label else _label(seen, names, columns, where)
     texts = columns.texts or [_text(seen, names, label.name, where)]
     if label.name in texts:
         raise UserError(f"data.label={label.name} is one of the texts (data.text)")
+    if label.has_nested:
+        raise UserError(
+            f"{where}: column {label.name!r} holds lists or objects, and a label is a text, a "
+            "number, true or false (data.label=...)"
+        )
+    if has_header and labels.key_of(label.name.strip()) in label.values:
+        raise UserError(
+            f"{where}: its first line calls a column {label.name!r}, which is also a label in it: "
+            "has it no line of column names? Put one on top, or give that column another name "
+            "(data.file=...)"
+        )
     return texts, label, classes.get(label.name)
 
 
@@ -230,12 +257,14 @@ def _listed(names: Sequence[str]) -> str:
 def _label(seen: dict[str, Column], names: list[str], columns: Columns, where: str) -> Column:
     """Return the only column that may be the label."""
     others = [column for name, column in seen.items() if name not in columns.texts]
+    others = [column for column in others if column.name.lower() not in TEXT_NAMES]
     fitting = [column for column in others if column.name.lower() in LABEL_NAMES]
     kind = "a label (values that repeat)"
     if columns.regression:
         kind = "the numbers of a regression"
         fitting = fitting or [column for column in others if column.is_number]
-    fitting = fitting or [column for column in others if column.is_label]
+    else:
+        fitting += [column for column in others if column.is_label and column not in fitting]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -251,7 +280,7 @@ def _text(seen: dict[str, Column], names: list[str], label: str, where: str) -> 
     """Return the name of the only column that may be the text."""
     others = [column for name, column in seen.items() if name != label]
     fitting = [column for column in others if column.name.lower() in TEXT_NAMES]
-    fitting = fitting or [column for column in others if column.is_text]
+    fitting += [column for column in others if column.is_text and column not in fitting]
     if len(fitting) == 1:
         return fitting[0].name
     if fitting:
@@ -263,9 +292,32 @@ def _text(seen: dict[str, Column], names: list[str], label: str, where: str) -> 
     raise UserError(f"{where}: no column looks like texts: data.text=COLUMN{_listed(names)}")
 
 
-def _as_written(names: Sequence[str], label: Column) -> list[str]:
+def _check_numbers(
+    names: Sequence[str], stated: Sequence[str] | None, label: Column, where: str
+) -> None:
+    """Refuse numbers for a model's classes unless they are all of its ids, from 0.
+
+    Raises:
+        UserError: they are others, so nothing says which number is which class.
+    """
+    if stated or not label.is_number or any(map(labels.is_numeric, names)):
+        return
+    ids = labels.in_order(label.values.values())
+    if ids != [str(number) for number in range(len(names))]:
+        raise UserError(
+            f"{where}: column {label.name!r} has {_some(ids)}, and the model's labels are "
+            f"{_some(names)}: write these names into the column, or 0 to {len(names) - 1} in this "
+            "order (data.label=...)"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_NAMED]) + ", ..." * (len(names) > MOST_NAMED)
+
+
+def _as_written(names: Sequence[str], values: Iterable[Any]) -> list[str]:
     """Return the names of a model's classes, as the rows write them: Positive for POSITIVE."""
-    written = {labels.plain(labels.name_of(value)): value for value in label.values.values()}
+    written = {labels.plain(labels.name_of(value)): value for value in values}
     if len({*map(labels.plain, names)}) < len(names):
         return list(names)
     return [labels.name_of(written.get(labels.plain(name), name)) for name in names]
@@ -279,7 +331,8 @@ def _classes(label: Column, columns: Columns, where: str) -> list[str]:
     """
     what, number = f"{where}: column {label.name!r}", len(label.values)
     more = "more than " * (number > MOST_LABELS)
-    if columns.regression is None and label.is_number and number > MOST_NUMBERS:
+    are_whole = all(labels.whole(value) is not None for value in label.values.values())
+    if columns.regression is None and label.is_number and (number > MOST_NUMBERS or not are_whole):
         some = ", ".join(labels.name_of(value) for value in list(label.values.values())[:3])
         raise UserError(
             f"{what} has {more}{min(number, MOST_LABELS)} different numbers ({some}, ...): say "
@@ -296,4 +349,11 @@ def _classes(label: Column, columns: Columns, where: str) -> list[str]:
             f"{what} has {more}{min(number, MOST_LABELS)} different values in {label.num_rows:,} "
             f"rows, which are no labels (data.label=...; {MOST_LABELS} labels at most)"
         )
-    return labels.in_order(label.values.values())
+    classes = labels.in_order(label.values.values())
+    by_case = Counter(name.casefold() for name in classes)
+    if alike := [name for name in classes if by_case[name.casefold()] > 1]:
+        log.warning(
+            "%s has labels that differ only in case, and each is a class of its own: %s",
+            what, ascii(_some(alike))[1:-1],
+        )  # fmt: skip
+    return classes

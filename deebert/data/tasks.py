@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from deebert.data.file_split import SplitFile
+from deebert.data.file_split import OwnFolder, SplitFile
 from deebert.data.metrics import BINARY, METRICS, REGRESSION
 from deebert.errors import UserError, check_whole, is_number, unknown
 
@@ -225,7 +225,7 @@ class DataConfig:
         """Return where the rows of a task are: a folder, a file to split, or None for the hub."""
         if self.file is not None and not Path(self.file).is_dir():
             return SplitFile(self.file, self.validation_share, self.split_seed)
-        return self.file or self.root or task.root
+        return OwnFolder(self.file) if self.file is not None else self.root or task.root
 
     @classmethod
     def from_checked(cls, values: Mapping[str, Any]) -> Self:

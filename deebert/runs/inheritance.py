@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from deebert.data import loading
+from deebert.data.file_split import OwnFolder
 from deebert.data.tasks import Task
 from deebert.errors import UserError
 from deebert.hub import checkpoint_config
@@ -25,6 +26,7 @@ from deebert.untrusted import plain_files
 log = logging.getLogger(__name__)
 
 GLUE = "nyu-mll/glue"  # the only data set that is downloaded because a checkpoint names it
+OF_SPLIT = ("data.validation_share", "data.split_seed")
 GROWING = ("data", "stages")  # a setting that an older run does not have keeps today's default
 
 
@@ -87,6 +89,8 @@ def inherit(cfg: DictConfig, source: Source, job: Job, kind: str) -> None:
     own_hub = tuple(OmegaConf.select(cfg, "task.hub") or ())
     column = RUNS.index(kind)
     policies = {key: row[column] for key, row in POLICIES.items() if row[column]}
+    if not saved["data"].get("split_rows"):  # nothing was split
+        policies = {key: policy for key, policy in policies.items() if key not in OF_SPLIT}
     with open_dict(cfg):
         for key, policy in policies.items():
             if policy == MERGED:
@@ -194,6 +198,7 @@ def _check_rows(cfg: DictConfig, source: Checkpoint, task: Task, job: Job) -> No
     files, folder = [Path(root)], Path(root).parent
     if Path(root).is_dir():
         more_splits = [*(cfg.data.get("unlabelled") or ()), cfg.get("split")]
+        root = OwnFolder(root) if own else root
         splits = [task.train, *task.validation, *task.test, *more_splits]
         names = [name for name in splits if isinstance(name, str)]  # others are refused later
         files = [file for name in names for file in loading.find_files(task, name, root)]
@@ -205,6 +210,26 @@ def _check_rows(cfg: DictConfig, source: Checkpoint, task: Task, job: Job) -> No
             raise UserError(
                 f"{flag}={root}, as {source.path} says: {error}; or say {flag}={root} yourself"
             ) from error
+
+
+def refuse_idle_split(cfg: DictConfig, job: Job) -> None:
+    """Refuse what says how a file is split if the rows are not those of one file.
+
+    Args:
+        cfg: the configuration, once a checkpoint has added to it.
+        job: the job that runs.
+
+    Raises:
+        UserError: the command line has such a key.
+    """
+    file = cfg.data.get("file")
+    for key in OF_SPLIT:
+        if key in job.explicit and (not file or Path(str(file)).is_dir()):
+            rows = f"data.file={file} is a folder" if file else "no data.file= is given"
+            raise UserError(
+                f"{key}={OmegaConf.select(cfg, key)} does nothing here: it says how one file is "
+                f"split into training and validation rows, and {rows}"
+            )
 
 
 def plain_block(block: DictConfig) -> dict[str, Any]:

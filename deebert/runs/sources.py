@@ -50,6 +50,7 @@ def complete(cfg: DictConfig, job: Job) -> Checkpoint | None:
     _make_task(cfg)
     _replace_reader_of_one_text(cfg)  # the ramp is compared with the checkpoint's ramp after this
     source = _source(cfg, job)
+    inheritance.refuse_idle_split(cfg, job)
     _replace_reader_of_one_text(cfg)  # again, because the task may come from the checkpoint
     recipe = OmegaConf.select(cfg, "stages.2")
     if cfg.stage == 2 and isinstance(recipe, DictConfig) and recipe.get("standardize") is None:
@@ -356,6 +357,7 @@ def complete_evaluation(cfg: DictConfig, job: Job) -> Source:
     """
     source = _evaluated(cfg)
     inheritance.inherit(cfg, source, job, "evaluation")
+    inheritance.refuse_idle_split(cfg, job)
     return source
 
 

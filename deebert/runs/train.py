@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig
 
-from deebert.data import file_split, loading, tokenization
+from deebert.data import file_split, tokenization
 from deebert.data.datamodule import TextDataModule
 from deebert.disk import whole_files
 from deebert.errors import UserError, first_line
@@ -187,10 +187,7 @@ def _read_rows(run: RunConfig, tokenizer: Any) -> TextDataModule:
 
 def _describe_rows(data: TextDataModule, file: str) -> None:
     """Say how many rows a user's own file has, and warn of what is odd in them."""
-    train, validation = (
-        loading.load(data.task, str(split), data.root)
-        for split in (data.task.train, data.eval_splits[0])
-    )
+    train, validation = (data.rows(str(split)) for split in (data.task.train, data.eval_splits[0]))
     names = data.task.labels
     log.info(
         "data.file=%s: %s", file, file_split.summary(train["label"][:], len(validation), names)

@@ -128,7 +128,7 @@ def test_padded_at_the_right_whatever_the_tokenizer_says(glue: Path) -> None:
             assert (row[length:] == data.tokenizer.pad_token_id).all()
     shorter = module("mrpc", glue, max_length=12)
     shorter.tokenizer = data.tokenizer
-    ends = [text[-1] for text in shorter._rows("validation")["text_b"][:]]
+    ends = [text[-1] for text in shorter.rows("validation")["text_b"][:]]
     cut = shorter.tokens("validation")["input_ids"][:]
     assert [data.tokenizer.decode(ids[-2]).strip("#") for ids in cut] == ends, "cut at the left"
 

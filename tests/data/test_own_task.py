@@ -43,8 +43,8 @@ def test_columns_are_found_or_named(tmp_path: Path) -> None:
     cases = [
         # columns, what the user says -> texts, label
         ({"kind": ["x", "y"]}, {}, ["body"], "kind"),
-        ({"Label": ["x", "y"], "city": ["a", "b", "c"]}, {}, ["body"], "Label"),
-        ({"category": ["x", "y"], "text": ["one", "two", "three"]}, {}, ["text"], "category"),
+        ({"Label": ["x", "y"]}, {}, ["body"], "Label"),
+        ({"category": ["x", "y"], "text": ["one", "two", "three"]}, {"text": "text"}, ["text"], "category"),
         ({"kind": ["not spam", "real spam"]}, {}, ["body"], "kind"),  # labels of several words
         ({"kind": ["x", "y"], "city": ["a", "b", "c"]}, {"label": "city"}, ["body"], "city"),
         ({"kind": ["x", "y"], "title": "a b"}, {"text": ["title", "body"]}, ["title", "body"], "kind"),
@@ -69,7 +69,8 @@ def test_labels_have_a_stable_order(tmp_path: Path) -> None:
     cases = [
         (["b", "a", "C"], ["C", "a", "b"]),
         (["10", "9", "-1"], ["-1", "9", "10"]),
-        (["2.0", "2", "1.5"], ["1.5", "2"]),
+        (["2.0", "2", "-3"], ["-3", "2"]),
+        ([" x", "y ", "x"], ["x", "y"]),  # spaces around a label are none of it
         ([True, False], ["false", "true"]),
         ([3, 1, 2], ["1", "2", "3"]),
         ([1.0, 0.0], ["0", "1"]),
@@ -88,6 +89,63 @@ def test_labels_have_a_stable_order(tmp_path: Path) -> None:
     assert task_values(str(tmp_path / "named.parquet"), Columns())["labels"] == ["z", "a"]
 
 
+def test_labels_of_a_model_are_not_guessed_from_numbers(tmp_path: Path) -> None:
+    names = ("NEGATIVE", "NEUTRAL", "POSITIVE")
+    cases = [
+        ([0, 1, 2], list(names)),
+        (["2", "1", "0"], list(names)),
+        (["positive", "Neutral", "negative"], ["negative", "Neutral", "positive"]),
+        (
+            [1, 2, 3],
+            "has 1, 2, 3, and the model's labels are NEGATIVE, NEUTRAL, POSITIVE: .*0 to 2",
+        ),
+        ([1, 2], "has 1, 2, and the model's labels are"),
+        ([-1, 0, 1], "has -1, 0, 1, and the model's labels are"),
+    ]
+    for values, expected in cases:
+        file = write(tmp_path / "rows.jsonl", rows(label=values))
+        if isinstance(expected, str):
+            with pytest.raises(UserError, match=expected):
+                task_values(file, Columns(), names)
+        else:
+            assert task_values(file, Columns(), names)["labels"] == expected, values
+    # A model whose names are numbers has them compared by value; a file may state its names.
+    file = write(tmp_path / "rows.jsonl", rows(label=[1, 2]))
+    assert task_values(file, Columns(), ("2", "1"))["labels"] == ["2", "1"]
+    features = datasets.Features(
+        {"body": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes", "?"])}
+    )
+    given = [{"body": f"a text {n}", "label": 1 + n % 2} for n in range(8)]
+    datasets.Dataset.from_list(given, features).to_parquet(str(tmp_path / "named.parquet"))
+    values = task_values(str(tmp_path / "named.parquet"), Columns(), ("YES", "NO", "?"))
+    assert values["labels"] == ["yes", "no", "?"]
+
+
+def test_labels_that_differ_in_case_alone_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write(tmp_path / "rows.csv", rows(label=["Good", "good", "bad"]))
+    assert task_values(file, Columns())["labels"] == ["Good", "bad", "good"]
+    [warning] = caplog.messages
+    assert warning.endswith("differ only in case, and each is a class of its own: Good, good")
+
+
+def test_a_folder_in_the_folder_is_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    for place, number in ((folder, 12), (folder / "set", 6)):
+        write(place / "train.csv", rows(number, label=["x", "y"]))
+        write(place / "validation.csv", rows(number // 2, label=["x", "y"]))
+    task = Task.from_config(task_values(str(folder), Columns()))
+    assert task.name == "set"
+    root = DataConfig(file=str(folder)).source(task)
+    assert [len(loading.load(task, split, root)) for split in ("train", "validation")] == [12, 6]
+    (folder / "validation.csv").unlink()
+    assert not loading.exists(task, "validation", root)
+    with pytest.raises(UserError, match=r"^data.file=.*set: it holds no file validation or dev"):
+        loading.load(task, "validation", root)
+    assert len(loading.load(task, "validation", str(folder))) == 3, "data.root= has other places"
+
+
 def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:
     numbers = [n / 3 for n in range(60)]
     cases = [
@@ -103,12 +161,29 @@ def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:
         (rows(label=["x", "y"]), {"text": ["a", "b", "c"]}, "a list of two"),
         (rows(label=["x", "y"]), {"regression": 1}, "must be true or false"),
         ([{"a;label": "x;y"}] * 4, {}, "';' looks like its separator"),
+        ([{"a fine film": f"a text {n}", "good": ("bad", "good")[n % 2]} for n in range(8)], {}, "its first line calls a column 'good', .*: has it no line of column names"),
+        ([{"a fine film": f"a text {n}", "1": n % 2} for n in range(8)], {"label": "1"}, "calls a column '1'"),
+        (rows(label=["x", "y"], text=[f"some text {n}" for n in range(12)]), {}, "may be the text: text, body; .*'data.text=\\[text,body\\]'"),
+        (rows(label=["x", "y"], text=["one", "two", "three"]), {}, "may be the text: text, body"),
+        (rows(label=["x", "y"], question=["what is it", "who is it"]), {}, "may be the label: label, question; name one: data.label=label"),
+        (rows(category=["x", "y"], verdict=["a", "b"]), {}, "may be the label: category, verdict"),
+        (rows(label=[1.5, 2.5, 3.0]), {}, r"3 different numbers \(1.5, 2.5, 3.0, ...\): say data.regression=true"),
+        (rows(label=["x", "y"]), {"text": ["body", "body"]}, r"data.text=\[body,body\] names a column twice"),
         (rows(label=["x", "???"]), {}, "'\\?\\?\\?' can be no name"),
     ]  # fmt: skip
     for given, options, message in cases:
         with pytest.raises(UserError, match=message):
             task_values(write(tmp_path / "rows.csv", given), Columns(**options))
+    for nested in (["x"], {"a": 1}):
+        file = write(tmp_path / "rows.jsonl", rows(label=[nested, ["y"]]))
+        with pytest.raises(UserError, match="column 'label' holds lists or objects"):
+            task_values(file, Columns())
+    # JSON always names its columns.
+    file = write(tmp_path / "rows.jsonl", rows(spam=["spam", "ham"]))
+    assert task_values(file, Columns())["labels"] == ["ham", "spam"]
     # Said to be classes, numbers are classes.
+    file = write(tmp_path / "rows.csv", rows(label=[1.5, 2.5]))
+    assert task_values(file, Columns(regression=False))["labels"] == ["1.5", "2.5"]
     file = write(tmp_path / "rows.csv", rows(120, label=list(range(60))))
     assert task_values(file, Columns(regression=False))["labels"][:3] == ["0", "1", "2"]
     (tmp_path / "rows.xlsx").write_bytes(b"PK")

@@ -60,6 +60,7 @@ def test_the_checkpoint_remembers_all_of_it(
     printed = run("train.py", "stage=2", f"ckpt={first / 'run'}", "stages.2.epochs=1", "seed=5",
                   "logger=csv", f"hydra.run.dir={second}")  # fmt: skip
     assert f"data.file={first / 'tickets.csv'}, as " in printed
+    assert "60 rows to train on, 20 to validate on" in printed, "20 are held out"
     assert f"Next: python evaluate.py ckpt={second} target_saving=0.4" in printed
     run("evaluate.py", f"ckpt={second}", "logger=csv", "target_saving=0.3", "calibration=heldout",
         f"hydra.run.dir={tmp_path / 'scored'}")  # fmt: skip
@@ -101,6 +102,8 @@ def test_the_checkpoint_remembers_all_of_it(
     run("evaluate.py", f"ckpt={tmp_path / 'saved'}", "logger=csv", f"data.file={moved}",
         f"hydra.run.dir={tmp_path / 'from-saved'}")  # fmt: skip
     assert results(tmp_path / "from-saved")["exits"] == trained["exits"]
+    line = fails("evaluate.py", f"ckpt={tmp_path / 'saved'}", "logger=csv")
+    assert "task tickets: no data; give data.file=the file of its rows, data.root=" in line
 
 
 def test_the_data_is_checked_before_the_weights(fails: Callable[..., str], tmp_path: Path) -> None:
@@ -140,12 +143,13 @@ def test_a_task_of_a_yaml_file_reads_one_file_too(
     run: Callable[..., str], fails: Callable[..., str], stage2: Path, glue: Path, tmp_path: Path
 ) -> None:
     printed = run("train.py", "task=mrpc", f"data.file={glue / 'mrpc' / 'train.jsonl'}", *SHORT,
-        f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
+        "data.limit_train=40", f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
     assert f"Next: python train.py stage=2 ckpt={tmp_path / 'run'}" in printed
     made = results(tmp_path / "run")
     assert 0 < made["constant_score"] < 1
     assert (made["task"], made["metric"], made["num_rows"]) == ("mrpc", "f1", 19)
     file = f"data.file={glue / 'mrpc' / 'train.jsonl'}"
+    assert "40 rows to train on, 19 to validate on" in printed
     line = fails("evaluate.py", f"ckpt={stage2}", file, f"data.root={glue}", "logger=csv")
     assert "give one of them" in line
 
@@ -168,8 +172,19 @@ def test_rows_of_a_training_are_not_called_validation(
         line = fails(script, *overrides, file, "logger=csv")
         assert "train.jsonl: " in line, overrides
         assert "may report rows that it was trained on; give a folder with a file" in line
-    # A folder says itself which rows are of the validation.
+    # A folder says itself which rows are of the validation. Nothing is split.
     folder = f"data.file={glue / 'mrpc'}"
+    for script, *overrides in (
+        ("evaluate.py", f"ckpt={stage2}", folder, "+data.split_seed=3"),
+        ("evaluate.py", f"ckpt={stage2}", f"data.root={glue}", "+data.split_seed=3"),
+        ("train.py", "stage=2", f"ckpt={stage1}", "data.split_seed=3"),
+        ("train.py", "task=mrpc", folder, *SHORT, "data.split_seed=3"),
+    ):
+        line = fails(script, *overrides)
+        assert "data.split_seed=3 does nothing here: it says how one file is split" in line
+        assert line.endswith(
+            "/mrpc is a folder" if folder in overrides else "no data.file= is given"
+        )
     run("evaluate.py", f"ckpt={stage2}", folder, "logger=csv", f"hydra.run.dir={tmp_path}")
     assert results(tmp_path)["num_rows"] == 40
 
