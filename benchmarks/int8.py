@@ -187,15 +187,19 @@ def equal(
     return f"equal {min(shares):.2%}"
 
 
-def theirs(model: EarlyExitModel, others: Inputs, inputs: Inputs, name: str) -> Iterator[System]:
+def theirs(
+    model: EarlyExitModel, others: Inputs, inputs: Inputs, name: str, given: argparse.Namespace
+) -> Iterator[System]:
     """Yield each rival with the batch size that is fastest for it."""
     pad = model.backbone.pad_token_id
     for engine, precision, forward in full_depth.build(model, others):
+        if precision not in given.precisions:
+            continue
         seconds = {}
-        for budget in BUDGETS:
+        for budget in given.budgets:
             run = in_batches(forward, pad, budget)
             run(inputs)
-            seconds[budget] = min(_seconds(run, inputs) for _ in range(2))
+            seconds[budget] = _seconds(run, inputs)
         best = min(seconds, key=seconds.__getitem__)
         print(f"  {engine}{name}, {precision}: batches of {best} tokens", flush=True)
         run = in_batches(forward, pad, best)
@@ -270,6 +274,10 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="*", default=[], help="RUN:HALF; none: report only")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--singles", type=int, default=100, help="rows timed one at a time")
+    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, help="tokens a batch")
+    parser.add_argument(
+        "--precisions", nargs="+", default=["float32", "bfloat16", "int8"], help="of the rivals"
+    )
     parser.add_argument("--out", type=Path, default=HERE)
     given = parser.parse_args()
     file = given.out / "int8.json"
@@ -280,10 +288,10 @@ def main() -> None:
         subject = subject_of(Path(run))
         print(f"{run}: {subject.name}, {len(subject.inputs)} rows", flush=True)
         systems = [*ours(subject)]
-        systems += theirs(subject.model, subject.others, subject.inputs, "")
+        systems += theirs(subject.model, subject.others, subject.inputs, "", given)
         if half:
             smaller = checkpoints.read(checkpoints.find(half, "HALF", "best.ckpt"), "HALF").model()
-            systems += theirs(smaller.eval(), subject.others, subject.inputs, ", half depth")
+            systems += theirs(smaller.eval(), subject.others, subject.inputs, ", half depth", given)
         rows = measured(subject, systems, given.turns, given.singles)
         source = checkpoints.read(checkpoints.find(run, "RUN", "best.ckpt"), "RUN")
         entry = {
@@ -294,7 +302,8 @@ def main() -> None:
             "full_score": curves.ramp_table(subject.record, subject.task)[-1].score,
             "num_rows": len(subject.inputs),
             "command": f"python benchmarks/int8.py --pairs {pair} --turns {given.turns} "
-            f"--singles {given.singles}",
+            f"--singles {given.singles} --budgets {' '.join(map(str, given.budgets))} "
+            f"--precisions {' '.join(given.precisions)}",
             "turns": given.turns,
             "threads": torch.get_num_threads(),
             "features": features(),

@@ -263,7 +263,8 @@ def _label(seen: dict[str, Column], names: list[str], columns: Columns, where: s
     if columns.regression:
         kind = "the numbers of a regression"
         fitting = fitting or [column for column in others if column.is_number]
-    else:
+    elif [column.name.lower() for column in fitting] not in (["label"], ["labels"]):
+        # A column of that name is the label, whatever stands beside it.
         fitting += [column for column in others if column.is_label and column not in fitting]
     if len(fitting) == 1:
         return fitting[0]

@@ -43,7 +43,7 @@ def test_columns_are_found_or_named(tmp_path: Path) -> None:
     cases = [
         # columns, what the user says -> texts, label
         ({"kind": ["x", "y"]}, {}, ["body"], "kind"),
-        ({"Label": ["x", "y"]}, {}, ["body"], "Label"),
+        ({"Label": ["x", "y"], "lang": ["en", "de"]}, {}, ["body"], "Label"),
         ({"category": ["x", "y"], "text": ["one", "two", "three"]}, {"text": "text"}, ["text"], "category"),
         ({"kind": ["not spam", "real spam"]}, {}, ["body"], "kind"),  # labels of several words
         ({"kind": ["x", "y"], "city": ["a", "b", "c"]}, {"label": "city"}, ["body"], "city"),
@@ -165,7 +165,6 @@ def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:
         ([{"a fine film": f"a text {n}", "1": n % 2} for n in range(8)], {"label": "1"}, "calls a column '1'"),
         (rows(label=["x", "y"], text=[f"some text {n}" for n in range(12)]), {}, "may be the text: text, body; .*'data.text=\\[text,body\\]'"),
         (rows(label=["x", "y"], text=["one", "two", "three"]), {}, "may be the text: text, body"),
-        (rows(label=["x", "y"], question=["what is it", "who is it"]), {}, "may be the label: label, question; name one: data.label=label"),
         (rows(category=["x", "y"], verdict=["a", "b"]), {}, "may be the label: category, verdict"),
         (rows(label=[1.5, 2.5, 3.0]), {}, r"3 different numbers \(1.5, 2.5, 3.0, ...\): say data.regression=true"),
         (rows(label=["x", "y"]), {"text": ["body", "body"]}, r"data.text=\[body,body\] names a column twice"),
