@@ -238,7 +238,7 @@ def test_rows_are_where_the_user_or_glue_says(
 
     change(copy, elsewhere)
     line = fails("evaluate.py", *overrides, f"hydra.run.dir={tmp_path / 'd'}")
-    assert "task mine: no data; give data.root=a folder" in line
+    assert "task mine: no data; give data.file=the file of its rows, data.root=a folder" in line
     (tmp_path / "evil" / "dataset").mkdir(parents=True)
     line = fails("train.py", "task=mrpc", *TINY, f"task.hub=['{tmp_path.name}',x]", f"hydra.run.dir={tmp_path / 'e'}")  # fmt: skip
     assert "mrpc" in line
