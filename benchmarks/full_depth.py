@@ -151,14 +151,7 @@ def _openvino(model: EarlyExitModel, inputs: Inputs) -> Iterator[tuple[str, Forw
 
 
 def _compiled(graph: Any, names: list[str], precision: str) -> Forward:
-    openvino = graph_runtimes.import_openvino()
-    config = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "NUM_STREAMS": 1,
-        "INFERENCE_PRECISION_HINT": precision,
-    }
-    request = openvino.Core().compile_model(graph, "CPU", config).create_infer_request()
+    request = graph_runtimes.openvino_request(graph, torch.get_num_threads(), precision)
 
     def forward(tokens: dict[str, Tensor]) -> Tensor:
         outputs = request.infer([tokens[name].numpy() for name in names], share_inputs=True)

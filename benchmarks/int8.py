@@ -28,7 +28,7 @@ from deebert.data.datamodule import TextDataModule
 from deebert.data.tasks import HELD_OUT, Task
 from deebert.disk import whole_files
 from deebert.evaluation.engine_latency import Inputs, Request, requests
-from deebert.evaluation.engine_records import inputs_of
+from deebert.evaluation.engine_records import inputs_of, rows_of
 from deebert.evaluation.timing import Timing, compare
 from deebert.exits import curves, rules
 from deebert.exits.curves import Thresholds
@@ -105,8 +105,7 @@ def subject_of(run: Path) -> Subject:
             for batch in data.loader(split)
         ]
     record = Record.from_batches(split, outputs)
-    row_of = {index: row for row, index in enumerate(data.tokens(split)["index"][:])}
-    inputs = inputs_of(data, split, [row_of[index] for index in record.index_N.tolist()])
+    inputs = inputs_of(data, split, rows_of(data, record))
     held_out = HELD_OUT if data.calibration_size else str(task.train)
     others = inputs_of(data, held_out, list(range(min(1280, len(data.tokens(held_out))))))
     order = torch.randperm(len(record), generator=torch.Generator().manual_seed(0))

@@ -16,8 +16,9 @@ from deebert.errors import UserError
 if TYPE_CHECKING:
     import datasets  # not when a task is read: the import takes a second
 
-UNEVEN = 10  # the largest class has so many times the rows of the smallest: told
-FEW = 10  # fewer training rows of a class: told
+# A user is warned if the largest class has `UNEVEN` times the rows of the smallest, or a class has
+# fewer than `FEW` rows to train on.
+UNEVEN, FEW = 10, 10
 
 
 class OwnFolder(str):

@@ -138,20 +138,30 @@ def _onnx(graph: bytes) -> Run:
 
 
 def _openvino(graph: bytes, threads: int) -> Run:
-    core = _core()
-    config = {
-        "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the processor has it
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
-    }
-    request = core.compile_model(core.read_model(graph), "CPU", config).create_infer_request()
+    request = openvino_request(_core().read_model(graph), threads)
 
     def run(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         # The outputs are copies, since groups of inputs wait while the graph runs again.
         return list(request.infer(list(arrays), share_inputs=True, share_outputs=False).values())
 
     return run
+
+
+def openvino_request(model: Any, threads: int, precision: str = "f32") -> Any:
+    """Compile a model of OpenVINO for the processor, and return what runs it.
+
+    Args:
+        model: the model.
+        threads: the number of threads.
+        precision: f32 or bf16. Without it OpenVINO takes bfloat16 where the processor has it.
+    """
+    config = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+    }
+    return _core().compile_model(model, "CPU", config).create_infer_request()
 
 
 @cache

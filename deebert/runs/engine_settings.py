@@ -36,8 +36,7 @@ def precisions_of(values: Mapping[str, Any], job: Job) -> tuple[str, ...]:
         for flag in ("precision", "runtime"):
             if job.is_set(flag):
                 raise UserError(f"{flag}={values[flag]} runs the model: give ckpt=, not record=")
-    is_timed = values["timing"] is not None or values["target_speedup"] is not None
-    if runtime != "auto" and precisions == ["float32"] and not is_timed:
+    if runtime != "auto" and precisions == ["float32"] and not _is_timed(values):
         raise UserError(f"runtime={runtime} is of int8 or of what is timed: add timing=all")
     if values["analysis"] and precisions[0] != "float32":
         raise UserError(
@@ -57,9 +56,9 @@ def protocol_of(values: Mapping[str, Any], precisions: tuple[str, ...]) -> Proto
     Raises:
         UserError: a value is not one of its choices.
     """
-    timing = values["timing"]
-    if timing is None and values["target_speedup"] is None:
+    if not _is_timed(values):
         return None
+    timing = values["timing"]
     sizes = _listed("all" if timing is None else timing)
     for size in sizes:
         if size != "all" and not (is_whole(size) and size >= 1):
@@ -75,6 +74,10 @@ def protocol_of(values: Mapping[str, Any], precisions: tuple[str, ...]) -> Proto
         raise UserError(f"threads={threads} must be a whole number of 1 or more, or null")
     numbers = tuple(None if size == "all" else size for size in sizes)
     return Protocol(numbers, precisions, runtime, repeats, threads)
+
+
+def _is_timed(values: Mapping[str, Any]) -> bool:
+    return values["timing"] is not None or values["target_speedup"] is not None
 
 
 def _listed(value: Any) -> list[Any]:
