@@ -29,7 +29,7 @@ from deebert.exits.rules import Rule
 from deebert.exits.target import Target
 from deebert.hub import record_files
 from deebert.reporting import report
-from deebert.reporting.split_results import plain
+from deebert.reporting.blocks import plain
 
 HERE = Path(__file__).parent
 SAVINGS = (0.2, 0.3, 0.4, 0.5)

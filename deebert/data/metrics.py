@@ -35,18 +35,39 @@ def _f1(table: np.ndarray) -> np.ndarray:
     return 2 * hits / np.maximum(2 * hits + misses + alarms, 1)
 
 
+def _f1_by_class(table: np.ndarray) -> np.ndarray:
+    """Return the F1 of each class, (..., C, C) -> (..., C); 0 for a class without rows."""
+    hits = np.diagonal(table, axis1=-2, axis2=-1)
+    return 2 * hits / np.maximum(table.sum(-1) + table.sum(-2), 1)
+
+
+def _f1_macro(table: np.ndarray) -> np.ndarray:
+    # A class that is neither a label nor an answer of any row does not count, as in torchmetrics.
+    present = table.sum(-1) + table.sum(-2) > 0
+    return _f1_by_class(table).sum(-1) / present.sum(-1)
+
+
+def _f1_weighted(table: np.ndarray) -> np.ndarray:
+    return (_f1_by_class(table) * table.sum(-1)).sum(-1) / table.sum((-2, -1))
+
+
 def _matthews(table: np.ndarray) -> np.ndarray:
-    difference = table[..., 1, 1] * table[..., 0, 0] - table[..., 0, 1] * table[..., 1, 0]
-    margins = table.sum(-1).prod(-1) * table.sum(-2).prod(-1)
+    """Return Matthews' correlation for any number of classes (R_K; Gorodkin 2004, equation 8)."""
+    rows, labels, predictions = table.sum((-2, -1)), table.sum(-1), table.sum(-2)
+    covariance = np.trace(table, axis1=-2, axis2=-1) * rows - (labels * predictions).sum(-1)
+    margins = (rows**2 - (labels**2).sum(-1)) * (rows**2 - (predictions**2).sum(-1))
     # A constant prediction has no correlation with anything. Its score is 0, as in scikit-learn.
-    return difference / np.sqrt(np.maximum(margins, 1))
+    return covariance / np.sqrt(np.maximum(margins, 1))
 
 
-# Metrics of a table of labels and predictions, (..., C, C) -> (...). The bootstrap has many tables.
+# Metrics of a table of labels and predictions, (..., C, C) -> (...). The bootstrap has many tables,
+# and torchmetrics takes rows, so the formulas are here; a test compares them with torchmetrics.
 # GLUE's F1 is the binary one: class 1 is the positive class (MRPC "equivalent", QQP "duplicate").
 TABLE_METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "accuracy": _accuracy,
     "f1": _f1,
+    "f1_macro": _f1_macro,
+    "f1_weighted": _f1_weighted,
     "matthews": _matthews,
 }
 
@@ -76,5 +97,5 @@ METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "pearson": _correlation("pearson_corrcoef"),
     "spearman": _correlation("spearman_corrcoef"),
 }
-BINARY = ("f1", "matthews")
+BINARY = ("f1",)  # one of two classes is the positive one
 REGRESSION = ("pearson", "spearman")

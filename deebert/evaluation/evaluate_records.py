@@ -11,6 +11,7 @@ from typing import Any
 from deebert.data.tasks import Task
 from deebert.errors import UserError
 from deebert.evaluation.analysis import analysis
+from deebert.evaluation.class_scores import classes, exits_at
 from deebert.exits import calibration, curves, rules
 from deebert.exits.curves import Thresholds
 from deebert.exits.records import Record, unlike
@@ -95,13 +96,19 @@ def evaluate_records(
         if evaluation_config.target is None
         else _calibrated(records, task, evaluation_config, held_out)
     )
-    rule = evaluation_config.rule
+    rule, thresholds = evaluation_config.rule, evaluation_config.thresholds
     if calibrated:  # the curve uses the rule that met the target
         rule = rule.fitted(calibrated.temperatures, calibrated.prior)
-    splits = [
-        _split_results(record, task, rule, evaluation_config.thresholds, trained)
-        for record in records
-    ]
+    splits = []
+    for record in records:
+        exits = None
+        if calibrated:
+            is_first = record is records[0]
+            exits = exits_at(record, task, evaluation_config.rule, calibrated, is_first=is_first)
+        elif trained and thresholds is not None and len(thresholds) == 1:
+            exits = curves.OperatingPoint(rule, thresholds[0])(record, task)
+        part = _split_results(record, task, rule, thresholds, trained)
+        splits.append(replace(part, classes=classes(record, task, exits)))
     given = {name: value for name, value in evaluation_config.rule.fit.items() if value is not None}
     return Evaluation(splits, {"name": rule.name, **rule.options, **given}, calibrated)
 

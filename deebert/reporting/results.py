@@ -10,15 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from deebert.errors import UserError, is_whole
-from deebert.reporting.split_results import (
-    Measured,
-    SplitResults,
-    Thresholds,
-    plain,
-    plain_fields,
-    read_block,
-    read_blocks,
-)
+from deebert.reporting.blocks import plain, plain_fields, read_block, read_blocks
+from deebert.reporting.split_results import Measured, SplitResults, Thresholds
 
 SCHEMA = 1
 

@@ -1,69 +1,24 @@
 """The typed form of the results of a split in results.json: a dataclass for each block.
 
-A field without a default is a key that every file has. A field whose default is None is a key that
-a file may lack. `plain` writes any block, `read_block` reads one. The module computes only the
+`blocks` writes and reads them, and says which keys a file may lack. The module computes only the
 numbers by which a sweeper compares jobs, and does not know runs, targets or files.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Self, TypeVar
+from typing import Any, Self
+
+from deebert.reporting.blocks import plain_fields, read_block, read_blocks
+from deebert.reporting.class_results import Classes
 
 Thresholds = float | list[float]  # one for all ramps, or L-1
 Correlations = list[list[float | None]]  # L x L; None where a value is undefined
-Block = TypeVar("Block")
 NO_ANALYSIS: dict[str, Any] = {
     "oracle": None, "overthinking_rate": None, "ramps": [], "error_correlation": None,
     "ensemble": None,
 }  # fmt: skip
-
-
-def plain(value: Any) -> Any:
-    """Return a block of results.json as plain values, without the keys that the block lacks."""
-    if hasattr(value, "to_json"):
-        return value.to_json()
-    if is_dataclass(value):
-        return plain_fields(value)
-    if isinstance(value, Mapping):
-        return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    return value
-
-
-def plain_fields(block: Any) -> dict[str, Any]:
-    """Return the fields of a block as plain values, in their order."""
-    values = [(field, getattr(block, field.name)) for field in fields(block)]
-    return {
-        field.name: plain(value)
-        for field, value in values
-        if value is not None or field.default is MISSING
-    }
-
-
-def read_block(kind: Callable[..., Block], values: Mapping[str, Any], **read: Any) -> Block:
-    """Return a block from its plain values, without the keys that its class does not know.
-
-    Args:
-        kind: the class of the block.
-        values: the values of the block.
-        **read: the values that are blocks themselves, and those that older files lack.
-    """
-    given = {**values, **read}
-    names = {
-        field.name: field.name in given or field.default is MISSING
-        for field in fields(kind)  # type: ignore[arg-type]
-    }
-    return kind(**{name: given[name] for name, needed in names.items() if needed})
-
-
-def read_blocks(
-    kind: Callable[..., Block], listed: Iterable[Mapping[str, Any]] | None
-) -> list[Block]:
-    """Return the blocks of a list, or an empty list for None."""
-    return [read_block(kind, values) for values in listed or ()]
 
 
 @dataclass(frozen=True)
@@ -321,6 +276,7 @@ class SplitResults:
         analysis: a comparison of the ramps; it is empty if an older file lacks it.
         constant_score: the score if all rows get the same answer, the one that scores best; None
             without labels.
+        classes: the scores of each class; None without labels, for a regression and in older files.
     """
 
     split: str
@@ -333,11 +289,12 @@ class SplitResults:
     examples: Examples | None = None
     analysis: Analysis
     constant_score: float | None = None
+    classes: Classes | None = None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Return the results of a split from their plain values."""
-        examples = None
+        examples, classes = None, values.get("classes")
         if rows := values.get("examples"):
             examples = Examples(
                 read_blocks(Example, rows["first"]), read_blocks(Example, rows["last"])
@@ -351,6 +308,7 @@ class SplitResults:
             length_bins=read_blocks(LengthBin, values.get("length_bins")) or None,
             examples=examples,
             analysis=Analysis.from_json(values.get("analysis") or NO_ANALYSIS),
+            classes=Classes.from_json(classes) if classes else None,
         )
 
     def area(self) -> float | None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from deebert.errors import UserError
 from deebert.options import engine_of, import_modules, target_of
-from deebert.reporting.split_results import plain
+from deebert.reporting.blocks import plain
 from deebert.serve.replies import Prepared, Reply, prepared, replies
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 from sklearn import metrics as sk
 
-from deebert.data.metrics import METRICS
+from deebert.data.metrics import METRICS, TABLE_METRICS
 from deebert.data.tasks import Task
 from deebert.errors import UserError
 
@@ -25,6 +25,38 @@ def test_metrics_equal_scikit_learn(seed: int) -> None:
     assert METRICS["f1"](*pair) == pytest.approx(sk.f1_score(labels, predictions), abs=1e-6)
     expected = sk.matthews_corrcoef(labels, predictions)
     assert METRICS["matthews"](*pair) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("num_labels", [2, 3, 7])
+def test_metrics_of_any_number_of_classes(num_labels: int) -> None:
+    """Against scikit-learn and torchmetrics; the last class has no rows and may be an answer."""
+    from torchmetrics.functional import classification
+
+    random = np.random.default_rng(num_labels)
+    for _ in range(5):
+        labels = random.integers(0, max(num_labels - 1, 2), 61)
+        predictions = np.where(random.random(61) < 0.5, labels, random.integers(0, num_labels, 61))
+        pair = (torch.tensor(predictions), torch.tensor(labels))
+        for name, average in (("f1_macro", "macro"), ("f1_weighted", "weighted")):
+            expected = sk.f1_score(labels, predictions, average=average)
+            assert METRICS[name](*pair) == pytest.approx(expected, abs=1e-12)
+            theirs = classification.multiclass_f1_score(*pair, num_labels, average=average)
+            assert METRICS[name](*pair) == pytest.approx(theirs.item(), abs=1e-6)
+        ours = METRICS["matthews"](*pair)
+        assert ours == pytest.approx(sk.matthews_corrcoef(labels, predictions), abs=1e-12)
+        theirs = classification.multiclass_matthews_corrcoef(*pair, num_labels)
+        assert ours == pytest.approx(theirs.item(), abs=1e-6)
+
+
+def test_matthews_of_two_classes_has_not_changed_by_a_bit() -> None:
+    """CoLA's score, and the tables of its intervals, by the formula of two classes."""
+    tables = np.random.default_rng(0).integers(0, 900, (3000, 2, 2)).astype(float)
+    tables[:40, :, 0] = 0  # constant answers
+    tables[40:80, 1] = 0  # constant labels
+    difference = tables[:, 1, 1] * tables[:, 0, 0] - tables[:, 0, 1] * tables[:, 1, 0]
+    margins = tables.sum(-1).prod(-1) * tables.sum(-2).prod(-1)
+    expected = difference / np.sqrt(np.maximum(margins, 1))
+    assert (TABLE_METRICS["matthews"](tables) == expected).all()
 
 
 def test_correlations_equal_numpy_and_ranks() -> None:
@@ -69,11 +101,17 @@ def test_predictions_are_classes_or_values() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"metrics": ["f2"]}, "metric 'f2' does not fit 2 label(s); choose one of: accuracy, f1"),
+        (
+            {"metrics": ["f2"]},
+            "metric 'f2' does not fit 2 label(s); choose one of: accuracy, f1, f1_macro, f1_weighted, matthews",
+        ),
         ({"metrics": ["pearson"]}, "'pearson' does not fit"),
         ({"metrics": []}, "metrics is empty"),
         ({"labels": ["a"]}, "two or more classes"),
-        ({"labels": ["a", "b", "c"], "metrics": ["f1"]}, "'f1' does not fit 3 label(s)"),
+        (
+            {"labels": ["a", "b", "c"], "metrics": ["f1"]},
+            "'f1' does not fit 3 label(s); choose one of: accuracy, f1_macro, f1_weighted, matthews",
+        ),
         ({"columns": ["a", "b", "c"]}, "one or two text columns"),
         ({"label": "sentence1"}, "label=sentence1 is one of the columns of texts"),
         ({"columns": "text"}, "columns: 'text' must be a list: columns: [text]"),

@@ -13,7 +13,8 @@ from torchmetrics.classification import MulticlassCalibrationError
 from deebert.data.tasks import Task
 from deebert.evaluation.analysis import analysis, auroc, calibration, correlation
 from deebert.exits.records import Record
-from deebert.reporting.split_results import Analysis, EnsembleScore, RampAnalysis, plain
+from deebert.reporting.blocks import plain
+from deebert.reporting.split_results import Analysis, EnsembleScore, RampAnalysis
 
 DEMO = Task("demo", ("text",), ("bad", "good"), ("accuracy",))
 THREE = Task("three", ("text",), ("a", "b", "c"), ("accuracy",))

@@ -13,7 +13,7 @@ from deebert.evaluation.layers import layer_table, linear_cka
 from deebert.models import backbones
 from deebert.models.architectures import ARCHITECTURES
 from deebert.models.early_exit import EarlyExitModel
-from deebert.reporting.split_results import plain
+from deebert.reporting.blocks import plain
 
 SPEC = ROOT / "conf" / "backbone" / "tiny.yaml"
 STSB = Task("stsb", ("text",), None, ("pearson",))  # a score without steps: equal means equal
