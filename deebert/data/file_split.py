@@ -108,7 +108,8 @@ def oddities(
         if counts[rarest] < FEW or counts[rarest] * UNEVEN <= counts[largest]:
             sentences.append(
                 f"the labels are uneven: {counts[rarest]:,} training rows of {labels[rarest]!r}, "
-                f"{counts[largest]:,} of {labels[largest]!r}; accuracy says little of rare labels"
+                f"{counts[largest]:,} of {labels[largest]!r}; accuracy says little of rare "
+                "labels, and f1_macro says more"
             )
     seen = {*_texts(train)}
     if again := sum(texts in seen for texts in _texts(validation)):

@@ -99,3 +99,12 @@ METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
 }
 BINARY = ("f1",)  # one of two classes is the positive one
 REGRESSION = ("pearson", "spearman")
+
+
+def fitting(num_labels: int | None) -> list[str]:
+    """Return the metrics that fit a number of classes; None stands for a regression."""
+    return [
+        name
+        for name in METRICS
+        if (name in REGRESSION) == (num_labels is None) and (name not in BINARY or num_labels == 2)
+    ]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deebert.data import labels
+from deebert.data import labels, metrics
 from deebert.data.rows import reader, split_files
 from deebert.data.rows.source import Source, separator_hint
 from deebert.data.tasks import MOST_LABELS
@@ -36,18 +36,21 @@ WORDS = re.compile(r"[^\W\d_]\S*\s(.*\s)?\S*[^\W\d_]", re.DOTALL)
 
 @dataclass(frozen=True)
 class Columns:
-    """What the user says of the columns of a file: `data.text`, `data.label`, `data.regression`.
+    """What the user says of the columns of a file: `data.text`, `data.label` and the like.
 
     Attributes:
         text: the name of the text column, or a list of two; None to find it.
         label: the name of the label column; None to find it.
         regression: true for numbers, false for classes; None for classes, where numbers that look
             like measurements are refused.
+        metric: the name of the metric that is the score; None for the accuracy, or for a
+            regression the rank correlation.
     """
 
     text: Any = None
     label: Any = None
     regression: Any = None
+    metric: Any = None
 
     def __post_init__(self) -> None:
         listed = self.text if isinstance(self.text, list) else [self.text or ""]
@@ -152,11 +155,6 @@ def task_values(
         classes = _as_written(label_names, stated or label.values.values())
     else:
         classes = list(stated or _classes(label, columns, where))
-    if classes is None:
-        metrics = ["spearman", "pearson"]
-    else:
-        # Matthews' correlation is the same whichever of the two labels counts as the positive one.
-        metrics = ["accuracy", "matthews"] if len(classes) == 2 else ["accuracy"]
     for name in (*texts, label.name, *(classes or ())):
         if name == "???" or len(name) > LONGEST_LABEL:
             raise UserError(f"{where}: {short(name)} can be no name of a column or label")
@@ -166,9 +164,31 @@ def task_values(
         "columns": texts,
         "label": label.name,
         "labels": classes,
-        "metrics": metrics,
+        "metrics": _metrics(classes, columns.metric),
         **splits,
     }
+
+
+def _metrics(classes: Sequence[str] | None, first: Any) -> list[str]:
+    """Return the metrics of a task, the headline metric first.
+
+    Raises:
+        UserError: the metric that the user names is none, or does not fit the labels.
+    """
+    if classes is None:
+        usual = ["spearman", "pearson"]
+    else:
+        # Matthews' correlation is the same whichever of the two labels counts as the positive one.
+        usual = ["accuracy", "matthews"] if len(classes) == 2 else ["accuracy"]
+    if first is None:
+        return usual
+    choices = metrics.fitting(None if classes is None else len(classes))
+    if first not in choices:
+        what = "numbers" if classes is None else f"{len(classes)} labels"
+        raise UserError(
+            f"data.metric={first} is no score of {what}; choose one of: {', '.join(choices)}"
+        )
+    return [first, *(name for name in usual if name != first)]
 
 
 def _files_in(folder: Path, where: str) -> tuple[tuple[Path, ...], dict[str, Any]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deebert.data.file_split import OwnFolder, SplitFile
-from deebert.data.metrics import BINARY, METRICS, REGRESSION
+from deebert.data.metrics import METRICS, REGRESSION, fitting
 from deebert.errors import UserError, check_whole, is_number, unknown
 
 # Patterns for parts of file names and folder names. A name that matches stays inside its folder.
@@ -135,19 +135,14 @@ class Task:
             raise UserError(f"task {name}: metrics={list(task.metrics)[:9]} names one twice")
         if task.labels is not None and len(set(task.labels)) < len(task.labels):
             raise UserError(f"task {name}: labels={list(task.labels)} names a class twice")
-        fitting = [
-            metric
-            for metric in METRICS
-            if (metric in REGRESSION) == task.is_regression
-            and (metric not in BINARY or task.num_labels == 2)
-        ]
+        choices = fitting(None if task.labels is None else len(task.labels))
         if not task.metrics:
-            raise UserError(f"task {name}: metrics is empty; choose from: {', '.join(fitting)}")
+            raise UserError(f"task {name}: metrics is empty; choose from: {', '.join(choices)}")
         for metric in task.metrics:
-            if metric not in fitting:
+            if metric not in choices:
                 raise UserError(
                     f"task {name}: metric {metric!r} does not fit {task.num_labels} label(s); "
-                    f"choose one of: {', '.join(fitting)} (task.metrics=[...])"
+                    f"choose one of: {', '.join(choices)} (task.metrics=[...])"
                 )
         return task
 

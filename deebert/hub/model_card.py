@@ -14,7 +14,10 @@ from deebert.hub.saved_folder import Saved
 from deebert.reporting.markdown import code, text
 
 SAVINGS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6)
-HUB_METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
+HUB_METRICS = {
+    "matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr",
+    "f1_macro": "f1", "f1_weighted": "f1",
+}  # fmt: skip
 
 
 def render(saved: Saved, task: Task) -> str:
@@ -38,7 +41,7 @@ def _header(config: RunConfig, task: Task) -> str:
         tags=["deebert", "early-exit"],
         base_model=config.backbone.path,
         datasets=[task.hub[0]] if task.hub else None,
-        metrics=[HUB_METRICS.get(name, name) for name in task.metrics],
+        metrics=list(dict.fromkeys(HUB_METRICS.get(name, name) for name in task.metrics)),
     )
     return f"---\n{data.to_yaml()}\n---\n"
 

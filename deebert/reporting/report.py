@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from deebert.disk import whole_files
 from deebert.options import job_command
 from deebert.reporting import plots
+from deebert.reporting.class_tables import class_tables
 from deebert.reporting.markdown import text
 from deebert.reporting.results import SCHEMA, Environment, Results
 from deebert.reporting.tables import more_tables, notes, tables
@@ -108,7 +110,7 @@ def show(results: Results, folder: Path) -> None:
     console = Console(width=None if os.isatty(1) else 140, highlight=False)
     unlimited = console.options.update(max_width=1000)
     console.print(title(results), markup=False)
-    shown = list(tables(results))
+    shown = [*tables(results), *class_tables(results, terminal=True)]
     if results.headline.analysis.layers:
         shown += more_tables(results)
     for heading, columns, rows in shown:
@@ -135,16 +137,20 @@ def _table(columns: list[str], rows: list[list[str]], narrow: bool = False) -> T
     for column, *cells in zip(columns, *rows, strict=True):
         width = max(map(len, [*column.split(), *cells])) if narrow else len(column) + 1
         heading = "\n".join(wrap(column, width, break_on_hyphens=False))
-        table.add_column(heading, justify="right")
+        table.add_column(Text(heading), justify="right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # a label in brackets is no markup
     return table
 
 
 def markdown(results: Results) -> str:
     """Return all tables and notes as Markdown."""
     lines = [f"# {text(title(results))}", ""]
-    for heading, columns, rows in (*tables(results), *more_tables(results)):
+    for heading, columns, rows in (
+        *tables(results),
+        *class_tables(results),
+        *more_tables(results),
+    ):
         lines += [f"## {text(heading)}", "", _row(columns), f"|{'---:|' * len(columns)}"]
         lines += [_row(row) for row in rows]
         lines.append("")

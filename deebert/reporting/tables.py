@@ -7,6 +7,7 @@ know models or data.
 from collections.abc import Iterable
 
 from deebert.models.trained_ramps import trains_ramps
+from deebert.reporting.class_tables import class_notes
 from deebert.reporting.results import Calibration, Results, TimedCase
 from deebert.reporting.split_results import Thresholds
 from deebert.reporting.useless import warning
@@ -197,6 +198,7 @@ def notes(results: Results) -> list[str]:
                 f"score {oracle.score:.4f} at {oracle.expected_saving:.1%} saving (a bound: "
                 "it profits from lucky guesses)."
             )
+    lines += class_notes(results)
     if results.calibration:
         lines += _calibration_notes(results.calibration, results.metric)
     if results.timing:

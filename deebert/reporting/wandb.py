@@ -25,6 +25,8 @@ TIMED = (
     "seconds_threshold_0", "samples_per_second", "equal_exits", "equal_predictions",
 )  # fmt: skip
 CURVE = ("threshold", "score", "cost_ratio", "expected_saving", "speed_up")  # columns of a curve
+CLASS = ("label", "rows", "precision", "recall", "f1", "mean_exit_layer")
+OF_CLASSES = ("f1_macro", "f1_weighted", "matthews")  # of all classes together
 EXTRA = "pip install 'deebert[dashboard]'"
 
 
@@ -83,6 +85,7 @@ def log_final(run: "wandb.Run", results: Results, plot: Path) -> None:
             _log_curve(run, f"curve_{other.split}", other)
     if results.timing:
         _log_timing(run, results.timing)
+    _log_classes(run, results.headline)
     run.summary.update(_headline(results))
     run.log({"curve": [wandb.Image(str(plot))]})
 
@@ -121,6 +124,32 @@ def _log_curve(run: "wandb.Run", name: str, evaluation: SplitResults) -> None:
         run.log(values | {metric: count / evaluation.num_rows for metric, count in counts})
 
 
+def _log_classes(run: "wandb.Run", evaluation: SplitResults) -> None:
+    """Log the scores of each class as a table, and the confusion matrix as a chart."""
+    import wandb
+
+    if (classes := evaluation.classes) is None:
+        return
+    scores = classes.shown
+    rows = [[getattr(score, name) for name in CLASS] for score in scores.per_class]
+    logged: dict[str, Any] = {"classes/scores": wandb.Table(columns=list(CLASS), data=rows)}
+    if scores.confusion:
+        cells = [
+            [label, answer, count]
+            for label, counts in zip(classes.labels, scores.confusion, strict=True)
+            for answer, count in zip(classes.labels, counts, strict=True)
+        ]
+        # `wandb.plot.confusion_matrix` draws the same, from the answer of each row.
+        names = ["Actual", "Predicted", "nPredictions"]
+        logged["classes/confusion"] = wandb.plot_table(
+            "wandb/confusion_matrix/v1",
+            wandb.Table(columns=names, data=cells),
+            {name: name for name in names},
+            {"title": "Confusion of labels and answers"},
+        )
+    run.log(logged)
+
+
 def _log_timing(run: "wandb.Run", timing: Sequence[TimedCase]) -> None:
     """Log the measured times as a table and, with several thresholds, as a chart of each case."""
     import wandb
@@ -154,6 +183,10 @@ def _timed(case: TimedCase) -> dict[str, Any]:
 
 def _headline(results: Results) -> dict[str, Any]:
     values: dict[str, Any] = {"full_depth/score": results.headline.exits[-1].score}
+    if classes := results.headline.classes:
+        for name in ("full_depth", "operating_point"):
+            if scores := getattr(classes, name):
+                values |= {f"{name}/{metric}": getattr(scores, metric) for metric in OF_CLASSES}
     if calibration := results.calibration:
         values |= {f"calibration/{key}": value for key, value in calibration.target.items()}
         values["calibration/score"] = calibration.measured.score

@@ -107,9 +107,10 @@ def _make_task(cfg: DictConfig) -> None:
         return
     for name, value in vars(columns).items():
         if value is not None:
+            instead = f" (task.metrics=[{value}])" if name == "metric" and cfg.get("task") else ""
             raise UserError(
                 f"data.{name}={value} does nothing here: it is of a data.file=, where neither "
-                "task= nor a checkpoint says how to read it"
+                f"task= nor a checkpoint says how to read it{instead}"
             )
 
 

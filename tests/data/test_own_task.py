@@ -236,6 +236,7 @@ def test_the_split_is_stratified_and_seeded(tmp_path: Path) -> None:
     assert line == "80 rows to train on, 21 to validate on; labels: lonely 1, x 48, y 30, z 1"
     [oddity] = file_split.oddities(train, validation, task.labels)
     assert "uneven: 1 training rows of 'lonely', 48 of 'x'" in oddity
+    assert oddity.endswith("accuracy says little of rare labels, and f1_macro says more")
 
 
 def test_texts_in_both_parts_are_told(tmp_path: Path) -> None:
@@ -250,6 +251,36 @@ def test_texts_in_both_parts_are_told(tmp_path: Path) -> None:
     [oddity] = file_split.oddities(train, validation, task.labels)
     assert again > 5
     assert f"stand again in {again} of 20 validation rows" in oddity
+
+
+def test_the_score_is_named(tmp_path: Path) -> None:
+    two, three = (
+        write(tmp_path / f"{len(labels)}.csv", rows(30, label=labels))
+        for labels in (["x", "y"], ["x", "y", "z"])
+    )
+    numbers = write(tmp_path / "numbers.csv", rows(30, label=[n + 0.5 for n in range(30)]))
+    cases = [
+        (two, {}, ("accuracy", "matthews")),
+        (two, {"metric": "f1"}, ("f1", "accuracy", "matthews")),
+        (two, {"metric": "matthews"}, ("matthews", "accuracy")),
+        (three, {"metric": "f1_macro"}, ("f1_macro", "accuracy")),
+        (three, {"metric": "f1_weighted"}, ("f1_weighted", "accuracy")),
+        (three, {"metric": "accuracy"}, ("accuracy",)),
+        (numbers, {"metric": "pearson", "regression": True}, ("pearson", "spearman")),
+    ]
+    for file, given, expected in cases:
+        task = Task.from_config(task_values(file, Columns(**given)))
+        assert task.metrics == expected, given
+    of_classes = "accuracy, f1_macro, f1_weighted, matthews"
+    for file, given, says in [
+        (three, {"metric": "f1"}, f"data.metric=f1 is no score of 3 labels; choose one of: {of_classes}"),
+        (two, {"metric": "F1"}, "data.metric=F1 is no score of 2 labels; choose one of: accuracy, f1, f1_macro, f1_weighted, matthews"),
+        (three, {"metric": ["f1_macro"]}, "data.metric=['f1_macro'] is no score"),
+        (numbers, {"metric": "f1_macro", "regression": True}, "is no score of numbers; choose one of: pearson, spearman"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError) as error:
+            task_values(file, Columns(**given))
+        assert says in str(error.value)
 
 
 def test_two_rows_of_a_regression(tmp_path: Path) -> None:

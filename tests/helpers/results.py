@@ -43,6 +43,19 @@ def calibrated(target: dict[str, Any], score: float, saving: float, **more: Any)
     } | more  # fmt: skip
 
 
+def class_scores(confusion: list[list[int]], layer: float | None, f1: float) -> dict[str, Any]:
+    """The scores of two classes, `bad` and `good`, or of the labels a, b, c, ..."""
+    labels = ["bad", "good"] if len(confusion) == 2 else map(chr, range(97, 97 + len(confusion)))
+    return {
+        "confusion": confusion, "f1_macro": f1, "f1_weighted": f1 + 0.01, "matthews": f1 - 0.1,
+        "per_class": [
+            {"label": label, "rows": sum(row), "precision": 0.5, "recall": 0.6, "f1": 0.7,
+             "mean_exit_layer": layer}
+            for label, row in zip(labels, confusion, strict=True)
+        ],
+    }  # fmt: skip
+
+
 def split(name: str = "validation", **values: Any) -> dict[str, Any]:
     """The results of a split."""
     return {

@@ -138,10 +138,16 @@ def test_what_runs_are_compared_by(tmp_path: Path) -> None:
     timing = [
         timed(0.1, 0.3), timed([0.5], 0.5, 0.75), timed(0.1, 0.6, precision="int8", batch_size=8),
     ]  # fmt: skip
+    classes = {
+        "labels": ["bad", "good"],
+        "full_depth": made_by_hand.class_scores([[4, 1], [0, 5]], 2.0, 0.9),
+        "operating_point": made_by_hand.class_scores([[3, 2], [1, 4]], 1.25, 0.7),
+    }
     values = made_by_hand.run(
         split="validation_matched",
         curve=[point(0.0, 0.9, 0.0, (0, 10)), point(0.5, 0.8, 0.3, (6, 4))],
         trade_off=trade_off,
+        classes=classes,
         calibration=made_by_hand.calibrated({"target_saving": 0.4, "per_ramp": False}, 0.72, 0.41),
         other_splits=[unlabelled],
         timing=timing,
@@ -175,8 +181,10 @@ def test_what_runs_are_compared_by(tmp_path: Path) -> None:
     assert not any("unlabelled/score" in key for key in keys), "no scores without labels"
 
     summary = json.loads(inspect(tmp_path, "--summary"))["summary"]
-    headline = {key: value for key, value in summary.items() if key.startswith(("full_depth/", "calibration/"))}  # fmt: skip
+    headline = {key: value for key, value in summary.items() if key.startswith(("full_depth/", "calibration/", "operating_point/"))}  # fmt: skip
     assert headline == {
+        "full_depth/f1_macro": 0.9, "full_depth/f1_weighted": 0.91, "full_depth/matthews": 0.8,
+        "operating_point/f1_macro": 0.7, "operating_point/f1_weighted": 0.71, "operating_point/matthews": 0.6,
         "full_depth/score": 0.9, "calibration/target_saving": 0.4, "calibration/per_ramp": False,
         "calibration/score": 0.72, "calibration/expected_saving": 0.41,
     }  # fmt: skip
@@ -198,6 +206,15 @@ def test_what_runs_are_compared_by(tmp_path: Path) -> None:
         tables[f"{path.parent.name}/{path.name.rsplit('_', 2)[0]}"] = json.loads(path.read_text())
     assert tables["val/curve"]["columns"] == ["threshold", "score", "cost_ratio", "expected_saving", "speed_up", "exit_1", "exit_2"]  # fmt: skip
     assert tables["val/curve"]["data"][1][-2:] == [6, 4]
+    assert tables["classes/scores"] == {
+        "columns": ["label", "rows", "precision", "recall", "f1", "mean_exit_layer"],
+        "data": [["bad", 5, 0.5, 0.6, 0.7, 1.25], ["good", 5, 0.5, 0.6, 0.7, 1.25]],
+    }
+    assert tables["classes/confusion_table"] == {
+        "columns": ["Actual", "Predicted", "nPredictions"],
+        "data": [["bad", "bad", 3], ["bad", "good", 2], ["good", "bad", 1], ["good", "good", 4]],
+    }
+    assert "wandb/confusion_matrix/v1" in json.dumps(records)
     assert tables["curve/exit_shares"] == {
         "columns": ["threshold", "layer", "share"],
         "data": [["0.0", "1", 0.0], ["0.0", "2", 1.0], ["0.5", "1", 0.6], ["0.5", "2", 0.4]],

@@ -40,6 +40,7 @@ def first(made_once: Callable[..., Path]) -> Path:
         folder.mkdir()
         file = write(folder / "tickets.csv", tickets())
         command("train.py", f"data.file={file}", *SHORT, "data.calibration_size=20",
+                "data.metric=f1_macro",
                 f"hydra.run.dir={folder / 'run'}")  # fmt: skip
 
     return made_once("one-file", make)
@@ -54,7 +55,8 @@ def test_the_checkpoint_remembers_all_of_it(
     assert (config.task.name, config.task.columns) == ("tickets", ("message",))
     assert (config.task.label, config.task.labels) == ("verdict", LABELS)
     assert config.data.file == str(first / "tickets.csv")
-    assert not {"text", "label", "regression"} & config.plain()["data"].keys()
+    assert config.task.metrics == ("f1_macro", "accuracy", "matthews")
+    assert not {"text", "label", "regression", "metric"} & config.plain()["data"].keys()
 
     second = tmp_path / "second"
     printed = run("train.py", "stage=2", f"ckpt={first / 'run'}", "stages.2.epochs=1", "seed=5",
@@ -68,6 +70,17 @@ def test_the_checkpoint_remembers_all_of_it(
     assert scored["num_rows"] == 20
     assert scored["exits"] == trained["exits"], "the same validation rows, though of another seed"
     assert scored["calibration"]["num_calibration"] == 20
+    assert scored["metric"] == "f1_macro"
+    assert scored["exits"][-1]["score"] == scored["classes"]["full_depth"]["f1_macro"]
+    point = scored["classes"]["operating_point"]
+    assert scored["calibration"]["measured"]["score"] == point["f1_macro"]
+    assert (
+        [each["label"] for each in point["per_class"]] == scored["classes"]["labels"] == [*LABELS]
+    )
+    assert sum(map(sum, point["confusion"])) == 20
+    assert "operating_point" not in results(first / "run")["classes"], "its ramps are untrained"
+    shown = (tmp_path / "scored" / "results.md").read_text()
+    assert "## Classes at the operating point: tickets, validation" in shown
 
     # The rows of the file decide, not its place.
     moved = shutil.copy(first / "tickets.csv", tmp_path / "moved.csv")
@@ -133,6 +146,8 @@ def test_one_line_for_a_mistake(fails: Callable[..., str], glue: Path, tmp_path:
         (f"data.file={file}", "task=mrpc"): "lacks the column 'sentence1'; it has: id, message, verdict",
         (f"data.file={file}", "task=mrpc", "data.label=verdict"): "data.label=verdict does nothing here",
         ("task=mrpc", "data.text=a"): "data.text=a does nothing here: it is of a data.file=",
+        ("task=mrpc", "data.metric=f1_macro"): "says how to read it (task.metrics=[f1_macro])",
+        (f"data.file={file}", "data.metric=f2"): "data.metric=f2 is no score of 2 labels; choose one of: accuracy, f1, f1_macro, f1_weighted, matthews",
     }  # fmt: skip
     for overrides, message in cases.items():
         assert message in fails("train.py", *overrides, *SHORT), overrides
