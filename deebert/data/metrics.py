@@ -1,69 +1,91 @@
 """Metrics of predictions and labels.
 
-Accuracy, F1 and Matthews' correlation come from a table of counts; the correlations of a regression
-come from the values. The module does not know tasks, splits or models.
+Accuracy, F1 and Matthews' correlation come from counts of rows for each class; the correlations of
+a regression come from the values. The module does not know tasks, splits or models.
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple, Self
 
 import numpy as np
 from torch import Tensor
 
 
-def confusion(predictions: Tensor, labels: Tensor, num_labels: int) -> np.ndarray:
-    """Count rows by label and prediction.
+class Counts(NamedTuple):
+    """Numbers of rows for each class, as floats (..., C). The bootstrap has many draws of them.
 
-    Args:
-        predictions: class ids, (N,).
-        labels: class ids, (N,).
-        num_labels: the number of classes C.
-
-    Returns:
-        Counts as floats, (C, C): a row of the table is a label, a column is a prediction.
+    Attributes:
+        hits: the rows with this label that get this answer.
+        labels: the rows with this label.
+        predictions: the rows that get this answer.
     """
-    cells = (labels * num_labels + predictions).bincount(minlength=num_labels**2)
-    return cells.reshape(num_labels, num_labels).double().numpy()
+
+    hits: np.ndarray
+    labels: np.ndarray
+    predictions: np.ndarray
+
+    @classmethod
+    def of(
+        cls, labels_K: Tensor, predictions_K: Tensor, num_labels: int, rows: Tensor | None = None
+    ) -> Self:
+        """Count the rows of K pairs of a label and a prediction.
+
+        Args:
+            labels_K: class ids.
+            predictions_K: class ids.
+            num_labels: the number of classes C.
+            rows: the number of rows with each pair, (..., K) of double; None for one row a pair.
+        """
+        right_K = labels_K == predictions_K
+        rows_K = [rows if rows is None else rows[..., right_K], rows, rows]
+        ids_K = [labels_K[right_K], labels_K, predictions_K]
+        return cls(*(_sums(*each, num_labels) for each in zip(ids_K, rows_K, strict=True)))
 
 
-def _accuracy(table: np.ndarray) -> np.ndarray:
-    return np.trace(table, axis1=-2, axis2=-1) / table.sum((-2, -1))
+def _sums(ids_K: Tensor, rows: Tensor | None, num_labels: int) -> np.ndarray:
+    """Sum the rows of each class: (K,), (..., K) -> (..., C)."""
+    if rows is None:
+        return ids_K.bincount(minlength=num_labels).double().numpy()
+    return rows.new_zeros(*rows.shape[:-1], num_labels).index_add(-1, ids_K, rows).numpy()
 
 
-def _f1(table: np.ndarray) -> np.ndarray:
-    hits, misses, alarms = table[..., 1, 1], table[..., 1, 0], table[..., 0, 1]
-    return 2 * hits / np.maximum(2 * hits + misses + alarms, 1)
+def _accuracy(counts: Counts) -> np.ndarray:
+    return counts.hits.sum(-1) / counts.labels.sum(-1)
 
 
-def _f1_by_class(table: np.ndarray) -> np.ndarray:
-    """Return the F1 of each class, (..., C, C) -> (..., C); 0 for a class without rows."""
-    hits = np.diagonal(table, axis1=-2, axis2=-1)
-    return 2 * hits / np.maximum(table.sum(-1) + table.sum(-2), 1)
+def _f1_by_class(counts: Counts) -> np.ndarray:
+    return 2 * counts.hits / np.maximum(counts.labels + counts.predictions, 1)
 
 
-def _f1_macro(table: np.ndarray) -> np.ndarray:
+def _f1(counts: Counts) -> np.ndarray:
+    return _f1_by_class(counts)[..., 1]
+
+
+def _f1_macro(counts: Counts) -> np.ndarray:
     # A class that is neither a label nor an answer of any row does not count, as in torchmetrics.
-    present = table.sum(-1) + table.sum(-2) > 0
-    return _f1_by_class(table).sum(-1) / present.sum(-1)
+    present = counts.labels + counts.predictions > 0
+    return _f1_by_class(counts).sum(-1) / present.sum(-1)
 
 
-def _f1_weighted(table: np.ndarray) -> np.ndarray:
-    return (_f1_by_class(table) * table.sum(-1)).sum(-1) / table.sum((-2, -1))
+def _f1_weighted(counts: Counts) -> np.ndarray:
+    return (_f1_by_class(counts) * counts.labels).sum(-1) / counts.labels.sum(-1)
 
 
-def _matthews(table: np.ndarray) -> np.ndarray:
+def _matthews(counts: Counts) -> np.ndarray:
     """Return Matthews' correlation for any number of classes (R_K; Gorodkin 2004, equation 8)."""
-    rows, labels, predictions = table.sum((-2, -1)), table.sum(-1), table.sum(-2)
-    covariance = np.trace(table, axis1=-2, axis2=-1) * rows - (labels * predictions).sum(-1)
+    hits, labels, predictions = counts
+    rows = labels.sum(-1)
+    covariance = hits.sum(-1) * rows - (labels * predictions).sum(-1)
     margins = (rows**2 - (labels**2).sum(-1)) * (rows**2 - (predictions**2).sum(-1))
     # A constant prediction has no correlation with anything. Its score is 0, as in scikit-learn.
-    return covariance / np.sqrt(np.maximum(margins, 1))
+    return covariance / np.sqrt(np.maximum(margins, 1))  # torch's root is rounded less well
 
 
-# Metrics of a table of labels and predictions, (..., C, C) -> (...). The bootstrap has many tables,
-# and torchmetrics takes rows, so the formulas are here; a test compares them with torchmetrics.
+# Metrics of counts, (..., C) -> (...). torchmetrics takes rows, and would be slow for the draws of
+# the bootstrap, so the formulas are here; a test compares them with torchmetrics.
 # GLUE's F1 is the binary one: class 1 is the positive class (MRPC "equivalent", QQP "duplicate").
-TABLE_METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+COUNT_METRICS: dict[str, Callable[[Counts], np.ndarray]] = {
     "accuracy": _accuracy,
     "f1": _f1,
     "f1_macro": _f1_macro,
@@ -72,10 +94,10 @@ TABLE_METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def _of_table(name: str) -> Callable[[Tensor, Tensor], float]:
+def _of_counts(name: str) -> Callable[[Tensor, Tensor], float]:
     def metric(predictions: Tensor, labels: Tensor) -> float:
         num_labels = max(int(predictions.max()), int(labels.max()), 1) + 1
-        return float(TABLE_METRICS[name](confusion(predictions, labels, num_labels)))
+        return float(COUNT_METRICS[name](Counts.of(labels, predictions, num_labels)))
 
     return metric
 
@@ -93,7 +115,7 @@ def _correlation(name: str) -> Callable[[Tensor, Tensor], float]:
 
 
 METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
-    **{name: _of_table(name) for name in TABLE_METRICS},
+    **{name: _of_counts(name) for name in COUNT_METRICS},
     "pearson": _correlation("pearson_corrcoef"),
     "spearman": _correlation("spearman_corrcoef"),
 }

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deebert.data.metrics import TABLE_METRICS, confusion
+from deebert.data.metrics import COUNT_METRICS, Counts
 from deebert.data.tasks import Task
 from deebert.errors import UserError, is_number
 from deebert.exits import risk_control
@@ -33,7 +33,7 @@ from deebert.reporting.split_results import (
 PAPER_THRESHOLDS = (0.0, 0.001, 0.005, 0.01, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 LENGTH_BINS = 8
 TRADE_OFF_POINTS = 60
-MOST_DRAWN = 100  # labels, up to which the bootstrap draws tables
+MOST_DRAWN = 100  # labels, up to which the bootstrap draws pairs that do not occur
 
 
 @dataclass(frozen=True)
@@ -261,27 +261,32 @@ def between(low: float, high: float) -> float:
 def score_deviation(task: Task, predictions_N: Tensor, labels_N: Tensor, draws: int = 400) -> float:
     """Return the standard error of the task's score, times sqrt(N).
 
-    A classification metric depends only on the table of labels and predictions, so the bootstrap
-    draws whole tables from a multinomial. The error of a correlation is Fisher's.
+    A classification metric depends only on how many rows have which pair of label and prediction,
+    so the bootstrap draws these numbers from a multinomial. The error of a correlation is Fisher's.
 
     Args:
         task: the task; its first metric is the score.
         predictions_N: predictions (N,).
         labels_N: labels (N,).
-        draws: number of tables.
+        draws: number of draws.
     """
     if task.is_regression:
         correlation = min(abs(task.score(predictions_N, labels_N)), 0.9999)
         return 1 - correlation**2
-    kinds = task.num_labels
-    if kinds > MOST_DRAWN:  # a table has kinds^2 cells; the error of a share is known
+    kinds, metric = task.num_labels, task.metrics[0]
+    if kinds > MOST_DRAWN and metric == "accuracy":  # the error of a share is known
         share = (predictions_N == labels_N).double().mean().item()
         return math.sqrt(share * (1 - share))
-    # One more row, spread over the table: a perfect score on a few rows has an error, too.
-    cells = confusion(predictions_N, labels_N, kinds).flatten() + 1 / kinds**2
-    drawn = np.random.default_rng(0).multinomial(len(labels_N), cells / cells.sum(), draws)
-    scores = TABLE_METRICS[task.metrics[0]](drawn.reshape(draws, kinds, kinds).astype(float))
-    return float(scores.std()) * math.sqrt(len(labels_N))
+    pair_N = labels_N * kinds + predictions_N
+    if kinds > MOST_DRAWN:  # of kinds^2 pairs, those that occur
+        pair_K, rows_K = pair_N.unique(return_counts=True)
+    else:
+        pair_K, rows_K = torch.arange(kinds**2), pair_N.bincount(minlength=kinds**2)
+    # One more row, spread over the pairs: a perfect score on a few rows has an error, too.
+    share_K = rows_K.double().numpy() + 1 / len(pair_K)
+    drawn = np.random.default_rng(0).multinomial(len(labels_N), share_K / share_K.sum(), draws)
+    counts = Counts.of(pair_K // kinds, pair_K % kinds, kinds, torch.from_numpy(drawn).double())
+    return float(COUNT_METRICS[metric](counts).std()) * math.sqrt(len(labels_N))
 
 
 def within(low: float, high: float, least: float, most: float) -> list[float]:

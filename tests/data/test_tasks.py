@@ -5,7 +5,7 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 from sklearn import metrics as sk
 
-from deebert.data.metrics import METRICS, TABLE_METRICS
+from deebert.data.metrics import COUNT_METRICS, METRICS, Counts
 from deebert.data.tasks import Task
 from deebert.errors import UserError
 
@@ -56,7 +56,9 @@ def test_matthews_of_two_classes_has_not_changed_by_a_bit() -> None:
     difference = tables[:, 1, 1] * tables[:, 0, 0] - tables[:, 0, 1] * tables[:, 1, 0]
     margins = tables.sum(-1).prod(-1) * tables.sum(-2).prod(-1)
     expected = difference / np.sqrt(np.maximum(margins, 1))
-    assert (TABLE_METRICS["matthews"](tables) == expected).all()
+    pair_K = torch.arange(4)
+    counts = Counts.of(pair_K // 2, pair_K % 2, 2, torch.from_numpy(tables).flatten(1))
+    assert (COUNT_METRICS["matthews"](counts) == expected).all()
 
 
 def test_correlations_equal_numpy_and_ranks() -> None:

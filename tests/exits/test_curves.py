@@ -149,6 +149,23 @@ def test_the_bootstrap_s_deviation(name: str) -> None:
         assert np.mean(deviations) == pytest.approx((0.2 * 0.8 / 500) ** 0.5, rel=0.1)
 
 
+@pytest.mark.parametrize("num_labels", [20, 120])
+def test_the_deviation_of_the_mean_f1_of_many_labels(num_labels: int) -> None:
+    """Rare labels make it much larger than that of the accuracy."""
+    many = Task("many", ("text",), tuple(map(str, range(num_labels))), ("f1_macro",))
+    random = torch.Generator().manual_seed(0)
+    share = 1 / torch.arange(1, num_labels + 1)
+    scores, deviations = [], []
+    for sample in range(60):
+        labels, others = torch.multinomial(share, 4000, replacement=True, generator=random).chunk(2)
+        predictions = torch.where(torch.rand(2000, generator=random) < 0.7, labels, others)
+        scores.append(many.score(predictions, labels))
+        if sample < 4:
+            deviations.append(score_deviation(many, predictions, labels) / 2000**0.5)
+    assert np.mean(deviations) == pytest.approx(np.std(scores), rel=0.15)
+    assert np.mean(deviations) > 1.2 * (0.72 * 0.28 / 2000) ** 0.5
+
+
 def test_the_trade_off_is_spread_over_the_saving() -> None:
     torch.manual_seed(0)
     labels = torch.randint(0, 3, (600,))
