@@ -35,7 +35,7 @@ from deebert.exits.rules import Rule
 from deebert.export import readme, trial
 from deebert.export.rule_graph import rule_graph
 from deebert.inference import graph_runtimes, onnx_graphs
-from deebert.inference.onnx_layer import PRECISIONS
+from deebert.inference.onnx_stretches import PRECISIONS
 from deebert.models.architectures import ARCHITECTURES
 from deebert.models.early_exit import EarlyExitModel
 from deebert.models.quantization import Quantization
@@ -153,20 +153,11 @@ def write(
 def graphs(
     model: EarlyExitModel, quantization: Quantization | None = None
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield the name and the graph of each block, as the engine runs them (`onnx_layer`)."""
-    backbone = model.backbone
-    of_layers = backbone.parts(0)
-    assert of_layers is not None  # see `check`
-    yield "embeddings", onnx_graphs.embeddings(backbone.embedding_parts, of_layers.bias_AD)
-    for layer, ramp in enumerate(model.all_ramps, 1):
-        parts, heads = backbone.parts(layer - 1), backbone.num_heads
-        assert parts is not None
-        int8 = quantization.layers[layer - 1] if quantization else None
-        first_int8 = int8 if model.ramp_kind.reads_tokens else None
-        if layer == len(model.all_ramps):
-            yield f"layer_{layer}", onnx_graphs.last_layer(parts, heads, first_int8, ramp)
-        else:
-            yield f"layer_{layer}", onnx_graphs.layer(parts, heads, int8, first_int8, ramp)
+    """Yield the name and the graph of each block, as the engine runs them (`onnx_stretches`)."""
+    yield "embeddings", onnx_graphs.stretch(model, 0, 0, quantization, embeds=True, ramp=False)
+    for layer in range(len(model.ramps)):
+        graph = onnx_graphs.stretch(model, layer, layer + 1, quantization, embeds=False, ramp=True)
+        yield f"layer_{layer + 1}", graph
 
 
 def described(

@@ -8,7 +8,8 @@ The saving comes from five things:
   computed after the ramp, for the inputs that stay (`split_layer`). So an input that leaves at
   layer k costs about k - 5/6 layers, at the last layer too.
 - Regrouping: a small group of survivors waits for the survivors of the next batches.
-- A ramp at which nothing can leave is not evaluated.
+- A ramp at which nothing can leave is not evaluated. The layers up to the next ramp that is are one
+  stretch (`stretches`), which a library of graphs runs in one call.
 
 Whatever the batch, it gives the exit layer and answer that the record of all ramps gives, to
 rounding. The engine knows nothing of tasks, texts or how time is measured.
@@ -32,9 +33,8 @@ from deebert.exits import rules
 from deebert.exits.rules import Rule
 from deebert.inference import settings
 from deebert.inference.graph_runtimes import GraphRuntime, one_torch_thread
-from deebert.inference.kernels import without_onednn
-from deebert.inference.onnx_layer import OnnxEmbeddings, OnnxLayer
-from deebert.inference.split_layer import SplitLayer
+from deebert.inference.onnx_stretches import OnnxStretches
+from deebert.inference.stretches import LayerInParts, Stretches, TorchStretches, ramp_output
 from deebert.inference.survivors import Answers, Group, merge
 from deebert.models.early_exit import EarlyExitModel
 from deebert.models.quantization import Quantization
@@ -95,29 +95,18 @@ class Engine:
         self.group_costs = settings.GROUP_COSTS[kind]
         self.first_token_from = settings.FIRST_TOKEN_FROM[kind]
         self.longest_input = model.backbone.longest_input
-        self.ramps, self.kind = model.all_ramps, model.ramp_kind
-        backbone = model.backbone
-        self.embeddings: Any = backbone.embeddings
+        self.kind, self.num_layers = model.ramp_kind, len(model.ramps)
+        self.stretches: Stretches
         if self.graphs:
-            self.embeddings = OnnxEmbeddings(backbone.embedding_parts, self.graphs)
-        self.layers = [self._layer_runner(layer) for layer in range(len(model.ramps))]
+            self.stretches = OnnxStretches(model, self.graphs, self.quantization)
+        else:
+            self.stretches = TorchStretches(self.model, precision, self.device)
         self._set(rule, thresholds)
-
-    def _layer_runner(self, layer: int) -> SplitLayer | OnnxLayer | None:
-        """Return a layer (0-based) that can be run in parts; None if this one cannot."""
-        if (parts := self.model.backbone.parts(layer)) is None:
-            return None
-        num_heads, exact_first = self.model.backbone.num_heads, not self.kind.reads_tokens
-        if self.graphs:
-            int8 = self.quantization.layers[layer] if self.quantization else None
-            ramp = self.ramps[layer]
-            return OnnxLayer(parts, num_heads, self.graphs, ramp, int8, exact_first=exact_first)
-        return SplitLayer(parts, num_heads, self.precision, self.device, exact_first=exact_first)
 
     def _set(self, rule: Rule, thresholds: Sequence[float] | float) -> None:
         """Set the operating point, and find out which ramps it needs (0-based)."""
         self.rule = rule
-        self.limits = rules.limits(thresholds, len(self.layers)).unbind()
+        self.limits = rules.limits(thresholds, self.num_layers).unbind()
         exit_ramps = [layer for layer, limit in enumerate(self.limits) if limit > 0]
         self.exit_ramps = frozenset(exit_ramps)  # ramps that an input may leave at
         # The rule, or the next ramp, may need the logits of every ramp so far.
@@ -126,6 +115,11 @@ class Engine:
             range(max(exit_ramps) + 1) if exit_ramps and needs_earlier else exit_ramps
         )
         self.remembers = bool(needs_earlier and exit_ramps)
+        # For each layer, the next layer whose ramp is evaluated.
+        evaluated = sorted({*self.evaluated, self.num_layers - 1})
+        self.next_ramp = [
+            next(ramp for ramp in evaluated if ramp >= layer) for layer in range(self.num_layers)
+        ]
         self._warned = False
 
     def at(self, thresholds: Sequence[float] | float, rule: Rule | None = None) -> "Engine":
@@ -187,35 +181,32 @@ class Engine:
 
     def _run(self, window: list[Mapping[str, Any]], all_ramps: bool) -> Answers:
         """Run one window of inputs."""
-        num_layers = len(self.layers)
-        num_labels = self.rule.num_labels
-        out = Answers.empty(len(window), num_layers, num_labels, all_ramps)
+        out = Answers.empty(len(window), self.num_layers, self.rule.num_labels, all_ramps)
         # The groups that wait at each layer (0-based) for more inputs.
-        waiting: list[list[Group]] = [[] for _ in range(num_layers)]
+        waiting: list[list[Group]] = [[] for _ in range(self.num_layers)]
         window = [self._cut(tokens) for tokens in window]
         for rows in by_length([len(tokens["input_ids"]) for tokens in window], self.token_budget):
-            self._advance(
-                0, self._embed([window[row] for row in rows], rows, all_ramps), waiting, out
-            )
-        for layer in range(num_layers):  # no new input can join the groups that wait now
-            for group in merge(waiting[layer], self.group_costs):
-                survivors = self._layer(layer, group, out)
+            self._advance(self._start([window[row] for row in rows], rows, out), waiting, out)
+        for groups in waiting:  # no new input can join the groups that wait now
+            for group in merge(groups, self.group_costs):
+                survivors = self._stretch(group, out)
                 if survivors is not None:
-                    waiting[layer + 1].append(survivors)
+                    waiting[survivors.layer].append(survivors)
         return out
 
-    def _advance(self, layer: int, group: Group, waiting: list[list[Group]], out: Answers) -> None:
-        """Run a group from this layer (0-based) on, until all inputs have left or it must wait."""
+    def _advance(self, group: Group, waiting: list[list[Group]], out: Answers) -> None:
+        """Run a group until all inputs have left or it must wait."""
         groups = [group]
-        if layer and group.num_tokens < self.regroup_below:
-            waiting[layer].append(group)
-            if sum(each.num_tokens for each in waiting[layer]) < self.regroup_below:
+        if group.layer and group.num_tokens < self.regroup_below:
+            waits = waiting[group.layer]
+            waits.append(group)
+            if sum(each.num_tokens for each in waits) < self.regroup_below:
                 return
-            groups, waiting[layer] = merge(waiting[layer], self.group_costs), []
+            groups, waiting[group.layer] = merge(waits, self.group_costs), []
         for each in groups:
-            survivors = self._layer(layer, each, out)
+            survivors = self._stretch(each, out)
             if survivors is not None:
-                self._advance(layer + 1, survivors, waiting, out)
+                self._advance(survivors, waiting, out)
 
     def _cut(self, tokens: Mapping[str, Any]) -> Mapping[str, Any]:
         """Cut an input that is too long, as the tokenizer does: the closing token stays.
@@ -238,116 +229,66 @@ class Engine:
         names = [name for name in TOKENS if name in tokens]
         return {name: [*tokens[name][: longest - 1], tokens[name][-1]] for name in names}
 
-    def _embed(self, inputs: list[Mapping[str, Any]], rows: list[int], all_ramps: bool) -> Group:
-        """Return a group with the states before layer 1."""
+    def _start(self, inputs: list[Mapping[str, Any]], rows: list[int], out: Answers) -> Group:
+        """Return a group of inputs before their embeddings."""
         tokens = padded(inputs, self.model.backbone.pad_token_id)
-        on_device = {name: values.to(self.device) for name, values in tokens.items()}
-        hidden_BSH = self.embeddings(**on_device)
-        size = (len(rows), len(self.layers), self.rule.num_labels)
+        second_B = self.model.second_text(tokens["input_ids"])
+        size = (len(rows), self.num_layers, self.rule.num_labels)
+        all_ramps = out.ramps_NLC is not None
         return Group(
             torch.tensor(rows),
-            tokens["attention_mask"].sum(1),
-            hidden_BSH,
+            torch.tensor([len(given["input_ids"]) for given in inputs]),
+            tokens["input_ids"].shape[1],
+            0,
+            None,
             torch.full(size, torch.nan) if all_ramps or self.remembers else None,
-            self.model.second_text(on_device["input_ids"]),
+            None if second_B is None else second_B.to(self.device),
             torch.zeros(size[:2]) if all_ramps else None,
+            tokens,
         )
 
-    def _layer(self, layer: int, group: Group, out: Answers) -> Group | None:
-        """Run one layer (0-based), and its ramp if it is needed.
+    def _stretch(self, group: Group, out: Answers) -> Group | None:
+        """Run the layers up to the next ramp that is evaluated, and that ramp.
 
         Returns:
             The inputs that go on, or None if all have left.
         """
-        run, hidden_BSH, mask = self.layers[layer], group.hidden_BSH, group.key_mask_B11S
-        last = layer == len(self.layers) - 1
-        evaluates = last or layer in self.evaluated or out.ramps_NLC is not None
-        ramp_output: tuple[Tensor, Tensor | None] | None = None
-        if run is None:
-            group.hidden_BSH = self._whole_layer(layer, group)
-        elif last and isinstance(run, OnnxLayer):
-            ramp_output = run.answer(hidden_BSH, mask), None
-        elif last or (
+        layer = group.layer if out.ramps_NLC is not None else self.next_ramp[group.layer]
+        if (
             layer in self.exit_ramps
             and not self.kind.reads_tokens
             and group.num_tokens >= self.first_token_from
+            and (in_parts := self.stretches.in_parts(layer)) is not None
         ):
-            return self._first_token_first(layer, run, group, out)
-        elif evaluates and isinstance(run, OnnxLayer):
-            group.hidden_BSH, ramp_output = run.with_ramp(
-                hidden_BSH, mask, self._previous(layer, group), group.second_B
-            )
-        else:
-            group.hidden_BSH = run(hidden_BSH, mask)
-        if not evaluates:
-            return group
-        if ramp_output is None:
-            ramp_output = self._ramp_output(layer, group, hidden_BSH, group.hidden_BSH)
-        stay_B = self._decide(layer, group, *ramp_output, out)
+            self.stretches.run(group, layer, ramp=False)
+            return self._first_token_first(in_parts, group, out)
+        output = self.stretches.run(group, layer + 1, ramp=True)
+        assert output is not None
+        stay_B = self._decide(layer, group, *output, out)
         if stay_B is None:
             return group
         return group.kept(stay_B)[0] if stay_B.any() else None
 
-    def _whole_layer(self, layer: int, group: Group) -> Tensor:
-        """Run a layer that cannot be split, with the library's own code."""
-        backbone, hidden_BSH = self.model.backbone, group.hidden_BSH
-        if group.context is None:
-            real_BS = torch.ones(hidden_BSH.shape[:2], dtype=torch.long, device=self.device)
-            if group.mask_BS is not None:
-                real_BS = group.mask_BS.long()
-            group.context = backbone.context(hidden_BSH, real_BS)
-        bfloat16 = self.precision == "bfloat16"
-        onednn = contextlib.nullcontext() if bfloat16 else without_onednn()
-        with onednn, torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-            return backbone.run_layer(layer, hidden_BSH, group.context).float()
-
-    def _first_token_first(
-        self, layer: int, run: SplitLayer | OnnxLayer, group: Group, out: Answers
-    ) -> Group | None:
+    def _first_token_first(self, run: LayerInParts, group: Group, out: Answers) -> Group | None:
         """Run a layer for the first token, then its ramp, then the layer's other tokens.
 
         Returns:
             The inputs that go on, or None if all have left.
         """
-        mask = group.key_mask_B11S
-        keys, values = run.keys_values(group.hidden_BSH)
-        first_B1H = run.first(group.hidden_BSH, keys, values, mask)
-        ramp_output = self._ramp_output(layer, group, group.hidden_BSH, first_B1H)
-        stay_B = self._decide(layer, group, *ramp_output, out)
+        layer, hidden_BSH, mask = group.layer, group.states_BSH, group.key_mask_B11S
+        keys, values = run.keys_values(hidden_BSH)
+        first_B1H = run.first(hidden_BSH, keys, values, mask)
+        output = ramp_output(self.model, layer, group, hidden_BSH, first_B1H)
+        stay_B = self._decide(layer, group, *output, out)
         if stay_B is not None:
             if not stay_B.any():
                 return None
             group, index, longest = group.kept(stay_B)
-            mask, first_B1H = group.key_mask_B11S, first_B1H[index]
+            hidden_BSH, mask, first_B1H = group.states_BSH, group.key_mask_B11S, first_B1H[index]
             keys, values = (each[..., :longest, :][index] for each in (keys, values))
-        others = run.others(group.hidden_BSH, keys, values, mask)
-        group.hidden_BSH = torch.cat([first_B1H, others], 1)
+        others = run.others(hidden_BSH, keys, values, mask)
+        group.hidden_BSH, group.layer = torch.cat([first_B1H, others], 1), layer + 1
         return group
-
-    def _ramp_output(
-        self, layer: int, group: Group, before_BSH: Tensor, after_BTH: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Evaluate a ramp on the states before and after its layer.
-
-        Args:
-            layer: the ramp's layer, 0-based.
-            group: the inputs.
-            before_BSH: the states before the layer.
-            after_BTH: the states after the layer, of the first token at least.
-
-        Returns:
-            Logits (B, C), and learned exit scores (B,) or None.
-        """
-        ramp = self.ramps[layer]
-        features_BF = ramp.read(before_BSH, after_BTH, group.mask_BS, group.second_B).float()
-        return ramp.logits_and_score(features_BF, self._previous(layer, group))
-
-    def _previous(self, layer: int, group: Group) -> Tensor | None:
-        """Return the logits of the previous ramp, or None if this ramp does not see them."""
-        if not self.ramps[layer].kind.sees_previous or layer == 0:
-            return None
-        assert group.ramps_BLC is not None
-        return group.ramps_BLC[:, layer - 1].to(self.device)
 
     def _decide(
         self,
@@ -368,33 +309,37 @@ class Engine:
             group.ramps_BLC[:, layer] = logits_BC
         if group.learned_BL is not None and learned_score_B is not None:
             group.learned_BL[:, layer] = learned_score_B.cpu()
-        if layer == len(self.layers) - 1:  # the final classifier answers all inputs, by no rule
-            leave_B, answer_BC = torch.ones(len(logits_BC), dtype=torch.bool), logits_BC
-        elif layer in self.exit_ramps:
-            if self.rule.looks_back:
-                assert group.ramps_BLC is not None
-                exit_scores = self.rule(group.ramps_BLC[:, : layer + 1])
-            else:
-                learned_score_BL = (
-                    None if learned_score_B is None else learned_score_B.cpu()[:, None]
-                )
-                exit_scores = self.rule(logits_BC[:, None], learned_score_BL, first=layer)
-            score_B, answer_BC = exit_scores.score_NL[:, -1], exit_scores.answer_NLC[:, -1]
-            leave_B = score_B < self.limits[layer].to(score_B.dtype)
-            # A rule that counts votes gives NaN logits a score, too. No input is answered by them.
-            if leave_B.any():
-                leave_B &= answer_BC.isfinite().all(-1)
-        else:
+        if layer == self.num_layers - 1:  # the final classifier answers all inputs, by no rule
+            self._answer(layer, group, slice(None), logits_BC, out)
+            return torch.zeros(len(logits_BC), dtype=torch.bool)
+        if layer not in self.exit_ramps:
             return None
+        if self.rule.looks_back:
+            assert group.ramps_BLC is not None
+            exit_scores = self.rule(group.ramps_BLC[:, : layer + 1])
+        else:
+            learned_score_BL = None if learned_score_B is None else learned_score_B.cpu()[:, None]
+            exit_scores = self.rule(logits_BC[:, None], learned_score_BL, first=layer)
+        score_B = exit_scores.score_NL[:, -1]
+        leave_B = score_B < self.limits[layer].to(score_B.dtype)
         if not leave_B.any():
             return None
-        rows = group.rows_B[leave_B]
-        out.logits_NC[rows] = answer_BC[leave_B].float()
+        answer_BC = exit_scores.answer_NLC[:, -1]
+        # A rule that counts votes gives NaN logits a score, too. No input is answered by them.
+        leave_B &= answer_BC.isfinite().all(-1)
+        self._answer(layer, group, leave_B, answer_BC[leave_B], out)
+        return ~leave_B
+
+    def _answer(
+        self, layer: int, group: Group, leave: Tensor | slice, answer_BC: Tensor, out: Answers
+    ) -> None:
+        """Write the answers of the inputs that leave at a layer into `out`."""
+        rows = group.rows_B[leave]
+        out.logits_NC[rows] = answer_BC.float()
         out.layer_N[rows] = layer + 1
         if out.ramps_NLC is not None:
             assert group.ramps_BLC is not None
-            out.ramps_NLC[rows] = group.ramps_BLC[leave_B]
+            out.ramps_NLC[rows] = group.ramps_BLC[leave]
         if out.learned_NL is not None:
             assert group.learned_BL is not None
-            out.learned_NL[rows] = group.learned_BL[leave_B]
-        return ~leave_B
+            out.learned_NL[rows] = group.learned_BL[leave]

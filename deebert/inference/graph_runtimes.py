@@ -8,6 +8,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from deebert.errors import UserError
 
-Run = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
+Run = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
 
 
 class GraphRuntime:
@@ -43,19 +44,26 @@ class GraphRuntime:
 
     def load(self, graph: bytes) -> "Block":
         """Load a graph, the content of an ONNX file."""
-        return Block(_onnx(graph) if self.name == "onnx" else _openvino(graph, self.threads))
+        return _onnx(graph) if self.name == "onnx" else _openvino(graph, self.threads)
 
 
+@dataclass(frozen=True)
 class Block:
-    """A loaded graph. It takes and returns tensors in the graph's order."""
+    """A loaded graph.
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    Attributes:
+        inputs: the names of the inputs, in the order in which the graph takes them.
+        outputs: the names of the outputs.
+    """
 
-    def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        """Run the graph."""
-        outputs = self._run([tensor.numpy() for tensor in tensors])
-        return [torch.from_numpy(output) for output in outputs]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    run: Run
+
+    def __call__(self, *arrays: np.ndarray) -> dict[str, Tensor]:
+        """Run the graph on arrays, and return its outputs by their names."""
+        outputs = map(torch.from_numpy, self.run(arrays))
+        return dict(zip(self.outputs, outputs, strict=True))
 
 
 def check(runtime: str, flag: str) -> None:
@@ -126,25 +134,31 @@ def session(model: Path | bytes) -> Any:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def _onnx(graph: bytes) -> Run:
+def _onnx(graph: bytes) -> Block:
     loaded = session(graph)
-    names = [each.name for each in loaded.get_inputs()]
+    inputs = tuple(each.name for each in loaded.get_inputs())
+    outputs = tuple(each.name for each in loaded.get_outputs())
 
-    def run(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        outputs: list[np.ndarray] = loaded.run(None, dict(zip(names, arrays, strict=True)))
-        return outputs
+    def run(arrays: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        values: list[np.ndarray] = loaded.run(outputs, dict(zip(inputs, arrays, strict=True)))
+        return values
 
-    return run
+    return Block(inputs, outputs, run)
 
 
-def _openvino(graph: bytes, threads: int) -> Run:
+def _openvino(graph: bytes, threads: int) -> Block:
+    import onnx
+
+    # OpenVINO keeps the order of inputs and outputs, but an output may have other names, too.
+    named = onnx.load_model_from_string(graph).graph
+    inputs, outputs = (tuple(each.name for each in ports) for ports in (named.input, named.output))
     request = openvino_request(_core().read_model(graph), threads)
 
-    def run(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def run(arrays: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
         # The outputs are copies, since groups of inputs wait while the graph runs again.
         return list(request.infer(list(arrays), share_inputs=True, share_outputs=False).values())
 
-    return run
+    return Block(inputs, outputs, run)
 
 
 def openvino_request(model: Any, threads: int, precision: str = "f32") -> Any:

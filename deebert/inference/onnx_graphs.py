@@ -1,8 +1,9 @@
-"""ONNX graphs of a model's blocks, made of ONNX Runtime's fused operators.
+"""ONNX graphs of stretches of a model's layers, made of ONNX Runtime's fused operators.
 
-A block is the embeddings, a whole layer, one of the parts that `SplitLayer` runs, or a layer with
-its ramp. What a ramp reads, its reader adds itself (`ramp_readers`). ONNX Runtime and OpenVINO run
-the same graphs. This module knows neither how graphs are run nor what an exit is.
+A stretch is some consecutive layers, with the embeddings before them and the ramp after them if
+these are wanted. There are also graphs of the parts of a layer that `SplitLayer` runs. What a ramp
+reads, its reader adds itself (`ramp_readers`). OpenVINO runs these graphs, too; only int8 has to be
+written in another way for it. This module knows neither how graphs are run nor what an exit is.
 Shapes: B batch, S tokens, T of them that are computed, H hidden, C labels.
 """
 
@@ -12,8 +13,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from deebert.errors import UserError
+from deebert.models.early_exit import EarlyExitModel
 from deebert.models.layer_parts import EmbeddingParts, LayerParts
-from deebert.models.quantization import LARGEST_WEIGHT, InputRange, LayerRanges
+from deebert.models.quantization import LARGEST_WEIGHT, InputRange, LayerRanges, Quantization
 from deebert.models.ramp_readers import MASK, SECOND
 from deebert.models.ramps import Ramp
 
@@ -35,106 +37,91 @@ AXES = {"input_ids": "BS", "token_type_ids": "BS", MASK: "BS", "previous": "BC",
 TYPES = {"input_ids": "INT64", "token_type_ids": "INT64", MASK: "INT32", SECOND: "INT64"}
 
 
-def embeddings(parts: EmbeddingParts, bias_AD: Tensor | None = None) -> bytes:
-    """Return the graph of the embeddings.
+def stretch(
+    model: EarlyExitModel,
+    start: int,
+    end: int,
+    quantization: Quantization | None,
+    *,
+    embeds: bool,
+    ramp: bool,
+    fused: bool = True,
+) -> bytes:
+    """Return the graph of some consecutive layers.
 
-    Inputs: `input_ids` (B, S) and, if `parts.typed`, `token_type_ids` (B, S). Outputs: `hidden`
-    (B, S, H) and, if `bias_AD` is given, `attention_bias` (1, A, S, S).
+    Inputs: `hidden` (B, S, H); with `embeds` instead `input_ids` (B, S) and, if the embeddings take
+    them, `token_type_ids` (B, S). With layers `mask` (B, S) and, if the layers have one that no
+    embeddings make, `attention_bias` (1, A, S, S). If the ramp reads them, `second` (B,), the
+    positions at which the second texts begin, and `previous` (B, C), the logits of the previous
+    ramp (zeros for the first ramp).
+    Outputs: `new` (B, S, H), unless the model's last layer is one of them; with a ramp `logits`
+    (B, C) and, if it has a learned exit score, `learned_score` (B, 1). Embeddings without layers
+    give `hidden` (B, S, H) and the `attention_bias`.
 
     Args:
-        parts: the parts of the embeddings.
-        bias_AD: the attention bias of all layers, for a program that cannot make one.
+        model: the model.
+        start: the first of the layers, from 0.
+        end: the first layer after them.
+        quantization: how the linear maps are rounded; None for float32.
+        embeds: whether the graph begins with the embeddings.
+        ramp: whether it ends with the ramp of the last of these layers.
+        fused: whether int8 is written in ONNX Runtime's own operators.
     """
-    graph = Graph()
-    outputs = {"hidden": graph.embeddings(parts)}
-    if bias_AD is not None:
-        outputs[BIAS] = graph.bias(bias_AD)
-    typed = ["token_type_ids"] if parts.typed else []
-    return graph.serialized(["input_ids", *typed], outputs)
+    graph, backbone, bias_AD = Graph(fused=fused), model.backbone, _parts(model, 0).bias_AD
+    if embeds:
+        inputs = ["input_ids", *(["token_type_ids"] if backbone.embedding_parts.typed else [])]
+        hidden = graph.embeddings(backbone.embedding_parts)
+        bias = [] if bias_AD is None else [graph.bias(bias_AD)]
+    else:
+        inputs, hidden = ["hidden"], "hidden"
+        bias = [] if bias_AD is None else [BIAS]
+    before = hidden
+    for layer in range(start, end):
+        before, last = hidden, layer == len(model.ramps) - 1
+        int8 = quantization.layers[layer] if quantization else None
+        first_int8 = None if model.ramp_kind.exact_first else int8
+        parts, num_heads = _parts(model, layer), backbone.num_heads
+        hidden = graph.layer(before, parts, num_heads, int8, first_int8, bias, only_first=last)
+    if start == end:
+        outputs = {"hidden": hidden} | ({BIAS: bias[0]} if bias else {})
+    else:
+        inputs += [MASK, *([] if embeds else bias)]
+        outputs = {"new": hidden} if end < len(model.ramps) else {}
+    if ramp:
+        last_ramp = model.all_ramps[end - 1]
+        inputs += [SECOND] if last_ramp.reader.needs_second_text else []
+        inputs += ["previous"] if last_ramp.kind.sees_previous else []
+        outputs |= graph.ramp(last_ramp, before, hidden)
+    return graph.serialized(inputs, outputs)
 
 
-def keys_values(parts: LayerParts, int8: LayerRanges | None) -> bytes:
+def _parts(model: EarlyExitModel, layer: int) -> LayerParts:
+    parts = model.backbone.parts(layer)
+    assert parts is not None, "its layers cannot be split"
+    return parts
+
+
+def keys_values(parts: LayerParts, int8: LayerRanges | None, *, fused: bool = True) -> bytes:
     """Return the graph of a layer's keys and values.
 
     Input: `hidden` (B, S, H). Outputs: `keys` and `values` (B, S, H).
     """
-    graph = Graph()
+    graph = Graph(fused=fused)
     keys, values = graph.keys_values("hidden", parts, int8)
     return graph.serialized(["hidden"], {"keys": keys, "values": values})
 
 
-def tokens(parts: LayerParts, num_heads: int, int8: LayerRanges | None) -> bytes:
+def tokens(
+    parts: LayerParts, num_heads: int, int8: LayerRanges | None, *, fused: bool = True
+) -> bytes:
     """Return the graph of a layer for some of the tokens.
 
     Inputs: `hidden` of these tokens (B, T, H); `keys` and `values` (B, S, H) and `mask` (B, S) of
     all tokens; if the layer has one, `attention_bias` (1, A, T, S). Output: `new` (B, T, H).
     """
-    graph, bias = Graph(), _bias(parts)
+    graph, bias = Graph(fused=fused), [] if parts.bias_AD is None else [BIAS]
     new = graph.tokens("hidden", "keys", "values", parts, num_heads, int8, *bias)
     return graph.serialized(["hidden", "keys", "values", MASK, *bias], {"new": new})
-
-
-def layer(
-    parts: LayerParts,
-    num_heads: int,
-    int8: LayerRanges | None,
-    first_int8: LayerRanges | None,
-    ramp: Ramp | None = None,
-) -> bytes:
-    """Return the graph of a layer, with its ramp if one is given.
-
-    Inputs: `hidden` (B, S, H) and `mask` (B, S). If the ramp reads them, also `second` (B,), the
-    positions at which the second texts begin, and `previous` (B, C), the logits of the previous
-    ramp (zeros for the first ramp). If the layer has one, `attention_bias` (1, A, S, S).
-    Outputs: `new` (B, S, H); with a ramp also `logits` (B, C) and, if the ramp has a learned exit
-    score, `learned_score` (B, 1).
-
-    Args:
-        parts: the layer's modules.
-        num_heads: the number of attention heads.
-        int8: the ranges of all tokens but the first; None for float32.
-        first_int8: the ranges of the first token and of all keys and values: None, or `int8`.
-        ramp: the ramp after the layer.
-    """
-    graph, bias = Graph(), _bias(parts)
-    keys, values = graph.keys_values("hidden", parts, first_int8)
-    if int8 == first_int8:
-        new = graph.tokens("hidden", keys, values, parts, num_heads, int8, *bias)
-    else:
-        first = graph.cut("hidden", 0, 1)
-        of_first = [graph.cut(name, 0, 1, axis=2) for name in bias]
-        first = graph.tokens(first, keys, values, parts, num_heads, None, *of_first)
-        others = graph.cut("hidden", 1, MANY)
-        of_others = [graph.cut(name, 1, MANY, axis=2) for name in bias]
-        others = graph.tokens(others, keys, values, parts, num_heads, int8, *of_others)
-        new = graph.op("Concat", first, others, axis=1)
-    inputs, outputs = ["hidden", MASK], {"new": new}
-    if ramp is not None:
-        inputs += [SECOND] if ramp.reader.needs_second_text else []
-        inputs += ["previous"] if ramp.kind.sees_previous else []
-        outputs |= graph.ramp(ramp, "hidden", new)
-    return graph.serialized(inputs + bias, outputs)
-
-
-def last_layer(
-    parts: LayerParts, num_heads: int, first_int8: LayerRanges | None, ramp: Ramp
-) -> bytes:
-    """Return the graph of the last layer for the first token only, with the final classifier.
-
-    Inputs: `hidden` (B, S, H) and `mask` (B, S); if the layer has one, `attention_bias`
-    (1, A, S, S). Output: `logits` (B, C).
-    """
-    graph, bias = Graph(), _bias(parts)
-    keys, values = graph.keys_values("hidden", parts, first_int8)
-    first = graph.cut("hidden", 0, 1)
-    of_first = [graph.cut(name, 0, 1, axis=2) for name in bias]
-    new = graph.tokens(first, keys, values, parts, num_heads, first_int8, *of_first)
-    return graph.serialized(["hidden", MASK, *bias], graph.ramp(ramp, "hidden", new))
-
-
-def _bias(parts: LayerParts) -> list[str]:
-    """Return the name of the attention bias, in a list that is empty if the layer has none."""
-    return [] if parts.bias_AD is None else [BIAS]
 
 
 def check_layer(parts: LayerParts, ramp: Ramp) -> None:
@@ -164,9 +151,13 @@ class Graph:
     """A graph that is being built.
 
     Each method adds operators and returns the name of their output.
+
+    Args:
+        fused: whether int8 is written in ONNX Runtime's own operators.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, fused: bool = True) -> None:
+        self.fused = fused
         self.nodes: list[Any] = []
         self.constants: dict[str, np.ndarray] = {}
         self.quantized: dict[str, str] = {}  # name of a value -> that of the value in 8 bits
@@ -205,6 +196,40 @@ class Graph:
         distance_SS = self.op("Sub", keys_1S, self.op("Unsqueeze", place_S, self.integer([1])))
         index_SS = self.op("Add", distance_SS, self.integer(bias_AD.shape[1] // 2))
         return self.op("Gather", self.constant(_values(bias_AD[None])), index_SS, axis=2)
+
+    def layer(
+        self,
+        hidden: str,
+        parts: LayerParts,
+        num_heads: int,
+        int8: LayerRanges | None,
+        first_int8: LayerRanges | None,
+        bias: list[str],
+        *,
+        only_first: bool,
+    ) -> str:
+        """Add a layer: (B, S, H) -> (B, S, H), or for its first token only -> (B, 1, H).
+
+        Args:
+            hidden: the states before the layer.
+            parts: the layer's modules.
+            num_heads: the number of attention heads.
+            int8: the ranges of all tokens but the first; None for float32.
+            first_int8: the ranges of the first token and of all keys and values: None, or `int8`.
+            bias: the attention bias (1, A, S, S), if the layer has one.
+            only_first: whether only the first token is computed.
+        """
+        keys, values = self.keys_values(hidden, parts, first_int8)
+
+        def tokens(start: int, end: int, ranges: LayerRanges | None) -> str:
+            some, rows = self.cut(hidden, start, end), [self.cut(b, start, end, 2) for b in bias]
+            return self.tokens(some, keys, values, parts, num_heads, ranges, *rows)
+
+        if only_first:
+            return tokens(0, 1, first_int8)
+        if int8 == first_int8:
+            return self.tokens(hidden, keys, values, parts, num_heads, int8, *bias)
+        return self.op("Concat", tokens(0, 1, first_int8), tokens(1, MANY, int8), axis=1)
 
     def keys_values(
         self, hidden: str, parts: LayerParts, int8: LayerRanges | None
@@ -255,41 +280,40 @@ class Graph:
         return {"logits": self.linear(pooled, ramp.classifier)} | learned
 
     def linear(self, x: str, linear: nn.Linear, range_: InputRange | None = None) -> str:
-        """Add a linear map, in float32 or in 8 bits: (..., in) -> (..., out).
-
-        The runtimes know the pattern of "QDQ" nodes and multiply whole numbers.
-        """
-        weight_IO = _values(linear.weight).T
+        """Add a linear map, in float32 or in 8 bits: (..., in) -> (..., out)."""
+        weight_IO, bias_O = _values(linear.weight).T, self.constant(_values(linear.bias))
         if range_ is None:
-            weight = self.constant(weight_IO)
-        else:
-            x = self._quantized(x, range_)
-            scale_O = (np.abs(weight_IO).max(0) / LARGEST_WEIGHT).clip(1e-12)
-            number_IO = np.nan_to_num(np.rint(weight_IO / scale_O))  # the scale of NaN is NaN
-            weight = self.op(
-                "DequantizeLinear",
-                self.constant(number_IO.astype(np.int8)),
-                self.constant(scale_O.astype(np.float32)),
-                self.constant(np.zeros(len(scale_O), np.int8)),
-                axis=1,
+            return self.op("Add", self.op("MatMul", x, self.constant(weight_IO)), bias_O)
+        scale_O = (np.abs(weight_IO).max(0) / LARGEST_WEIGHT).clip(1e-12)
+        number_IO = np.nan_to_num(np.rint(weight_IO / scale_O))  # the scale of NaN is NaN
+        scale, zero, weight, weight_scale, weight_zero = (
+            self.constant(np.array(values, dtype))
+            for values, dtype in (
+                (range_.scale, np.float32),
+                (range_.zero_point, np.uint8),
+                (number_IO, np.int8),
+                (scale_O, np.float32),
+                (np.zeros(len(scale_O)), np.int8),
             )
-        return self.op("Add", self.op("MatMul", x, weight), self.constant(_values(linear.bias)))
-
-    def _quantized(self, x: str, range_: InputRange) -> str:
-        """Add the quantization of an input to 8 bits, once for all maps that read it."""
-        if x not in self.quantized:
-            scale = self.constant(np.array(range_.scale, np.float32))
-            zero = self.constant(np.array(range_.zero_point, np.uint8))
-            number = self.op("QuantizeLinear", x, scale, zero)
-            self.quantized[x] = self.op("DequantizeLinear", number, scale, zero)
-        return self.quantized[x]
+        )
+        if x not in self.quantized:  # once for all maps that read it
+            self.quantized[x] = self.op("QuantizeLinear", x, scale, zero)
+        number = self.quantized[x]
+        if self.fused:
+            given = (number, weight, scale, weight_scale, zero, weight_zero, bias_O)
+            return self.op("MatMulIntegerToFloat", *given, domain=FUSED)
+        # OpenVINO knows this pattern of "QDQ" nodes, and multiplies whole numbers.
+        x = self.op("DequantizeLinear", number, scale, zero)
+        weight = self.op("DequantizeLinear", weight, weight_scale, weight_zero, axis=1)
+        return self.op("Add", self.op("MatMul", x, weight), bias_O)
 
     def norm(self, x: str, residual: str, norm: nn.LayerNorm) -> str:
         """Add the residual and a layer norm: two of (B, T, H) -> (B, T, H)."""
         gain, bias = self.constant(_values(norm.weight)), self.constant(_values(norm.bias))
-        return self.op(
-            "SkipLayerNormalization", x, residual, gain, bias, domain=FUSED, epsilon=norm.eps
-        )
+        # `Sum`, since ONNX Runtime would fuse `Add` with the norm into its operator
+        # SkipLayerNormalization, which takes six times as long as both (benchmarks/int8.md).
+        total = self.op("Sum", x, residual)
+        return self.op("LayerNormalization", total, gain, bias, epsilon=norm.eps)
 
     def cut(self, x: str, start: int, end: int, axis: int = 1) -> str:
         """Add the selection of the tokens from `start` to before `end`: (B, S, H) -> (B, T, H)."""

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 
 from deebert.errors import UserError, first_line, unknown
-from deebert.inference import onnx_layer
+from deebert.inference import onnx_stretches
 from deebert.inference.kernels import warn_of_slow
 from deebert.models.early_exit import EarlyExitModel
 from deebert.models.quantization import Quantization
@@ -97,7 +97,7 @@ def check(
             f"{model.config['model_type']} has not; use runtime=torch and "
             "precision=float32 or bfloat16"
         )
-    onnx_layer.check(parts, model.all_ramps[0], precision, device, chosen)
+    onnx_stretches.check(parts, model.all_ramps[0], precision, device, chosen)
 
 
 def check_quantization(

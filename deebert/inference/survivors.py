@@ -4,10 +4,12 @@ This module knows neither layers and ramps nor which inputs exit.
 Shapes: N inputs, B of them in a group, S tokens, H hidden, L layers (= ramps), C labels.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +41,8 @@ class Answers:
     @classmethod
     def cat(cls, parts: list["Answers"]) -> "Answers":
         """Join the answers of several parts, in their order."""
+        if len(parts) == 1:
+            return parts[0]
         ramps = [part.ramps_NLC for part in parts if part.ramps_NLC is not None]
         learned = [part.learned_NL for part in parts if part.learned_NL is not None]
         return cls(
@@ -61,42 +65,67 @@ class Group:
     Attributes:
         rows_B: the row of each input in the answers.
         length_B: the number of tokens of each input.
-        hidden_BSH: the states after the last layer that was run.
+        longest: S, the number of tokens of the longest input.
+        layer: the number of layers that they have passed, so the next layer, 0-based.
+        hidden_BSH: the states after the last layer that was run. None before the embeddings.
         ramps_BLC: the logits of the ramps that were evaluated, NaN elsewhere. None if nothing needs
             them again.
         second_B: the position at which the second text of each input begins. None if no ramp reads
             it.
         learned_BL: the learned exit scores of the ramps that were evaluated, 0 elsewhere. None if
             nothing needs them again.
+        tokens: the padded tokens, (B, S) each. They are not kept after the embeddings.
         context: what a layer that cannot be split takes beside the states. None until the first of
             them has run.
     """
 
     rows_B: Tensor
     length_B: Tensor
-    hidden_BSH: Tensor
+    longest: int
+    layer: int
+    hidden_BSH: Tensor | None
     ramps_BLC: Tensor | None
     second_B: Tensor | None
     learned_BL: Tensor | None = None
+    tokens: Mapping[str, Tensor] = field(default_factory=dict)
     context: Any = None
 
     @property
     def num_tokens(self) -> int:
         """The number of tokens, padding included."""
-        return self.hidden_BSH.shape[0] * self.hidden_BSH.shape[1]
+        return len(self.rows_B) * self.longest
+
+    @property
+    def states_BSH(self) -> Tensor:
+        """The states, which are there."""
+        assert self.hidden_BSH is not None
+        return self.hidden_BSH
 
     @cached_property
     def mask_BS(self) -> Tensor | None:
         """True at real tokens. None if the group has no padding."""
-        longest = self.hidden_BSH.shape[1]
-        if self.length_B.min() == longest:
+        if self.length_B.min() == self.longest:
             return None
-        return (torch.arange(longest) < self.length_B[:, None]).to(self.hidden_BSH.device)
+        real_BS = torch.arange(self.longest) < self.length_B[:, None]
+        return real_BS.to(self.states_BSH.device)
 
     @cached_property
     def key_mask_B11S(self) -> Tensor | None:
         """True at tokens that may be attended to. None if the group has no padding."""
         return None if self.mask_BS is None else self.mask_BS[:, None, None]
+
+    @cached_property
+    def whole_mask_BS(self) -> np.ndarray:
+        """The mask as graphs take it, 1 at real tokens."""
+        real_BS = np.arange(self.longest) < self.length_B.numpy()[:, None]
+        return real_BS.astype(np.int32)
+
+    def previous_BC(self, layer: int) -> Tensor | None:
+        """Return the logits of the ramp before the ramp of this layer (0-based); None: no ramp."""
+        if layer == 0:
+            return None
+        assert self.ramps_BLC is not None
+        return self.ramps_BLC[:, layer - 1]
 
     def kept(self, keep_B: Tensor) -> tuple["Group", Tensor, int]:
         """Select some of the inputs and cut the padding that they no longer need.
@@ -111,11 +140,13 @@ class Group:
         index = keep_B.nonzero().squeeze(1)
         length_B = self.length_B[index]
         longest = int(length_B.max())
-        index_on_device = index.to(self.hidden_BSH.device)
+        index_on_device = index.to(self.states_BSH.device)
         group = Group(
             self.rows_B[index],
             length_B,
-            self.hidden_BSH[:, :longest].index_select(0, index_on_device),
+            longest,
+            self.layer,
+            self.states_BSH[:, :longest].index_select(0, index_on_device),
             None if self.ramps_BLC is None else self.ramps_BLC[index],
             None if self.second_B is None else self.second_B[index_on_device],
             None if self.learned_BL is None else self.learned_BL[index],
@@ -131,12 +162,12 @@ def merge(groups: list[Group], group_costs: int) -> list[Group]:
         group_costs: the fixed cost of running a layer once, as a number of tokens.
     """
     merged: list[list[Group]] = []
-    for group in sorted(groups, key=lambda group: group.hidden_BSH.shape[1]):
+    for group in sorted(groups, key=lambda group: group.longest):
         if merged:
             together = [*merged[-1], group]
             num_rows = sum(len(each.rows_B) for each in together)
             num_tokens = sum(each.num_tokens for each in together)
-            padding = num_rows * group.hidden_BSH.shape[1] - num_tokens
+            padding = num_rows * group.longest - num_tokens
             if padding <= group_costs * len(merged[-1]):
                 merged[-1] = together
                 continue
@@ -148,9 +179,9 @@ def _cat(groups: list[Group]) -> Group:
     """Join groups into one, padded to its longest input."""
     if len(groups) == 1:
         return groups[0]
-    longest = max(group.hidden_BSH.shape[1] for group in groups)
+    longest = max(group.longest for group in groups)
     states = [
-        torch.nn.functional.pad(group.hidden_BSH, (0, 0, 0, longest - group.hidden_BSH.shape[1]))
+        torch.nn.functional.pad(group.states_BSH, (0, 0, 0, longest - group.longest))
         for group in groups
     ]
     ramps = [group.ramps_BLC for group in groups if group.ramps_BLC is not None]
@@ -159,6 +190,8 @@ def _cat(groups: list[Group]) -> Group:
     return Group(
         torch.cat([group.rows_B for group in groups]),
         torch.cat([group.length_B for group in groups]),
+        longest,
+        groups[0].layer,
         torch.cat(states),
         torch.cat(ramps) if ramps else None,
         torch.cat(seconds) if seconds else None,

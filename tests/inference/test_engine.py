@@ -197,7 +197,7 @@ def test_other_tokens_wait_for_the_ramp() -> None:
     engine = Engine(model, rules.default(3), [0.0, math.inf, 0.0], token_budget=80)
     engine.first_token_from = 0
     tokens: list[list[int]] = []
-    for run in engine.layers:
+    for run in engine.stretches.layers:
         assert isinstance(run, SplitLayer)
         tokens.append([])
         run.activation = functools.partial(_counted, tokens[-1], run.activation)

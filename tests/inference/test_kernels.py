@@ -45,7 +45,7 @@ def test_other_precisions_predict_the_same(model_type: str, precision: str) -> N
 @pytest.mark.parametrize("model_type", ["bert", "mpnet"])
 def test_the_first_token_is_computed_in_float32(model_type: str, precision: str) -> None:
     model, pool, _ = world(model_type)
-    run = Engine(model, rules.default(3), 0.0, precision=precision).layers[0]
+    run = Engine(model, rules.default(3), 0.0, precision=precision).stretches.layers[0]
     assert isinstance(run, SplitLayer)
     assert (run.exact is run.fast) == (precision == "float32")
     x = torch.randn(9, 32)
