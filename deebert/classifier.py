@@ -25,9 +25,7 @@ from deebert.data.tasks import HELD_OUT
 from deebert.data.texts import Text
 from deebert.errors import UserError, unknown
 from deebert.evaluation import engine_latency, evaluate_records
-from deebert.evaluation.engine_latency import Protocol
 from deebert.evaluation.evaluate_records import EvaluationConfig
-from deebert.evaluation.timing import undisturbed
 from deebert.exits import calibration, rules
 from deebert.exits.calibration import CalibratedPoint
 from deebert.exits.curves import Thresholds, check_thresholds
@@ -45,7 +43,6 @@ log = logging.getLogger(__name__)
 Tokens = Mapping[str, Any]
 
 MOST_KEPT = 1000  # targets whose operating points are kept
-COST_ROWS = 64  # random inputs, as long as the calibration rows, that layer costs are measured on
 
 
 class EarlyExitClassifier:
@@ -92,6 +89,17 @@ class EarlyExitClassifier:
             quantization=quantization, device=device,
         )  # fmt: skip
         self._points: dict[Any, CalibratedPoint] = {}
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the model to a device (`Engine`), and return this object."""
+        engine = self.engine
+        self.engine = Engine(
+            self.model, self.rule, 0.0, precision=engine.precision, runtime=engine.runtime,
+            quantization=engine.quantization, device=device,
+        )  # fmt: skip
+        self._points.clear()  # a target_speedup depends on the device
+        self.__dict__.pop("costs", None)
+        return self
 
     @classmethod
     def from_pretrained(
@@ -160,6 +168,8 @@ class EarlyExitClassifier:
             probabilities_NC=None if probabilities[0] is None else torch.cat(probabilities),  # type: ignore[arg-type]
             exit_layers=[layer for part in parts for layer in part.exit_layers],
         )
+
+    __call__ = predict
 
     def stream(self, texts: Iterable[Text], **target: Any) -> Iterator[Predictions]:
         """Answer any number of texts, 8,192 at a time and in their order (see `predict`)."""
@@ -333,24 +343,10 @@ class EarlyExitClassifier:
     @cached_property
     def costs(self) -> tuple[float, ...]:
         """Costs of leaving at each layer on this machine, for inputs as long as the record's."""
-        lengths = self._calibration_rows.length_N
-        chosen = lengths[torch.linspace(0, len(lengths) - 1, min(COST_ROWS, len(lengths))).long()]
-        random = torch.Generator().manual_seed(0)  # equal inputs would leave at one layer
-        inputs: list[Tokens] = [
-            {"input_ids": torch.randint(len(self.tokenizer), (int(n),), generator=random).tolist()}
-            for n in chosen.clamp(1, self.max_length)
-        ]
-        protocol = Protocol(
-            precisions=(self.engine.precision,),
-            runtime=self.engine.runtime,
-            repeats=3,
-            quantization=self.engine.quantization,
-        )
-        with undisturbed(None):
-            costs = engine_latency.layer_costs(
-                self.model, inputs, self.task.num_labels, protocol, self.engine.device
-            )
-        return tuple(costs)
+        return engine_latency.costs_at_lengths(
+            self.engine, self._calibration_rows.length_N.clamp(1, self.max_length),
+            len(self.tokenizer), self.task.num_labels,
+        )  # fmt: skip
 
     def save_pretrained(
         self, folder: str | Path, *, exit: str | None = None, **target: Any

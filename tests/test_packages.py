@@ -56,7 +56,7 @@ def test_the_wheel_holds_every_package_and_every_configuration(tmp_path: Path) -
 
 
 def test_few_modules_stand_at_the_top_and_none_is_long() -> None:
-    assert len(list(PACKAGE.glob("*.py"))) <= 6
+    assert len(list(PACKAGE.glob("*.py"))) <= 7
     lengths = {file: len(file.read_text("utf-8").splitlines()) for file in PACKAGE.rglob("*.py")}
     long = {str(file): lines for file, lines in lengths.items() if lines > 400 and file != RUNNER}
     assert not long

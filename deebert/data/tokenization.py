@@ -108,6 +108,71 @@ def _long_pairs(
         yield encoded
 
 
+def cut(
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Sequence[dict[str, list[int]]],
+    max_length: int,
+    num_texts: int,
+) -> list[dict[str, list[int]]]:
+    """Cut inputs that another caller has tokenized without a limit, as `encode` would have.
+
+    Args:
+        tokenizer: the tokenizer that they come from.
+        inputs: tokens of each input, unpadded, by name.
+        max_length: the largest number of tokens of an input.
+        num_texts: 2 if each input is a pair of texts. The longer text is cut first.
+    """
+    if all(len(each["input_ids"]) <= max_length for each in inputs):
+        return list(inputs)
+    small = tokenizer(*["a"] * num_texts)
+    ids, parts = small["input_ids"], small.sequence_ids(0)
+    start, end = parts.index(0), parts[::-1].index(num_texts - 1)
+    between = [token for token, part in zip(ids, parts, strict=True) if part is None]
+    between = between[start : len(between) - end]
+    return [
+        each if len(each["input_ids"]) <= max_length else
+        _cut(each, start, end, between, max_length, tokenizer.truncation_side == "left")
+        for each in inputs
+    ]  # fmt: skip
+
+
+def _cut(
+    tokens: dict[str, list[int]],
+    start: int,
+    end: int,
+    between: list[int],
+    max_length: int,
+    from_left: bool,
+) -> dict[str, list[int]]:
+    """Cut one input.
+
+    Args:
+        tokens: the tokens, by name.
+        start: the number of special tokens before the first text.
+        end: the number of special tokens after the last text.
+        between: the special tokens between two texts; empty for one text.
+        max_length: the largest number of tokens.
+        from_left: whether the start of a text is cut off, and not its end.
+    """
+    ids = tokens["input_ids"]
+    last = len(ids) - end
+    gap = next(
+        (i for i in range(start, last) if between and ids[i : i + len(between)] == between), last
+    )
+    second = min(gap + len(between), last)
+    room = max_length - start - end - (second - gap)
+    spans: list[int] = []
+    for (first, stop), count in zip(
+        ((start, gap), (second, last)),
+        longest_first(gap - start, last - second, room),
+        strict=True,
+    ):
+        spans += range(stop - count, stop) if from_left else range(first, first + count)
+        spans += range(gap, second) if stop == gap else ()
+    kept = [*range(start), *spans, *range(last, len(ids))]
+    return {name: [values[i] for i in kept] for name, values in tokens.items()}
+
+
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
     """Return how many tokens of two texts are kept, as the library `tokenizers` computes it.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deebert.data.batching import by_length, padded
 from deebert.data.tasks import Task
-from deebert.evaluation.timing import Timing, compare
+from deebert.evaluation.timing import Timing, compare, undisturbed
 from deebert.exits import curves, rules
 from deebert.exits.curves import Thresholds
 from deebert.exits.records import Record
@@ -31,6 +31,7 @@ Inputs = list[Mapping[str, Any]]
 
 REQUEST_ROWS = 1000  # inputs that are timed in requests of a few, evenly spread over all inputs
 MIXED = (0.15, 0.3, 0.45, 0.6)  # savings at which the extra cost of mixed exits is measured
+COST_ROWS = 64  # inputs that the costs of layers are measured on
 FORCED = 1.0  # the exit score of every ramp under the rule `forced`
 
 
@@ -336,6 +337,33 @@ def layer_costs(
         for name, t in mixed.items()
     ]
     return (costs_L + max(0.0, float(np.mean(extra)))).tolist()
+
+
+def costs_at_lengths(
+    engine: Engine, length_N: torch.Tensor, vocabulary: int, num_labels: int
+) -> tuple[float, ...]:
+    """Measure `layer_costs` on random inputs, in the way that an engine runs.
+
+    Args:
+        engine: the engine, whose model, precision, runtime and device are measured.
+        length_N: the lengths of the inputs that the costs are for.
+        vocabulary: the number of ids of the tokenizer.
+        num_labels: the number of labels.
+    """
+    chosen = length_N[torch.linspace(0, len(length_N) - 1, min(COST_ROWS, len(length_N))).long()]
+    random = torch.Generator().manual_seed(0)  # equal inputs would leave at one layer
+    inputs: Inputs = [
+        {"input_ids": torch.randint(vocabulary, (int(n),), generator=random).tolist()}
+        for n in chosen
+    ]
+    protocol = Protocol(
+        precisions=(engine.precision,),
+        runtime=engine.runtime,
+        repeats=3,
+        quantization=engine.quantization,
+    )
+    with undisturbed(None):
+        return tuple(layer_costs(engine.model, inputs, num_labels, protocol, engine.device))
 
 
 def forced(num_labels: int) -> Rule:

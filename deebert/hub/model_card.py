@@ -4,6 +4,8 @@ Everything in the card comes from the run's configuration and records. This modu
 and writes no files.
 """
 
+import json
+
 from huggingface_hub import ModelCardData
 
 from deebert.data.tasks import HELD_OUT, Task
@@ -60,13 +62,29 @@ def _use(task: Task, saved: Saved) -> str:
     # Thresholds fit the precision that they were chosen in.
     of_records = {record.precision for record in saved.records.values()} - {"float32"}
     precision = "".join(f', precision="{each}"' for each in of_records)
-    example = '"a text"' if len(task.columns) == 1 else '("a text", "and another")'
+    options: dict[str, object] = {"target_saving": 0.4}
+    options |= zip(["precision"], of_records, strict=False)
+    pair = len(task.columns) == 2
+    example = '("a text", "and another")' if pair else '"a text"'
+    as_dict = '{"text": "a text", "text_pair": "and another"}' if pair else '"a text"'
     return f"""```python
 from deebert import EarlyExitClassifier
 
 classifier = EarlyExitClassifier.from_pretrained("THIS_FOLDER_OR_REPOSITORY"{precision})
 for answer in classifier.predict([{example}], target_saving=0.4):
     print(answer)
+```
+
+The same in transformers, without `trust_remote_code`:
+
+```python
+import deebert.transformers
+from transformers import pipeline
+
+classify = pipeline(
+    "text-classification", model="THIS_FOLDER_OR_REPOSITORY", model_kwargs={json.dumps(options)}
+)
+print(classify([{as_dict}]))
 ```"""
 
 

@@ -24,7 +24,7 @@ from deebert.data import tokenization
 from deebert.disk import whole_files
 from deebert.errors import UserError, is_whole
 from deebert.exits.records import Record
-from deebert.hub import checkpoint_config, record_files
+from deebert.hub import checkpoint_config, record_files, transformers_config
 from deebert.hub.checkpoints import Checkpoint
 from deebert.models import architectures
 from deebert.models.early_exit import EarlyExitModel
@@ -33,6 +33,7 @@ from deebert.options import TARGET, job_command
 from deebert.untrusted import plain_files, tensor_files
 
 FILE = "deebert.json"
+WEIGHTS = "model.safetensors"
 SAVING = ".saving"  # exists while files are moved to their places
 STAGED = ".saving-"  # begins the name of the folder that they are written in
 SCHEMA = 1
@@ -114,11 +115,11 @@ def write(saved: Saved, model: EarlyExitModel, folder: Path, model_card: str) ->
 def _write_files(saved: Saved, model: EarlyExitModel, folder: Path, model_card: str) -> None:
     """Write all files of a saved folder into an empty folder."""
     config = saved.checkpoint.config.public()
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, config=transformers_config.describe(config.task, model))
     for name, text in saved.checkpoint.tokenizer_files.items():
         whole_files.replace(folder / Path(name).name, text)
     # Read back, because the file holds only one of the weights that share their values.
-    weights, _ = tensor_files.safetensors_file(folder / "model.safetensors")
+    weights, _ = tensor_files.safetensors_file(folder / WEIGHTS)
     fingerprint = tensor_files.fingerprint(weights)
     for record in saved.records.values():
         header = record_files.Header(fingerprint, None, config, config.data.max_length)
@@ -166,7 +167,7 @@ def check_place(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder")
     there = [*folder.iterdir(), *(folder / record_files.FOLDER).glob("*")]
-    ours = {FILE, SAVING, "README.md", "config.json", "model.safetensors", *tokenization.FILES}
+    ours = {FILE, SAVING, "README.md", "config.json", WEIGHTS, *tokenization.FILES}
     for file in there:
         kind = file.lstat()
         if file == folder / record_files.FOLDER:
@@ -223,7 +224,7 @@ def _read(folder: Path) -> Saved:
     if about["schema"] != SCHEMA:
         raise UserError(f"{FILE} has schema {about['schema']!a}, not {SCHEMA}")
     shape = plain_files.json_file(plain_files.inside(folder, "config.json"))
-    weights, _ = tensor_files.safetensors_file(plain_files.inside(folder, "model.safetensors"))
+    weights, _ = tensor_files.safetensors_file(plain_files.inside(folder, WEIGHTS))
     tensor_files.check_weights(weights)
     names = about["tokenizer"]
     if strange := [name for name in names if name not in tokenization.FILES]:

@@ -138,11 +138,13 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
     def save_pretrained(self, save_directory: Any, **options: Any) -> Any:
         """Write safetensors and config.json.
 
-        config.json holds the model's current values, since `new_ramps` and `keep_layers` change it.
+        config.json holds the model's current values, since `new_ramps` and `keep_layers` change it,
+        and the values of `config=`, which are not read back.
         """
-        options["config"] = {
+        arguments = {
             "config": self.config, "num_labels": self.num_labels, "ramp": asdict(self.ramp_kind)
         }  # fmt: skip
+        options["config"] = {**options.get("config", {}), **arguments}
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:

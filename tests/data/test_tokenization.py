@@ -37,3 +37,25 @@ def test_a_pair_of_long_texts(word_pieces) -> None:
     for values in tokens.values():
         assert values[0] == values[1]
     assert tokens["input_ids"][2] == word_pieces("a", "b")["input_ids"]
+
+
+@pytest.mark.parametrize("num_texts", [1, 2])
+@pytest.mark.parametrize("kind", ["word pieces", "byte level, cut at the left"])
+def test_tokens_without_a_limit_are_cut_as_the_library_cuts(
+    kind: str, num_texts: int, word_pieces
+) -> None:
+    tokenizer = word_pieces if kind == "word pieces" else byte_level()
+    pairs = [("a " * i, "b " * j) for i in range(10) for j in range(10)] + [
+        ("a " * 90, "the b " * 70)
+    ]
+    columns = list(zip(*pairs, strict=True))[:num_texts]
+    whole = tokenizer(*map(list, columns))
+    names = [name for name in tokenization.TOKENS if name in whole]
+    rows = [
+        dict(zip(names, row, strict=True)) for row in zip(*(whole[n] for n in names), strict=True)
+    ]
+    for max_length in (8, 9, 64):
+        expected = tokenization.encode(tokenizer, columns, max_length)
+        cut = tokenization.cut(tokenizer, rows, max_length, num_texts)
+        for name in names:
+            assert [row[name] for row in cut] == expected[name]
