@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deebert.classifier import EarlyExitClassifier as EarlyExitClassifier
+    from deebert.data.datamodule import TextDataModule as TextDataModule
     from deebert.exits.records import Record as Record
     from deebert.exits.rules import ExitScores as ExitScores
     from deebert.exits.rules import Rule as Rule
@@ -16,22 +17,36 @@ if TYPE_CHECKING:
     from deebert.exits.target import Target as Target
     from deebert.inference.engine import Engine as Engine
     from deebert.models.early_exit import EarlyExitModel as EarlyExitModel
+    from deebert.runs.from_python import Run as Run
+    from deebert.runs.from_python import evaluate as evaluate
+    from deebert.runs.from_python import modules as modules
+    from deebert.runs.from_python import train as train
+    from deebert.training.callbacks import EarlyExitEvaluation as EarlyExitEvaluation
+    from deebert.training.module import EarlyExitModule as EarlyExitModule
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "EarlyExitClassifier": "classifier",
+    "EarlyExitEvaluation": "training.callbacks",
     "EarlyExitModel": "models.early_exit",
+    "EarlyExitModule": "training.module",
     "Engine": "inference.engine",
     "ExitScores": "exits.rules",
     "Record": "exits.records",
     "Rule": "exits.rules",
+    "Run": "runs.from_python",
     "Target": "exits.target",
+    "TextDataModule": "data.datamodule",
+    "evaluate": "runs.from_python",
     "exit_rule": "exits.rules",
+    "modules": "runs.from_python",
+    "train": "runs.from_python",
 }
 __all__ = [
-    "EarlyExitClassifier", "EarlyExitModel", "Engine", "ExitScores", "Record", "Rule", "Target",
-    "exit_rule",
+    "EarlyExitClassifier", "EarlyExitEvaluation", "EarlyExitModel", "EarlyExitModule", "Engine",
+    "ExitScores", "Record", "Rule", "Run", "Target", "TextDataModule", "evaluate", "exit_rule",
+    "modules", "train",
 ]  # fmt: skip
 
 

@@ -4,6 +4,6 @@
 refuses keys that nothing reads, `sources` finds the checkpoint that a job starts from,
 `inheritance` takes values from it, `config` checks all values and gives them types,
 `engine_settings` those of precision, runtime and timing, `build` makes the Trainer, `signals`
-handles early ends, `sweep_callback` sums up a multirun.
+handles early ends, `sweep_callback` sums up a multirun, `from_python` runs both jobs from Python.
 This package does not know losses, exit rules, or the inside of models.
 """

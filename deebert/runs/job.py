@@ -77,6 +77,18 @@ def check_optimize(optimize: Any, *, trained: bool) -> None:
         )
 
 
+def read_results(folder: Path) -> Results:
+    """Return the results of a finished run.
+
+    Raises:
+        UserError: it has none, because nothing was evaluated.
+    """
+    file = folder / "results.json"
+    if not file.exists():
+        raise UserError(f"nothing was evaluated; run folder: {folder}")
+    return Results.from_json(json.loads(file.read_text()))
+
+
 def finish(
     is_global_zero: bool,
     job: Job,
@@ -106,7 +118,7 @@ def finish(
     if not file.exists():
         log.warning("nothing was evaluated; run folder: %s", job.folder)
         return None
-    results = Results.from_json(json.loads(file.read_text()))
+    results = read_results(job.folder)
     try:
         report.show(results, job.folder)
         if following and not job.sweep:

@@ -58,6 +58,23 @@ class Start:
     trained_ramps: frozenset[int] = frozenset()
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A training before its Trainer is built.
+
+    Attributes:
+        config: the typed configuration.
+        module: the LightningModule.
+        data: the data module, of tokens or of frozen states.
+        source: the checkpoint that the training starts from, or None.
+    """
+
+    config: TrainConfig
+    module: EarlyExitModule
+    data: L.LightningDataModule
+    source: Checkpoint | None
+
+
 def train(cfg: DictConfig) -> float | None:
     """Run one stage.
 
@@ -71,6 +88,30 @@ def train(cfg: DictConfig) -> float | None:
         UserError: the configuration or the data has a mistake.
     """
     job = Job.current()
+    prepared = prepare(cfg, job)
+    config, module, data, source = vars(prepared).values()
+    with build.closing(job):
+        trainer = build.trainer(cfg, config, job, f"stage{config.run.stage}", EpochLine())
+        build.refuse_unsafe_sweep(trainer, job)
+        _check_strategy(trainer, config)
+        _fit(trainer, module, data, config, source)
+        if source and config.resume and not _is_evaluated(trainer, job):
+            _validate_resumed(trainer, module, data, source, job)
+        _validate_kept(trainer, module, data, job)
+    is_first = trainer.is_global_zero
+    return finish(is_first, job, cfg.optimize, following=partial(_next_command, job))
+
+
+def prepare(cfg: DictConfig, job: Job) -> Prepared:
+    """Check the configuration, read the rows and load the model of a training.
+
+    Args:
+        cfg: the configuration of train.py.
+        job: the job that runs.
+
+    Raises:
+        UserError: the configuration or the data has a mistake.
+    """
     import_modules(cfg.get("modules"))
     keys.check(cfg, job)
     source = sources.complete(cfg, job)
@@ -81,24 +122,15 @@ def train(cfg: DictConfig) -> float | None:
     _ = config.run.ramp_kind  # an unknown reader is named before a backbone is fetched
     tokenizer = source.tokenizer() if source else backbones.tokenizer(config.run.backbone)
     files = source.tokenizer_files if source else tokenization.files_of(tokenizer)
-    data = _read_rows(config.run, tokenizer)
-    run = build.with_held_out(build.with_split(config.run, data, source), data)
+    tokens = _read_rows(config.run, tokenizer)
+    run = build.with_held_out(build.with_split(config.run, tokens, source), tokens)
     config = replace(config, run=run)
     start = _from_checkpoint(cfg, config, source) if source else _from_backbone(run)
     config = replace(config, run=start.run)
     _prepare_model(start, tokenizer, config)
     module = EarlyExitModule(start.model, config.run, files, start.teacher)
-    datamodule = _cache(data, start, config, job) if module.is_cached else data
-    with build.closing(job):
-        trainer = build.trainer(cfg, config, job, f"stage{config.run.stage}", EpochLine())
-        build.refuse_unsafe_sweep(trainer, job)
-        _check_strategy(trainer, config)
-        _fit(trainer, module, datamodule, config, source)
-        if source and config.resume and not _is_evaluated(trainer, job):
-            _validate_resumed(trainer, module, datamodule, source, job)
-        _validate_kept(trainer, module, datamodule, job)
-    is_first = trainer.is_global_zero
-    return finish(is_first, job, cfg.optimize, following=partial(_next_command, job))
+    data = _cache(tokens, start, config, job) if module.is_cached else tokens
+    return Prepared(config, module, data, source)
 
 
 def _next_command(job: Job, results: Results) -> str:
