@@ -1,7 +1,7 @@
 """The layers of a model as ONNX graphs, a graph for each stretch.
 
 A graph is made and loaded the first time that it is run (`onnx_graphs`). A call of a graph alone
-costs 8 us, but the states that one graph hands to the next cost more (benchmarks/int8.md). So one
+costs 8 us, but the states that one graph hands to the next cost more. So one
 graph holds all layers up to the next ramp that is evaluated, and that ramp.
 This module knows nothing of exits.
 Shapes: B batch, S tokens, T of them that are computed, H hidden, C labels.
