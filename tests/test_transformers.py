@@ -60,7 +60,7 @@ def test_the_pipeline_gives_the_answers_of_the_engine(
 def test_layers_are_skipped(folder: str) -> None:
     """At the largest threshold nothing of the layers after the first is computed."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, threshold=5.0)
-    for layer in model.classifier.engine.layers[1:]:
+    for layer in model.classifier.engine.stretches.layers[1:]:
         layer.__class__ = type("Never", (), {})  # any use of it is an error
     tokens = model.tokenizer("a fine film", "no film", return_tensors="pt")
     assert model(**tokens).exit_layer.tolist() == [1]

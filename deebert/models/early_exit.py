@@ -144,7 +144,7 @@ class EarlyExitModel(nn.Module, PyTorchModelHubMixin):
         arguments = {
             "config": self.config, "num_labels": self.num_labels, "ramp": asdict(self.ramp_kind)
         }  # fmt: skip
-        options["config"] = {**options.get("config", {}), **arguments}
+        options["config"] = {**(options.get("config") or {}), **arguments}
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
