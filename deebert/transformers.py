@@ -38,7 +38,7 @@ IDLE = (
 
 
 class EarlyExitConfig(PreTrainedConfig):
-    """What config.json of a saved folder says to transformers: labels and sizes."""
+    """The labels and sizes that config.json of a saved folder tells transformers."""
 
     model_type = transformers_config.MODEL_TYPE
 

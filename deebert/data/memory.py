@@ -36,28 +36,24 @@ def write(data: Any, folder: Path, split: str | None = None) -> Path:
     Raises:
         UserError: these are no rows.
     """
-    parts = _by_split(data)
-    is_single = parts is None and split is None
-    if parts is None:
-        tables = {NAME if is_single else f"{split}.parquet": _table(data, "data")}
+    is_by_split = _is_by_split(data)
+    if is_by_split:
+        for name in data:
+            if not re.fullmatch(r"\w+", str(name)):
+                raise UserError(f"data[{name}]: this is no name of a split, such as train")
+        tables = {f"{name}.parquet": _table(rows, f"data[{name}]") for name, rows in data.items()}
     else:
-        tables = {f"{name}.parquet": _table(rows, f"data[{name}]") for name, rows in parts.items()}
-    for name in parts or ():
-        if not re.fullmatch(r"\w+", str(name)):
-            raise UserError(f"data[{name}]: this is no name of a split, such as train")
+        tables = {f"{split}.parquet" if split else NAME: _table(data, "data")}
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
         with whole_files.write_errors("data="):
             table.to_parquet(folder / name)
-    return folder / NAME if is_single else folder
+    return folder if is_by_split or split else folder / NAME
 
 
-def _by_split(data: Any) -> Mapping[str, Any] | None:
-    """Return the rows of each split, or None if these are the rows of one."""
-    if not isinstance(data, Mapping) or not data:
-        return None
-    is_rows = [_is_rows(value) for value in data.values()]
-    return data if all(is_rows) else None
+def _is_by_split(data: Any) -> bool:
+    """Say whether this is a mapping from splits to rows, and not from columns to values."""
+    return isinstance(data, Mapping) and bool(data) and all(map(_is_rows, data.values()))
 
 
 def _is_rows(value: Any) -> bool:

@@ -36,7 +36,7 @@ WORDS = re.compile(r"[^\W\d_]\S*\s(.*\s)?\S*[^\W\d_]", re.DOTALL)
 
 @dataclass(frozen=True)
 class Columns:
-    """What the user says of the columns of a file: `data.text`, `data.label` and the like.
+    """The columns of a file as the user names them: `data.text`, `data.label` and the like.
 
     Attributes:
         text: the name of the text column, or a list of two; None to find it.
@@ -73,7 +73,7 @@ class Columns:
 
 @dataclass
 class Column:
-    """What is known of a column after all rows have been read.
+    """The known facts of a column after all rows have been read.
 
     Attributes:
         name: its name.

@@ -13,7 +13,7 @@ from deebert.exits import calibration
 from deebert.exits.curves import OperatingPoint
 from deebert.exits.records import Record
 from deebert.exits.rules import Rule
-from deebert.reporting.class_results import Classes, ClassScore, ClassScores
+from deebert.reporting.class_results import OF_ALL_CLASSES, Classes, ClassScore, ClassScores
 from deebert.reporting.results import Calibration
 
 MOST_CONFUSED = 100  # classes, up to which the confusion matrix is kept: it grows with the square
@@ -63,10 +63,7 @@ def class_scores(
     is_kept = num_classes <= MOST_CONFUSED
     return ClassScores(
         confusion=functional.multiclass_confusion_matrix(*pair).tolist() if is_kept else [],
-        **{
-            name: METRICS[name](predictions_N, labels_N)
-            for name in ("f1_macro", "f1_weighted", "matthews")
-        },
+        **{name: METRICS[name](predictions_N, labels_N) for name in OF_ALL_CLASSES},
         per_class=[
             ClassScore(*values)
             for values in zip(task.labels, rows_C.tolist(), *columns, layers, strict=True)

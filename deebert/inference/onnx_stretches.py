@@ -1,8 +1,8 @@
 """The layers of a model as ONNX graphs, a graph for each stretch.
 
 A graph is made and loaded the first time that it is run (`onnx_graphs`). A call of a graph alone
-costs 8 us, but the states that one graph hands to the next cost more. So one
-graph holds all layers up to the next ramp that is evaluated, and that ramp.
+costs 8 us, but the states that one graph hands to the next cost more. So one graph holds all layers
+up to the next ramp that is evaluated, and that ramp.
 This module knows nothing of exits.
 Shapes: B batch, S tokens, T of them that are computed, H hidden, C labels.
 """
@@ -132,9 +132,8 @@ class OnnxStretches:
             return bias_of_tokens(self.bias_AD, 0, group.longest, group.longest)[None].numpy()
         if name in group.tokens:
             return group.tokens[name].numpy()
-        return np.zeros_like(
-            group.tokens["input_ids"].numpy()
-        )  # the token types, which were not given
+        # The token types, which were not given.
+        return np.zeros_like(group.tokens["input_ids"].numpy())
 
 
 class OnnxLayer:

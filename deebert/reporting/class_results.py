@@ -6,6 +6,8 @@ from typing import Any, Self
 
 from deebert.reporting.blocks import read_block, read_blocks
 
+OF_ALL_CLASSES = ("f1_macro", "f1_weighted", "matthews")  # metrics of `ClassScores`
+
 
 @dataclass(frozen=True)
 class ClassScore:

@@ -10,7 +10,7 @@ from deebert.reporting.results import Results
 from deebert.reporting.split_results import SplitResults
 
 Table = tuple[str, list[str], list[list[str]]]  # title, column names, rows
-MOST_CONFUSED = 20  # labels, up to which results.md has the confusion matrix
+MOST_IN_MARKDOWN = 20  # labels, up to which results.md has the confusion matrix
 MOST_ON_SCREEN = 10  # labels, up to which the terminal has it
 MOST_ROWS = 20  # labels in a table of the terminal
 WIDEST = 80  # columns of the terminal that a matrix may take
@@ -67,7 +67,7 @@ def _fits(matrix: Table, terminal: bool) -> bool:
     """Say whether a confusion matrix is small enough to be read."""
     _, names, rows = matrix
     if not terminal:
-        return len(rows) <= MOST_CONFUSED
+        return len(rows) <= MOST_IN_MARKDOWN
     # A frame takes three characters for each column, and one more.
     width = 1 + sum(3 + max(map(len, cells)) for cells in zip(names, *rows, strict=True))
     return len(rows) <= MOST_ON_SCREEN and width <= WIDEST

@@ -7,13 +7,14 @@ wandb only to log.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deebert.errors import UserError, first_line
 from deebert.models.trained_ramps import trains_ramps
 from deebert.options import option
+from deebert.reporting.class_results import OF_ALL_CLASSES, ClassScore
 from deebert.reporting.results import Results, TimedCase
 from deebert.reporting.split_results import SplitResults
 
@@ -25,8 +26,6 @@ TIMED = (
     "seconds_threshold_0", "samples_per_second", "equal_exits", "equal_predictions",
 )  # fmt: skip
 CURVE = ("threshold", "score", "cost_ratio", "expected_saving", "speed_up")  # columns of a curve
-CLASS = ("label", "rows", "precision", "recall", "f1", "mean_exit_layer")
-OF_CLASSES = ("f1_macro", "f1_weighted", "matthews")  # of all classes together
 EXTRA = "pip install 'deebert[dashboard]'"
 
 
@@ -131,8 +130,9 @@ def _log_classes(run: "wandb.Run", evaluation: SplitResults) -> None:
     if (classes := evaluation.classes) is None:
         return
     scores = classes.shown
-    rows = [[getattr(score, name) for name in CLASS] for score in scores.per_class]
-    logged: dict[str, Any] = {"classes/scores": wandb.Table(columns=list(CLASS), data=rows)}
+    columns = [each.name for each in fields(ClassScore)]
+    rows = [[getattr(score, name) for name in columns] for score in scores.per_class]
+    logged: dict[str, Any] = {"classes/scores": wandb.Table(columns=columns, data=rows)}
     if scores.confusion:
         cells = [
             [label, answer, count]
@@ -186,7 +186,7 @@ def _headline(results: Results) -> dict[str, Any]:
     if classes := results.headline.classes:
         for name in ("full_depth", "operating_point"):
             if scores := getattr(classes, name):
-                values |= {f"{name}/{metric}": getattr(scores, metric) for metric in OF_CLASSES}
+                values |= {f"{name}/{metric}": getattr(scores, metric) for metric in OF_ALL_CLASSES}
     if calibration := results.calibration:
         values |= {f"calibration/{key}": value for key, value in calibration.target.items()}
         values["calibration/score"] = calibration.measured.score

@@ -6,6 +6,7 @@ into the run folder and read from there, so a run needs nothing that is in memor
 """
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -26,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from deebert.data import memory
 from deebert.errors import UserError
-from deebert.options import conf_folder, refuse_moved
+from deebert.options import conf_folder
 from deebert.reporting.results import Results
 from deebert.reporting.split_results import Point
 from deebert.runs import evaluate as evaluation
@@ -107,7 +108,6 @@ def evaluate(*, data: Any = None, config_dir: str | Path | None = None, **settin
     Raises:
         UserError: the settings or the rows have a mistake.
     """
-    refuse_moved(_overrides(settings, set()))
     return _run("evaluate", evaluation.evaluate, data, config_dir, settings)
 
 
@@ -144,7 +144,9 @@ def _run(
 ) -> Run:
     with _job(name, data, config_dir, settings) as (folder, run):
         run(job)
-        return Run(folder, read_results(folder))
+        if (results := read_results(folder)) is None:
+            raise UserError(f"nothing was evaluated; run folder: {folder}")
+        return Run(folder, results)
 
 
 @contextmanager
@@ -247,8 +249,8 @@ def _override(key: str, value: Any) -> str:
 
 def _word(value: Any) -> str:
     """Write a value in Hydra's grammar."""
-    if isinstance(value, Run | Path):
-        value = str(value.folder if isinstance(value, Run) else value)
+    if isinstance(value, os.PathLike):  # a path, or a run
+        value = os.fspath(value)
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -270,8 +272,8 @@ def _word(value: Any) -> str:
 
 def _place(name: str, data: Any, folder: Path) -> dict[str, str]:
     """Return the keys that name the rows; rows in memory are written into the run folder."""
-    if isinstance(data, str | Path):
-        return {"data.file": str(data)}
+    if isinstance(data, str | os.PathLike):
+        return {"data.file": os.fspath(data)}
     # Rows for an evaluation are all reported. Those for a training are split.
     split = "validation" if name == "evaluate" else None
     return {"data.file": str(memory.write(data, folder / ROWS, split))}

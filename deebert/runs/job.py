@@ -77,16 +77,10 @@ def check_optimize(optimize: Any, *, trained: bool) -> None:
         )
 
 
-def read_results(folder: Path) -> Results:
-    """Return the results of a finished run.
-
-    Raises:
-        UserError: it has none, because nothing was evaluated.
-    """
-    file = folder / "results.json"
-    if not file.exists():
-        raise UserError(f"nothing was evaluated; run folder: {folder}")
-    return Results.from_json(json.loads(file.read_text()))
+def read_results(folder: Path) -> Results | None:
+    """Return the results of a finished run, or None if nothing was evaluated."""
+    file = folder / "results.json"  # with ddp_spawn, the processes return nothing but files
+    return Results.from_json(json.loads(file.read_text())) if file.exists() else None
 
 
 def finish(
@@ -114,11 +108,9 @@ def finish(
     """
     if not is_global_zero:
         return None
-    file = job.folder / "results.json"  # with ddp_spawn, the processes return nothing but files
-    if not file.exists():
+    if (results := read_results(job.folder)) is None:
         log.warning("nothing was evaluated; run folder: %s", job.folder)
         return None
-    results = read_results(job.folder)
     try:
         report.show(results, job.folder)
         if following and not job.sweep:

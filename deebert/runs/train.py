@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -58,8 +58,7 @@ class Start:
     trained_ramps: frozenset[int] = frozenset()
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """A training before its Trainer is built.
 
     Attributes:
@@ -88,8 +87,7 @@ def train(cfg: DictConfig) -> float | None:
         UserError: the configuration or the data has a mistake.
     """
     job = Job.current()
-    prepared = prepare(cfg, job)
-    config, module, data, source = vars(prepared).values()
+    config, module, data, source = prepare(cfg, job)
     with build.closing(job):
         trainer = build.trainer(cfg, config, job, f"stage{config.run.stage}", EpochLine())
         build.refuse_unsafe_sweep(trainer, job)

@@ -1,4 +1,4 @@
-"""What a user sees of a training while it runs: a progress bar, and a line for each epoch."""
+"""The progress of a training as the user sees it: a bar, and a line for each epoch."""
 
 import logging
 import sys

@@ -112,6 +112,9 @@ def test_rows_of_every_kind_become_the_same_file(tmp_path: Path) -> None:
         splits = {"train": rows, "validation": rows}
         folder = memory.write(splits, tmp_path / f"{number}-splits")
         assert sorted(f.name for f in folder.iterdir()) == ["train.parquet", "validation.parquet"]
+    named_rows = memory.write({"rows": ROWS}, tmp_path / "named")  # a split of that name
+    assert named_rows == tmp_path / "named"
+    assert memory.write(ROWS, tmp_path / "all", "validation") == tmp_path / "all"
     both = datasets.DatasetDict(train=kinds[3], validation=kinds[3])
     assert len(list(memory.write(both, tmp_path / "dict").iterdir())) == 2
     bad: list[Any] = [3, "", [], [3], {"../x": ROWS}, {"text": 3}, {"a": ["a"], "b": ["x", "y"]}]
@@ -154,6 +157,11 @@ def test_mistakes_are_one_line_and_leave_hydra_as_it_was(tmp_path: Path) -> None
             deebert.train(**settings, hydra={"run": {"dir": tmp_path / str(number)}})
         assert message in str(error.value)
         assert "\n" not in str(error.value)
+    # A former key is a UserError, too, and does not end the user's program.
+    with pytest.raises(UserError, match="exit_rule"):
+        deebert.evaluate(
+            ckpt="none", **{"exit.score": "x"}, hydra={"run": {"dir": tmp_path / "former"}}
+        )
     assert (GlobalHydra.instance().hydra, HydraConfig.instance().cfg) == before
 
 
