@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deebert.errors import UserError, first_line, is_number, unknown
+from deebert.models.ramp_readers import Graph
 
 
 class ExitScores(NamedTuple):
@@ -31,6 +32,8 @@ class ExitScores(NamedTuple):
 
 
 RuleFunction = Callable[..., Tensor | ExitScores]
+# Adds the nodes of a score to an ONNX graph: (graph, name of what the rule reads, prior) -> name.
+ScoreNodes = Callable[[Graph, str, "list[float] | None"], str]
 F = TypeVar("F", bound=RuleFunction)
 
 READS = ("logits", "learned_score")
@@ -66,6 +69,8 @@ class Rule:
         prior: (C,) shares of the classes, for a relative rule. None: the prior is still to be
             fitted on the calibration rows of a target (`fitting.with_prior`).
         options: the keyword arguments of the function, for results.json, too.
+        nodes: adds the score of one ramp to an ONNX graph, so that the graph itself can decide
+            (`inference.exit_graphs`). None: torch decides.
     """
 
     name: str
@@ -79,6 +84,7 @@ class Rule:
     relative: bool = False
     prior: list[float] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    nodes: ScoreNodes | None = None
 
     def __post_init__(self) -> None:
         if self.regression is not None and self.regression != (self.num_labels == 1):
@@ -191,6 +197,7 @@ def exit_rule(
     looks_back: bool = True,
     reads: str = "logits",
     relative: bool = False,
+    nodes: ScoreNodes | None = None,
 ) -> Callable[[F], F]:
     """Return a decorator that registers a function as an exit rule.
 
@@ -207,6 +214,9 @@ def exit_rule(
             faster, and checked.
         reads: argument of the function: `logits` (N, L, C), or `learned_score` (N, L).
         relative: whether the second argument of the function is a prior, (C,) in float64.
+        nodes: adds the same score to an ONNX graph: what the rule reads of one ramp, (1, C) or
+            (1,), -> (1,). It serves one input at a time, and is for a rule that does not look back
+            and answers with the logits of the ramp. None: such inputs take a little longer.
 
     Raises:
         UserError: a value has the wrong type, or the name belongs to another function.
@@ -239,7 +249,7 @@ def exit_rule(
                 )
         RULES[name] = partial(
             Rule, name, function, largest=largest, regression=regression, looks_back=looks_back,
-            reads=reads, relative=relative,
+            reads=reads, relative=relative, nodes=nodes,
         )  # fmt: skip
         return function
 

@@ -21,9 +21,23 @@ from deebert.exits.registry import ExitScores as ExitScores
 from deebert.exits.registry import Rule as Rule
 from deebert.exits.registry import exit_rule as exit_rule
 from deebert.exits.registry import named as named
+from deebert.models.ramp_readers import Graph
 
 
-@exit_rule("entropy", looks_back=False)
+def _entropy_nodes(graph: Graph, logits: str, prior: list[float] | None = None) -> str:
+    log_probabilities = graph.op("LogSoftmax", logits, axis=-1)
+    terms = graph.op("Mul", graph.op("Exp", log_probabilities), log_probabilities)
+    return graph.op("Neg", graph.op("ReduceSum", terms, graph.integer([-1]), keepdims=0))
+
+
+def _relative_entropy_nodes(graph: Graph, logits: str, prior: list[float] | None) -> str:
+    excess = graph.constant(_excess(torch.tensor(prior, dtype=torch.float64)).numpy())
+    terms = graph.op("Mul", graph.op("Softmax", logits, axis=-1), excess)
+    more = graph.op("ReduceSum", terms, graph.integer([-1]), keepdims=0)
+    return graph.op("Add", _entropy_nodes(graph, logits), more)
+
+
+@exit_rule("entropy", looks_back=False, nodes=_entropy_nodes)
 def entropy(logits: Tensor) -> Tensor:
     """Compute the entropy of softmax(logits) in nats: (..., C) -> (...), between 0 and ln C.
 
@@ -35,7 +49,7 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_probabilities.exp() * log_probabilities).sum(-1)
 
 
-@exit_rule("relative_entropy", looks_back=False, relative=True)
+@exit_rule("relative_entropy", looks_back=False, relative=True, nodes=_relative_entropy_nodes)
 def relative_entropy(logits: Tensor, prior: Tensor | Sequence[float]) -> Tensor:
     """Compute ln(1 / min q) - KL(p || q) for a prior q: (..., C) -> (...), 0 to ln(1 / min q).
 
@@ -47,13 +61,36 @@ def relative_entropy(logits: Tensor, prior: Tensor | Sequence[float]) -> Tensor:
         logits: (..., C).
         prior: q, C shares above 0.
     """
-    share_C = torch.as_tensor(prior, dtype=torch.float64)
-    excess_C = (share_C / share_C.min()).log().float()
+    excess_C = _excess(torch.as_tensor(prior, dtype=torch.float64))
     # A sum of terms that are all >= 0: nothing cancels where the ramp is certain.
     return entropy(logits) + (torch.softmax(logits.float(), -1) * excess_C).sum(-1)
 
 
-@exit_rule("probability", largest=1.0, looks_back=False)
+def _excess(share_C: Tensor) -> Tensor:
+    """Return ln(q / min q) of a prior q: (C,) float64 -> (C,) float32."""
+    return (share_C / share_C.min()).log().float()
+
+
+def _others_nodes(graph: Graph, logits: str, prior: list[float] | None = None) -> str:
+    """Add the sum of all probabilities but the largest, as `probability` computes it."""
+    return graph.op("ReduceSum", _all_but_largest(graph, logits), graph.integer([-1]), keepdims=0)
+
+
+def _margin_nodes(graph: Graph, logits: str, prior: list[float] | None = None) -> str:
+    others = _all_but_largest(graph, logits)
+    total = graph.op("ReduceSum", others, graph.integer([-1]), keepdims=0)
+    second = graph.op("ReduceMax", others, graph.integer([-1]), keepdims=0)
+    return graph.op("Add", total, second)
+
+
+def _all_but_largest(graph: Graph, logits: str) -> str:
+    """Add the probabilities, with 0 for the largest: (1, C) -> (1, C)."""
+    probabilities = graph.op("Softmax", logits, axis=-1)
+    largest = graph.op("Mul", probabilities, graph.op("Hardmax", logits, axis=-1))
+    return graph.op("Sub", probabilities, largest)
+
+
+@exit_rule("probability", largest=1.0, looks_back=False, nodes=_others_nodes)
 def probability(logits: Tensor) -> Tensor:
     """Compute 1 - the largest probability: (..., C) -> (...), between 0 and 1 - 1/C.
 
@@ -64,7 +101,7 @@ def probability(logits: Tensor) -> Tensor:
     return ordered[..., 1:].sum(-1)
 
 
-@exit_rule("margin", largest=1.0, looks_back=False)
+@exit_rule("margin", largest=1.0, looks_back=False, nodes=_margin_nodes)
 def margin(logits: Tensor) -> Tensor:
     """Compute 1 - (largest - second largest probability): (..., C) -> (...), between 0 and 1."""
     ordered = torch.softmax(logits.float(), dim=-1).sort(-1, descending=True).values
@@ -143,7 +180,14 @@ def vote(logits_NLC: Tensor) -> ExitScores:
     return ExitScores(1 / votes_NLC.amax(-1).float(), votes_NLC + tie_break_NLC)
 
 
-@exit_rule("learned", largest=1.0, regression=None, looks_back=False, reads="learned_score")
+def _learned_nodes(graph: Graph, learned_score: str, prior: list[float] | None) -> str:
+    return learned_score
+
+
+@exit_rule(
+    "learned", largest=1.0, regression=None, looks_back=False, reads="learned_score",
+    nodes=_learned_nodes,
+)  # fmt: skip
 def learned(learned_score_NL: Tensor) -> Tensor:
     """Return the learned exit scores as they are: (N, L) -> (N, L), between 0 and 1.
 

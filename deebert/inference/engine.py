@@ -9,7 +9,8 @@ The saving comes from five things:
   layer k costs about k - 5/6 layers, at the last layer too.
 - Regrouping: a small group of survivors waits for the survivors of the next batches.
 - A ramp at which nothing can leave is not evaluated. The layers up to the next ramp that is are one
-  stretch (`stretches`), which a library of graphs runs in one call.
+  stretch (`stretches`), which a library of graphs runs in one call. One input alone runs in a graph
+  of the whole model (`exit_graphs`).
 
 Whatever the batch, it gives the exit layer and answer that the record of all ramps gives, to
 rounding. The engine knows nothing of tasks, texts or how time is measured.
@@ -106,7 +107,8 @@ class Engine:
     def _set(self, rule: Rule, thresholds: Sequence[float] | float) -> None:
         """Set the operating point, and find out which ramps it needs (0-based)."""
         self.rule = rule
-        self.limits = rules.limits(thresholds, self.num_layers).unbind()
+        limits_K = rules.limits(thresholds, self.num_layers)
+        self.limits, self.limits_K = limits_K.unbind(), limits_K.float().numpy()
         exit_ramps = [layer for layer, limit in enumerate(self.limits) if limit > 0]
         self.exit_ramps = frozenset(exit_ramps)  # ramps that an input may leave at
         # The rule, or the next ramp, may need the logits of every ramp so far.
@@ -181,6 +183,10 @@ class Engine:
 
     def _run(self, window: list[Mapping[str, Any]], all_ramps: bool) -> Answers:
         """Run one window of inputs."""
+        alone = len(window) == 1 and self.exit_ramps and not all_ramps
+        if alone and (graph := self.stretches.exit_graph(self.rule)):
+            logits_1C, layer = graph.run(self._cut(window[0]), self.limits_K)
+            return Answers(torch.from_numpy(logits_1C), torch.tensor([layer]), None)
         out = Answers.empty(len(window), self.num_layers, self.rule.num_labels, all_ramps)
         # The groups that wait at each layer (0-based) for more inputs.
         waiting: list[list[Group]] = [[] for _ in range(self.num_layers)]

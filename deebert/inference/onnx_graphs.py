@@ -13,13 +13,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from deebert.errors import UserError
+from deebert.inference.onnx_nodes import FUSED, Nodes
 from deebert.models.early_exit import EarlyExitModel
 from deebert.models.layer_parts import EmbeddingParts, LayerParts
 from deebert.models.quantization import LARGEST_WEIGHT, InputRange, LayerRanges, Quantization
 from deebert.models.ramp_readers import MASK, SECOND
 from deebert.models.ramps import Ramp
 
-FUSED = "com.microsoft"  # the domain of ONNX Runtime's own operators
 MANY = 2**62  # end of a slice of all tokens: more than any input has
 # The operator, its domain and its attributes, by the name of the activation's class.
 ACTIVATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -31,10 +31,12 @@ ACTIVATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Tanh": ("Tanh", "", {}),
 }
 BIAS = "attention_bias"  # an input of the layers whose parts have one
+LIMITS = "limits"  # the thresholds of K ramps, an input of graphs that decide (`exit_graphs`)
 # The axes of inputs and outputs whose shape is not (B, T, H), and the types that are not FLOAT.
 AXES = {"input_ids": "BS", "token_type_ids": "BS", MASK: "BS", "previous": "BC", SECOND: "B",
-        "logits": "BC", "learned_score": "B1", BIAS: "1ATS"}  # fmt: skip
-TYPES = {"input_ids": "INT64", "token_type_ids": "INT64", MASK: "INT32", SECOND: "INT64"}
+        "logits": "BC", "learned_score": "B1", BIAS: "1ATS", "layer": "1", LIMITS: "K"}  # fmt: skip
+TYPES = {"input_ids": "INT64", "token_type_ids": "INT64", MASK: "INT32", SECOND: "INT64",
+         "layer": "INT64"}  # fmt: skip
 
 
 def stretch(
@@ -67,7 +69,7 @@ def stretch(
         ramp: whether it ends with the ramp of the last of these layers.
         fused: whether int8 is written in ONNX Runtime's own operators.
     """
-    graph, backbone, bias_AD = Graph(fused=fused), model.backbone, _parts(model, 0).bias_AD
+    graph, backbone, bias_AD = Graph(fused=fused), model.backbone, parts_of(model, 0).bias_AD
     if embeds:
         inputs = ["input_ids", *(["token_type_ids"] if backbone.embedding_parts.typed else [])]
         hidden = graph.embeddings(backbone.embedding_parts)
@@ -77,11 +79,7 @@ def stretch(
         bias = [] if bias_AD is None else [BIAS]
     before = hidden
     for layer in range(start, end):
-        before, last = hidden, layer == len(model.ramps) - 1
-        int8 = quantization.layers[layer] if quantization else None
-        first_int8 = None if model.ramp_kind.exact_first else int8
-        parts, num_heads = _parts(model, layer), backbone.num_heads
-        hidden = graph.layer(before, parts, num_heads, int8, first_int8, bias, only_first=last)
+        before, hidden = hidden, add_layer(graph, model, layer, hidden, bias, quantization)
     if start == end:
         outputs = {"hidden": hidden} | ({BIAS: bias[0]} if bias else {})
     else:
@@ -95,7 +93,23 @@ def stretch(
     return graph.serialized(inputs, outputs)
 
 
-def _parts(model: EarlyExitModel, layer: int) -> LayerParts:
+def add_layer(
+    graph: "Graph",
+    model: EarlyExitModel,
+    layer: int,
+    hidden: str,
+    bias: list[str],
+    quantization: Quantization | None,
+) -> str:
+    """Add a layer of a model to a graph; of the last layer only the first token is computed."""
+    int8 = quantization.layers[layer] if quantization else None
+    first_int8 = None if model.ramp_kind.exact_first else int8
+    parts, last = parts_of(model, layer), layer == len(model.ramps) - 1
+    num_heads = model.backbone.num_heads
+    return graph.layer(hidden, parts, num_heads, int8, first_int8, bias, only_first=last)
+
+
+def parts_of(model: EarlyExitModel, layer: int) -> LayerParts:
     parts = model.backbone.parts(layer)
     assert parts is not None, "its layers cannot be split"
     return parts
@@ -147,8 +161,8 @@ def _values(weights: Tensor) -> np.ndarray:
     return weights.detach().cpu().numpy()
 
 
-class Graph:
-    """A graph that is being built.
+class Graph(Nodes):
+    """A graph that is being built, with the parts of a model.
 
     Each method adds operators and returns the name of their output.
 
@@ -156,10 +170,12 @@ class Graph:
         fused: whether int8 is written in ONNX Runtime's own operators.
     """
 
+    axes = AXES
+    types = TYPES
+
     def __init__(self, *, fused: bool = True) -> None:
+        super().__init__()
         self.fused = fused
-        self.nodes: list[Any] = []
-        self.constants: dict[str, np.ndarray] = {}
         self.quantized: dict[str, str] = {}  # name of a value -> that of the value in 8 bits
 
     def embeddings(self, parts: EmbeddingParts) -> str:
@@ -267,9 +283,7 @@ class Graph:
         The outputs are `logits` (B, C) and, if the ramp has one, `learned_score` (B, 1).
         """
         features = ramp.reader.onnx(self, before, after, ramp)
-        features = self.op("Sub", features, self.constant(_values(ramp.shift)))
-        features = self.op("Mul", features, self.constant(_values(ramp.scale)))
-        pooled = self.op("Tanh", self.linear(features, ramp.pooler))
+        pooled = self.op("Tanh", self._standardized(features, ramp))
         learned = {}
         if ramp.kind.predicts is not None:
             learned["learned_score"] = self.op("Sigmoid", self.linear(pooled, ramp.exit_head))
@@ -278,6 +292,14 @@ class Graph:
             seen = "previous" if one else self.op("Softmax", "previous", axis=-1)
             pooled = self.op("Concat", pooled, seen, axis=1)
         return {"logits": self.linear(pooled, ramp.classifier)} | learned
+
+    def _standardized(self, features: str, ramp: Ramp) -> str:
+        """Add a ramp's pooler, whose weights hold the shift and scale: (B, F) -> (B, H)."""
+        shift_F, scale_F = ramp.shift.double(), ramp.scale.double()
+        weight_HF = ramp.pooler.weight.double() * scale_F
+        bias_H = ramp.pooler.bias.double() - weight_HF @ shift_F
+        weight, bias = (self.constant(_values(each.float())) for each in (weight_HF.T, bias_H))
+        return self.op("Add", self.op("MatMul", features, weight), bias)
 
     def linear(self, x: str, linear: nn.Linear, range_: InputRange | None = None) -> str:
         """Add a linear map, in float32 or in 8 bits: (..., in) -> (..., out)."""
@@ -314,51 +336,3 @@ class Graph:
         # SkipLayerNormalization, which takes six times as long (25 tokens, one thread).
         total = self.op("Sum", x, residual)
         return self.op("LayerNormalization", total, gain, bias, epsilon=norm.eps)
-
-    def cut(self, x: str, start: int, end: int, axis: int = 1) -> str:
-        """Add the selection of the tokens from `start` to before `end`: (B, S, H) -> (B, T, H)."""
-        return self.op("Slice", x, *(self.integer([number]) for number in (start, end, axis)))
-
-    def integer(self, numbers: int | list[int]) -> str:
-        """Add a constant of int64."""
-        return self.constant(np.array(numbers, np.int64))
-
-    def constant(self, values: Any) -> str:
-        """Add a constant."""
-        name = f"c{len(self.constants)}"
-        self.constants[name] = np.ascontiguousarray(values).reshape(np.shape(values))
-        return name
-
-    def op(self, name: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
-        """Add an operator."""
-        from onnx import helper
-
-        output = f"n{len(self.nodes)}"
-        self.nodes.append(helper.make_node(name, inputs, [output], domain=domain, **attributes))
-        return output
-
-    def serialized(self, inputs: list[str], outputs: dict[str, str]) -> bytes:
-        """Return the graph as the content of a file.
-
-        Args:
-            inputs: the names of the inputs.
-            outputs: for the name of each output, the name that it has inside of the graph.
-        """
-        from onnx import TensorProto, helper, numpy_helper
-
-        def info(name: str) -> Any:
-            kind = getattr(TensorProto, TYPES.get(name, "FLOAT"))
-            return helper.make_tensor_value_info(name, kind, list(AXES.get(name, "BTH")))
-
-        for name, inner in outputs.items():
-            self.nodes.append(helper.make_node("Identity", [inner], [name]))
-        graph = helper.make_graph(
-            self.nodes,
-            "block",
-            [info(name) for name in inputs],
-            [info(name) for name in outputs],
-            [numpy_helper.from_array(values, name) for name, values in self.constants.items()],
-        )
-        opsets = [helper.make_opsetid("", 20), helper.make_opsetid(FUSED, 1)]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-        return bytes(model.SerializeToString())

@@ -3,7 +3,7 @@
 A graph is made and loaded the first time that it is run (`onnx_graphs`). A call of a graph alone
 costs 8 us, but the states that one graph hands to the next cost more. So one graph holds all layers
 up to the next ramp that is evaluated, and that ramp.
-This module knows nothing of exits.
+It knows nothing of exits (`exit_graphs` does).
 Shapes: B batch, S tokens, T of them that are computed, H hidden, C labels.
 """
 
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from deebert.errors import UserError
-from deebert.inference import onnx_graphs
+from deebert.exits.rules import Rule
+from deebert.inference import exit_graphs, onnx_graphs
+from deebert.inference.exit_graphs import ExitGraph
 from deebert.inference.graph_runtimes import Block, GraphRuntime
 from deebert.inference.stretches import RampOutput
 from deebert.inference.survivors import Group
@@ -26,6 +28,8 @@ from deebert.models.ramp_readers import MASK, SECOND
 from deebert.models.ramps import Ramp
 
 PRECISIONS = ("float32", "int8")
+# Each holds the weights of the model, and takes a second to load. So the first rules have one.
+EXIT_GRAPHS = 4
 
 
 def check(
@@ -68,6 +72,7 @@ class OnnxStretches:
         # Each operating point has stretches of its own. Each graph holds its layers' weights, so
         # those of many operating points are not all kept.
         self._graph = lru_cache(maxsize=4 * num_layers)(self._load)
+        self._exit_graphs: dict[tuple[str, ...], ExitGraph] = {}
         self.in_parts: Callable[[int], OnnxLayer] = cache(self._in_parts)
         parts = model.backbone.parts(0)
         assert parts is not None  # see `check`
@@ -97,6 +102,18 @@ class OnnxStretches:
             int8,
             exact_first=self.model.ramp_kind.exact_first,
         )
+
+    def exit_graph(self, rule: Rule) -> ExitGraph | None:
+        """Return the graph for one input at a time, as `Stretches` says."""
+        if not exit_graphs.fits(self.model, rule, self.runtime):
+            return None
+        key = (rule.name, repr(rule.options), repr(rule.fit))
+        if key not in self._exit_graphs:
+            if len(self._exit_graphs) == EXIT_GRAPHS:
+                return None
+            graph = ExitGraph(self.model, rule, self.runtime, self.quantization)
+            self._exit_graphs[key] = graph
+        return self._exit_graphs[key]
 
     def run(self, group: Group, end: int, *, ramp: bool) -> RampOutput | None:
         """Run a group to before layer `end`, as `Stretches` says."""

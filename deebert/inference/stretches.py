@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from deebert.exits.rules import Rule
+from deebert.inference.exit_graphs import ExitGraph
 from deebert.inference.kernels import without_onednn
 from deebert.inference.split_layer import SplitLayer
 from deebert.inference.survivors import Group
@@ -60,6 +62,9 @@ class Stretches(Protocol):
     def in_parts(self, layer: int) -> LayerInParts | None:
         """Return a layer (0-based) in parts; None if it only runs as a whole."""
 
+    def exit_graph(self, rule: Rule) -> ExitGraph | None:
+        """Return all layers with a rule's decisions as one graph; None if there is no such."""
+
 
 def ramp_output(
     model: EarlyExitModel, layer: int, group: Group, before_BSH: Tensor, after_BTH: Tensor
@@ -106,6 +111,9 @@ class TorchStretches:
     def in_parts(self, layer: int) -> SplitLayer | None:
         """Return a layer in parts, as `Stretches` says."""
         return self.layers[layer]
+
+    def exit_graph(self, rule: Rule) -> None:
+        """Return no graph, as torch has none."""
 
     def run(self, group: Group, end: int, *, ramp: bool) -> RampOutput | None:
         """Run a group to before layer `end`, as `Stretches` says."""
