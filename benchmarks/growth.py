@@ -78,7 +78,7 @@ def point(series: str, size: int, most: int | None, repeats: int) -> list[dict[s
         layer_N: Tensor = torch.full((num,), layers)
         if name != "full depth":
             layer_N = torch.cat([engines[name].run(request).layer_N for request in requests])
-            evaluated_ramps = [i + 1 for i in sorted(engines[name].exit_ramps)]
+            evaluated_ramps = [i + 1 for i in sorted(engines[name].points.exit_ramps)]
             spent, saved = flops.total(sizes, layer_N, length_N, evaluated_ramps, cost)
         rows.append(
             {

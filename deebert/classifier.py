@@ -193,17 +193,24 @@ class EarlyExitClassifier:
             inputs += [dict(zip(names, values, strict=True)) for values in rows]
         return inputs
 
-    def answer(self, inputs: Sequence[Tokens], point: CalibratedPoint) -> Predictions:
-        """Run tokenized inputs at an operating point.
+    def answer(
+        self, inputs: Sequence[Tokens], point: CalibratedPoint | Sequence[CalibratedPoint]
+    ) -> Predictions:
+        """Run tokenized inputs at an operating point, all together.
 
         Args:
             inputs: from `encode`.
-            point: from `calibrate`.
+            point: from `calibrate`, for all inputs; or one for each.
 
         Raises:
             UserError: there is no input.
         """
-        exits = self.engine.at(point.thresholds, point.rule).run(inputs)
+        each = [point] if isinstance(point, CalibratedPoint) else point
+        points = {id(one): one for one in each}
+        places = {one: place for place, one in enumerate(points)}
+        engine = self.engine.at_each([(one.rule, one.thresholds) for one in points.values()])
+        point_N = None if len(points) == 1 else [places[id(one)] for one in each]
+        exits = engine.run(inputs, point_N=point_N)
         labels = self.task.predict(exits.logits_NC).tolist()
         probabilities_NC = None
         if self.task.labels is not None:

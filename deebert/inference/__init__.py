@@ -1,7 +1,7 @@
 """Running inputs through a trained model until they exit.
 
-- `engine`: the only code of the package that skips layers; `survivors`: its groups of inputs;
-  `predictions`: labels and exit layers of inputs.
+- `engine`: the only code of the package that skips layers; `operating_points`: its exit rules and
+  thresholds; `survivors`: its groups of inputs; `predictions`: labels and exit layers of inputs.
 - `settings`: runtimes, sizes by device, checks; `quantize`: the ranges of int8.
 - `stretches`: consecutive layers, what the engine runs between two decisions, and their torch code
   with `split_layer` (a layer in parts) and `kernels`; `onnx_stretches`, `onnx_graphs`,

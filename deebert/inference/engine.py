@@ -30,11 +30,11 @@ from torch import Tensor
 from deebert.data.batching import by_length, padded
 from deebert.data.tokenization import TOKENS
 from deebert.errors import UserError
-from deebert.exits import rules
 from deebert.exits.rules import Rule
 from deebert.inference import settings
 from deebert.inference.graph_runtimes import GraphRuntime, one_torch_thread
 from deebert.inference.onnx_stretches import OnnxStretches
+from deebert.inference.operating_points import OperatingPoints, Point
 from deebert.inference.stretches import LayerInParts, Stretches, TorchStretches, ramp_output
 from deebert.inference.survivors import Answers, Group, merge
 from deebert.models.early_exit import EarlyExitModel
@@ -102,26 +102,12 @@ class Engine:
             self.stretches = OnnxStretches(model, self.graphs, self.quantization)
         else:
             self.stretches = TorchStretches(self.model, precision, self.device)
-        self._set(rule, thresholds)
+        self._set([(rule, thresholds)])
 
-    def _set(self, rule: Rule, thresholds: Sequence[float] | float) -> None:
-        """Set the operating point, and find out which ramps it needs (0-based)."""
-        self.rule = rule
-        limits_K = rules.limits(thresholds, self.num_layers)
-        self.limits, self.limits_K = limits_K.unbind(), limits_K.float().numpy()
-        exit_ramps = [layer for layer, limit in enumerate(self.limits) if limit > 0]
-        self.exit_ramps = frozenset(exit_ramps)  # ramps that an input may leave at
-        # The rule, or the next ramp, may need the logits of every ramp so far.
-        needs_earlier = rule.looks_back or self.kind.sees_previous
-        self.evaluated = frozenset(
-            range(max(exit_ramps) + 1) if exit_ramps and needs_earlier else exit_ramps
-        )
-        self.remembers = bool(needs_earlier and exit_ramps)
-        # For each layer, the next layer whose ramp is evaluated.
-        evaluated = sorted({*self.evaluated, self.num_layers - 1})
-        self.next_ramp = [
-            next(ramp for ramp in evaluated if ramp >= layer) for layer in range(self.num_layers)
-        ]
+    def _set(self, points: Sequence[Point]) -> None:
+        sees_previous = self.kind.sees_previous
+        self.points = OperatingPoints(points, self.num_layers, sees_previous=sees_previous)
+        self.rule = self.points.rule
         self._warned = False
 
     def at(self, thresholds: Sequence[float] | float, rule: Rule | None = None) -> "Engine":
@@ -130,11 +116,28 @@ class Engine:
         Raises:
             UserError: the thresholds do not fit.
         """
+        return self.at_each([(rule or self.rule, thresholds)])
+
+    def at_each(self, points: Sequence[Point]) -> "Engine":
+        """Return an engine on the same weights with several operating points.
+
+        Args:
+            points: rules and thresholds. `run` takes the place of each input's own among them.
+
+        Raises:
+            UserError: the thresholds do not fit.
+        """
         other = copy.copy(self)
-        other._set(rule or self.rule, thresholds)
+        other._set(points)
         return other
 
-    def run(self, inputs: Iterable[Mapping[str, Any]], *, all_ramps: bool = False) -> Answers:
+    def run(
+        self,
+        inputs: Iterable[Mapping[str, Any]],
+        *,
+        all_ramps: bool = False,
+        point_N: Sequence[int] | None = None,
+    ) -> Answers:
         """Run any number of inputs.
 
         Args:
@@ -143,34 +146,42 @@ class Engine:
                 them.
             all_ramps: evaluate every ramp up to an input's exit, and return their logits and
                 learned exit scores.
+            point_N: the operating point of each input, as its place in what `at_each` was given.
+                None: the first one.
 
         Raises:
             UserError: there are no inputs, or one has no tokens.
         """
-        parts = list(self.stream(inputs, all_ramps=all_ramps))
+        parts = list(self.stream(inputs, all_ramps=all_ramps, point_N=point_N))
         if not parts:
             raise UserError("there are no inputs to run; give at least one")
         return Answers.cat(parts)
 
     def stream(
-        self, inputs: Iterable[Mapping[str, Any]], *, all_ramps: bool = False
+        self,
+        inputs: Iterable[Mapping[str, Any]],
+        *,
+        all_ramps: bool = False,
+        point_N: Iterable[int] | None = None,
     ) -> Iterator[Answers]:
         """Run inputs that may never end, and yield the answers of 8,192 at a time, in their order.
 
         Args:
             inputs: as `run` takes them.
             all_ramps: as `run` takes it.
+            point_N: as `run` takes it.
 
         Raises:
             UserError: An input has no tokens.
         """
         self._warned = False
-        iterator = iter(inputs)
+        iterator, points = iter(inputs), None if point_N is None else iter(point_N)
         while window := list(islice(iterator, WINDOW)):
+            of_window = None if points is None else torch.tensor([*islice(points, len(window))])
             # The context does not span the `yield`, since the caller's own code runs there.
             threads = one_torch_thread() if self.graphs else contextlib.nullcontext()
             with torch.inference_mode(), threads:
-                answers = self._run(window, all_ramps)
+                answers = self._run(window, all_ramps, of_window)
             if not_finite := int(answers.not_finite_N.sum()):
                 log.warning(
                     "%d of %d inputs came out as NaN or infinity, at full depth (are the "
@@ -181,13 +192,16 @@ class Engine:
             del window  # two windows would be in memory at the same time otherwise
             yield answers
 
-    def _run(self, window: list[Mapping[str, Any]], all_ramps: bool) -> Answers:
+    def _run(
+        self, window: list[Mapping[str, Any]], all_ramps: bool, point_N: Tensor | None
+    ) -> Answers:
         """Run one window of inputs."""
-        alone = len(window) == 1 and self.exit_ramps and not all_ramps
-        if alone and (graph := self.stretches.exit_graph(self.rule)):
-            logits_1C, layer = graph.run(self._cut(window[0]), self.limits_K)
-            return Answers(torch.from_numpy(logits_1C), torch.tensor([layer]), None)
-        out = Answers.empty(len(window), self.num_layers, self.rule.num_labels, all_ramps)
+        if len(window) == 1 and not all_ramps:
+            point = 0 if point_N is None else int(point_N)
+            if answers := self._run_alone(self._cut(window[0]), point):
+                return answers
+        size = len(window), self.num_layers, self.rule.num_labels
+        out = Answers.empty(*size, all_ramps, point_N)
         # The groups that wait at each layer (0-based) for more inputs.
         waiting: list[list[Group]] = [[] for _ in range(self.num_layers)]
         window = [self._cut(tokens) for tokens in window]
@@ -199,6 +213,14 @@ class Engine:
                 if survivors is not None:
                     waiting[survivors.layer].append(survivors)
         return out
+
+    def _run_alone(self, tokens: Mapping[str, Any], point: int) -> Answers | None:
+        """Run one input in a graph of the whole model; None if there is no such graph."""
+        rule, limits_K = self.points[point]
+        if not limits_K.any() or (graph := self.stretches.exit_graph(rule)) is None:
+            return None
+        logits_1C, layer = graph.run(tokens, limits_K.float().numpy())
+        return Answers(torch.from_numpy(logits_1C), torch.tensor([layer]), None)
 
     def _advance(self, group: Group, waiting: list[list[Group]], out: Answers) -> None:
         """Run a group until all inputs have left or it must wait."""
@@ -247,7 +269,7 @@ class Engine:
             tokens["input_ids"].shape[1],
             0,
             None,
-            torch.full(size, torch.nan) if all_ramps or self.remembers else None,
+            torch.full(size, torch.nan) if all_ramps or self.points.remembers else None,
             None if second_B is None else second_B.to(self.device),
             torch.zeros(size[:2]) if all_ramps else None,
             tokens,
@@ -259,9 +281,9 @@ class Engine:
         Returns:
             The inputs that go on, or None if all have left.
         """
-        layer = group.layer if out.ramps_NLC is not None else self.next_ramp[group.layer]
+        layer = group.layer if out.ramps_NLC is not None else self.points.next_ramp[group.layer]
         if (
-            layer in self.exit_ramps
+            layer in self.points.exit_ramps
             and not self.kind.reads_tokens
             and group.num_tokens >= self.first_token_from
             and (in_parts := self.stretches.in_parts(layer)) is not None
@@ -318,23 +340,30 @@ class Engine:
         if layer == self.num_layers - 1:  # the final classifier answers all inputs, by no rule
             self._answer(layer, group, slice(None), logits_BC, out)
             return torch.zeros(len(logits_BC), dtype=torch.bool)
-        if layer not in self.exit_ramps:
+        if layer not in self.points.exit_ramps:
             return None
-        if self.rule.looks_back:
-            assert group.ramps_BLC is not None
-            exit_scores = self.rule(group.ramps_BLC[:, : layer + 1])
-        else:
-            learned_score_BL = None if learned_score_B is None else learned_score_B.cpu()[:, None]
-            exit_scores = self.rule(logits_BC[:, None], learned_score_BL, first=layer)
-        score_B = exit_scores.score_NL[:, -1]
-        leave_B = score_B < self.limits[layer].to(score_B.dtype)
-        if not leave_B.any():
-            return None
-        answer_BC = exit_scores.answer_NLC[:, -1]
-        # A rule that counts votes gives NaN logits a score, too. No input is answered by them.
-        leave_B &= answer_BC.isfinite().all(-1)
-        self._answer(layer, group, leave_B, answer_BC[leave_B], out)
-        return ~leave_B
+        stay_B = None
+        point_B = None if out.point_N is None else out.point_N[group.rows_B]
+        for rule, rows, limit in self.points.at_ramp(layer, point_B):
+            if rule.looks_back:
+                assert group.ramps_BLC is not None
+                exit_scores = rule(group.ramps_BLC[rows, : layer + 1])
+            else:
+                learned = None if learned_score_B is None else learned_score_B.cpu()[rows, None]
+                exit_scores = rule(logits_BC[rows, None], learned, first=layer)
+            score = exit_scores.score_NL[:, -1]
+            leave = score < limit.to(score.dtype)
+            if not leave.any():
+                continue
+            answer = exit_scores.answer_NLC[:, -1]
+            # A rule that counts votes gives NaN logits a score, too. No input is answered by them.
+            leave &= answer.isfinite().all(-1)
+            leaving = leave if isinstance(rows, slice) else rows[leave]
+            self._answer(layer, group, leaving, answer[leave], out)
+            if stay_B is None:
+                stay_B = torch.ones(len(logits_BC), dtype=torch.bool)
+            stay_B[leaving] = False
+        return stay_B
 
     def _answer(
         self, layer: int, group: Group, leave: Tensor | slice, answer_BC: Tensor, out: Answers

@@ -4,7 +4,7 @@ Between two graphs the states change hands and the rule is evaluated in torch. F
 takes a third of a layer's time. So one input runs in a single graph, which decides at each ramp
 itself: the layers after a ramp stand in a branch of the operator `If`. The thresholds are an input
 of the graph.
-Shapes: S tokens, H hidden, L layers (= ramps), C labels.
+Shapes: S tokens, H hidden, L layers (= ramps), K = L-1 thresholds, C labels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,13 +47,13 @@ class ExitGraph:
         self.block = runtime.load(_Exits(model, rule, quantization).serialized())
 
     def run(
-        self, tokens: Mapping[str, Sequence[int]], limits_L: np.ndarray
+        self, tokens: Mapping[str, Sequence[int]], limits_K: np.ndarray
     ) -> tuple[np.ndarray, int]:
         """Run one input.
 
         Args:
             tokens: `input_ids` and perhaps `token_type_ids`, S whole numbers each.
-            limits_L: the thresholds of the ramps before the last, (L-1,) float32.
+            limits_K: the thresholds of the ramps before the last, (L-1,) float32.
 
         Returns:
             The logits of its answer, (1, C), and its exit layer, 1-based.
@@ -62,7 +62,7 @@ class ExitGraph:
         given: dict[str, np.ndarray] = {
             "input_ids": ids_1S,
             MASK: np.ones(ids_1S.shape, np.int32),
-            onnx_graphs.LIMITS: limits_L,
+            onnx_graphs.LIMITS: limits_K,
         }
         if "token_type_ids" in self.block.inputs:
             types = tokens.get("token_type_ids")

@@ -24,19 +24,30 @@ class Answers:
         ramps_NLC: the logits of every ramp that was evaluated for an input, NaN elsewhere. None
             unless the caller of the engine requested them.
         learned_NL: with `ramps_NLC`, the learned exit scores, 0 where a ramp has none.
+        point_N: the operating point of each input, as its place in what the engine was given. None
+            if all have the first one.
     """
 
     logits_NC: Tensor
     layer_N: Tensor
     ramps_NLC: Tensor | None
     learned_NL: Tensor | None = None
+    point_N: Tensor | None = None
 
     @classmethod
-    def empty(cls, num: int, num_layers: int, num_labels: int, all_ramps: bool) -> "Answers":
+    def empty(
+        cls,
+        num: int,
+        num_layers: int,
+        num_labels: int,
+        all_ramps: bool,
+        point_N: Tensor | None = None,
+    ) -> "Answers":
         """Return answers to be filled in, with room for the outputs of all ramps or without."""
         ramps = torch.full((num, num_layers, num_labels), torch.nan) if all_ramps else None
         learned = torch.zeros(num, num_layers) if all_ramps else None
-        return cls(torch.empty(num, num_labels), torch.empty(num, dtype=torch.long), ramps, learned)
+        logits_NC, layer_N = torch.empty(num, num_labels), torch.empty(num, dtype=torch.long)
+        return cls(logits_NC, layer_N, ramps, learned, point_N)
 
     @classmethod
     def cat(cls, parts: list["Answers"]) -> "Answers":
@@ -45,11 +56,13 @@ class Answers:
             return parts[0]
         ramps = [part.ramps_NLC for part in parts if part.ramps_NLC is not None]
         learned = [part.learned_NL for part in parts if part.learned_NL is not None]
+        points = [part.point_N for part in parts if part.point_N is not None]
         return cls(
             torch.cat([part.logits_NC for part in parts]),
             torch.cat([part.layer_N for part in parts]),
             torch.cat(ramps) if ramps else None,
             torch.cat(learned) if learned else None,
+            torch.cat(points) if points else None,
         )
 
     @property

@@ -1,7 +1,7 @@
 """The replies to requests that came together, in as few runs of the model as possible.
 
-Requests with the same exit rule and thresholds run together, whatever their targets are. A request
-that cannot be answered does not affect the others. Knows nothing of HTTP and processes.
+Requests run together, whatever their exit rules and thresholds are. A request that cannot be
+answered does not affect the others. Knows nothing of HTTP and processes.
 """
 
 import logging
@@ -81,23 +81,22 @@ def replies(
     classifier: "EarlyExitClassifier", together: Sequence[Prepared]
 ) -> Iterator[tuple[int, Reply]]:
     """Yield a reply for each request with the number of the request, as soon as it is there."""
-    groups: dict[Any, list[Prepared]] = {}
+    inputs = [each for one in together for each in one.tokens]
+    points = [one.point for one in together for _ in one.tokens]
+    try:
+        answers = classifier.answer(inputs, points)
+    except Exception:
+        if len(together) == 1:
+            yield together[0].number, _failure()
+            return
+        for one in together:
+            yield from replies(classifier, [one])
+        return
+    start = 0
     for one in together:
-        # A rule with temperatures that were fitted for a target is another object.
-        groups.setdefault((id(one.point.rule), repr(one.point.thresholds)), []).append(one)
-    for group in groups.values():
-        inputs = [each for one in group for each in one.tokens]
-        try:
-            answers = classifier.answer(inputs, group[0].point)
-        except Exception:
-            failure = _failure()
-            yield from ((one.number, failure) for one in group)
-            continue
-        start = 0
-        for one in group:
-            end = start + len(one.tokens)
-            yield one.number, _reply(_part(answers, start, end), one.point)
-            start = end
+        end = start + len(one.tokens)
+        yield one.number, _reply(_part(answers, start, end), one.point)
+        start = end
 
 
 def _whole(target: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:

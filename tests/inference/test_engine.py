@@ -114,6 +114,54 @@ def test_equals_the_record(model_type: str, ramp: str, data: st.DataObject) -> N
         )
 
 
+@pytest.mark.parametrize(
+    ("model_type", "ramp"), [("bert", "first"), ("bert", "pair"), ("modernbert", "attention")]
+)
+@settings(max_examples=12, derandomize=True, deadline=None)
+@given(data=st.data())
+def test_operating_points_run_together(model_type: str, ramp: str, data: st.DataObject) -> None:
+    """Inputs with different rules and thresholds leave as if each were alone, in one run."""
+    model, pool, record = world(model_type, 3, ramp)
+    points = []
+    for name in data.draw(st.lists(st.sampled_from(CLASS_RULES), min_size=1, max_size=4)):
+        rule = rule_of(name, 3)
+        scores = curves.exit_scores_of(rule, record).score_NL
+        points.append((rule, data.draw(st.sampled_from(middles(scores[:, :-1])))))
+        one_layer = [0.0, points[-1][1], 0.0]
+        points += [(rule, one_layer)] if data.draw(st.booleans()) else []
+    point_N = data.draw(
+        st.lists(st.integers(0, len(points) - 1), min_size=len(pool), max_size=len(pool))
+    )
+    engine = Engine(model, rules.default(3), 0.0).at_each(points)
+    engine.regroup_below = data.draw(st.sampled_from([engine.regroup_below, 0]))
+    engine.first_token_from = data.draw(st.sampled_from([engine.first_token_from, 0]))
+    answers = engine.run(pool, point_N=point_N)
+    assert answers.point_N is not None
+    assert answers.point_N.tolist() == point_N
+    for number, (rule, thresholds) in enumerate(points):
+        exit_scores = curves.exit_scores_of(rule, record)
+        rows = (torch.tensor(point_N) == number).nonzero().squeeze(1)
+        layer_N = exit_layer(exit_scores.score_NL[rows], thresholds)
+        assert answers.layer_N[rows].tolist() == layer_N.tolist()
+        expected = exit_scores.answer_NLC[rows, layer_N - 1]
+        torch.testing.assert_close(answers.logits_NC[rows], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_ramp_that_only_others_need_is_not_asked() -> None:
+    """An input with a rule that has no prior yet runs at full depth, beside inputs that leave."""
+    model, pool, record = world("bert")
+    no_prior = rules.named("relative_entropy", 3)
+    engine = Engine(model, no_prior, 0.0).at_each(
+        [(no_prior, 0.0), (rules.default(3), [math.inf, 0, 0])]
+    )
+    answers = engine.run(pool, point_N=[row % 2 for row in range(len(pool))])
+    assert answers.layer_N.tolist() == [1 if row % 2 else NUM_LAYERS for row in range(len(pool))]
+    together = calls(model, lambda: engine.run(pool, point_N=[row % 2 for row in range(len(pool))]))
+    assert together == [len(pool), 0, 0, len(pool) - len(pool) // 2]
+    full = record.logits_NLC[::2, -1]
+    torch.testing.assert_close(answers.logits_NC[::2], full, atol=1e-5, rtol=1e-5)
+
+
 def test_the_longest_input_of_mpnet() -> None:
     """Its attention bias has no distance beyond it. Alone and beside shorter inputs."""
     model = model_of("mpnet")

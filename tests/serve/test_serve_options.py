@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from deebert.classifier import EarlyExitClassifier
 from deebert.errors import UserError
+from deebert.inference.engine import Engine
+from deebert.inference.survivors import Answers
 from deebert.options import parse, target_of
 from deebert.serve import command as serve
 from deebert.serve import replies
 from deebert.serve.command import ServeOptions, checked
 from deebert.serve.predictor import About, described, loaded
-from deebert.serve.requests import Limits, Request, work
+from deebert.serve.replies import Prepared, prepared
+from deebert.serve.requests import Limits, Request, Work, work
 
 TOKEN = "correct horse"
 
@@ -132,6 +136,40 @@ def test_what_layers_cost_is_measured_at_the_start(stage2: Path, stage1: Path) -
     for target in ({"speedups": True}, {"target_speedup": 1.01}):
         assert len(about(ServeOptions(model=str(stage2), **target)).costs) == 3
     assert about(ServeOptions(model=str(stage1), speedups=True)).costs is None
+
+
+@pytest.mark.slow
+def test_requests_of_one_moment_are_one_run(stage2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their targets are. One that fails does not affect the others."""
+    classifier = EarlyExitClassifier.from_pretrained(stage2)
+    targets = [{"threshold": 0.68}, {"exit": "patience", "threshold": 0.7}, {"target_saving": 0.4}]
+    texts = [["a fine film", "it is one"], ["it rains", "rain falls"], ["no", "yes"]]
+    together = []
+    for number, target in enumerate(targets):
+        one = prepared(classifier, number, Work(texts[: number + 1], target), {})
+        assert isinstance(one, Prepared)
+        together.append(one)
+    sizes: list[int] = []
+    run = Engine.run
+
+    def counted(self: Engine, inputs: list[Any], **more: Any) -> Answers:
+        sizes.append(len(inputs))
+        return run(self, inputs, **more)
+
+    monkeypatch.setattr(Engine, "run", counted)
+    answers = dict(replies.replies(classifier, together))
+    assert sizes == [6]
+    broken = Prepared(3, [{"input_ids": [], "token_type_ids": []}], together[0].point)
+    beside = dict(replies.replies(classifier, [*together, broken]))
+    assert beside.pop(3).status == 500
+    for number, target in enumerate(targets):
+        content = json.loads(answers[number].content)
+        expected = classifier.predict(texts[: number + 1], **target)
+        assert content["target"] == target
+        assert [each["label"] for each in content["answers"]] == expected.labels
+        assert [each["exit_layer"] for each in content["answers"]] == expected.exit_layers
+        assert list(answers[number].exit_layers) == expected.exit_layers
+        assert beside[number].exit_layers == answers[number].exit_layers
 
 
 def test_a_missing_extra_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
