@@ -14,8 +14,11 @@ from conftest import ROOT, TINY, CommandFailed, mrpc_rows
 from hydra import compose, initialize_config_dir
 
 from deebert.data import demo
+from deebert.options import parse
+from deebert.predict.command import PredictOptions
+from deebert.serve.command import ServeOptions
 
-PAGES = ("calibrate", "clock", "data", "ramps", "sweeps")
+PAGES = ("calibrate", "clock", "data", "ramps", "sweeps", "train")
 FILES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGES)]
 TEXT = "\n".join(file.read_text() for file in FILES)
 COMMANDS = sorted(
@@ -23,10 +26,14 @@ COMMANDS = sorted(
         line.split("  #")[0].strip()
         for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S)
         for line in block.splitlines()
-        if line.startswith("python ")
+        if line.startswith(("python ", "deebert "))
     }
-    | set(re.findall(r"`(python (?:train|evaluate)\.py [^`]*)`", TEXT))
+    | set(re.findall(r"`((?:python (?:train|evaluate)\.py|deebert \w+) [^`]*=[^`]*)`", TEXT))
 )
+SHORT = {  # for a training that takes seconds
+    "logger": "csv", "data.max_length": 48, "data.calibration_size": 0,
+    "stages": {number: {"epochs": 1, "lr": 1e-3} for number in (1, 2)},
+}  # fmt: skip
 
 
 def test_links_lead_somewhere() -> None:
@@ -44,10 +51,29 @@ def test_there_are_commands() -> None:
     "command", [c for c in COMMANDS if "--" not in c and " -m deebert" not in c]
 )
 def test_every_command_composes(command: str) -> None:
-    _, script, *overrides = shlex.split(command)
+    program, script, *overrides = shlex.split(command)
+    if program == "deebert" and script not in ("train", "evaluate"):
+        options = {"predict": PredictOptions, "serve": ServeOptions}[script]
+        assert parse(options, overrides).model == "RUN"
+        return
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose(Path(script).stem, [o for o in overrides if o != "-m" and "," not in o])
     assert "trainer" in cfg
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/train.md"])
+def test_the_python_that_trains(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [f'{r["review"]},{("bad", "good")[r["label"]]}' for r in demo.rows("train")[:200]]
+    (tmp_path / "tickets.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    code = re.search(r"```python\n(import deebert\n.*?)```", (ROOT / page).read_text(), re.S).group(1)
+    smaller = SHORT | ({"data.limit_train": 200} if 'task="demo"' in code else {})
+    code = code.replace('backbone="minilm"', f'backbone="tiny", **{smaller}')
+    exec(code.replace("stage=2,", f"stage=2, stages={SHORT['stages']},"), {})
+    assert re.search(r"expected_saving|score", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("setting", re.findall(r"\| `([a-z][\w.]*=[^`|]*)`", TEXT))
