@@ -67,13 +67,13 @@ def log_evaluation(run: "wandb.Run", prefix: str, evaluation: SplitResults, step
     run.log(logged)
 
 
-def log_final(run: "wandb.Run", results: Results, plot: Path) -> None:
+def log_final(run: "wandb.Run", results: Results, folder: Path) -> None:
     """Log the results by which runs are compared. This is done once, at the end of a run.
 
     Args:
         run: an open W&B run.
         results: the results of the run.
-        plot: the file curve.png.
+        folder: the run folder, which holds curve.png.
     """
     import wandb
 
@@ -85,8 +85,8 @@ def log_final(run: "wandb.Run", results: Results, plot: Path) -> None:
     if results.timing:
         _log_timing(run, results.timing)
     _log_classes(run, results.headline)
-    run.summary.update(_headline(results))
-    run.log({"curve": [wandb.Image(str(plot))]})
+    run.summary.update(summary(results))
+    run.log({"curve": [wandb.Image(str(folder / "curve.png"))]})
 
 
 def _log_curve(run: "wandb.Run", name: str, evaluation: SplitResults) -> None:
@@ -181,7 +181,8 @@ def _timed(case: TimedCase) -> dict[str, Any]:
     return {key: getattr(case, key) for key in TIMED} | latencies
 
 
-def _headline(results: Results) -> dict[str, Any]:
+def summary(results: Results) -> dict[str, Any]:
+    """Return the values by which runs are compared, by name."""
     values: dict[str, Any] = {"full_depth/score": results.headline.exits[-1].score}
     if classes := results.headline.classes:
         for name in ("full_depth", "operating_point"):

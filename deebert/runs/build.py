@@ -171,6 +171,8 @@ def trainer(
             if loggers.wandb_mode(values.get("offline")) == "disabled":
                 continue
             defaults |= {"name": config.name(kind), "group": job.sweep.name if job.sweep else None}
+        elif str((values or {}).get("_target_")).endswith("MLFlowLogger"):
+            defaults |= {"run_name": config.name(kind)}
         extra = {n: v for n, v in defaults.items() if (values or {}).get(n) is None}
         if (logger := instantiated(f"logger.{key}", values, **extra)) is not None:
             given_loggers.append(logger)
@@ -194,12 +196,13 @@ def trainer(
 
 
 def check_loggers(cfg: DictConfig) -> None:
-    """Check that W&B has an account to log to, if a run is not offline.
+    """Check that loggers are installed, and W&B has an account if a run is not offline.
 
     Raises:
-        UserError: it has none.
+        UserError: one is not, or it has none.
     """
     for values in (cfg.get("logger") or {}).values():
+        loggers.check_package(str((values or {}).get("_target_")))
         if _is_wandb(values) and signals.is_first_process():
             loggers.check_login(values.get("offline"))
 

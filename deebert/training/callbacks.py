@@ -1,8 +1,8 @@
 """Lightning callbacks that evaluate early exit in each validation and keep the best checkpoint.
 
 `EarlyExitEvaluation` turns the logits of every ramp into a record, and the record into a curve of
-score against expected saving. It writes the results as CSV, results.json, a plot and W&B charts.
-This module does not know how the logits were computed.
+score against expected saving. It writes the results as CSV, results.json and a plot, and gives
+them to the loggers. This module does not know how the logits were computed.
 """
 
 import csv
@@ -16,7 +16,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
@@ -28,11 +27,12 @@ from deebert.evaluation.layers import layer_table
 from deebert.exits import curves, rules
 from deebert.exits.records import Record
 from deebert.hub import record_files
-from deebert.reporting import report, wandb
+from deebert.reporting import report
 from deebert.reporting.results import Calibration, Results, TimedCase
 from deebert.reporting.split_results import Example, Examples, SplitResults
+from deebert.reporting.wandb import curve_columns, curve_rows
 from deebert.training.feature_cache import FeatureCache
-from deebert.training.loggers import attempt
+from deebert.training.loggers import to_trackers
 from deebert.training.module import EarlyExitModule
 from deebert.untrusted import tensor_files
 
@@ -215,7 +215,8 @@ class EarlyExitEvaluation(Callback):
                 {f"{name}/{key}": value for key, value in scalars.items()}, sync_dist=True
             )
             if trainer.is_global_zero:
-                _to_wandb(trainer, wandb.log_evaluation, name, evaluation, trainer.global_step)
+                step = trainer.global_step
+                to_trackers(trainer.loggers, "log_evaluation", name, evaluation, step)
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)  # a Trainer does not make it
@@ -274,7 +275,7 @@ class EarlyExitEvaluation(Callback):
         report.save(self.results, folder)
         if not is_kept:
             return  # the weights that are kept are validated after training
-        _to_wandb(trainer, wandb.log_final, self.results, folder / "curve.png")
+        to_trackers(trainer.loggers, "log_final", self.results, folder)
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -305,13 +306,6 @@ class BestCheckpoint(ModelCheckpoint):
                 "last_model_path": "",
             }
         super().load_state_dict(state_dict)
-
-
-def _to_wandb(trainer: L.Trainer, call: Callable[..., None], *args: Any) -> None:
-    """Call a function of `reporting.wandb` with the run of each logger to W&B."""
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            attempt(logger, lambda logger=logger: call(logger.experiment, *args))
 
 
 def _own_data(trainer: L.Trainer) -> TextDataModule | None:
@@ -378,7 +372,7 @@ def _append_csv(file: Path, results: Results) -> None:
     with file.open("a", newline="") as stream:
         writer = csv.writer(stream)
         if is_new:
-            writer.writerow(["epoch", "split", *wandb.curve_columns(results.headline)])
+            writer.writerow(["epoch", "split", *curve_columns(results.headline)])
         for part in results.splits:
             position = ("" if results.epoch is None else results.epoch, part.split)
-            writer.writerows([*position, *row] for row in wandb.curve_rows(part))
+            writer.writerows([*position, *row] for row in curve_rows(part))

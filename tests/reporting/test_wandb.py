@@ -158,10 +158,10 @@ def test_what_runs_are_compared_by(tmp_path: Path) -> None:
     wandb.log_evaluation(run, "val", results.headline, 7)
     wandb.log_evaluation(run, "val_unlabelled", results.splits[1], 7)
     untimed = {"objective": "final", "calibration": None, "timing": None}
-    wandb.log_final(run, replace(results, **untimed), picture)
+    wandb.log_final(run, replace(results, **untimed), tmp_path)
     assert not any(key.startswith("timing") for key in dict(run.summary))
     assert "calibration/score" not in dict(run.summary)
-    wandb.log_final(run, results, picture)
+    wandb.log_final(run, results, tmp_path)
     run.finish()
 
     logged = history(tmp_path)

@@ -82,7 +82,7 @@ def test_the_choices_that_the_project_promises() -> None:
     assert choices("objective") == sorted([*OBJECTIVES, "paper"])
     promised = "first mean pair first_and_mean attention shared cascade"
     assert set(choices("ramp")) >= set(promised.split())
-    assert choices("experiment") == ["deebert_paper", "demo"]
+    assert choices("experiment") == ["debug", "deebert_paper", "demo", "optuna"]
 
 
 @pytest.mark.parametrize(("backbone", "epochs"), [("bert-base", 3), ("bert-large", 3), ("roberta-base", 10), ("roberta-large", 10)])  # fmt: skip
