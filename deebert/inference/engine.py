@@ -217,7 +217,8 @@ class Engine:
     def _run_alone(self, tokens: Mapping[str, Any], point: int) -> Answers | None:
         """Run one input in a graph of the whole model; None if there is no such graph."""
         rule, limits_K = self.points[point]
-        if not limits_K.any() or (graph := self.stretches.exit_graph(rule)) is None:
+        graph = self.stretches.exit_graph(rule if limits_K.any() else None)
+        if graph is None:
             return None
         logits_1C, layer = graph.run(tokens, limits_K.float().numpy())
         return Answers(torch.from_numpy(logits_1C), torch.tensor([layer]), None)

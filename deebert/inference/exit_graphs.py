@@ -14,7 +14,7 @@ import torch
 
 from deebert.exits.rules import Rule
 from deebert.inference import onnx_graphs
-from deebert.inference.graph_runtimes import GraphRuntime
+from deebert.inference.graph_runtimes import Block, GraphRuntime
 from deebert.models.early_exit import EarlyExitModel
 from deebert.models.quantization import Quantization
 from deebert.models.ramp_readers import MASK, SECOND
@@ -27,24 +27,16 @@ def fits(model: EarlyExitModel, rule: Rule, runtime: GraphRuntime) -> bool:
 
 
 class ExitGraph:
-    """A model and an exit rule in one graph.
+    """A loaded graph of a whole model, which runs one input.
 
     Args:
-        model: the model, on the processor.
-        rule: an exit rule that fits (`fits`).
-        runtime: the library that runs the graph.
-        quantization: how the linear maps are rounded in int8; None for float32.
+        model: the model.
+        block: the graph that `exit_graph` returns, or all layers as one stretch with the last ramp,
+            which is full depth.
     """
 
-    def __init__(
-        self,
-        model: EarlyExitModel,
-        rule: Rule,
-        runtime: GraphRuntime,
-        quantization: Quantization | None,
-    ) -> None:
-        self.model = model
-        self.block = runtime.load(_Exits(model, rule, quantization).serialized())
+    def __init__(self, model: EarlyExitModel, block: Block) -> None:
+        self.model, self.block = model, block
 
     def run(
         self, tokens: Mapping[str, Sequence[int]], limits_K: np.ndarray
@@ -73,8 +65,25 @@ class ExitGraph:
             second_1 = self.model.second_text(torch.from_numpy(ids_1S))
             assert second_1 is not None
             given[SECOND] = second_1.numpy()
-        logits_1C, layer_1 = self.block.run([given[name] for name in self.block.inputs])
-        return logits_1C, int(layer_1[0])
+        arrays = self.block.run([given[name] for name in self.block.inputs])
+        outputs = dict(zip(self.block.outputs, arrays, strict=True))
+        layer_1 = outputs.get("layer")
+        return outputs["logits"], len(self.model.ramps) if layer_1 is None else int(layer_1[0])
+
+
+def exit_graph(model: EarlyExitModel, rule: Rule, quantization: Quantization | None) -> bytes:
+    """Return the graph of a model and an exit rule, the content of a file.
+
+    Inputs: `input_ids`, `mask` and, if the embeddings take them, `token_type_ids` (1, S); `second`
+    (1,), if the ramps read it; `limits` (L-1,), the thresholds.
+    Outputs: `logits` (1, C) and `layer` (1,), the exit layer, 1-based.
+
+    Args:
+        model: the model, on the processor.
+        rule: an exit rule that fits (`fits`).
+        quantization: how the linear maps are rounded in int8; None for float32.
+    """
+    return _Exits(model, rule, quantization).serialized()
 
 
 class _Exits:
@@ -87,12 +96,7 @@ class _Exits:
         self.graph = onnx_graphs.Graph()
 
     def serialized(self) -> bytes:
-        """Return the content of the file.
-
-        Inputs: `input_ids`, `mask` and, if the embeddings take them, `token_type_ids` (1, S);
-        `second` (1,), if the ramps read it; `limits` (L-1,), the thresholds.
-        Outputs: `logits` (1, C) and `layer` (1,), the exit layer, 1-based.
-        """
+        """Return the content of the file."""
         graph, embedding_parts = self.graph, self.model.backbone.embedding_parts
         bias_AD = onnx_graphs.parts_of(self.model, 0).bias_AD
         bias = [] if bias_AD is None else [graph.bias(bias_AD)]

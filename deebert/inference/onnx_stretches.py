@@ -103,16 +103,18 @@ class OnnxStretches:
             exact_first=self.model.ramp_kind.exact_first,
         )
 
-    def exit_graph(self, rule: Rule) -> ExitGraph | None:
+    def exit_graph(self, rule: Rule | None) -> ExitGraph | None:
         """Return the graph for one input at a time, as `Stretches` says."""
+        if rule is None:
+            return ExitGraph(self.model, self._graph(0, len(self.model.ramps), True, True))
         if not exit_graphs.fits(self.model, rule, self.runtime):
             return None
         key = (rule.name, repr(rule.options), repr(rule.fit))
         if key not in self._exit_graphs:
             if len(self._exit_graphs) == EXIT_GRAPHS:
                 return None
-            graph = ExitGraph(self.model, rule, self.runtime, self.quantization)
-            self._exit_graphs[key] = graph
+            graph = exit_graphs.exit_graph(self.model, rule, self.quantization)
+            self._exit_graphs[key] = ExitGraph(self.model, self.runtime.load(graph))
         return self._exit_graphs[key]
 
     def run(self, group: Group, end: int, *, ramp: bool) -> RampOutput | None:

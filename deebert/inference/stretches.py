@@ -62,8 +62,12 @@ class Stretches(Protocol):
     def in_parts(self, layer: int) -> LayerInParts | None:
         """Return a layer (0-based) in parts; None if it only runs as a whole."""
 
-    def exit_graph(self, rule: Rule) -> ExitGraph | None:
-        """Return all layers with a rule's decisions as one graph; None if there is no such."""
+    def exit_graph(self, rule: Rule | None) -> ExitGraph | None:
+        """Return all layers with a rule's decisions as one graph; None if there is no such.
+
+        Args:
+            rule: the rule, or None for full depth.
+        """
 
 
 def ramp_output(
@@ -112,7 +116,7 @@ class TorchStretches:
         """Return a layer in parts, as `Stretches` says."""
         return self.layers[layer]
 
-    def exit_graph(self, rule: Rule) -> None:
+    def exit_graph(self, rule: Rule | None) -> None:
         """Return no graph, as torch has none."""
 
     def run(self, group: Group, end: int, *, ramp: bool) -> RampOutput | None:

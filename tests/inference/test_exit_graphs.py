@@ -104,5 +104,8 @@ def test_other_rules_and_ramps_have_no_such_graph():
         model = model_of("bert", ramp=kind)
         engine = Engine(model, rules.named(name, 3), 0.9, runtime="onnx")
         assert engine.stretches.exit_graph(engine.rule) is None
-        exact = Engine(model, rules.named(name, 3), 0.9).run(inputs)
-        assert torch.equal(engine.run(inputs).layer_N, exact.layer_N)
+        for threshold in (0.0, 0.9):
+            exact = Engine(model, engine.rule, threshold).run(inputs)
+            answers = engine.at(threshold).run(inputs)
+            assert torch.equal(answers.layer_N, exact.layer_N)
+            torch.testing.assert_close(answers.logits_NC, exact.logits_NC, rtol=1e-4, atol=1e-4)
