@@ -12,46 +12,104 @@ import numpy as np
 
 from deebert.disk import whole_files
 from deebert.models.trained_ramps import trains_ramps
-from deebert.reporting.results import Results
-from deebert.reporting.split_results import Thresholds
+from deebert.reporting.results import Calibration, Results
+from deebert.reporting.split_results import SplitResults
+from deebert.reporting.tables import points_by_saving
 
 
 def curve(results: Results, title: str, file: Path) -> None:
-    """Draw score against expected saving, with a point for every ramp, and the exit layers."""
+    """Draw score against expected saving, with the target's point, and the exit layers."""
     plt = _pyplot()
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=[3, 2]
+        1, 2, figsize=(11, 5.2), layout="constrained", width_ratios=[3, 2]
     )
     for part in results.splits:
-        label = "" if part is results.headline else f" ({part.split})"
+        if part.exits[0].score is not None:
+            _trade_off(left, results, part)
+    if results.calibration:
+        _target(left, results, results.calibration)
+    _times(left, results)
+    xlabel = "expected saving (% of layers)"
+    xlabel += "; time saving (% of time)" if results.timing else ""
+    left.set(xlabel=xlabel, ylabel=results.metric, title=title)
+    left.grid(alpha=0.3)
+    if left.get_legend_handles_labels()[0]:
+        left.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+    _exit_layers(right, results.headline, plt.get_cmap("viridis"))
+    with whole_files.replaced(file) as new:
+        figure.savefig(new, dpi=120, format="png")
+    plt.close(figure)
+
+
+def _trade_off(axis: Any, results: Results, part: SplitResults) -> None:
+    """Draw the curve of a split with its band, each ramp for all inputs, and full depth."""
+    split = "" if part is results.headline else f" ({part.split})"
+    colour = f"C{results.splits.index(part)}"
+    if trains_ramps(results.objective):
         points = part.trade_off or []
-        if trains_ramps(results.objective) and part.exits[0].score is not None:
-            savings = [100 * point.expected_saving for point in points]
-            intervals = [point.score_interval or [] for point in points]  # each has one
-            low, high = zip(*intervals, strict=True)
-            [line] = left.plot(
-                savings,
-                [point.score for point in points],
-                label=f"early exit, {results.exit_name}{label}",
-            )
-            left.fill_between(savings, low, high, alpha=0.15, color=line.get_color(), lw=0)
-            left.plot(
-                [100 * point.expected_saving for point in part.curve],
-                [point.score for point in part.curve],
+        savings = [100 * point.expected_saving for point in points]
+        intervals = [point.score_interval or [] for point in points]  # each has one
+        low, high = zip(*intervals, strict=True)
+        axis.plot(
+            savings,
+            [point.score for point in points],
+            color=colour,
+            label=f"early exit, {results.exit_name}{split}",
+        )
+        axis.fill_between(
+            savings, low, high, alpha=0.15, color=colour, lw=0, label=f"its 95 % interval{split}"
+        )
+        axis.plot(
+            [100 * point.expected_saving for point in part.curve],
+            [point.score for point in part.curve],
+            linestyle="",
+            marker=".",
+            color=colour,
+            label=f"thresholds in results.json{split}",
+        )
+    axis.plot(
+        [100 * (1 - ramp.cost_ratio) for ramp in part.exits],
+        [ramp.score for ramp in part.exits],
+        linestyle="",
+        marker="x",
+        color="0.5",
+        label=f"every input at one ramp{split}",
+    )
+    full = part.exits[-1].score
+    axis.axhline(full, color="0.5", ls=":", zorder=0, label=f"full depth, {full:.3f}{split}")
+
+
+def _target(axis: Any, results: Results, calibration: Calibration) -> None:
+    """Draw the point that was measured for the target, for each split.
+
+    It is full depth where no threshold can give the guarantee.
+    """
+    outcomes = {
+        results.headline.split: calibration.measured, **(calibration.measured_elsewhere or {})
+    }  # fmt: skip
+    for split, outcome in outcomes.items():
+        saving, score = outcome.expected_saving, outcome.score
+        if calibration.thresholds == 0:
+            saving, score = 0.0, outcome.full_depth_score
+        if score is not None:
+            where = f" ({split})" if len(outcomes) > 1 else ""
+            reached = f"{100 * saving:.1f} %, {score:.3f}"
+            axis.plot(
+                100 * saving,
+                score,
                 linestyle="",
                 marker="o",
-                color=line.get_color(),
+                markersize=11,
+                markeredgewidth=2,
+                markerfacecolor="none",
+                markeredgecolor="C3",
+                zorder=4,
+                label=f"your target: {reached}{where}",
             )
-        if part.exits[0].score is not None:
-            left.plot(
-                [100 * (1 - ramp.cost_ratio) for ramp in part.exits],
-                [ramp.score for ramp in part.exits],
-                linestyle="",
-                marker="x",
-                color="0.5",
-                label=f"every input at one ramp{label}",
-            )
-            left.axhline(part.exits[-1].score, color="0.7", linestyle=":", zorder=0)
+
+
+def _times(axis: Any, results: Results) -> None:
+    """Draw the measured times, with a mark for each precision and batch size."""
     timing = results.timing or []
     # Each precision and batch size has its own mark. A dict keeps their order.
     kinds = dict.fromkeys((case.precision, case.batch_size) for case in timing)
@@ -60,7 +118,7 @@ def curve(results: Results, title: str, file: Path) -> None:
         if not trains_ramps(results.objective) or cases[0].score is None:
             continue
         which = f", {precision}, {batch_size or 'all'}" if len(kinds) > 1 else ""
-        left.plot(
+        axis.plot(
             [100 * case.time_saving for case in cases],
             [case.score for case in cases],
             linestyle="",
@@ -70,26 +128,21 @@ def curve(results: Results, title: str, file: Path) -> None:
             color="k",
             label=f"time saving{which}",
         )
-    xlabel = "expected saving (% of layers)" + ("; time saving (% of time)" if timing else "")
-    left.set(xlabel=xlabel, ylabel=results.metric, title=title)
-    left.grid(alpha=0.3)
-    if left.get_legend_handles_labels()[0]:
-        left.legend()
-    main = results.headline
-    bottoms = [0.0] * len(main.curve)
-    positions = range(len(main.curve))
-    colours = plt.get_cmap("viridis")
-    for layer in range(main.num_layers):
-        counts = [100 * p.exit_counts[layer] / main.num_rows for p in main.curve]
-        colour = colours(layer / max(1, main.num_layers - 1))
-        right.bar(positions, counts, bottom=bottoms, color=colour, label=f"layer {layer + 1}")
+
+
+def _exit_layers(axis: Any, part: SplitResults, colours: Any) -> None:
+    """Draw the share of the inputs that leave at each layer, a bar for each point of the table."""
+    points = points_by_saving(part)
+    bottoms = [0.0] * len(points)
+    positions = range(len(points))
+    for layer in range(part.num_layers):
+        counts = [100 * p.exit_counts[layer] / part.num_rows for p in points]
+        colour = colours(layer / max(1, part.num_layers - 1))
+        axis.bar(positions, counts, bottom=bottoms, color=colour, label=f"layer {layer + 1}")
         bottoms = [bottom + count for bottom, count in zip(bottoms, counts, strict=True)]
-    right.set_xticks(positions, [_tick(p.threshold) for p in main.curve], rotation=60)
-    right.set(xlabel="threshold", ylabel="% of inputs", title="Where inputs exit")
-    right.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
-    with whole_files.replaced(file) as new:
-        figure.savefig(new, dpi=120, format="png")
-    plt.close(figure)
+    axis.set_xticks(positions, [f"{100 * p.expected_saving:.0f}" for p in points])
+    axis.set(xlabel="expected saving (% of layers)", ylabel="% of inputs", title="Exit layers")
+    axis.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def layers(results: Results, title: str, file: Path) -> None:
@@ -150,7 +203,3 @@ def _pyplot() -> Any:
     from matplotlib import pyplot as plt
 
     return plt
-
-
-def _tick(threshold: Thresholds) -> str:
-    return "per ramp" if isinstance(threshold, list) else f"{threshold:.3g}"

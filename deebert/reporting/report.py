@@ -11,7 +11,8 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import date
 from functools import cache
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +32,7 @@ from deebert.reporting.class_tables import class_tables
 from deebert.reporting.markdown import text
 from deebert.reporting.results import SCHEMA, Environment, Results
 from deebert.reporting.tables import more_tables, notes, tables
+from deebert.reporting.useless import warning
 
 PACKAGES = (
     "deebert",
@@ -76,6 +78,7 @@ def environment() -> Environment:
         cpus=os.cpu_count(),
         threads=torch.get_num_threads(),
         git_commit=commit or None,
+        date=date.today().isoformat(),
     )
 
 
@@ -94,7 +97,8 @@ def save(results: Results, folder: Path) -> None:
     (folder / "curve.png").unlink(missing_ok=True)
     save_json(results, folder)
     whole_files.replace(folder / "results.md", markdown(results))
-    whole_files.replace(folder / "report.html", html_report(results.to_json()))
+    warnings = [line] if (line := warning(results)) else []
+    whole_files.replace(folder / "report.html", html_report(results.to_json(), warnings))
     if results.headline.analysis.layers:
         plots.layers(results, title(results), folder / "layers.png")
     plots.curve(results, title(results), folder / "curve.png")
@@ -131,13 +135,13 @@ def _table(columns: list[str], rows: list[list[str]], narrow: bool = False) -> T
     Args:
         columns: the headings.
         rows: the cells.
-        narrow: true to fold the headings, so that rich does not cut the cells.
+        narrow: true to fold the headings and to leave out the spaces beside the cells.
     """
-    table = Table(collapse_padding=narrow)
+    table = Table(padding=(0, 0 if narrow else 1))
     for column, *cells in zip(columns, *rows, strict=True):
         width = max(map(len, [*column.split(), *cells])) if narrow else len(column) + 1
         heading = "\n".join(wrap(column, width, break_on_hyphens=False))
-        table.add_column(Text(heading), justify="right")
+        table.add_column(Text(heading), justify="right", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))  # a label in brackets is no markup
     return table
@@ -162,12 +166,16 @@ def _row(cells: list[str]) -> str:
     return f"| {' | '.join(map(text, cells))} |"
 
 
-def html_report(results: Mapping[str, Any]) -> str:
+def html_report(results: Mapping[str, Any], warnings: Sequence[str] = ()) -> str:
     """Return the text of report.html, one file that shows the trade-off of score against saving.
 
     The template is report.html of this package, which holds all style and drawing. The results are
     put into it as JSON. The report opens from a file, loads nothing, and shows every text of the
     results as text only.
+
+    Args:
+        results: the content of results.json.
+        warnings: sentences that a reader must know first.
 
     Raises:
         ValueError: a number in `results` is NaN or infinite.
@@ -180,9 +188,21 @@ def html_report(results: Mapping[str, Any]) -> str:
     assert script is not None
     # With this Content-Security-Policy the browser runs this one script and loads nothing.
     digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
-    # Without a "<" no text of the results can end the element of the JSON or begin another one.
-    data = json.dumps(results, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    return template.replace("SCRIPT_DIGEST", digest, 1).replace("RESULTS_JSON", data, 1)
+    for mark, value in {
+        "SCRIPT_DIGEST": digest,
+        "WARNINGS_JSON": _embedded(list(warnings)),
+        "RESULTS_JSON": _embedded(results),
+    }.items():
+        template = template.replace(mark, value, 1)
+    return template
+
+
+def _embedded(value: Any) -> str:
+    """Return a value as JSON for an element of HTML.
+
+    Without a "<" no text can end the element of the JSON or begin another one.
+    """
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def title(results: Results) -> str:

@@ -18,7 +18,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Environment:
-    """The machine and the software that a run used."""
+    """The machine and the software that a run used, and the day; older files lack the day."""
 
     python: str
     versions: dict[str, str]
@@ -27,6 +27,7 @@ class Environment:
     cpus: int | None
     threads: int
     git_commit: str | None
+    date: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

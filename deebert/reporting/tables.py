@@ -4,16 +4,17 @@ The module rounds numbers and puts them into words. It draws nothing, reads no f
 know models or data.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from deebert.models.trained_ramps import trains_ramps
 from deebert.reporting.class_tables import class_notes
 from deebert.reporting.results import Calibration, Results, TimedCase
-from deebert.reporting.split_results import Thresholds
+from deebert.reporting.split_results import Measured, Point, SplitResults, Thresholds
 from deebert.reporting.useless import warning
 
 Table = tuple[str, list[str], list[list[str]]]  # title, column names, rows
 PERCENTILES = ("p50", "p95", "p99")
+SHORT_CURVE = 10  # thresholds; a curve of more is shown by saving
 
 
 def tables(results: Results) -> Iterable[Table]:
@@ -36,29 +37,65 @@ def tables(results: Results) -> Iterable[Table]:
         )
         if not trains_ramps(results.objective):
             continue  # early exit has no meaning without trained ramps
-        groups = list(part.curve[0].mean_exit_layer or {})
-        yield (
-            f"Score against saving: {where}",
-            ["threshold", metric, *others, "cost ratio", "saving", "speed-up"]
-            + [f"mean exit, {group}" for group in groups]
-            + ["exits by layer"],
-            [
-                [
-                    _threshold(point.threshold),
-                    *(_number(point.scores.get(name)) for name in (metric, *others)),
-                    _number(point.cost_ratio),
-                    f"{point.expected_saving:.1%}",
-                    f"{point.speed_up:.2f}x",
-                    *(f"{(point.mean_exit_layer or {})[group]:.2f}" for group in groups),
-                    " ".join(map(str, point.exit_counts)),
-                ]
-                for point in part.curve
-            ],
-        )
+        points = points_by_saving(part)
+        yield _savings(metric, others, points, where)
+        if points[0].mean_exit_layer:
+            yield _groups(points, where)
     if results.calibration:
         yield _calibration(results, results.calibration)
     if results.timing:
-        yield _latency(results, results.timing)
+        yield from _latency(results, results.timing)
+
+
+def _savings(metric: str, others: list[str], points: list[Point], where: str) -> Table:
+    """Return the table of scores and exits by saving."""
+    return (
+        f"Score against saving: {where}",
+        ["saving", metric, *others, "speed-up", "threshold", "exits by layer (%)"],
+        [
+            [
+                f"{point.expected_saving:.1%}",
+                *(_number(point.scores.get(name)) for name in (metric, *others)),
+                f"{point.speed_up:.2f}x",
+                _short(point.threshold),
+                _exits(point.exit_counts),
+            ]
+            for point in points
+        ],
+    )
+
+
+def _groups(points: list[Point], where: str) -> Table:
+    """Return the table of the mean exit layer of each group, by saving."""
+    return (
+        f"Mean exit layer of each group, by saving: {where}",
+        ["group", *(f"{point.expected_saving:.0%}" for point in points)],
+        [
+            [group, *(f"{(point.mean_exit_layer or {})[group]:.2f}" for point in points)]
+            for group in points[0].mean_exit_layer or {}
+        ],
+    )
+
+
+def points_by_saving(part: SplitResults) -> list[Point]:
+    """Return the points of a split that a table shows: at most one for 0, 10, 20 ... % saving.
+
+    A short curve is shown whole, because the user asked for its thresholds or they are by saving.
+    """
+    if len(part.curve) <= SHORT_CURVE:
+        return part.curve
+    points = sorted(part.trade_off or part.curve, key=lambda point: point.expected_saving)
+    reached = (
+        next((point for point in points if point.expected_saving >= step / 10 - 1e-9), None)
+        for step in range(10)
+    )
+    chosen = {point.expected_saving: point for point in reached if point is not None}
+    return list(chosen.values())
+
+
+def _exits(counts: list[int]) -> str:
+    """Return the share of the rows that leave at each layer, in whole %."""
+    return " ".join(f"{100 * count / max(1, sum(counts)):.0f}" for count in counts)
 
 
 def _calibration(results: Results, calibration: Calibration) -> Table:
@@ -66,53 +103,66 @@ def _calibration(results: Results, calibration: Calibration) -> Table:
     target = ", ".join(
         f"{name}={'null' if value is None else value}" for name, value in calibration.target.items()
     )
-    rows = [
-        ("rows chosen on", calibration.expected),
-        (results.headline.split, calibration.measured),
-        *(calibration.measured_elsewhere or {}).items(),
-    ]
+    parts = {
+        "rows chosen on": calibration.expected,
+        results.headline.split: calibration.measured,
+        **(calibration.measured_elsewhere or {}),
+    }
+    rows: dict[str, Callable[[Measured], str]] = {
+        "saving": lambda part: f"{part.expected_saving:.1%}" + _interval(part.interval, "{:.1%}"),
+        results.metric: lambda part: _number(part.score) + _interval(part.score_interval, "{:.3f}"),
+        f"{results.metric} at full depth": lambda part: _number(part.full_depth_score),
+        "excess error": lambda part: _number(part.excess),
+        "disagreement": lambda part: _number(part.disagreement),
+        "exits by layer (%)": lambda part: _exits(part.exit_counts),
+    }
     return (
         f"Target: {target}; exit={calibration.rule} "
         f"threshold={_threshold(calibration.thresholds)}, "
         f"chosen on {calibration.calibration_split} ({calibration.num_calibration} rows)",
-        [
-            "",
-            results.metric,
-            "at full depth",
-            "saving",
-            "excess error",
-            "disagreement",
-            "exits by layer",
-        ],
-        [
-            [
-                name,
-                _number(part.score) + _interval(part.score_interval, "{:.3f}"),
-                _number(part.full_depth_score),
-                f"{part.expected_saving:.1%}" + _interval(part.interval, "{:.1%}"),
-                _number(part.excess),
-                _number(part.disagreement),
-                " ".join(map(str, part.exit_counts)),
-            ]
-            for name, part in rows
-        ],
+        ["", *parts],
+        [[name, *map(cell, parts.values())] for name, cell in rows.items()],
     )
 
 
-def _latency(results: Results, timing: list[TimedCase]) -> Table:
-    """Return the table of the times that the engine and full depth took."""
+def _latency(results: Results, timing: list[TimedCase]) -> Iterable[Table]:
+    """Yield the tables of the times that the engine and full depth took."""
     metric = results.metric
-    return (
-        f"Latency: {results.task}, {results.headline.split} ({results.headline.num_rows} rows)",
+    where = f"{results.task}, {results.headline.split} ({results.headline.num_rows} rows)"
+    names = ["precision", "inputs a request", "threshold"]
+    cases = [
+        (
+            case,
+            [_precision(case), _request(case), _timed_threshold(case, results.calibration)],
+        )
+        for case in timing
+    ]
+    yield (
+        f"Latency: {where}",
         [
-            "precision",
-            "inputs a request",
-            "threshold",
+            *names,
             metric,
             f"full depth {metric}",
             "saving (layers)",
             "time saving",
             "speed-up (time)",
+        ],
+        [
+            [
+                *name,
+                _number(case.score),
+                _number(case.score_full_depth),
+                f"{case.expected_saving:.1%}",
+                f"{case.time_saving:.1%}",
+                f"{case.time_speed_up:.2f}x",
+            ]
+            for case, name in cases
+        ],
+    )
+    yield (
+        f"Milliseconds: {where}",
+        [
+            *names,
             "ms an input",
             "full depth ms an input",
             *(f"{name} ms" for name in PERCENTILES),
@@ -120,20 +170,13 @@ def _latency(results: Results, timing: list[TimedCase]) -> Table:
         ],
         [
             [
-                _precision(case),
-                _request(case),
-                _timed_threshold(case, results.calibration),
-                _number(case.score),
-                _number(case.score_full_depth),
-                f"{case.expected_saving:.1%}",
-                f"{case.time_saving:.1%}",
-                f"{case.time_speed_up:.2f}x",
+                *name,
                 f"{1e3 * case.seconds / case.num_rows:.3f}",
                 f"{1e3 * case.seconds_full_depth / case.num_rows:.3f}",
-                *(f"{case.latency_ms[name]:.2f}" for name in PERCENTILES),
+                *(f"{case.latency_ms[percentile]:.2f}" for percentile in PERCENTILES),
                 f"{case.equal_exits:.2%}",
             ]
-            for case in timing
+            for case, name in cases
         ],
     )
 
@@ -273,7 +316,13 @@ def _calibration_notes(calibration: Calibration, metric: str) -> list[str]:
     if "max_drop" not in target:
         return [*lines, "Intervals are 95 % ones for as many new rows as were reported."]
     if calibration.thresholds == 0:
-        return [*lines, "No threshold can give this guarantee: every row runs to full depth."]
+        lines.append("No threshold can give this guarantee: every row runs to full depth.")
+        if calibration.measured.expected_saving:
+            lines.append(
+                "The measured values come from the folds whose rows allow a threshold; use full "
+                "depth."
+            )
+        return lines
     limit = {
         "excess": "loses at most {} of accuracy against full depth",
         "disagreement": "differs from full depth on at most {} of the rows",
@@ -297,6 +346,11 @@ def _threshold(value: Thresholds) -> str:
     values = value if isinstance(value, list) else [value]
     text = ",".join(f"{number:.9g}" for number in values)
     return f"[{text}]" if isinstance(value, list) else text
+
+
+def _short(value: Thresholds) -> str:
+    """Return a threshold for a table, with four digits; results.json has all of them."""
+    return "per ramp" if isinstance(value, list) else f"{value:.4g}"
 
 
 def _interval(bounds: list[float] | None, form: str) -> str:

@@ -65,9 +65,12 @@ def by_hand(measured: Results, calibration: Calibration | None, *timing: dict[st
 
 
 def latency_measurement(results: Results) -> tuple[str, list[dict[str, str]]]:
-    """Title and rows of the table, by column."""
-    [(title, columns, rows)] = [one for one in tables.tables(results) if "Latency" in one[0]]
-    return title, [dict(zip(columns, row, strict=True)) for row in rows]
+    """Title and rows of the two tables together, by column."""
+    (title, *first), (_, *second) = list(tables.tables(results))[-2:]
+    by_column = [
+        [dict(zip(columns, row, strict=True)) for row in rows] for columns, rows in (first, second)
+    ]
+    return title, [one | more for one, more in zip(*by_column, strict=True)]
 
 
 def test_the_sample_is_like_a_real_one(measured: Results) -> None:
@@ -93,7 +96,9 @@ def test_every_case_is_a_row(measured: Results) -> None:
     assert "| float32 | 8 | 0.693 |" in text
 
 
-def test_the_numbers_of_a_row(measured: Results, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_numbers_of_a_row(
+    measured: Results, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folds = [0.1, 0.2, 0.0, 0.1, 0.3]
     calibration = Calibration.from_json(
         made_by_hand.calibrated(
@@ -126,12 +131,16 @@ def test_the_numbers_of_a_row(measured: Results, capfd: pytest.CaptureFixture[st
     assert "the library's own forward pass of the same weights, in the same batches" in notes[0]
     assert "(medians of 3 turns, threads: 1, device: cpu). The engine's own speed-up, without any exit: 1.25x." in notes[0]  # fmt: skip
     assert notes[1] == "Speed-up (time): target 1.5x, expected 1.58x, measured 1.67x."
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(report.os, "isatty", lambda number: True)
     report.show(results, Path("RUN"))
-    _, _, printed = capfd.readouterr().out.partition("Latency: ")
-    [line] = [line for line in printed.splitlines() if "float32 " in line]
-    assert [cell.strip() for cell in line.strip("│").split("│")] == list(row.values()), (
-        "none is cut"
-    )
+    printed = capfd.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    lines = printed.partition("Latency: ")[2].splitlines()
+    cells = [line.strip("│").split("│") for line in lines if "float32" in line and "│" in line]
+    assert [cell.strip() for line in cells for cell in line] == [
+        *list(row.values())[:8], *list(row.values())[:3], *list(row.values())[8:]
+    ], "none is cut"  # fmt: skip
     assert "target 1.5x" in printed
 
 

@@ -90,7 +90,7 @@ def test_labels_on_a_terminal(
     report.show(results(["[red]b[/]", "two\nlines \x1b[31m", "x" * 60]), Path("RUN"))
     printed = capsys.readouterr().out
     assert "\x1b[31m" not in printed
-    for cell in ("[red]b[/] │", "two lines ?[31m │", f"│ {'x' * 27}... │"):
+    for cell in ("[red]b[/]│", "two lines ?[31m│", f"│{'x' * 27}...│"):
         assert cell in printed, printed
     tables = [line for line in printed.splitlines() if line[:1] in "┏┃┡│└"]
     assert max(map(len, tables)) <= 80
