@@ -3,15 +3,22 @@ PYTHON ?= python3
 PY := .venv/bin/python
 RUN ?= runs/demo/$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: setup demo test test-fast lint
+INSTALL := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e
+
+.PHONY: setup demo test test-fast lint docs
 setup: .venv/ready
 
-.venv/ready: pyproject.toml constraints.txt
+# What the demo needs, which is a third of all packages.
+.venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	$(INSTALL) '.[demo]'
 	touch $@
 
-demo: setup
+.venv/ready: .venv/demo
+	$(INSTALL) '.[demo,dev]'
+	touch $@
+
+demo: .venv/demo
 	$(PY) train.py experiment=demo stage=1 hydra.run.dir=$(RUN)/stage1
 	$(PY) train.py stage=2 ckpt=$(RUN)/stage1 hydra.run.dir=$(RUN)/stage2
 	$(PY) evaluate.py ckpt=$(RUN)/stage2 target_saving=0.4 hydra.run.dir=$(RUN)/evaluate
@@ -32,3 +39,11 @@ lint: setup
 	$(PY) -m mypy
 	.venv/bin/lint-imports --no-logo
 	$(PY) .ci/retired_words.py
+
+.venv/docs: .venv/ready
+	$(INSTALL) '.[docs]'
+	touch $@
+
+# The documentation as a site in site/. A link that leads nowhere is an error.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build -q

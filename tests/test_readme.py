@@ -8,17 +8,21 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, TINY, CommandFailed, mrpc_rows
 from hydra import compose, initialize_config_dir
 
 from deebert.data import demo
+from deebert.export.onnx_folder import ExportOptions
 from deebert.options import parse
 from deebert.predict.command import PredictOptions
+from deebert.reporting.sweep import SweepOptions
+from deebert.reporting.wandb import DashboardOptions
 from deebert.serve.command import ServeOptions
 
-PAGES = ("calibrate", "clock", "data", "ramps", "sweeps", "train")
+PAGES = ("calibrate", "clock", "data", "index", "ramps", "sweeps", "train")
 FILES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGES)]
 TEXT = "\n".join(file.read_text() for file in FILES)
 COMMANDS = sorted(
@@ -30,10 +34,11 @@ COMMANDS = sorted(
     }
     | set(re.findall(r"`((?:python (?:train|evaluate)\.py|deebert \w+) [^`]*=[^`]*)`", TEXT))
 )
-SHORT = {  # for a training that takes seconds
-    "logger": "csv", "data.max_length": 48, "data.calibration_size": 0,
-    "stages": {number: {"epochs": 1, "lr": 1e-3} for number in (1, 2)},
+OPTIONS = {
+    "predict": PredictOptions, "serve": ServeOptions, "export": ExportOptions, "sweep": SweepOptions,
+    "dashboard": DashboardOptions,
 }  # fmt: skip
+SHORT = {"logger": "csv", "data.max_length": 48, "data.calibration_size": 0}
 
 
 def test_links_lead_somewhere() -> None:
@@ -48,13 +53,13 @@ def test_there_are_commands() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if "--" not in c and " -m deebert" not in c]
+    "command",  # that of Optuna is run by the test of the presets
+    [c for c in COMMANDS if "--" not in c and "-m deebert" not in c and "optuna" not in c],
 )
 def test_every_command_composes(command: str) -> None:
     program, script, *overrides = shlex.split(command)
-    if program == "deebert" and script not in ("train", "evaluate"):
-        options = {"predict": PredictOptions, "serve": ServeOptions}[script]
-        assert parse(options, overrides).model == "RUN"
+    if script in OPTIONS and program == "deebert":
+        parse(OPTIONS[script], overrides)
         return
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose(Path(script).stem, [o for o in overrides if o != "-m" and "," not in o])
@@ -62,18 +67,23 @@ def test_every_command_composes(command: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/train.md"])
+@pytest.mark.parametrize("file", ["README.md", "docs/index.md"])
 def test_the_python_that_trains(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    rows = [f'{r["review"]},{("bad", "good")[r["label"]]}' for r in demo.rows("train")[:200]]
-    (tmp_path / "tickets.csv").write_text("\n".join(["text,label", *rows]) + "\n")
-    code = re.search(r"```python\n(import deebert\n.*?)```", (ROOT / page).read_text(), re.S).group(1)
-    smaller = SHORT | ({"data.limit_train": 200} if 'task="demo"' in code else {})
-    code = code.replace('backbone="minilm"', f'backbone="tiny", **{smaller}')
-    exec(code.replace("stage=2,", f"stage=2, stages={SHORT['stages']},"), {})
-    assert re.search(r"expected_saving|score", capsys.readouterr().out)
+    lines = [f'"{r["review"]}",{("bad", "good")[r["label"]]}' for r in demo.rows("train")[:200]]
+    (tmp_path / "tickets.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+    code = (ROOT / file).read_text().split("```python\n")[1].split("```")[0]
+    rows = {"data.limit_train": 200} if 'task="demo"' in code else {}
+    code = code.replace('backbone="minilm"', f'backbone="tiny", **{SHORT | rows | epochs(1)}')
+    exec(code.replace("stage=2,", f"stage=2, **{epochs(2)},"), {})
+    assert re.search(r"expected_saving|label", capsys.readouterr().out)
+
+
+def epochs(stage: int) -> dict[str, Any]:
+    """Settings for a stage that takes seconds."""
+    return {"stages": {stage: {"epochs": 1, "lr": 1e-3}}}
 
 
 @pytest.mark.parametrize("setting", re.findall(r"\| `([a-z][\w.]*=[^`|]*)`", TEXT))
