@@ -17,7 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from deebert.data import texts as input_texts
 from deebert.data import tokenization
@@ -26,9 +28,9 @@ from deebert.data.texts import Text
 from deebert.errors import UserError, unknown
 from deebert.evaluation import engine_latency, evaluate_records
 from deebert.evaluation.evaluate_records import EvaluationConfig
-from deebert.exits import calibration, rules
+from deebert.exits import calibration, curves, rules
 from deebert.exits.calibration import CalibratedPoint
-from deebert.exits.curves import Thresholds, check_thresholds
+from deebert.exits.curves import OperatingPoint, Thresholds, check_thresholds
 from deebert.exits.records import Record
 from deebert.exits.rules import Rule
 from deebert.exits.target import Target
@@ -281,7 +283,8 @@ class EarlyExitClassifier:
         record = self._calibration_rows
         if wanted.target_speedup is not None:
             wanted = replace(wanted, costs=self.costs)
-        self._warn_of_other_precision(record)
+        where = self.saved.checkpoint.path
+        evaluate_records.warn_of_other_precision(record, self.engine.precision, where)
         operating_point = calibration.choose(record, self.task, rule, wanted)
         return CalibratedPoint(
             operating_point.rule,
@@ -333,19 +336,19 @@ class EarlyExitClassifier:
             or labelled[0]
         )
 
-    def _warn_of_other_precision(self, record: Record) -> None:
-        """Warn if the model runs in another precision than thresholds are chosen in."""
-        if record.precision != self.engine.precision:
-            log.warning(
-                "%s: thresholds are chosen on logits in %s, and the model runs in %s, where the "
-                "saving and the score may differ a little; %s ckpt=RUN precision=%s records "
-                "them in this precision",
-                self.saved.checkpoint.path,
-                record.precision,
-                self.engine.precision,
-                job_command("evaluate"),
-                self.engine.precision,
-            )
+    def calibration_exits(self, point: CalibratedPoint) -> NDArray[np.int64] | None:
+        """Return the exits of the calibration rows at an operating point, for a test of drift.
+
+        Returns:
+            `curves.exits_of` these rows; None if there are none in the precision of the engine.
+        """
+        try:
+            record = self._calibration_rows
+        except UserError:
+            return None
+        if record.precision != self.engine.precision or len(record) < calibration.FEWEST:
+            return None
+        return curves.exits_of(record, OperatingPoint(point.rule, point.thresholds))
 
     @cached_property
     def costs(self) -> tuple[float, ...]:

@@ -6,6 +6,7 @@ models, Lightning or files.
 
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from deebert.data.tasks import Task
@@ -17,6 +18,7 @@ from deebert.exits.curves import Thresholds
 from deebert.exits.records import Record, unlike
 from deebert.exits.rules import Rule, exit_layer
 from deebert.exits.target import Target
+from deebert.options import job_command
 from deebert.reporting.results import Calibration
 from deebert.reporting.split_results import Example, Examples, SplitResults
 
@@ -240,3 +242,24 @@ def calibration_rows(
             )
         return held_out, f"{plain} ({difference}): don't rely on what is expected or promised"
     return held_out, None
+
+
+def warn_of_other_precision(record: Record, precision: str, where: Path) -> None:
+    """Warn if a model runs in another precision than thresholds are chosen in.
+
+    Args:
+        record: the calibration rows.
+        precision: the precision of the model.
+        where: the folder of the model.
+    """
+    if record.precision != precision:
+        log.warning(
+            "%s: thresholds are chosen on logits in %s, and the model runs in %s, where the saving "
+            "and the score may differ a little; %s ckpt=RUN precision=%s records them in this "
+            "precision",
+            where,
+            record.precision,
+            precision,
+            job_command("evaluate"),
+            precision,
+        )

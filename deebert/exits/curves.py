@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from deebert.data.metrics import COUNT_METRICS, Counts
 from deebert.data.tasks import Task
 from deebert.errors import UserError, is_number
 from deebert.exits import risk_control
+from deebert.exits.drift_monitor import exit_cells
 from deebert.exits.records import Record
 from deebert.exits.rules import ExitScores, Rule, exit_layer
 from deebert.reporting.split_results import (
@@ -200,6 +202,17 @@ def exit_scores_of(rule: Rule, record: Record) -> ExitScores:
     exit_scores = rule(record.logits_NLC, record.learned_score_NL)
     answers = torch.cat([exit_scores.answer_NLC[:, :-1], record.logits_NLC[:, -1:]], 1)
     return ExitScores(exit_scores.score_NL, answers)
+
+
+def exits_of(record: Record, operating_point: OperatingPoint) -> NDArray[np.int64]:
+    """Return the exits of rows as a test of drift reads them (`drift_monitor.exit_cells`)."""
+    exit_scores = exit_scores_of(operating_point.rule, record)
+    layer_N = exit_layer(exit_scores.score_NL, operating_point.thresholds)
+    answer_NC = exit_scores.answer_NLC[torch.arange(len(layer_N)), layer_N - 1]
+    probabilities_NC = (
+        answer_NC.softmax(-1).numpy() if operating_point.rule.num_labels > 1 else None
+    )
+    return exit_cells(layer_N.numpy(), probabilities_NC)
 
 
 def savings(exit_scores: ExitScores, thresholds: Thresholds) -> Tensor:

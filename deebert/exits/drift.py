@@ -48,6 +48,7 @@ class DriftTest:
         calibration_N: the cells of the calibration rows.
         num_cells: the number of cells; `CELLS` for each layer.
         seed: of the random numbers that break ties.
+        share: the share of the levels that this test may use, if there are several tests.
 
     Attributes:
         num_rows: the number of new rows so far.
@@ -55,7 +56,10 @@ class DriftTest:
         largest: the most that they have had.
     """
 
-    def __init__(self, calibration_N: ArrayLike, num_cells: int, seed: int = 0) -> None:
+    def __init__(
+        self, calibration_N: ArrayLike, num_cells: int, seed: int = 0, share: float = 1.0
+    ) -> None:
+        self.share = share
         self._counts = np.bincount(np.asarray(calibration_N, np.int64), minlength=num_cells)
         self._random = np.random.default_rng(seed)
         stakes = np.array([sign * stake for stake in STAKES for sign in (1, -1)])
@@ -68,8 +72,13 @@ class DriftTest:
     @property
     def state(self) -> str:
         """`CALIBRATED`, `DRIFTING` or `BROKEN`. It never returns to an earlier one."""
-        states = [name for name, level in LEVELS.items() if self.largest >= 1 / level]
+        states = [name for name, level in LEVELS.items() if self.evidence * level >= 1]
         return states[-1] if states else CALIBRATED
+
+    @property
+    def evidence(self) -> float:
+        """The largest capital so far, as that of a test alone."""
+        return self.largest * self.share
 
     def update(self, new_N: Sequence[int] | NDArray[np.int64]) -> str:
         """Read new rows.
@@ -83,7 +92,10 @@ class DriftTest:
         rows = np.asarray(new_N, np.int64)
         for start in range(0, len(rows), BLOCK):
             block_B = rows[start : start + BLOCK]
-            self._bet(self._p_values(block_B))
+            p_B = self._p_values(block_B)
+            # Rows that come in small blocks do not let more bets begin.
+            begins = self.num_rows >= self._blocks * BLOCK
+            self._bet(p_B, begins)
             self.num_rows += len(block_B)
         return self.state
 
@@ -100,19 +112,25 @@ class DriftTest:
         among_B = num_before + 1 + np.arange(len(block_B))
         return (larger_B + self._random.random(len(block_B)) * equal_B) / among_B
 
-    def _bet(self, p_B: NDArray[np.float64]) -> None:
+    def _bet(self, p_B: NDArray[np.float64], begins: bool) -> None:
         """Let all bettors bet on p-values, one after the other.
 
         Half of them bet on their mean (rows leave later or earlier), half on their spread.
+
+        Args:
+            p_B: the p-values.
+            begins: whether new bets begin.
         """
-        self._blocks += 1
-        # 1 / (b (b + 1)) of the first capital is invested at block b, which leaves 1 / (b + 1).
-        share = 1 / (self._blocks * (self._blocks + 1)) / len(self._invested_K)
+        share = 0.0
+        if begins:
+            self._blocks += 1
+            # 1 / (b (b + 1)) of the first capital is invested at block b: 1 / (b + 1) is left.
+            share = 1 / (self._blocks * (self._blocks + 1)) / len(self._invested_K)
         num = len(self._stakes_K) // 2
         gains_KB = np.repeat([2 * p_B - 1, 4 * np.abs(p_B - 0.5) - 1], num, 0)
         paths_KB = np.cumprod(1 + self._stakes_K[:, None] * gains_KB, 1)
         paths_KB = np.minimum((self._invested_K + share)[:, None] * paths_KB, MOST_CAPITAL)
         self._invested_K = paths_KB[:, -1]
-        capital_B = paths_KB.sum(0) + 1 / (self._blocks + 1)
+        capital_B = paths_KB.sum(0) + 1 / (self._blocks + 1)  # what is not invested yet
         self.capital = float(capital_B[-1])
         self.largest = max(self.largest, float(capital_B.max()))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from deebert.data import texts
 from deebert.data.rows.source import Row
+from deebert.exits.drift_monitor import NOT_CALIBRATED, Drift, exit_cells
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,11 +48,14 @@ class Answered:
             is true, and `exit_layer`. A kept column with one of these names becomes `input_NAME`.
         bad: `row`, `line` (if the input has lines) and `reason` of the rows without an answer.
         layers: the sum of the exit layers.
+        cells: the exits of the rows that were answered, as a test of drift reads them
+            (`drift_monitor.exit_cells`).
     """
 
     rows: list[dict[str, Any]]
     bad: list[dict[str, Any]]
     layers: int
+    cells: Sequence[int] = ()
 
 
 def answered(
@@ -72,9 +76,11 @@ def answered(
     good = [row for row in rows if row.number not in faults]
     own = own_columns(classifier.labels, columns.probabilities)
     written: list[dict[str, Any]] = []
+    cells: list[int] = []
     if good:
         texts = [tuple(row.values[name] for name in columns.texts) for row in good]
         predictions = classifier.answer(classifier.encode(texts), point)
+        cells = exit_cells(predictions.exit_layers, predictions.probabilities_NC).tolist()
         for row, values in zip(good, _values(predictions, own), strict=True):
             if values is None:
                 faults[row.number] = NOT_FINITE
@@ -89,7 +95,7 @@ def answered(
         for row in rows
         if row.number in faults
     ]
-    return Answered(written, bad, sum(row["exit_layer"] for row in written))
+    return Answered(written, bad, sum(row["exit_layer"] for row in written), cells)
 
 
 def own_columns(labels: Sequence[str] | None, probabilities: bool) -> tuple[str, ...]:
@@ -174,7 +180,10 @@ def num_cut_rows(rows: Sequence[Row], known: frozenset[str] | None) -> int:
 
 
 def summary(
-    counts: Mapping[str, int], num_layers: int, rate: float | None = None
+    counts: Mapping[str, int],
+    num_layers: int,
+    rate: float | None = None,
+    drift: Drift | None = None,
 ) -> dict[str, Any]:
     """Return the counts of answered rows with the saving and the rate.
 
@@ -183,10 +192,13 @@ def summary(
             `more` (rows with columns that are not kept), and possibly others.
         num_layers: the number of layers of the model.
         rate: rows a second, if it is known.
+        drift: the state of the test of drift, if there is one.
     """
     good = counts["rows"] - counts["bad"]
     saving = 1 - counts["layers"] / (good * num_layers) if good else None
-    return {**counts, "saving": saving, "rate": rate}
+    tested = drift is not None and drift.state != NOT_CALIBRATED
+    state = {"drift": vars(drift) | {"line": str(drift)}} if tested else {}
+    return {**counts, "saving": saving, "rate": rate, **state}
 
 
 def summary_line(summary: Mapping[str, Any]) -> str:
@@ -200,4 +212,6 @@ def summary_line(summary: Mapping[str, Any]) -> str:
         line += f", {summary['rate']:,.0f} rows/s"
     if summary["saving"] is not None:
         line += f", {summary['saving']:.1%} of the layers saved"
+    if "drift" in summary:
+        line += f", exits: {summary['drift']['line']}"
     return line

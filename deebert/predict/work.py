@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from deebert.data.rows import reader
 from deebert.data.rows.source import Row, Source, blocks, separator_hint
 from deebert.errors import UserError
+from deebert.exits.drift_monitor import Monitor
 from deebert.options import ModelOptions, TargetOptions, engine_of, option, target_of
 from deebert.predict import long_job, rows_out
 from deebert.predict.answers import (
@@ -164,7 +165,10 @@ class Work:
         in_blocks = blocks(self.source.rows(self.wanted), self.options.part_rows)
         before = self._pass_over(in_blocks, kept)
         num_layers = self.classifier.num_layers
-        began, now = time.monotonic(), summary(_sums(kept), num_layers)
+        # It sees the rows that this process answers, not those of a part that was done before.
+        monitor = Monitor(num_layers)
+        monitor.expect("", self.classifier.calibration_exits(point))
+        began, now = time.monotonic(), summary(_sums(kept), num_layers, drift=monitor.worst)
         try:
             with long_job.Progress(self.source.size, self.source.position()) as progress:
                 for each in answer(self.classifier, point, self.columns, self._noted(in_blocks)):
@@ -175,7 +179,8 @@ class Work:
                     kept.add(layout.part(each.rows), bad.encode(), note)
                     sums = _sums(kept)
                     rate = (sums["rows"] - before) / (time.monotonic() - began)
-                    now = summary(sums, num_layers, rate)
+                    monitor.update("", each.cells)
+                    now = summary(sums, num_layers, rate, monitor.worst)
                     progress.show(position, summary_line(now))
         except KeyboardInterrupt:
             print(f"\nStopped at {summary_line(now)}; {long_job.GOES_ON}", file=sys.stderr)

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from deebert.errors import UserError
+from deebert.errors import UserError, unknown
 from deebert.options import ModelOptions, TargetOptions, option, refuse_rule_alone
 
 HERE = ("127.0.0.1", "::1", "localhost")  # addresses that only this machine reaches
@@ -31,6 +31,12 @@ class ServeOptions(TargetOptions, ModelOptions):
     max_length_chars: int = option(20_000, "most characters of a text")
     max_body_bytes: int = option(2**20, "most bytes of a request")
     max_waiting: int = option(1000, "most requests under way; further ones get status 503")
+    max_waiting_bytes: int = option(
+        2**25, "most bytes of the requests under way; further ones get status 503"
+    )
+    recalibrate: str | None = option(
+        None, "saving: keep a target_saving after a drift, without labels"
+    )
     speedups: bool = option(
         False, "measure the cost of layers at the start; requests may then set target_speedup"
     )
@@ -48,10 +54,12 @@ def checked(options: ServeOptions) -> ServeOptions:
         UserError: a number is out of its range, or the service would be open to the network.
     """
     for name in ("max_batch", "workers", "max_texts", "max_length_chars", "max_body_bytes",
-                 "max_waiting", "threads", "answer_s", "stop_s"):  # fmt: skip
+                 "max_waiting", "max_waiting_bytes", "threads", "answer_s", "stop_s"):  # fmt: skip
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UserError(f"{name}={value} must be more than 0")
+    if options.recalibrate not in (None, "saving"):
+        raise unknown("recalibrate", options.recalibrate, ("saving",), "recalibrate")
     if not 0 <= options.batch_window_ms <= 10_000:
         raise UserError(
             f"batch_window_ms={options.batch_window_ms} must be in [0, 10000]: milliseconds"

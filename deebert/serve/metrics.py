@@ -5,6 +5,9 @@ All are counted in the process that speaks HTTP. Knows nothing of models and HTT
 
 from collections.abc import Iterable
 
+from deebert.exits.drift_monitor import STATES
+from deebert.serve.watch import Watch
+
 SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -58,6 +61,26 @@ class Metrics:
             "deebert_batch_texts", "Texts run together", buckets=COUNTS, registry=registry
         )
 
+        self._drift = Gauge(
+            "deebert_drift_state",
+            "0: not calibrated, 1: calibrated, 2: drifting, 3: guarantee no longer holds",
+            registry=registry,
+        )
+        self._drift_ramp = Gauge(
+            "deebert_drift_ramp",
+            "Ramp at which exits differ the most from those of the calibration rows; 0: unknown",
+            registry=registry,
+        )
+        self._drift_size = Gauge(
+            "deebert_drift_size", "That difference, as a share of the texts", registry=registry
+        )
+        self._followed = Gauge(
+            "deebert_recalibrated_saving",
+            "Saving that thresholds are chosen for, so that a target_saving is kept after a drift",
+            ["target_saving"],
+            registry=registry,
+        )
+
     def request(self, path: str, status: int, seconds: float) -> None:
         """Count a request that was answered.
 
@@ -81,8 +104,15 @@ class Metrics:
             self._texts.inc()
             self._layers.observe(layer)
 
-    def collected(self) -> tuple[bytes, str]:
-        """Return all counts as text, and its content type."""
+    def collected(self, watch: Watch | None) -> tuple[bytes, str]:
+        """Return all counts and the state of drift as text, and its content type."""
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+        if watch is not None:
+            drift = watch.drift
+            self._drift.set(STATES.index(drift.state))
+            self._drift_ramp.set(drift.ramp or 0)
+            self._drift_size.set(drift.size)
+            for target, nominal in watch.followed.items():
+                self._followed.labels(str(target)).set(nominal)
         return generate_latest(self._registry), CONTENT_TYPE_LATEST

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -27,10 +27,12 @@ from deebert.serve.predictor import (
     SIGNALS,
     About,
     Batch,
+    Expected,
     Unusable,
 )
 from deebert.serve.replies import Reply
 from deebert.serve.requests import BUSY, TOO_LATE, Refused, Work
+from deebert.serve.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class _Process:
 
     Attributes:
         requests: the requests that it has not answered yet, by their numbers.
+        num_bytes: the bytes of these requests, by their numbers.
         silent_since: when it sent its last message, or got the oldest of its requests if that was
             later; in seconds.
     """
@@ -58,6 +61,7 @@ class _Process:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     requests: dict[int, asyncio.Future[Reply]] = field(default_factory=dict)
+    num_bytes: dict[int, int] = field(default_factory=dict)
     silent_since: float = 0.0
 
     async def message(self) -> Any:
@@ -83,6 +87,7 @@ class Pool:
     Attributes:
         about: the description of the model, after `start`.
         metrics: where batches are counted.
+        watch: where exits are compared with those of the calibration rows, after `start`.
         taken: the number of requests that were accepted.
         answered: the number of these that the model has answered in time.
         on_failure: what to call when a process cannot be started anew.
@@ -92,6 +97,7 @@ class Pool:
         self.options = options
         self.about: About | None = None
         self.metrics: Metrics | None = None
+        self.watch: Watch | None = None
         self.taken = self.answered = 0
         self.on_failure: Callable[[], None] = lambda: None
         self.failed = self._stopping = False
@@ -117,6 +123,7 @@ class Pool:
         first = await self._started()
         self._load_s = time.monotonic() - begin
         assert self.about is not None
+        self.watch = Watch(self.about.layers, self.options.recalibrate == "saving")
         others = [await self._started() for _ in range(self.options.workers - 1)]
         for each in (first, *others):
             self._ready.append(each)
@@ -132,17 +139,25 @@ class Pool:
             Refused: too many requests are waiting, there is no process, or there is no answer in
                 time.
         """
-        if sum(len(each.requests) for each in self._ready) >= self.options.max_waiting:
-            waiting = f"{self.options.max_waiting} requests are waiting already"
-            raise Refused(BUSY, f"{waiting}; come again later")
         if not self._ready:
             raise Refused(BUSY, LOADING)
+        assert self.watch is not None
+        work = replace(work, nominal=self.watch.nominal(work))
+        number = next(self._numbers)
+        message = predictor.packed((number, work))
+        sizes = [size for each in self._ready for size in each.num_bytes.values()]
+        if len(sizes) >= self.options.max_waiting:
+            waiting = f"{self.options.max_waiting} requests are waiting already"
+            raise Refused(BUSY, f"{waiting}; come again later")
+        if sizes and sum(sizes) + len(message) > self.options.max_waiting_bytes:
+            waiting = f"requests of {sum(sizes)} bytes are waiting already"
+            raise Refused(BUSY, f"{waiting}; come again later")
         one = min(self._ready, key=lambda each: len(each.requests))
         if not one.requests:
             one.silent_since = time.monotonic()
-        number = next(self._numbers)
         future = one.requests[number] = asyncio.get_running_loop().create_future()
-        one.writer.write(predictor.packed((number, work)))
+        one.num_bytes[number] = len(message)
+        one.writer.write(message)
         self.taken += 1
         try:
             async with asyncio.timeout(self.options.answer_s):
@@ -156,6 +171,7 @@ class Pool:
                 TOO_LATE, f"no answer was found within {self.options.answer_s} s"
             ) from error
         self.answered += 1
+        self.watch.seen(work, reply.exit_layers, reply.cells)
         return reply
 
     async def stop(self) -> None:
@@ -219,9 +235,13 @@ class Pool:
                 if isinstance(message, Batch):
                     if self.metrics is not None:
                         self.metrics.batch(message.requests, message.texts)
+                elif isinstance(message, Expected):
+                    assert self.watch is not None
+                    self.watch.expect(message.target, message.calibration_N)
                 else:
                     number, reply = message
                     future = one.requests.pop(number)
+                    del one.num_bytes[number]
                     if not future.done():  # nobody waits after `answer_s`
                         future.set_result(reply)
             self._ready.remove(one)

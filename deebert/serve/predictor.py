@@ -19,12 +19,15 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from deebert.errors import UserError
+from deebert.exits.drift_monitor import MOST_TESTS
 from deebert.options import engine_of, import_modules, target_of
 from deebert.reporting.blocks import plain
 from deebert.serve.replies import Prepared, Reply, prepared, replies
+from deebert.serve.requests import Work
 
 if TYPE_CHECKING:
     from deebert.classifier import EarlyExitClassifier
+    from deebert.exits.calibration import CalibratedPoint
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +73,14 @@ class Unusable:
     """The reason why the model cannot be served."""
 
     reason: str
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The exits of the calibration rows for a target; None if there are none."""
+
+    target: str
+    calibration_N: Any
 
 
 @dataclass(frozen=True)
@@ -171,12 +182,21 @@ class Predictor:
             about = described(self.classifier, self.options)
         except UserError as error:
             return self._send(Unusable(str(error)))
-        self.default = about.target
         self._send(about)
+        known: set[str] = set()
+        self._introduce(Work([], about.target), self.classifier.calibrate(**about.target), known)
         while together := self._together():
+            for one in together:
+                self._introduce(one.work, one.point, known)
             self._send(Batch(len(together), sum(len(each.tokens) for each in together)))
             for number_and_reply in replies(self.classifier, together):
                 self._send(number_and_reply)
+
+    def _introduce(self, work: Work, point: "CalibratedPoint", known: set[str]) -> None:
+        """Send the exits of the calibration rows for a target that has not been seen before."""
+        if work.nominal is None and work.name not in known and len(known) < MOST_TESTS:
+            known.add(work.name)
+            self._send(Expected(work.name, self.classifier.calibration_exits(point)))
 
     def _together(self) -> Sequence[Prepared]:
         """Wait for requests, and return those that are to run together; none at the end.
@@ -209,7 +229,7 @@ class Predictor:
                 while length := stream.read(LENGTH_BYTES):
                     number, work = pickle.loads(stream.read(int.from_bytes(length)))
                     came = time.monotonic()
-                    request = prepared(self.classifier, number, work, self.default)
+                    request = prepared(self.classifier, number, work)
                     if isinstance(request, Reply):
                         self._send((number, request))
                     else:

@@ -5,12 +5,13 @@ answered does not affect the others. Knows nothing of HTTP and processes.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deebert.errors import UserError
-from deebert.options import ONE_OF
+from deebert.exits.drift_monitor import exit_cells
 from deebert.serve import requests
 from deebert.serve.requests import Work
 
@@ -32,11 +33,13 @@ class Reply:
         status: the HTTP status.
         content: the content, JSON.
         exit_layers: the layers that the texts left at.
+        cells: their exits as a test of drift reads them.
     """
 
     status: int
     content: bytes
     exit_layers: Sequence[int] = ()
+    cells: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -47,30 +50,28 @@ class Prepared:
         number: the number of the request.
         tokens: the encoded texts.
         point: the exit rule and the thresholds.
+        work: the work of the request.
     """
 
     number: int
     tokens: "list[Tokens]"
     point: "CalibratedPoint"
+    work: Work
 
 
-def prepared(
-    classifier: "EarlyExitClassifier", number: int, work: Work, default: Mapping[str, Any]
-) -> Prepared | Reply:
+def prepared(classifier: "EarlyExitClassifier", number: int, work: Work) -> Prepared | Reply:
     """Encode the texts of a request and choose its operating point.
 
     Args:
         classifier: the model.
         number: the number of the request.
         work: the work of the request.
-        default: the target of the service.
 
     Returns:
         The request, or the reply to one that cannot be answered.
     """
     try:
-        point = classifier.calibrate(**_whole(work.target, default))
-        return Prepared(number, classifier.encode(work.texts), point)
+        return Prepared(number, classifier.encode(work.texts), _point(classifier, work), work)
     except UserError as error:
         return Reply(requests.UNFIT, requests.trouble(str(error)))
     except Exception:
@@ -95,18 +96,19 @@ def replies(
     start = 0
     for one in together:
         end = start + len(one.tokens)
-        yield one.number, _reply(_part(answers, start, end), one.point)
+        yield one.number, _reply(_part(answers, start, end), one)
         start = end
 
 
-def _whole(target: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete the target of a request from the default.
+def _point(classifier: "EarlyExitClassifier", work: Work) -> "CalibratedPoint":
+    """Choose the operating point of a request."""
+    if work.nominal is not None:
+        # The process that speaks HTTP reads this module, too, and has no torch.
+        from deebert.exits.calibration import Infeasible
 
-    If the request sets one of `options.ONE_OF`, only the exit rule is taken from the default.
-    """
-    if any(name in target for name in ONE_OF):
-        default = {name: value for name, value in default.items() if name == "exit"}
-    return {**default, **target}
+        with suppress(Infeasible):  # the rule never saves so much
+            return classifier.calibrate(**{**work.target, "target_saving": work.nominal})
+    return classifier.calibrate(**work.target)
 
 
 def _failure() -> Reply:
@@ -115,9 +117,12 @@ def _failure() -> Reply:
     return Reply(FAILED, requests.trouble(requests.OUR_FAULT))
 
 
-def _reply(predictions: "Predictions", point: "CalibratedPoint") -> Reply:
+def _reply(predictions: "Predictions", one: Prepared) -> Reply:
     try:
-        return Reply(OK, requests.answer(predictions, point), predictions.exit_layers)
+        content = requests.answer(predictions, one.point, one.work)
+        layers = predictions.exit_layers
+        cells = exit_cells(layers, predictions.probabilities_NC)
+        return Reply(OK, content, layers, cells.tolist())
     except ValueError:
         log.warning("an answer is not finite (are the model's weights damaged?)")
         return Reply(FAILED, requests.trouble("the model's answer is NaN or infinity"))

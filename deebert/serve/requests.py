@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from deebert.data import texts as input_texts
 from deebert.errors import UserError
-from deebert.options import TARGET, TargetOptions, given
+from deebert.options import ONE_OF, TARGET, TargetOptions, given
 
 if TYPE_CHECKING:  # the process that speaks HTTP needs no torch
     from deebert.exits.calibration import CalibratedPoint
@@ -92,6 +92,9 @@ class Answer(BaseModel):
     exit: str = Field(description="the exit rule")
     threshold: Threshold = Field(description="of all layers, or of each but the last")
     target: dict[str, Any] = Field(description="the target that was used")
+    recalibrated_saving: float | None = Field(
+        None, description="the saving that the threshold was chosen for after a drift"
+    )
 
 
 class Trouble(BaseModel):
@@ -127,20 +130,40 @@ class Work:
 
     Attributes:
         texts: the texts.
-        target: arguments of `EarlyExitClassifier.calibrate`; {} for the target of the service.
+        target: arguments of `EarlyExitClassifier.calibrate`.
+        nominal: the `target_saving` to choose thresholds for, if it is not that of the target.
     """
 
     texts: Sequence[Any]
     target: Mapping[str, Any]
+    nominal: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The target as a text, the same one for equal targets."""
+        return json.dumps(dict(sorted(self.target.items())))
 
 
-def work(request: Request, limits: Limits, columns: Sequence[str]) -> Work:
+def whole(target: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete the target of a request from that of the service.
+
+    If the request sets one of `options.ONE_OF`, only the exit rule is taken from the default.
+    """
+    if any(name in target for name in ONE_OF):
+        default = {name: value for name, value in default.items() if name == "exit"}
+    return {**default, **target}
+
+
+def work(
+    request: Request, limits: Limits, columns: Sequence[str], default: Mapping[str, Any]
+) -> Work:
     """Check a request, and return its work.
 
     Args:
         request: the request.
         limits: the limits that it has to keep.
         columns: the columns of the texts that the task reads.
+        default: the target of the service.
 
     Raises:
         Refused: there are no texts or too many, or a text is too long or no valid text.
@@ -156,7 +179,7 @@ def work(request: Request, limits: Limits, columns: Sequence[str]) -> Work:
         name = "text" if request.texts is None else f"texts[{place}]"
         _check(name, text, limits.chars, columns)
     target = {name: getattr(request, name) for name in TARGET if name in request.model_fields_set}
-    return Work(texts, given(target))
+    return Work(texts, whole(given(target), default))
 
 
 def _check(name: str, text: Any, most: int, columns: Sequence[str]) -> None:
@@ -200,12 +223,13 @@ def noted(value: Any) -> str:
     return text if len(text) <= NOTED else f"{text[: NOTED - 3]}..."
 
 
-def answer(predictions: "Predictions", point: "CalibratedPoint") -> bytes:
+def answer(predictions: "Predictions", point: "CalibratedPoint", work: Work) -> bytes:
     """Write an `Answer` as JSON.
 
     Args:
         predictions: the predictions for the texts of the request.
         point: the exit rule and the thresholds that gave them.
+        work: the work of the request.
 
     Raises:
         ValueError: a probability or value is not finite.
@@ -220,8 +244,10 @@ def answer(predictions: "Predictions", point: "CalibratedPoint") -> bytes:
         "expected_saving": point.expected and point.expected.expected_saving,
         "exit": point.rule.name,
         "threshold": point.thresholds,
-        "target": dict(point.target),
+        "target": dict(work.target),
     }
+    if work.nominal is not None:
+        values["recalibrated_saving"] = point.target["target_saving"]
     return json.dumps(values, allow_nan=False).encode()
 
 

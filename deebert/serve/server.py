@@ -46,7 +46,8 @@ TITLE = "deebert: early-exit classification"
 PATH = "/predict"
 PATHS = (PATH, "/health", "/info", "/metrics", "/docs", "/openapi.json")
 FAILED_SECONDS = 5  # what is left for requests when no process can answer them any more
-LIMITS = ("max_texts", "max_length_chars", "max_body_bytes", "max_batch", "batch_window_ms")
+LIMITS = ("max_texts", "max_length_chars", "max_body_bytes", "max_batch", "batch_window_ms",
+          "max_waiting", "max_waiting_bytes")  # fmt: skip
 NO_SPEEDUPS = (
     "target_speedup= is not met here, since what layers cost was not measured when the service "
     "was started (speedups=true); target_saving= is"
@@ -182,16 +183,16 @@ def made(options: Any, about: About, pool: Pool, metrics: Metrics) -> FastAPI:
 
     @app.post(PATH, summary="Answer texts", response_model=Answer)
     async def _predict(request: requests.Request) -> Response:
-        checked = work(request, limits, about.columns)
+        checked = work(request, limits, about.columns, about.target)
         if "target_speedup" in checked.target and about.costs is None:
             raise Refused(UNFIT, NO_SPEEDUPS)
         reply = await pool.ask(checked)
         metrics.left(reply.exit_layers)
         return Response(reply.content, reply.status, media_type="application/json")
 
-    @app.get("/health", summary="Whether requests are answered")
+    @app.get("/health", summary="Whether requests are answered, and whether texts drift")
     async def _health() -> Response:
-        return Response("ok") if pool.ready else Response("not ready", BUSY)
+        return Response(f"ok, {pool.watch}") if pool.ready else Response("not ready", BUSY)
 
     @app.get("/info", summary="The model, its limits and the versions of packages")
     async def _info() -> Response:
@@ -205,7 +206,7 @@ def made(options: Any, about: About, pool: Pool, metrics: Metrics) -> FastAPI:
 
     @app.get("/metrics", summary="Counts in Prometheus' text format")
     async def _metrics() -> Response:
-        content, kind = metrics.collected()
+        content, kind = metrics.collected(pool.watch)
         return Response(content, media_type=kind)
 
     @app.exception_handler(Refused)

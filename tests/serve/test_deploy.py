@@ -12,9 +12,12 @@ import pytest
 from conftest import ROOT
 from prometheus_client.parser import text_string_to_metric_families
 
+from deebert.exits.drift import cells
 from deebert.options import parse
 from deebert.serve.command import TOKEN, ServeOptions, checked
 from deebert.serve.metrics import Metrics
+from deebert.serve.requests import Work
+from deebert.serve.watch import Watch
 
 DEPLOY = ROOT / "deploy"
 
@@ -25,7 +28,14 @@ def samples() -> set[tuple[str, frozenset[str]]]:
     metrics.request("/predict", 200, 0.1)
     metrics.batch(1, 2)
     metrics.left([1, 3])
-    content, _ = metrics.collected()
+    watch = Watch(3, follows=True)
+    work = Work([], {"target_saving": 0.4})
+    watch.expect(work.name, cells([1] * 100, [0.1] * 100))
+    watch.seen(work, [3] * 400, cells([3] * 400, [0.5] * 400).tolist())
+    assert str(watch).startswith(
+        "guarantee no longer holds (at ramp 1 by 100% of the rows); target_"
+    )
+    content, _ = metrics.collected(watch)
     return {
         (sample.name, frozenset(sample.labels))
         for family in text_string_to_metric_families(content.decode())

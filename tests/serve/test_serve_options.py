@@ -3,6 +3,7 @@
 import json
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from deebert.inference.engine import Engine
 from deebert.inference.survivors import Answers
 from deebert.options import parse, target_of
 from deebert.serve import command as serve
-from deebert.serve import replies
+from deebert.serve import replies, requests
 from deebert.serve.command import ServeOptions, checked
 from deebert.serve.predictor import About, described, loaded
 from deebert.serve.replies import Prepared, prepared
@@ -38,9 +39,9 @@ def test_a_list_of_nonsense_is_refused_at_its_first_item(field: str) -> None:
 
 def test_a_request_s_target_replaces_the_whole_of_the_service_s() -> None:
     default = {"exit": "patience", "target_saving": 0.4, "confidence": 0.9}
-    assert replies._whole({}, default) == default
-    assert replies._whole({"exit": "margin"}, default) == default | {"exit": "margin"}
-    assert replies._whole({"threshold": 2.0}, default) == {"exit": "patience", "threshold": 2.0}
+    assert requests.whole({}, default) == default
+    assert requests.whole({"exit": "margin"}, default) == default | {"exit": "margin"}
+    assert requests.whole({"threshold": 2.0}, default) == {"exit": "patience", "threshold": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_requests_of_one_moment_are_one_run(stage2: Path, monkeypatch: pytest.Mo
     texts = [["a fine film", "it is one"], ["it rains", "rain falls"], ["no", "yes"]]
     together = []
     for number, target in enumerate(targets):
-        one = prepared(classifier, number, Work(texts[: number + 1], target), {})
+        one = prepared(classifier, number, Work(texts[: number + 1], target))
         assert isinstance(one, Prepared)
         together.append(one)
     sizes: list[int] = []
@@ -159,7 +160,7 @@ def test_requests_of_one_moment_are_one_run(stage2: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Engine, "run", counted)
     answers = dict(replies.replies(classifier, together))
     assert sizes == [6]
-    broken = Prepared(3, [{"input_ids": [], "token_type_ids": []}], together[0].point)
+    broken = replace(together[0], number=3, tokens=[{"input_ids": [], "token_type_ids": []}])
     beside = dict(replies.replies(classifier, [*together, broken]))
     assert beside.pop(3).status == 500
     for number, target in enumerate(targets):
@@ -180,7 +181,7 @@ def test_a_missing_extra_names_the_command(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_null_says_something_of_confidence_only() -> None:
     request = Request(text="a", max_drop=0.02, confidence=None, exit=None)
-    assert work(request, Limits(1, 9), ("a",)).target == {"max_drop": 0.02, "confidence": None}
+    assert work(request, Limits(1, 9), ("a",), {}).target == {"max_drop": 0.02, "confidence": None}
     options = parse(ServeOptions, ["model=RUN", "max_drop=0.02", "confidence=null"])
     assert target_of(options) == {"max_drop": 0.02, "confidence": None}
     assert target_of(parse(ServeOptions, ["model=RUN", "max_drop=0.02"])) == {"max_drop": 0.02}
