@@ -25,7 +25,7 @@ CELLS = 4096  # of a layer; exit scores of one cell are equal for the test
 SMALLEST, LARGEST = -8.0, 2.0  # powers of ten of the exit scores that cells tell apart
 BLOCK = 32  # rows after which new bets begin
 STAKES = (0.2, 0.5, 0.9)  # shares of the capital that bettors set
-MOST_CAPITAL = 1e300
+MOST_CAPITAL = 1e200  # of a bettor; in a block it grows by 2^BLOCK at most
 
 
 def cells(layer_N: ArrayLike, score_N: ArrayLike) -> NDArray[np.int64]:

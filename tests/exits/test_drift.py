@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from deebert.exits.drift import BROKEN, CELLS, DRIFTING, LEVELS, DriftTest, cells
+from deebert.exits.drift import BROKEN, CALIBRATED, CELLS, DRIFTING, LEVELS, DriftTest, cells
 
 LAYERS = 6
 
@@ -94,3 +94,14 @@ def test_a_drift_is_seen_soon(before: int, median: int, harder: float) -> None:
         assert DRIFTING not in states[states.index(BROKEN) :], "no way back"
         needed.append(16 * (1 + states.index(BROKEN)))
     assert np.median(needed) <= median
+
+
+def test_a_drift_that_goes_on_for_ever_has_no_overflow() -> None:
+    """A service runs for weeks after it. Warnings are errors here."""
+    test, _ = started(0)
+    for size in (1, 8, 32, 10_000):
+        assert test.update([LAYERS * CELLS - 1] * size) in {CALIBRATED, DRIFTING, BROKEN}
+    assert test.state == BROKEN
+    assert 1e200 <= test.largest < np.inf
+    test.update(np.arange(10_000) % 2 * (LAYERS * CELLS - 1))
+    assert 0 <= test.capital < np.inf
