@@ -10,6 +10,7 @@ from statistics import fmean, median
 from typing import Any
 
 import numpy as np
+from pictures import METRICS, TASKS, panels, save
 
 Row = dict[str, Any]
 KINDS = {"batched": "in batches", "single": "one at a time"}
@@ -30,7 +31,7 @@ SHOWN = {  # systems of the picture: at most six
     ("ONNX Runtime", "int8"): "ONNX Runtime, int8",
     ("OpenVINO", "int8"): "OpenVINO, int8",
     ("CTranslate2", "int8"): "CTranslate2, int8",
-    ("half", "int8"): "best int8 engine at half depth",
+    ("half", "int8"): "fastest int8, half the layers",
 }
 
 
@@ -151,7 +152,7 @@ def write(content: list[Row], folder: Path) -> None:
             "",
             *bars(entries),
             "",
-            f"![score against milliseconds]({name})",
+            f"![score against milliseconds an input]({name})",
         ]
         for kind_, title in KINDS.items():
             lines += ["", f"### {task}, {title}", "", *table(entries, kind_)]
@@ -171,13 +172,8 @@ def _group(entry: Row) -> tuple[str, str, str]:
 
 def picture(entries: list[Row], file: Path) -> None:
     """Draw score against milliseconds, in batches and one at a time, of the first seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     entry = entries[0]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained", sharey=True)
+    figure, axes = panels(2, 2, 4.4, sharey=True)
     for axis, (kind, title) in zip(axes, KINDS.items(), strict=True):
         half = rival(entry, kind, half=True)
         for number, ((name, precision), label) in enumerate(SHOWN.items()):
@@ -189,13 +185,13 @@ def picture(entries: list[Row], file: Path) -> None:
                     *zip(*points, strict=True), color=f"C{number}", marker="os^Dv*"[number],
                     markersize=9, linestyle="-" if len(points) > 1 else "", label=label,
                 )  # fmt: skip
-        axis.set_xlabel("milliseconds an input", fontsize=13)
-        axis.set_title(title, fontsize=14)
+        axis.set(xlabel="milliseconds an input", title=title)
         axis.set_xlim(left=0)
-        axis.tick_params(labelsize=12)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel(f"{entry['metric']} ({entry['task']})", fontsize=13)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=12, loc="outside lower center", ncols=3)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    task, metric = entry["task"], entry["metric"]
+    axes[0].set_ylabel(METRICS.get(metric, metric))
+    figure.suptitle(
+        f"{TASKS.get(task, task)}: further left is faster, further up is better.\n"
+        "A line of deebert goes from no exit (right) to more and more early exits (left).",
+        fontsize=11,
+    )
+    save(figure, axes, file)
