@@ -10,7 +10,7 @@ from statistics import fmean, median
 from typing import Any
 
 import numpy as np
-from pictures import METRICS, TASKS, panels, save
+from drawing import METRICS, TASKS, panels, save
 
 Row = dict[str, Any]
 KINDS = {"batched": "in batches", "single": "one at a time"}

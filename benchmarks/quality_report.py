@@ -10,6 +10,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
+from drawing import METRICS, TASKS, panels, save
 
 from deebert.data.metrics import REGRESSION
 
@@ -18,7 +19,15 @@ TARGETS = (0.3, 0.4, 0.5, 0.6, 0.7)
 REFERENCE = "two_stage"
 RECOMMENDED = "best"
 FEW = 3  # seeds; with fewer, a row is a screening
-BEST = 4  # recipes in the picture, beside the reference
+ALL_AT_ONE = ("ramp",)
+SHOWN = {  # systems of the picture, at most six: their recipes (the first that was run), and mark
+    "deebert, recommended ramps": (("best", "two_stage_pair"), ""),
+    "deebert, the paper's ramps": (("two_stage",), ""),
+    "recommended ramps, all inputs at one ramp": (ALL_AT_ONE, "."),
+    "fine-tuned, all layers, no ramps": (("plain",), "o"),
+    "fine-tuned, first layers only": (("cut",), "x"),
+    "distilled into fewer layers": (("student",), "s"),
+}
 TOKEN = 5 / 6  # of the last layer is spared where only its first token is read (docs/clock.md)
 Cell = dict[str, Any]
 Value = Callable[[Cell], float | None]
@@ -351,45 +360,33 @@ def write(content: dict[str, Any], folder: Path) -> None:
 
 
 def picture(tasks: list[TaskCells], file: Path) -> None:
-    """Score against saving, a panel a task: the reference, the best recipes, and the baselines."""
-    import matplotlib  # slow to import: only when something is drawn
+    """Draw score against saving: a panel for each task, a mark for each of `SHOWN`."""
+    figure, axes = panels(len(tasks), 3, 2.7)
+    savings = [100 * saving for saving in GRID]
+    for axis, task in zip(axes, tasks, strict=True):
+        for number, (label, (recipes, mark)) in enumerate(SHOWN.items()):
+            look = {"color": f"C{number}", "marker": mark, "label": label}
+            if recipes == ALL_AT_ONE:
+                ramps = [points for name, points in task.fixed().items() if name.startswith("ramp")]
+                axis.plot(*_means(task, ramps), linestyle=":", **look)
+            elif curves := [recipe for recipe in recipes if recipe in task.exits]:
+                curve = np.mean([cell["curve"] for cell in task.of[curves[0]].values()], 0)
+                axis.plot(savings, curve, linewidth=2, **look)
+            else:
+                points = [r for r in task.points if r.startswith(recipes)]
+                found = [100 * task.saving(r) for r in points]
+                scores = [mean(task.values(r, score)) for r in points]
+                axis.plot(found, scores, linestyle="", markersize=7, **look)
+        axis.set(xlabel="saving (% of layers)", ylabel=METRICS.get(task.metric, task.metric))
+        axis.set_title(TASKS.get(task.name, task.name))
+        axis.set_xticks(range(0, 81, 20))
+    save(figure, axes, file, columns=2)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    best = [row["recipe"] for row in over_tasks(tasks) if row["recipe"] != REFERENCE][:BEST]
-    height, width = math.ceil(len(tasks) / 3), min(3, len(tasks))
-    size = (4.6 * width + 2, 3.8 * height)
-    figure, axes = plt.subplots(height, width, figsize=size, layout="constrained", squeeze=False)
-    handles: dict[str, Any] = {}
-    for axis, task in zip(axes.flat, tasks, strict=False):
-        for i, recipe in enumerate([REFERENCE, *best]):
-            if recipe in task.exits:
-                curve = np.mean([cell["curve"] for cell in task.of[recipe].values()], 0)
-                savings = [100 * saving for saving in GRID]
-                above = 3 if recipe == RECOMMENDED else 2
-                handles[recipe] = axis.plot(savings, curve, color=f"C{i}", zorder=above)[0]
-        ramps = [points for name, points in task.fixed().items() if name.startswith("ramp ")]
-        if ramps:  # the same ramps without early exit
-            full = task.of[RECOMMENDED][next(iter(ramps[0]))]["num_layers"]
-            savings = [100 * (1 - next(iter(points.values())).layers / full) for points in ramps]
-            means = [mean(its.score for its in points.values()) for points in ramps]
-            [line] = axis.plot(savings, means, ":", marker=".", color="C1")
-            handles[f"{RECOMMENDED}, all leave at a ramp"] = line
-        for kind, mark in {
-            "plain": "o",
-            "cut": "x",
-            "pair_cut": "D",
-            "layer_drop": "^",
-            "student": "s",
-        }.items():
-            for recipe in [recipe for recipe in task.points if recipe.startswith(kind)]:
-                point = 100 * task.saving(recipe), mean(task.values(recipe, score))
-                handles[kind] = axis.plot(*point, linestyle="", marker=mark, color="0.3")[0]
-        axis.set(xlabel="saving (% of layers)", ylabel=task.metric, title=task.name)
-        axis.grid(alpha=0.3)
-    for axis in axes.flat[len(tasks) :]:
-        axis.set_visible(False)
-    figure.legend(handles.values(), handles.keys(), fontsize="small", loc="outside right upper")
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+def _means(task: TaskCells, ramps: list[dict[int, Fixed]]) -> tuple[list[float], list[float]]:
+    """Return the savings in % and the mean scores where all inputs leave at the same ramp."""
+    if not ramps:
+        return [], []
+    full = task.of[RECOMMENDED][next(iter(ramps[0]))]["num_layers"]
+    savings = [100 * (1 - next(iter(points.values())).layers / full) for points in ramps]
+    return savings, [mean(its.score for its in points.values()) for points in ramps]

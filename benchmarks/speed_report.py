@@ -8,11 +8,20 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from drawing import METRICS, TASKS, panels, save
 
 PLAIN = "Hugging Face full depth"
 ONE_POINT = "<= 1 point below"
 POINT = 0.01 + 1e-9
 Row = dict[str, Any]
+# Part of speed.json, whether its rows are of batches, and the words for it.
+KINDS = (("batched", True, "in batches"), ("single", False, "one at a time"))
+SHOWN = {  # systems of the picture
+    "cd": "deebert",
+    "b": "Hugging Face, full depth",
+    "a": "the original protocol of DeeBERT",
+    "e": "the first layers only, then their ramp",
+}
 
 SYSTEMS = """\
 - (a) the original's protocol: batch 1, padded to 128 tokens, every ramp evaluated, the host decides
@@ -243,45 +252,35 @@ def write(content: dict[str, Any], folder: Path) -> None:
 
 
 def picture(content: dict[str, Any], file: Path) -> None:
-    """Score against milliseconds an input: a curve for what has thresholds or depths."""
-    import matplotlib
+    """Draw score against milliseconds an input in float32: a row of panels for each task.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    tasks = {task: parts for task, parts in content.items() if {"batched", "single"} & parts.keys()}
-    if not tasks:
+    A task is drawn if the engine was measured both in batches and one input at a time.
+    """
+    drawn = {
+        task: parts
+        for task, parts in content.items()
+        if all(select(parts.get(name), letter="d", batched=batched) for name, batched, _ in KINDS)
+    }
+    if not drawn:
         return
-    figure, axes = plt.subplots(
-        1, len(tasks), figsize=(7.5 * len(tasks), 5), layout="constrained", squeeze=False
-    )
-    names = {"a": "(a) original", "b": "(b) Hugging Face", "d": "(c, d) engine"}
-    names |= {"e": "(e) cut after k layers"}
-    styles = {"float32": "o", "bfloat16": "^"}
-    for axis, (task, parts) in zip(axes[0], tasks.items(), strict=True):
-        for part, is_batched in ((parts.get("batched"), True), (parts.get("single"), False)):
-            curves: dict[tuple[str, str], list[Row]] = {}
-            for row in select(part, batched=is_batched):
-                if row["letter"] != "b" or row["name"] == PLAIN:
-                    letter = "d" if row["letter"] == "c" else row["letter"]
-                    curves.setdefault((letter, row["precision"]), []).append(row)
-            for (letter, precision), rows in curves.items():
-                points = sorted((1e3 * float(np.median(per_input(r))), r["score"]) for r in rows)
-                colour = f"C{'abde'.index(letter)}"
+    figure, axes = panels(len(KINDS) * len(drawn), len(KINDS), 3, sharey="row")
+    cells = [(task, parts, *kind) for task, parts in drawn.items() for kind in KINDS]
+    for axis, (task, parts, name, is_batched, title) in zip(axes, cells, strict=True):
+        rows = [
+            row
+            for row in select(parts[name], batched=is_batched, precision="float32")
+            if row["letter"] != "b" or row["name"] == PLAIN
+        ]
+        for number, (letters, label) in enumerate(SHOWN.items()):
+            same = [row for row in rows if row["letter"] in letters]
+            points = sorted((1e3 * float(np.median(per_input(r))), r["score"]) for r in same)
+            if points:
                 axis.plot(
-                    *zip(*points, strict=True),
-                    color=colour,
-                    marker=styles[precision],
-                    linestyle="-" if is_batched else "--",
-                    markerfacecolor=colour if is_batched else "white",
-                    label=f"{names[letter]}, {precision}, {'batched' if is_batched else 'single'}",
-                )
-        metric = next(iter(parts.values()))["metric"]
-        axis.set(xscale="log", xlabel="ms an input", ylabel=metric, title=task)
-        axis.grid(alpha=0.3, which="both")
-    handles: dict[str, Any] = {}
-    for axis in axes[0]:
-        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), fontsize="x-small", loc="outside right upper")
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+                    *zip(*points, strict=True), color=f"C{number}", marker="osD^"[number],
+                    linestyle="-" if len(points) > 1 else "", markersize=7, label=label,
+                )  # fmt: skip
+        metric = parts[name]["metric"]
+        axis.set(title=f"{TASKS.get(task, task)}, {title}", xlabel="milliseconds an input")
+        axis.set_ylabel(METRICS.get(metric, metric) if is_batched else "")
+        axis.set_xlim(left=0)
+    save(figure, axes, file, columns=2)
