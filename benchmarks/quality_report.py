@@ -374,9 +374,9 @@ def picture(tasks: list[TaskCells], file: Path) -> None:
                 axis.plot(savings, curve, linewidth=2, **look)
             else:
                 points = [r for r in task.points if r.startswith(recipes)]
-                found = [100 * task.saving(r) for r in points]
+                reached = [100 * task.saving(r) for r in points]
                 scores = [mean(task.values(r, score)) for r in points]
-                axis.plot(found, scores, linestyle="", markersize=7, **look)
+                axis.plot(reached, scores, linestyle="", markersize=7, **look)
         axis.set(xlabel="saving (% of layers)", ylabel=METRICS.get(task.metric, task.metric))
         axis.set_title(TASKS.get(task.name, task.name))
         axis.set_xticks(range(0, 81, 20))

@@ -337,11 +337,7 @@ class EarlyExitClassifier:
         )
 
     def calibration_exits(self, point: CalibratedPoint) -> NDArray[np.int64] | None:
-        """Return the exits of the calibration rows at an operating point, for a test of drift.
-
-        Returns:
-            `curves.exits_of` these rows; None if there are none in the precision of the engine.
-        """
+        """Return `curves.exits_of` the calibration rows, or None without rows of this precision."""
         try:
             record = self._calibration_rows
         except UserError:

@@ -90,6 +90,7 @@ def test_bad_rows_are_reported_and_the_others_answered(
     command(f"model={stage2}", f"input={given}", f"output={output}", "part_rows=6", "keep=[id]")
     printed = capsys.readouterr()
     assert f"29 rows, {len(BAD) + 2} of them bad" in printed.out
+    assert "of the layers saved, exits: calibrated: " in printed.out
     assert f"{output}; the bad ones: {output}.errors.jsonl" in printed.out
     written, bad = read(output), read(parts.errors_of(output))
     assert [row["id"] for row in written] == [row["id"] for row in good]

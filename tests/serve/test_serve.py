@@ -18,6 +18,7 @@ from helpers.services import JSON, MOST_BYTES, MOST_CHARS, MOST_TEXTS, Served, s
 from prometheus_client.parser import text_string_to_metric_families
 
 from deebert import EarlyExitClassifier
+from deebert.exits.drift_monitor import STATES
 
 pytestmark = pytest.mark.slow
 
@@ -88,6 +89,11 @@ def test_answers_as_offline_whoever_else_asks(
     assert counts["deebert_batch_requests_sum",] == len(requests)
     assert counts["deebert_batch_texts_sum",] == texts
     assert counts["deebert_batch_requests_count",] < len(requests), "some ran together"
+
+    status, _, content = service.send("GET", "/health")
+    state = STATES[int(counted(service)["deebert_drift_state",])]
+    assert (status, state in STATES[1:]) == (200, True)
+    assert content.decode().startswith(f"ok, {state}")
 
 
 def counted(service: Served) -> dict[tuple[str, ...], float]:

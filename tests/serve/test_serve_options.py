@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from deebert.classifier import EarlyExitClassifier
 from deebert.errors import UserError
+from deebert.exits.drift import CELLS
 from deebert.inference.engine import Engine
 from deebert.inference.survivors import Answers
 from deebert.options import parse, target_of
@@ -21,6 +22,7 @@ from deebert.serve.command import ServeOptions, checked
 from deebert.serve.predictor import About, described, loaded
 from deebert.serve.replies import Prepared, prepared
 from deebert.serve.requests import Limits, Request, Work, work
+from deebert.serve.watch import Watch
 
 TOKEN = "correct horse"
 
@@ -171,6 +173,35 @@ def test_requests_of_one_moment_are_one_run(stage2: Path, monkeypatch: pytest.Mo
         assert [each["exit_layer"] for each in content["answers"]] == expected.exit_layers
         assert list(answers[number].exit_layers) == expected.exit_layers
         assert beside[number].exit_layers == answers[number].exit_layers
+
+
+def test_a_saving_is_followed_after_a_drift_and_says_so(stage2: Path) -> None:
+    """The default is that nothing is followed. Then thresholds of another saving are chosen."""
+    classifier = EarlyExitClassifier.from_pretrained(stage2)
+    target = {"target_saving": 0.4}
+    exits = classifier.calibration_exits(classifier.calibrate(**target))
+    assert exits is not None
+    assert len(exits) >= 20
+    for follows in (False, True):
+        watch = Watch(3, follows)
+        request = Work([["a fine film", "it is one"]], target)
+        watch.expect(request.name, exits)
+        watch.seen(request, [3] * 600, [3 * CELLS - 1] * 600)
+        assert str(watch).startswith("guarantee no longer holds (at ramp ")
+        assert watch.nominal(request) == (0.4 if follows else None)
+    watch.seen(request, [3] * 20, [3 * CELLS - 1] * 20)
+    request = replace(request, nominal=watch.nominal(request))
+    assert request.nominal == 0.44, "20 texts that saved nothing, each .005 of .4"
+    assert str(watch).endswith(
+        "target_saving=0.4 is kept by the thresholds of 0.44; the score is unknown"
+    )
+    one = prepared(classifier, 0, request)
+    assert isinstance(one, Prepared)
+    assert one.point.thresholds == classifier.calibrate(target_saving=0.44).thresholds
+    content = json.loads(dict(replies.replies(classifier, [one]))[0].content)
+    assert (content["target"], content["recalibrated_saving"]) == (target, 0.44)
+    with pytest.raises(UserError, match="recalibrate 'score' is unknown; choose one of: saving"):
+        checked(ServeOptions(model="RUN", recalibrate="score"))
 
 
 def test_a_missing_extra_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

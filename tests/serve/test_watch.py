@@ -50,10 +50,10 @@ def test_states_and_what_is_followed(caplog: pytest.LogCaptureFixture) -> None:
     assert line.endswith(
         f"; target_saving=0.4 is kept by the thresholds of {followed}; the score is unknown"
     )
-    told = [each.getMessage() for each in caplog.records]
-    assert [BROKEN in each for each in told[:2]] == [False, True]
-    assert "nothing is known of the score" in told[2]
-    assert len(told) == 3, "each change is told once"
+    messages = [each.getMessage() for each in caplog.records]
+    assert [BROKEN in each for each in messages[:2]] == [False, True]
+    assert "nothing is known of the score" in messages[2]
+    assert len(messages) == 3, "each change is logged once"
     read = watch.drift.num_rows
     seen(watch, Work([], TARGET, nominal=followed), [1] * 50)
     assert watch.drift.num_rows == read, "its thresholds were not those of the calibration rows"
