@@ -8,15 +8,17 @@ INSTALL := $(PY) -m pip install -q --disable-pip-version-check -c constraints.tx
 .PHONY: setup demo test test-fast lint docs
 setup: .venv/ready
 
-# What the demo needs, which is a third of all packages.
-.venv/demo: pyproject.toml constraints.txt
+.venv/bin/python:
 	$(PYTHON) -m venv .venv
+
+# What the demo needs, which is a third of all packages.
+.venv/demo: pyproject.toml constraints.txt | .venv/bin/python
 	$(INSTALL) '.[demo]'
 	touch $@
 
-.venv/ready: .venv/demo
-	$(INSTALL) '.[demo,dev]'
-	touch $@
+.venv/ready: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) '.[demo,dev,docs]'
+	touch .venv/demo $@
 
 demo: .venv/demo
 	$(PY) train.py experiment=demo stage=1 hydra.run.dir=$(RUN)/stage1
@@ -40,10 +42,6 @@ lint: setup
 	.venv/bin/lint-imports --no-logo
 	$(PY) .ci/retired_words.py
 
-.venv/docs: .venv/ready
-	$(INSTALL) '.[docs]'
-	touch $@
-
 # The documentation as a site in site/. A link that leads nowhere is an error.
-docs: .venv/docs
+docs: setup
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build -q
