@@ -172,6 +172,10 @@ def median(values: list[int | None]) -> float:
     return float(np.median([np.inf if each is None else each for each in values]))
 
 
+def in_words(num: float) -> str:
+    return "not noticed" if num == np.inf else f"{num:.0f}"
+
+
 def write(content: dict[str, Any], command: str) -> None:
     (HERE / "drift.json").write_text(json.dumps(content, indent=1) + "\n")
     about = content["environment"]
@@ -182,7 +186,8 @@ def write(content: dict[str, Any], command: str) -> None:
         "looks at a stream after every batch. A stream without drift has rows that no stage",
         "trained on, drawn without replacement. Calibration rows are drawn from them anew for each",
         "stream, and the threshold of a saving of 40 % is chosen on these. After a change the",
-        "texts are those of another task.",
+        "texts are those of another task. The test has the whole level; in a service the first",
+        "target has half of it.",
         "",
         f"`{command}`. Each draw has a seed of its own; the models are of seed 1. "
         f"{about['cpus']} CPU cores ({about['platform']}), torch {about['versions']['torch']}.",
@@ -209,9 +214,9 @@ def write(content: dict[str, Any], command: str) -> None:
         )
         followed = [each["followed"] for each in row["changes"] if each["followed"] is not None]
         near = sum(abs(each - SAVING) <= 0.02 for each in followed)
-        medians = [f"{median(delays[name]):.0f}" for name in LEVELS]
+        medians = [in_words(median(delays[name])) for name in LEVELS]
         lines.append(
-            f"| {row['task']} to {row['other']} | {medians[0]} | {medians[1]} | {late:.0f} | "
+            f"| {row['task']} to {row['other']} | {medians[0]} | {medians[1]} | {in_words(late)} | "
             f"{delays[BROKEN].count(None)} of {row['streams']} | "
             f"{np.mean([each['saving'] for each in row['changes']]):.1%} | "
             f"{np.mean(followed) if followed else float('nan'):.1%} | {near} of {len(followed)} |"
