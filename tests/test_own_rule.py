@@ -112,8 +112,8 @@ def test_served(own: Path, stage2: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     about = described(classifier, options)
     assert about.exit == "my_rule"
     request = Request(texts=[list(pair) for pair in PAIRS])
-    work_of_it = work(request, Limits(len(PAIRS), 10_000), about.columns)
-    [(_, reply)] = replies(classifier, [prepared(classifier, 0, work_of_it, about.target)])
+    work_of_it = work(request, Limits(len(PAIRS), 10_000), about.columns, about.target)
+    [(_, reply)] = replies(classifier, [prepared(classifier, 0, work_of_it)])
     expected = classifier.predict(PAIRS, exit="my_rule", threshold=thresholds)
     assert len(set(expected.exit_layers)) > 1
     assert list(reply.exit_layers) == expected.exit_layers

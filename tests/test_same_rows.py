@@ -179,7 +179,7 @@ def test_python_the_service_and_the_runner(
 
         def serve(given: dict[str, Any] = given) -> None:
             request = Request.model_validate(json.loads(json.dumps({"text": given})))
-            input_texts.columns(work(request, limits, names).texts[0], classifier.task)
+            input_texts.columns(work(request, limits, names, {}).texts[0], classifier.task)
 
         readers = {
             "the service": is_read(serve, ValidationError, UserError),
