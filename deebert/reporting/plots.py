@@ -21,7 +21,7 @@ def curve(results: Results, title: str, file: Path) -> None:
     """Draw score against expected saving, with the target's point, and the exit layers."""
     plt = _pyplot()
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 5.2), layout="constrained", width_ratios=[3, 2]
+        1, 2, figsize=(9, 5.2), layout="constrained", width_ratios=[3, 2]
     )
     for part in results.splits:
         if part.exits[0].score is not None:
@@ -34,10 +34,10 @@ def curve(results: Results, title: str, file: Path) -> None:
     left.set(xlabel=xlabel, ylabel=results.metric, title=title)
     left.grid(alpha=0.3)
     if left.get_legend_handles_labels()[0]:
-        left.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     _exit_layers(right, results.headline, plt.get_cmap("viridis"))
     with whole_files.replaced(file) as new:
-        figure.savefig(new, dpi=120, format="png")
+        figure.savefig(new, dpi=150, format="png")
     plt.close(figure)
 
 
@@ -87,7 +87,7 @@ def _target(axis: Any, results: Results, calibration: Calibration) -> None:
     outcomes = {
         results.headline.split: calibration.measured, **(calibration.measured_elsewhere or {})
     }  # fmt: skip
-    for split, outcome in outcomes.items():
+    for colour, (split, outcome) in enumerate(outcomes.items(), 3):
         saving, score = outcome.expected_saving, outcome.score
         if calibration.thresholds == 0:
             saving, score = 0.0, outcome.full_depth_score
@@ -102,7 +102,7 @@ def _target(axis: Any, results: Results, calibration: Calibration) -> None:
                 markersize=11,
                 markeredgewidth=2,
                 markerfacecolor="none",
-                markeredgecolor="C3",
+                markeredgecolor=f"C{colour}",
                 zorder=4,
                 label=f"your target: {reached}{where}",
             )
@@ -138,11 +138,13 @@ def _exit_layers(axis: Any, part: SplitResults, colours: Any) -> None:
     for layer in range(part.num_layers):
         counts = [100 * p.exit_counts[layer] / part.num_rows for p in points]
         colour = colours(layer / max(1, part.num_layers - 1))
-        axis.bar(positions, counts, bottom=bottoms, color=colour, label=f"layer {layer + 1}")
+        axis.bar(positions, counts, bottom=bottoms, color=colour, label=str(layer + 1))
         bottoms = [bottom + count for bottom, count in zip(bottoms, counts, strict=True)]
     axis.set_xticks(positions, [f"{100 * p.expected_saving:.0f}" for p in points])
     axis.set(xlabel="expected saving (% of layers)", ylabel="% of inputs", title="Exit layers")
-    axis.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
+    axis.legend(
+        title="layer", fontsize=8.5, labelspacing=0.25, loc="upper left", bbox_to_anchor=(1, 1)
+    )
 
 
 def layers(results: Results, title: str, file: Path) -> None:

@@ -174,9 +174,14 @@ def test_the_picture_marks_what_was_timed(
     marks = lines["time saving, float32, 8"].get_xydata().tolist()
     assert marks == [[100 * one.time_saving, one.score] for one in case]
     assert len({lines[name].get_marker() for name in lines if "time saving" in name}) == 4
-    plots.curve(replace(measured, timing=[TimedCase(**timed())]), "title", tmp_path / "curve.png")
-    texts = [text.get_text() for text in drawn[1].axes[0].get_legend().get_texts()]
-    assert texts[-1] == "time saving"
+    calibration = Calibration.from_json(made_by_hand.calibrated({"target_speedup": 2}, 0.8, 0.4))
+    plots.curve(by_hand(measured, calibration, timed()), "title", tmp_path / "curve.png")
+    texts = [text.get_text() for text in drawn[1].legends[0].get_texts()]
+    outcome = calibration.measured
+    saving = 100 * outcome.expected_saving
+    assert texts[-2:] == [f"your target: {saving:.1f} %, {outcome.score:.3f}", "time saving"]
+    lines = {line.get_label(): line for line in drawn[1].axes[0].get_lines()}
+    assert lines[texts[-2]].get_xydata().tolist() == [[saving, outcome.score]]
     for change in ({"timing": [TimedCase(**timed(score=None))]}, {"objective": "final"}):
         plots.curve(replace(measured, **change), "title", tmp_path / "curve.png")
         assert not any("time saving" in line.get_label() for line in drawn[-1].axes[0].get_lines())
